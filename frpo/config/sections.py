@@ -1,0 +1,214 @@
+"""One strict, frozen pydantic model per section of a recipe.
+
+A field's description is its documentation (`frpo config --help-keys` prints them); a combination that cannot work is
+refused here, before any engine starts. Reading files and overrides is `loader`'s business.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from frpo.objectives.base import AdvantageEstimator, build_estimator
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys fail, values keep their type, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+
+
+class RunSection(Section):
+    name: str = Field("frpo", description="name of the run, shown in logs")
+    dir: str = Field("runs/frpo", description="folder of the run: metrics, traces, checkpoints, export")
+    seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
+    num_steps: int = Field(100, ge=1, description="rollout steps of the run")
+    save_every: int = Field(20, ge=0, description="steps between resumable checkpoints; 0: only at the end")
+    keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
+    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's path")
+
+
+class WarmStartSection(Section):
+    steps: int = Field(400, ge=0, description="supervised steps on generated arithmetic; 0: random weights")
+    batch_size: int = Field(128, ge=1, description="examples a supervised step")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate of the warm start")
+
+
+class TinyModelSection(Section):
+    """A character-level Qwen2 made on the spot, so that the whole loop runs where no weights can be had."""
+
+    hidden_size: int = Field(96, ge=16, description="hidden width, a multiple of 4 x heads")
+    num_layers: int = Field(3, ge=1, description="decoder layers")
+    num_heads: int = Field(4, ge=1, description="attention heads (half as many key-value heads)")
+    tied: bool = Field(True, description="tie the output head to the embeddings")
+    warm_start: WarmStartSection = Field(WarmStartSection(), description="supervised warm start")
+
+
+class ModelSection(Section):
+    path: str | None = Field(None, description="local folder or HF id of a causal language model")
+    tiny: TinyModelSection | None = Field(None, description="make a small model on the spot instead of `path`")
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision of parameters and of the rollout engines")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field("sdpa", description="learner's attention")
+    max_length: int = Field(4096, ge=8, description="prompt + completion window in tokens")
+    trust_remote_code: bool = Field(False, description="run model code shipped with the weights")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("give exactly one of model.path (existing weights) and model.tiny (made on the spot)")
+        return self
+
+
+class DataSection(Section):
+    path: str = Field("arithmetic", description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    split: str = Field("train", description="split of an HF data set")
+    format: Literal["chat", "text", "calculator"] = Field(
+        "chat", description="chat: template applied to messages; text: prompt verbatim; calculator: GSM8K annotations")
+    prompt_column: str = Field("prompt", description="column with the prompt: a string, or a list of messages")
+    system_prompt: str | None = Field(None, description="system message put before every chat prompt")
+    limit: int | None = Field(None, ge=1, description="use only the first rows")
+    heldout: int = Field(256, ge=0, description="prompts set aside for evaluation, never trained on")
+    heldout_path: str | None = Field(None, description="evaluation prompts from another file instead of `heldout` rows")
+    shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are an error naming file and line")
+
+
+class RolloutSection(Section):
+    prompts_per_step: int = Field(16, ge=1, description="prompts drawn a step")
+    group_size: int = Field(8, ge=2, description="completions sampled a prompt")
+    num_engines: int = Field(1, ge=1, description="vLLM engines, each its own Ray actor")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one engine")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; the learner divides its logits by it too")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass; below 1 samples leave the policy's distribution")
+    max_new_tokens: int = Field(256, ge=1, description="completion length after which a sample is truncated")
+    threads: int = Field(2, ge=1, description="CPU threads of an engine (CPU only)")
+    kv_cache_mb: int = Field(128, ge=16, description="KV cache on CPU, in MiB")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of a GPU that an engine takes")
+    startup_timeout_s: float = Field(600, gt=0, description="limit for an engine to load")
+    timeout_s: float = Field(1800, gt=0, description="limit for one step's generation")
+
+
+class RewardSection(Section):
+    name: str = Field(description="name of the component in metrics and traces")
+    function: str = Field(description="'package.module:function' or 'path/file.py:function'")
+    weight: float = Field(1.0, description="factor in the summed reward")
+    kwargs: dict[str, Any] = Field({}, description="keyword arguments passed to the function at every call")
+    timeout_s: float = Field(60, gt=0, description="limit for one call")
+    on_error: Literal["raise", "abstain"] = Field("raise", description="exception or time-out: stop, or count as None")
+
+
+class ObjectiveSection(Section):
+    advantage: AdvantageEstimator = Field(
+        default_factory=lambda: build_estimator({"name": "frpo"}), description="{name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below at 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0, description="ratio is clipped above at 1 + clip_high")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="k2, k3: in the loss; k1: subtracted from rewards")
+    reduction: Literal["seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length"] = Field(
+        "seq-mean-token-mean", description="how token losses become one number")
+
+    @field_validator("advantage", mode="plain")
+    @classmethod
+    def _build(cls, value: Any) -> AdvantageEstimator:
+        return build_estimator(value) if isinstance(value, dict) else value
+
+
+class LearnerSection(Section):
+    num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA)")
+    deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
+    updates_per_step: int = Field(1, ge=1, description="optimizer updates on disjoint minibatches of one rollout batch")
+    micro_batch_tokens: int = Field(8192, ge=8, description="padded tokens a micro-batch may hold")
+    lr: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final over peak learning rate (linear, cosine)")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moments", strict=False)
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
+    grad_clip: float = Field(1.0, gt=0, description="clip of the global gradient norm")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    threads: int = Field(1, ge=1, description="CPU threads of a rank (CPU only)")
+    startup_timeout_s: float = Field(600, gt=0, description="limit for all ranks to load")
+    timeout_s: float = Field(1800, gt=0, description="limit for one learner phase and for its collectives")
+
+
+class WeightSyncSection(Section):
+    backend: Literal["cpu_shm", "nccl", "ipc"] = Field("cpu_shm", description="cpu_shm: one host; nccl, ipc: CUDA, not yet executed")
+    bucket_mb: float = Field(256.0, gt=0, description="MiB gathered at a time; below the model's size")
+    timeout_s: float = Field(600, gt=0, description="limit for one push")
+
+
+class EvaluateSection(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts; 0: only first and last")
+    samples: int = Field(1, ge=1, description="completions a prompt")
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+
+
+class ChecksSection(Section):
+    max_logprob_gap: float = Field(0.1, gt=0, description="largest mean |log-prob difference| of engine and learner at step 0, in nats")
+    parameters_move: bool = Field(True, description="stop if a trainable tensor got no gradient or did not move")
+
+
+class TelemetrySection(Section):
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
+    wandb: bool = Field(False, description="also log to Weights & Biases")
+    traces: bool = Field(True, description="write every rollout group to traces.jsonl")
+
+
+class Recipe(Section):
+    """A whole experiment."""
+
+    run: RunSection = Field(RunSection(), description="name, folder, length, checkpoints")
+    model: ModelSection = Field(description="what is trained")
+    data: DataSection = Field(DataSection(), description="prompts")
+    rollout: RolloutSection = Field(RolloutSection(), description="sampling")
+    rewards: list[RewardSection] = Field(min_length=1, description="reward functions, summed by weight")
+    shuffle_rewards: bool = Field(False, description="control: permute rewards over the batch, so that nothing can be learned")
+    objective: ObjectiveSection = Field(ObjectiveSection(), description="advantages and loss")
+    learner: LearnerSection = Field(LearnerSection(), description="optimizer and sharding")
+    weight_sync: WeightSyncSection = Field(WeightSyncSection(), description="learner to engines")
+    evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
+    checks: ChecksSection = Field(ChecksSection(), description="fail-fast checks")
+    telemetry: TelemetrySection = Field(TelemetrySection(), description="where metrics go")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        rollout, learner = self.rollout, self.learner
+        samples = rollout.prompts_per_step * rollout.group_size
+        parts = learner.num_ranks * learner.updates_per_step
+        if samples % parts:
+            raise ValueError(
+                f"rollout.prompts_per_step x group_size = {samples} samples cannot be split evenly over "
+                f"learner.num_ranks x updates_per_step = {learner.num_ranks} x {learner.updates_per_step}; change one of them")
+        longest = self.data.max_prompt_tokens + rollout.max_new_tokens
+        if longest > self.model.max_length:
+            raise ValueError(
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds model.max_length = {self.model.max_length}")
+        if longest > learner.micro_batch_tokens:
+            raise ValueError(
+                f"learner.micro_batch_tokens = {learner.micro_batch_tokens} cannot hold one sequence of "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens")
+        if self.data.path == "arithmetic" and self.data.format == "calculator":
+            raise ValueError("data.format: calculator reads GSM8K answers; data.path: arithmetic needs format chat or text")
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards need distinct names, given {names}")
+        return self
+
+
+def repository_file(folder: str, name: str, suffix: str) -> Path:
+    """Resolve `name` as a path, or as a file of the repository's `folder` (ds_configs, recipes).
+
+    Raises FileNotFoundError naming the choices.
+    """
+    direct = Path(name)
+    if direct.is_file():
+        return direct
+    home = Path(__file__).resolve().parents[2] / folder
+    packaged = Path(__file__).resolve().parents[1] / folder
+    for base in (home, packaged):
+        if (base / f"{name}{suffix}").is_file():
+            return base / f"{name}{suffix}"
+    known = sorted(path.stem for base in (home, packaged) if base.is_dir() for path in base.glob(f"*{suffix}"))
+    raise FileNotFoundError(f"no file {name!r} and no {folder}/{name}{suffix}; known: {', '.join(known)}")

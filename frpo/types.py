@@ -1,0 +1,148 @@
+"""The frozen records that cross a boundary, one per stage of a training step.
+
+A stage never fills in fields of an earlier record: it wraps it in its own. Nothing here computes, imports torch
+or knows an engine.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+GroupId = tuple[int, int]
+"""(step, draw index within the step): unique in a run even where prompt uids repeat over epochs."""
+
+SampleId = tuple[int, int, int]
+"""(step, draw index, sample index within the group)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One row of a data set, rendered and tokenized. `columns` holds what rewards need (answer, task, ...)."""
+
+    uid: str
+    messages: tuple[Mapping[str, str], ...]
+    token_ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionSpan:
+    """Tokens `[start, end)` of a completion were sampled by the weights of `policy_version`."""
+
+    policy_version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled continuation of a prompt.
+
+    token_ids: T ids, the end-of-sequence token included when `finish_reason` is "stop".
+    logprobs: T log-probabilities in nats under the *sampling* distribution (after temperature and top-p).
+    loss_mask: T flags; a False hole is a token that the policy did not choose (a tool's output).
+    finish_reason: "stop", or "length" for a truncated completion.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    loss_mask: tuple[bool, ...]
+    version_spans: tuple[VersionSpan, ...]
+    seed: int
+    finish_reason: str
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """All completions of one drawn prompt."""
+
+    group_id: GroupId
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    """A group and its rewards.
+
+    rewards_G: float64; NaN marks a completion on which every reward abstained.
+    terms: every reward component by name, unweighted, NaN where it abstained.
+    """
+
+    group: RolloutGroup
+    rewards_G: np.ndarray
+    terms: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantagedGroup:
+    """A scored group and its advantages (float64, sum zero, 0 where the reward abstained).
+
+    ref_logprobs: per completion, T log-probabilities under the frozen reference; None where no KL term needs them.
+    """
+
+    scored: ScoredGroup
+    advantages_G: np.ndarray
+    stats: Mapping[str, float]
+    ref_logprobs: tuple[np.ndarray, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSample:
+    """One sequence as the learner sees it: prompt and completion, S tokens in all, of which T have a loss.
+
+    Arrays over S are aligned with `token_ids`: entry s belongs to the prediction *of* token s. Weights are divided
+    already (by the sequence's length, by the global number of sequences, ...), so the learner only ever sums:
+    policy_weight: S factors of the surrogate term; kl_weight: S factors of the KL term. Zero where nothing is learned.
+    """
+
+    sample_id: SampleId
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    advantage: float
+    policy_weight: np.ndarray
+    kl_weight: np.ndarray
+    rollout_logprobs: np.ndarray
+    old_logprobs: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
+
+
+MicroBatch = tuple[TrainingSample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerBatch:
+    """`updates[u][rank][i]` is micro-batch i of a rank in optimizer update u; every rank has equally many."""
+
+    updates: tuple[tuple[tuple[MicroBatch, ...], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimStepOutput:
+    """What one optimizer step did: version after it, gradient norm before clipping, learning rate applied."""
+
+    policy_version: int
+    grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Everything that a resume restores besides the learner's own state (parameters, optimizer, schedule).
+
+    file_offsets: bytes of each append-only file at the checkpoint; a resume truncates the file to them.
+    """
+
+    step: int
+    policy_version: int
+    data_cursor: int
+    recipe_digest: str
+    file_offsets: Mapping[str, int]

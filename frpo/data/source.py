@@ -1,0 +1,101 @@
+"""Rows of a data set: a local .jsonl file, a Hugging Face data set, or generated arithmetic.
+
+Knows where each row came from and says so in every error. Does not know what the columns mean, render or tokenize.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from frpo.data.arithmetic import problems
+from frpo.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One record; `origin` is where a user finds it, such as "train.jsonl:17"."""
+
+    origin: str
+    columns: Mapping[str, Any]
+
+
+def read_rows(path: str, *, split: str, limit: int | None, seed: int) -> list[Row]:
+    """The first `limit` rows (all when None) of `path`, in their own order.
+
+    path: "arithmetic", a local file *.jsonl, or what `datasets.load_dataset` takes (an id, or a local folder).
+    split: of a Hugging Face data set. seed: order of generated arithmetic. Each is ignored by the other sources.
+    Raises DataError for a source that is missing, broken or empty, naming file and line where there is one.
+    """
+    if path == "arithmetic":
+        rows = _generated(limit, seed)
+    elif path.endswith(".jsonl"):
+        rows = list(islice(_jsonl(Path(path)), limit))
+    elif Path(path).is_file():
+        raise DataError(f"data file {path!r} is no .jsonl; write one JSON object a line and name it *.jsonl")
+    else:
+        rows = list(islice(_hugging_face(path, split), limit))
+    if not rows:
+        raise DataError(f"data set {path!r} has no rows; give one with at least one")
+    return rows
+
+
+def column(row: Row, name: str, *kinds: type) -> Any:
+    """The value of column `name`, which must be of one of `kinds`. Raises DataError naming the row otherwise."""
+    if name not in row.columns:
+        raise DataError(f"{row.origin}: no column {name!r}; the row has {', '.join(map(repr, row.columns)) or 'none'}")
+    value = row.columns[name]
+    if not isinstance(value, kinds):
+        allowed = " or ".join(kind.__name__ for kind in kinds)
+        raise DataError(f"{row.origin}: column {name!r} must be {allowed}, given {type(value).__name__} {value!r:.60}")
+    return value
+
+
+def _generated(limit: int | None, seed: int) -> list[Row]:
+    """Every problem of the default difficulty, or `limit` of them; columns prompt and answer."""
+    pairs = problems(limit, seed)
+    return [Row(origin=f"arithmetic:{number}", columns={"prompt": question, "answer": answer})
+            for number, (question, answer) in enumerate(pairs, start=1)]
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    try:
+        file = path.open("rb")  # bytes: a wrong encoding is then found on its own line
+    except OSError as error:
+        raise DataError(f"data file {str(path)!r} cannot be read: {error.strerror}; check data.path") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                origin = f"{path}:{number}"
+                yield Row(origin=origin, columns=_json_object(line, origin))
+
+
+def _json_object(line: bytes, origin: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); save the file so") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{origin}: invalid JSON: {error.msg} at column {error.colno}; "
+                        "each line must hold one whole JSON object") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}: expected a JSON object of columns, given {type(value).__name__}")
+    return value
+
+
+def _hugging_face(path: str, split: str) -> Iterator[Row]:
+    # `datasets` takes a second to import and only this source needs it.
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        dataset = load_dataset(path, split=split)
+    # OSError covers no network, offline mode and unknown ids; ValueError an unknown split or configuration.
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"data set {path!r}, split {split!r}, cannot be loaded: {error}; check data.path and "
+                        "data.split, or give a local .jsonl file where the hub cannot be reached") from error
+    for number, columns in enumerate(dataset):
+        yield Row(origin=f"{path}[{split}]:{number}", columns=columns)

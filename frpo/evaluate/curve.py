@@ -1,0 +1,37 @@
+"""The reward curve of one or several runs as a picture, from their metrics files."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file, one a step."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_reward_curve(runs: Mapping[str, Path], picture: Path) -> Path:
+    """Training reward as a line and held-out reward with its 95 % interval as points; `runs` maps names to metrics files."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for color, (name, path) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs.items()):
+        rows = read_metrics(path)
+        trained = [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row]
+        heldout = [(row["step"], row["eval/reward"], row["eval/interval"]) for row in rows if "eval/reward" in row]
+        if trained:
+            axes.plot(*zip(*trained), color=color, alpha=0.35, linewidth=1, label=f"{name}: training prompts")
+        if heldout:
+            steps, means, intervals = zip(*heldout)
+            axes.errorbar(steps, means, yerr=intervals, color=color, marker="o", markersize=4, capsize=3,
+                          label=f"{name}: held-out prompts")
+    axes.set(xlabel="step", ylabel="mean reward")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+    return picture

@@ -1,0 +1,62 @@
+"""Fail-fast checks of a run: engine and learner are the same function, and the first step moves every tensor."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from frpo.builder import Parts
+from frpo.errors import InvariantError
+from frpo.types import MicroBatch, RolloutGroup
+
+DEFAULT_GAP = {"fp32": 1e-3, "bf16": 5e-2}
+"""Mean |log-prob difference| in nats that rounding explains; wrong weights give tenths and more."""
+PROBED_GROUPS = 4
+
+
+def check_logprob_gap(parts: Parts, groups: Sequence[RolloutGroup], version: int) -> float:
+    """Mean |log-prob difference| between every engine and the learner on sampled completions, in nats.
+
+    Both score the given tokens at temperature 1 without truncation, so that sampling settings do not show.
+    Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the precision).
+    """
+    probe = groups[:PROBED_GROUPS]
+    learner = [array for group in parts.learner.score_groups(probe, "policy", temperature=1.0) for array in group]
+    sequences = [(group.prompt.token_ids + completion.token_ids, len(group.prompt.token_ids))
+                 for group in probe for completion in group.completions]
+    limit = parts.recipe.checks.max_logprob_gap or DEFAULT_GAP[parts.recipe.model.dtype]
+    worst = 0.0
+    for index, scores in enumerate(parts.pool.score(sequences, version)):
+        gap = float(np.abs(np.concatenate(scores) - np.concatenate(learner)).mean())
+        worst = max(worst, gap)
+        if not gap <= limit:
+            raise InvariantError(
+                f"rollout engine {index} and learner disagree: mean |log-prob difference| {gap:.3g} nats on "
+                f"{len(sequences)} completions of version {version}, allowed {limit:g} (checks.max_logprob_gap); the "
+                "engine does not serve the learner's weights, or they compute different functions (precision, attention)")
+    return worst
+
+
+def has_signal(update: Sequence[Sequence[MicroBatch]]) -> bool:
+    """Whether an update has any sample with an advantage and a weight, so that a gradient must exist."""
+    return any(sample.advantage != 0 and sample.policy_weight.any()
+               for rank in update for micro_batch in rank for sample in micro_batch)
+
+
+def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:
+    """Raise InvariantError naming the trainable tensors that got no gradient, or whose fp32 master did not move."""
+    without = [name for name, (has_gradient, _) in report.items() if not has_gradient]
+    still = [name for name, (has_gradient, moved) in report.items() if has_gradient and not moved]
+    problems = []
+    if without:
+        problems.append(f"{len(without)} got no gradient: {_some(without)}")
+    if still:
+        problems.append(f"{len(still)} got a gradient but did not move: {_some(still)}")
+    if problems:
+        raise InvariantError(f"after the first step with a signal, of {len(report)} trainable tensors "
+                             f"{'; '.join(problems)}. Freeze them on purpose or fix the model; "
+                             "checks.parameters_move=false goes on regardless")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

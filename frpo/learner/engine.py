@@ -1,0 +1,148 @@
+"""DeepSpeed for one rank: process group, engine, frozen reference, and gathering of partitioned parameters.
+
+The memory strategy comes from a ds_configs file; batch sizes, precision and clipping from the recipe. What is computed
+with the engine is `learner`'s business.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from frpo.config.sections import LearnerSection, ModelSection, repository_file
+from frpo.errors import ConfigError
+
+OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+        "bf16", "fp16", "optimizer", "scheduler")
+"""DeepSpeed keys that the recipe decides."""
+
+
+def memory_strategy(name: str) -> dict[str, Any]:
+    """The DeepSpeed JSON `name` (a path, or a file of ds_configs). Raises ConfigError if it holds keys of the recipe."""
+    try:
+        path = repository_file("ds_configs", name, ".json")
+    except FileNotFoundError as error:
+        raise ConfigError(f"learner.deepspeed: {error}") from None
+    strategy = json.loads(path.read_text(encoding="utf-8"))
+    clash = [key for key in OURS if key in strategy]
+    if clash:
+        raise ConfigError(f"{path}: {', '.join(clash)} come from the recipe (learner.*, model.dtype); remove them here")
+    return strategy
+
+
+def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of the policy. The learner owns the accumulation boundary."""
+    return {
+        **memory_strategy(learner.deepspeed),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": learner.grad_clip,
+        "bf16": {"enabled": model.dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def init_process_group(device: torch.device, timeout_s: float) -> None:
+    """Join the ranks (RANK, WORLD_SIZE, MASTER_* are in the environment); a collective fails after `timeout_s`."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+@contextmanager
+def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
+    """Within it, `from_pretrained` builds ZeRO-3 models partitioned from the start."""
+    keep_alive = HfDeepSpeedConfig(config) if stage_of(config) == 3 else None
+    yield
+    del keep_alive
+
+
+def stage_of(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def build_policy(build: Callable[[], PreTrainedModel], learner: LearnerSection, config: dict[str, Any]):
+    """The trainable engine: AdamW over all parameters with gradients, sharded as `config` says."""
+    with partitioned_loading(config):
+        network = build()
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay)
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+    engine.train()
+    return engine
+
+
+def build_reference(build: Callable[[], PreTrainedModel], config: dict[str, Any], device: torch.device):
+    """A frozen copy for KL terms: partitioned like the policy under ZeRO-3, a plain module otherwise."""
+    frozen = {**config, "managed_gradient_accumulation": True}
+    with partitioned_loading(frozen):
+        network = build()
+    network.requires_grad_(False)
+    if stage_of(config) == 3:
+        engine, *_ = deepspeed.initialize(model=network, config=frozen)
+        network = engine
+    else:
+        network.to(device)
+    network.eval()
+    return network
+
+
+class GatheredWeights:
+    """A module's parameters, whole, in buckets of about `bucket_bytes` and in a fixed order.
+
+    Iterating is a collective under ZeRO-3: every rank must go to the end, whatever happens to one of them, or the
+    others hang. A tensor is valid until the next bucket is taken. A tied parameter appears once, under its first name.
+    """
+
+    def __init__(self, module: torch.nn.Module, bucket_bytes: float):
+        self.module = module
+        self.bucket_bytes = bucket_bytes
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self.module.named_parameters()]
+
+    def __iter__(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        for bucket in _buckets(self.module, self.bucket_bytes):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                yield [(name, parameter.data) for name, parameter in bucket]
+
+
+def full_size(parameter: torch.nn.Parameter) -> int:
+    """Number of elements of the whole parameter, partitioned or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def learning_rate(update: int, total_updates: int, learner: LearnerSection) -> float:
+    """Rate of optimizer update `update` (from 0): linear warm-up, then constant, or linear or cosine down to the minimum."""
+    if update < learner.warmup_steps:
+        return learner.lr * (update + 1) / (learner.warmup_steps + 1)
+    if learner.schedule == "constant":
+        return learner.lr
+    rest = max(1, total_updates - learner.warmup_steps)
+    progress = min(1.0, (update - learner.warmup_steps) / rest)
+    fall = progress if learner.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return learner.lr * (1 - (1 - learner.min_lr_ratio) * fall)
+
+
+def _buckets(module: torch.nn.Module, bucket_bytes: float) -> Iterator[Sequence[tuple[str, torch.nn.Parameter]]]:
+    bucket: list[tuple[str, torch.nn.Parameter]] = []
+    held = 0
+    for name, parameter in module.named_parameters():
+        size = full_size(parameter) * parameter.element_size()
+        if bucket and held + size > bucket_bytes:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append((name, parameter))
+        held += size
+    if bucket:
+        yield bucket

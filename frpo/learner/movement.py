@@ -1,0 +1,45 @@
+"""Did every trainable tensor get a gradient, and did its fp32 master move in the step?
+
+Catches a learner that silently freezes weights. It compares digests, so it costs one pass over the parameters and no
+copy of the model.
+"""
+from __future__ import annotations
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+
+class MovementCheck:
+    """Watches one forward-backward and one optimizer step of a DeepSpeed module. Construction hooks the parameters."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.has_gradient = dict.fromkeys(self.parameters, False)
+        self.hooks = [p.register_hook(self._recorder(name)) for name, p in self.parameters.items()]
+
+    def before_step(self) -> None:
+        """Collective: digest the fp32 masters."""
+        self.digest = {name: _digest(parameter) for name, parameter in self.parameters.items()}
+
+    def after_step(self) -> None:
+        """Collective: compare, and let go of the parameters' hooks."""
+        self.moved = {name: _digest(p) != self.digest[name] for name, p in self.parameters.items()}
+        for hook in self.hooks:
+            hook.remove()
+
+    def report(self) -> dict[str, tuple[bool, bool]]:
+        return {name: (self.has_gradient[name], self.moved[name]) for name in self.parameters}
+
+    def _recorder(self, name: str):
+        def record(gradient: torch.Tensor) -> None:
+            self.has_gradient[name] = self.has_gradient[name] or bool(gradient.count_nonzero())
+
+        return record
+
+
+def _digest(parameter: torch.nn.Parameter) -> tuple[float, float]:
+    """Two float64 sums that change when any element does (exact cancellation aside)."""
+    master = safe_get_full_fp32_param(parameter)
+    values = (parameter.data if master is None else master).double().flatten()
+    ramp = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
+    return values.sum().item(), values.dot(ramp).item()

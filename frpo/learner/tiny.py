@@ -1,0 +1,96 @@
+"""A small causal language model made on the spot: configuration, tokenizer and a short supervised warm start.
+
+It exists so that the whole loop runs where no weights can be had. The warm start teaches generated arithmetic in the
+recipe's own prompt format, never a held-out prompt, and stops early on purpose: reinforcement learning has something
+left to do.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from frpo.config.sections import Recipe, TinyModelSection, WarmStartSection
+from frpo.data.arithmetic import problems
+from frpo.data.chat import render, render_text
+from frpo.data.prompts import load_prompts
+from frpo.data.tiny_tokenizer import build_tokenizer
+
+RECORD = "tiny.json"
+Example = tuple[tuple[int, ...], tuple[int, ...]]
+"""(prompt token ids, completion token ids with the end of sequence)."""
+
+
+def tiny_model(recipe: Recipe, folder: Path) -> str:
+    """Make the recipe's tiny model in `folder`, or reuse the one that an earlier run made there with the same settings."""
+    settings = json.loads(json.dumps({"tiny": recipe.model.tiny.model_dump(), "data": recipe.data.model_dump(),
+                                      "max_length": recipe.model.max_length, "seed": recipe.run.seed}))
+    record = folder / RECORD
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
+        return str(folder)
+    tokenizer = build_tokenizer()
+    network = new_network(recipe.model.tiny, tokenizer, recipe.model.max_length, recipe.run.seed)
+    warm_start(network, _examples(recipe, tokenizer), recipe.model.tiny.warm_start, tokenizer.pad_token_id, recipe.run.seed)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    return str(folder)
+
+
+def new_network(tiny: TinyModelSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> PreTrainedModel:
+    """A Qwen2 of the section's shape with random weights."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=tiny.hidden_size, intermediate_size=4 * tiny.hidden_size,
+        num_hidden_layers=tiny.num_layers, num_attention_heads=tiny.num_heads,
+        num_key_value_heads=1, max_position_embeddings=max_length,
+        tie_word_embeddings=tiny.tied, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None))
+
+
+def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: WarmStartSection, pad_id: int,
+               seed: int) -> None:
+    """AdamW on the completions of `examples`, linear decay of the learning rate; in place, one process."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=section.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    random = np.random.Generator(np.random.PCG64(seed))
+    network.train()
+    for step in track(range(section.steps), description="warm start", transient=True):
+        drawn = [examples[i] for i in random.integers(len(examples), size=section.batch_size)]
+        for group in optimizer.param_groups:
+            group["lr"] = section.lr * min(1.0, (step + 1) / 20) * (1 - step / section.steps)
+        token_ids, labels = _padded(drawn, pad_id)
+        network(input_ids=token_ids, attention_mask=(token_ids != pad_id).long(), labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """All generated problems but those held out by the recipe."""
+    heldout = {prompt.token_ids for prompt in load_prompts(recipe.data, tokenizer, recipe.run.seed).heldout}
+    examples = []
+    for question, answer in problems(None, recipe.run.seed):
+        if recipe.data.format == "chat":
+            prompt = render([{"role": "user", "content": question}], tokenizer)
+        else:
+            prompt = render_text(question, tokenizer)
+        completion = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if prompt not in heldout:
+            examples.append((prompt, tuple(completion)))
+    return examples
+
+
+def _padded(examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(prompt) + len(completion) for prompt, completion in examples)
+    token_ids = torch.full((len(examples), longest), pad_id)
+    labels = torch.full((len(examples), longest), -100)
+    for row, (prompt, completion) in enumerate(examples):
+        ids = torch.tensor(prompt + completion)
+        token_ids[row, :len(ids)] = ids
+        labels[row, len(prompt):len(ids)] = ids[len(prompt):]
+    return token_ids, labels

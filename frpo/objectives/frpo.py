@@ -1,0 +1,185 @@
+"""FRPO: the robust group advantage, its jackknife, and what describes the tilt.
+
+Maximises J = -lam * E_x log E_y exp(-r / lam), the worst expected reward over a KL ball of policies (FRPO paper; here
+from the dual and its gradient). With p = softmax(-r / lam) over the k valid samples of a group:
+
+    plug-in    c_i = p_i
+    jackknife  c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i,     P(-j) = softmax(-r / lam) without sample j
+    advantage  A_i = s (1 - k c_i),     s = lam ("exact"), 1 ("unit", the paper), max(lam, 1) ("max1", the authors' code)
+
+A low reward has a large c_i and so a negative advantage; sum c_i = 1, sum A_i = 0. There is no inner loop, no dual
+variable is learned, and the ratio and clipping are the loss's business.
+
+Shape suffixes: G samples of a group, K valid ones, KK one row per left-out sample.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from frpo.objectives.base import GroupAdvantages, estimator, require_one_of, valid_rewards
+
+Estimate = Literal["jackknife", "plugin"]
+Scale = Literal["exact", "unit", "max1"]
+Guard = Literal["none", "shrink"]
+
+
+@estimator("frpo")
+@dataclass(frozen=True, kw_only=True)
+class FRPO:
+    """Robust advantages of a group.
+
+    lam: temperature in units of the reward; small is pessimistic. float("inf") is the limit without robustness:
+        r - mean (plug-in, Dr. GRPO) or r_i - mean of the others (jackknife, RLOO); it has no "unit" scale.
+    estimator: the jackknife removes the O(1/k) optimism of the plug-in.
+    guard: "shrink" pulls the jackknife's coefficients towards p until none is negative. Without it, where one sample
+        dominates, the second worst gets the largest positive advantage.
+    rho: instead of lam (then unused), a radius in nats: each group solves KL(p || uniform) = rho for its own lam.
+        At rho >= log(k / m), m ties at the worst reward, lam is 0: p is uniform over the worst. The objective is then the
+        worst reward itself, which no probability changes, so the "exact" scale gives 0; the others give 1 - k/m and 1.
+
+    Raises ValueError for values outside these.
+    """
+
+    lam: float = 1.0
+    estimator: Estimate = "jackknife"
+    scale: Scale = "max1"
+    guard: Guard = "none"
+    rho: float | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("estimator", self.estimator, get_args(Estimate))
+        require_one_of("scale", self.scale, get_args(Scale))
+        require_one_of("guard", self.guard, get_args(Guard))
+        if not self.lam > 0:
+            raise ValueError(f"lam must be > 0, given {self.lam}")
+        if self.rho is None and math.isinf(self.lam) and self.scale == "unit":
+            raise ValueError("lam = inf with scale 'unit' makes every advantage 0; use scale 'exact' or 'max1'")
+        if self.rho is not None and not 0 < self.rho < math.inf:
+            raise ValueError(f"rho must be > 0 and finite, given {self.rho}")
+        if self.rho is not None and self.estimator == "jackknife":
+            raise ValueError("rho solves for lam with the plug-in weights: set estimator to 'plugin', given 'jackknife'")
+
+    def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
+        """Rewards of a group (G,), NaN where none -> advantages (G,) and tilt statistics (none if no reward is valid)."""
+        valid = valid_rewards(rewards_G)
+        if valid.rewards_K.size == 0:
+            return valid.place(np.zeros_like)
+        lam = self.lam if self.rho is None else temperature_of_radius(valid.rewards_K, self.rho)
+        c_K = self._coefficients(valid.rewards_K, lam)
+        return valid.place(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(valid.rewards_K, c_K, lam))
+
+    def _coefficients(self, rewards_K: np.ndarray, lam: float) -> np.ndarray:
+        p_K = tilt(rewards_K, lam)
+        if self.estimator == "plugin" or p_K.size == 1:
+            return p_K
+        c_K = jackknife_coefficients(rewards_K, lam)
+        return shrink_to_positive(c_K, p_K) if self.guard == "shrink" else c_K
+
+    def _scaled(self, rewards_K: np.ndarray, c_K: np.ndarray, lam: float) -> np.ndarray:
+        k = rewards_K.size
+        if math.isinf(lam):
+            centred_K = rewards_K - rewards_K.mean()
+            return centred_K if self.estimator == "plugin" else centred_K * k / (k - 1)
+        scale = {"exact": lam, "unit": 1.0, "max1": max(lam, 1.0)}[self.scale]
+        return scale * (1 - k * c_K)
+
+    def _stats(self, rewards_K: np.ndarray, c_K: np.ndarray, lam: float) -> dict[str, float]:
+        p_K = tilt(rewards_K, lam)
+        stats = {
+            "lam": lam,
+            "ess": 1 / np.square(p_K).sum(),
+            "max_weight": p_K.max(),
+            "negative_share": np.mean(c_K < 0),
+            "tilt_kl": radius(p_K),
+            "worst_reward": rewards_K.min(),
+            "certainty_equivalent": certainty_equivalent(rewards_K, lam),
+        }
+        stats["gap"] = rewards_K.mean() - stats["certainty_equivalent"]
+        if self.estimator == "jackknife":
+            stats["certainty_equivalent_jackknife"] = jackknife_certainty_equivalent(rewards_K, lam)
+        return {name: float(value) for name, value in stats.items()}
+
+
+def tilt(rewards_K: np.ndarray, lam: float) -> np.ndarray:
+    """p = softmax(-r / lam) over the last axis, for 0 <= lam <= inf. A reward of +inf marks a left-out sample: p = 0."""
+    gaps_K = rewards_K - rewards_K.min(axis=-1, keepdims=True)
+    weights_K = _weights(gaps_K, lam)
+    return weights_K / weights_K.sum(axis=-1, keepdims=True)
+
+
+def certainty_equivalent(rewards_K: np.ndarray, lam: float) -> np.ndarray:
+    """r* = -lam log mean exp(-r / lam) over the last axis: the reward at which the plug-in advantage is zero."""
+    if math.isinf(lam):
+        return np.mean(rewards_K, axis=-1, where=np.isfinite(rewards_K))
+    worst = rewards_K.min(axis=-1)
+    mean_weight = _weights(rewards_K - worst[..., None], lam).sum(axis=-1) / np.isfinite(rewards_K).sum(axis=-1)
+    return worst - lam * np.log(mean_weight)
+
+
+def jackknife_coefficients(rewards_K: np.ndarray, lam: float) -> np.ndarray:
+    """c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i for k >= 2; may be negative, sums to 1.
+
+    One softmax per left-out sample: the O(k) forms subtract weights and turn into inf where one sample dominates.
+    """
+    k = rewards_K.size
+    left_out_KK = tilt(_leave_one_out(rewards_K), lam)
+    return k * tilt(rewards_K, lam) - (k - 1) / k * left_out_KK.sum(axis=0)
+
+
+def jackknife_certainty_equivalent(rewards_K: np.ndarray, lam: float) -> float:
+    """k r* - (k - 1)/k * sum_j r*(-j): the value whose gradient the jackknife coefficients are; r* itself for k = 1."""
+    k = rewards_K.size
+    whole = certainty_equivalent(rewards_K, lam)
+    if k == 1:
+        return float(whole)
+    return float(k * whole - (k - 1) / k * certainty_equivalent(_leave_one_out(rewards_K), lam).sum())
+
+
+def shrink_to_positive(c_K: np.ndarray, p_K: np.ndarray) -> np.ndarray:
+    """(1 - tau) p + tau c with the largest tau <= 1 that leaves no coefficient negative; still sums to 1."""
+    negative_K = c_K < 0
+    if not negative_K.any():
+        return c_K
+    tau = min(1.0, np.min(p_K[negative_K] / (p_K - c_K)[negative_K]))
+    # c - p rounds, so the binding coefficient could come out at -1e-17.
+    return np.maximum(p_K + tau * (c_K - p_K), 0.0)
+
+
+def radius(p_K: np.ndarray) -> float:
+    """KL(p || uniform) = sum p log(k p), in nats."""
+    positive_K = p_K[p_K > 0]
+    return max(0.0, float(np.sum(positive_K * np.log(p_K.size * positive_K))))
+
+
+def temperature_of_radius(rewards_K: np.ndarray, rho: float) -> float:
+    """The lam with KL(softmax(-r / lam) || uniform) = rho, by bisection of log lam; 0 if rho >= log(k / ties at the worst)."""
+    if rho >= math.log(rewards_K.size / np.sum(rewards_K == rewards_K.min())):
+        return 0.0
+    low = high = float(np.ptp(rewards_K))
+    while radius(tilt(rewards_K, high)) > rho:
+        high *= 2
+    while low > 0 and radius(tilt(rewards_K, low)) < rho:
+        low /= 2
+    for _ in range(200):
+        middle = math.sqrt(low) * math.sqrt(high)
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if radius(tilt(rewards_K, middle)) > rho else (low, middle)
+    return high
+
+
+def _weights(gaps_K: np.ndarray, lam: float) -> np.ndarray:
+    """exp(-gap / lam) of gaps to the worst reward, so that no exponent is positive."""
+    if lam == 0 or math.isinf(lam):
+        return (gaps_K == 0 if lam == 0 else np.isfinite(gaps_K)).astype(np.float64)
+    with np.errstate(over="ignore"):
+        return np.exp(-gaps_K / lam)
+
+
+def _leave_one_out(rewards_K: np.ndarray) -> np.ndarray:
+    """Row j: the group with sample j at +inf, which has weight exactly 0."""
+    return np.where(np.eye(rewards_K.size, dtype=bool), np.inf, rewards_K)

@@ -1,0 +1,14 @@
+"""Rewards: user functions and verifiers in worker processes, their values checked, weighted and summed.
+
+A reward is a plain function with TRL's call (see `protocol`); a wrong length, an exception or a time-out is a named
+error or a counted abstention, never a zero. No advantages, no logging and no sampling here.
+"""
+from frpo.rewards.control import shuffled
+from frpo.rewards.loading import load_function
+from frpo.rewards.protocol import RewardFunction, RewardSpec
+from frpo.rewards.suite import RewardSuite, ScoreReport
+from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
+
+__all__ = [
+    "RewardCallError", "RewardFunction", "RewardSpec", "RewardSuite", "RewardTimeoutError", "RewardWorker",
+    "ScoreReport", "load_function", "shuffled"]

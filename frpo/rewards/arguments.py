@@ -1,0 +1,73 @@
+"""Which arguments a reward function gets: the batch and its columns as lists of N, and the recipe's kwargs.
+
+Calls nothing. N: completions of all groups of one call.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from frpo.errors import RewardError
+from frpo.rewards.loading import Parameters, nearest
+from frpo.rewards.protocol import BATCH_ARGUMENTS, RewardSpec
+from frpo.types import Completion, Prompt, RolloutGroup
+
+
+def offered_arguments(
+    groups: Sequence[RolloutGroup], chat: bool, always: Sequence[str],
+) -> dict[str, list[Any]]:
+    """Every argument that a reward may name, each a list of N: prompts, completions, token ids and all columns.
+
+    `always` names columns that are passed even if no prompt has them. Raises RewardError when a column has the name of
+    a batch argument.
+    """
+    pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
+    columns = dict.fromkeys([*always, *(name for group in groups for name in group.prompt.columns)])
+    taken = [name for name in columns if name in BATCH_ARGUMENTS]
+    if taken:
+        raise RewardError(
+            f"data column {taken[0]!r} has the name of an argument that every reward gets; rename the column "
+            f"(reserved: {', '.join(BATCH_ARGUMENTS)})")
+    return {
+        "prompts": [_prompt_argument(prompt, chat) for prompt, _ in pairs],
+        "completions": [_completion_argument(completion, chat) for _, completion in pairs],
+        "completion_ids": [list(completion.token_ids) for _, completion in pairs],
+        **{name: [prompt.columns.get(name) for prompt, _ in pairs] for name in columns}}
+
+
+def select_arguments(
+    spec: RewardSpec, label: str, parameters: Parameters, offered: Mapping[str, list[Any]],
+) -> dict[str, Any]:
+    """What the function takes of what there is, and the recipe's kwargs.
+
+    Raises RewardError when it needs an argument that there is not, or one comes from both sides.
+    """
+    shadowed = [name for name in spec.kwargs if name in offered]
+    if shadowed:
+        raise RewardError(f"{label}: kwargs has {shadowed[0]!r}, which is a data column too; rename one of them")
+    missing = [name for name in parameters.required if name not in offered and name not in spec.kwargs]
+    if missing:
+        columns = [name for name in offered if name not in BATCH_ARGUMENTS]
+        raise RewardError(
+            f"{label} needs {missing[0]!r}, which is neither a data column{nearest(missing[0], columns)} nor in its "
+            f"kwargs; columns: {', '.join(columns) or 'none'}; kwargs: {', '.join(spec.kwargs) or 'none'}")
+    taken = {name: values for name, values in offered.items() if parameters.open or name in parameters.named}
+    return {**taken, **spec.kwargs}
+
+
+def check_kwargs(spec: RewardSpec, label: str, parameters: Parameters) -> None:
+    """Raise RewardError when the recipe gives a keyword argument that the function does not take (a typo, mostly)."""
+    unknown = [name for name in spec.kwargs if not parameters.open and name not in parameters.named]
+    if unknown:
+        known = [name for name in parameters.named if name not in BATCH_ARGUMENTS]
+        raise RewardError(
+            f"{label} takes no {unknown[0]!r} as its kwargs say{nearest(unknown[0], known)}; "
+            f"it takes: {', '.join(parameters.named) or 'nothing'}")
+
+
+def _prompt_argument(prompt: Prompt, chat: bool) -> Any:
+    return [dict(message) for message in prompt.messages] if chat else "".join(m["content"] for m in prompt.messages)
+
+
+def _completion_argument(completion: Completion, chat: bool) -> Any:
+    return [{"role": "assistant", "content": completion.text}] if chat else completion.text

@@ -1,0 +1,112 @@
+"""Finds a reward function by the name a recipe gives, and reads which arguments it takes.
+
+Runs no reward. A `.py` file is loaded as a module of its own: its folder is not put on `sys.path`.
+"""
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from frpo.errors import RewardError
+
+FORMS = "'package.module:function' or 'path/file.py:function'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """The arguments of a function: all it names, those without a default, and whether it also has `**kwargs`."""
+
+    named: tuple[str, ...]
+    required: tuple[str, ...]
+    open: bool
+
+
+def load_function(function: str) -> Callable[..., Any]:
+    """Import what `function` names: 'package.module:function' or 'path/file.py:function'.
+
+    Raises RewardError when the form is wrong, the module or file is missing or raises while it is imported, the name
+    is not in it (the message gives the nearest name), or it is not callable.
+    """
+    where, separator, name = function.rpartition(":")
+    if not (separator and where and name.isidentifier()):
+        raise RewardError(f"reward function {function!r} is not of the form {FORMS}")
+    module = _load_file(where, function) if where.endswith(".py") else _load_module(where, function)
+    if not hasattr(module, name):
+        raise RewardError(f"reward function {function!r}: {where} has no {name!r}{_suggestion(module, name)}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise RewardError(f"reward function {function!r} is of type {type(found).__name__}, which cannot be called")
+    return found
+
+
+def parameters_of(function: Callable[..., Any]) -> Parameters:
+    """Read the signature; one that Python cannot tell (some C functions) counts as taking everything."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return Parameters(named=(), required=(), open=True)
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return Parameters(
+        named=tuple(p.name for p in by_name),
+        required=tuple(p.name for p in by_name if p.default is p.empty),
+        open=any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint ' (did you mean ...?)' if one of `known` resembles `name`, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _suggestion(module: ModuleType, name: str) -> str:
+    # Functions that the module defines itself come first; what it imports is rarely meant.
+    known = [key for key, value in vars(module).items()
+             if callable(value) and not key.startswith("_") and getattr(value, "__module__", None) == module.__name__]
+    return f"{nearest(name, known)}; functions there: {', '.join(sorted(known)) or 'none'}"
+
+
+def _load_module(name: str, function: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise RewardError(
+                f"reward function {function!r}: there is no module {error.name!r} on sys.path; "
+                f"allowed is {FORMS}") from error
+        raise _import_failure(function, error) from error
+
+
+def _load_file(path: str, function: str) -> ModuleType:
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        beside = sorted(other.name for other in file.parent.glob("*.py"))
+        raise RewardError(
+            f"reward function {function!r}: there is no file {file}{nearest(file.name, beside)}")
+    # Registered, since dataclasses and pickle look their module up; the digest keeps equal file names apart.
+    name = f"frpo_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, f"a .py file has a loader: {file}"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # as above: the user's code
+        del sys.modules[name]
+        raise _import_failure(function, error) from error
+    return module
+
+
+def _import_failure(function: str, error: Exception) -> RewardError:
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return RewardError(
+        f"reward function {function!r}: importing it raised {type(error).__name__}: {error}\n{text}")

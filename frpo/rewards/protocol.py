@@ -1,0 +1,57 @@
+"""What a reward function looks like (the call that TRL makes) and how a recipe asks for one.
+
+Nothing here loads, calls or checks a function: see `loading`, `worker` and `suite`.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Message = dict[str, str]
+"""{"role": ..., "content": ...}"""
+
+BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""Arguments of every call; no data column and no keyword argument of a recipe may take their names."""
+
+
+class RewardFunction(Protocol):
+    """Scores N completions in one call. A function written for TRL's GRPOTrainer fits as it is.
+
+    All arguments are passed by name:
+    prompts: N strings (text), or N message lists (chat). The completions of one prompt follow each other.
+    completions: N strings (text), or N lists `[{"role": "assistant", "content": text}]` (chat).
+    completion_ids: N lists of token ids.
+    columns: every column of the data set as a list of N values, None where a row lacks the column.
+    kwargs: the recipe's `kwargs`, the same at every call.
+
+    A function without `**kwargs` receives only the arguments that it names. `async def` works too.
+
+    Returns a sequence of N numbers; None abstains (the completion is not this reward's task). NaN and infinity are
+    errors. TRL's `trainer_state`, `log_extra` and `log_metric` are not passed.
+    """
+
+    def __call__(
+        self, *, prompts: Sequence[str] | Sequence[list[Message]], completions: Sequence[str] | Sequence[list[Message]],
+        completion_ids: Sequence[list[int]], **columns: Any,
+    ) -> Sequence[float | None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSpec:
+    """One reward of a run. The recipe's `RewardSection` has the same fields and serves as well.
+
+    name: of the component in metrics and traces.
+    function: "package.module:function" or "path/file.py:function".
+    weight: factor in the sum; 0 means logged only.
+    kwargs: passed to the function at every call.
+    timeout_s: limit for one call, in seconds.
+    on_error: what an exception, a time-out or a non-finite value does: "raise" stops, "abstain" counts as None.
+    """
+
+    name: str
+    function: str
+    weight: float = 1.0
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float = 60.0
+    on_error: Literal["raise", "abstain"] = "raise"

@@ -1,0 +1,89 @@
+"""The child side of a reward worker: loads one function and answers calls until told to stop.
+
+Started by `worker.RewardWorker` in a fresh interpreter; knows no reward specification, weight or time-out, and imports
+no torch. Messages from the run: a call's arguments by name, or None to stop. Answers: `Loaded`, `Returned`, `Raised`.
+"""
+from __future__ import annotations
+
+import faulthandler
+import inspect
+import os
+import pickle
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from frpo.errors import RewardError
+from frpo.rewards.loading import Parameters, load_function, parameters_of
+from frpo.rewards.values import Foreign, PortableValue, portable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The function is there and takes these arguments."""
+
+    parameters: Parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returned:
+    """A call's return value."""
+
+    result: list[PortableValue] | Foreign
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """Loading or a call failed; `text` tells type, message and the user's part of the traceback."""
+
+    text: str
+
+
+def serve(descriptor: int, function: str) -> None:
+    """Load `function`, then answer calls on the connection with this file descriptor. Returns when told to stop."""
+    faulthandler.enable()  # a crash in native code leaves its stack on stderr
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, calls), daemon=True).start()
+    try:
+        loaded = load_function(function)
+    except RewardError as error:
+        connection.send(Raised(text=str(error)))
+        return
+    connection.send(Loaded(parameters=parameters_of(loaded)))
+    # The function runs on the main thread: signal-based limits (math-verify's) work nowhere else.
+    while (answer := _answer(loaded, calls.get())) is not None:
+        connection.send(answer)
+
+
+def _receive(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
+    """Pass calls on. Reading all the time, so that the end of the run is noticed even while the function is busy."""
+    while True:
+        try:
+            calls.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            os.killpg(0, signal.SIGKILL)  # the run is gone: leave no process behind, nor one that the function started
+
+
+def _answer(function: Callable[..., Any], message: bytes) -> Returned | Raised | None:
+    try:
+        arguments = pickle.loads(message)  # here, so that a value whose class cannot be imported is reported too
+        if arguments is None:
+            return None
+        result = function(**arguments)
+        if inspect.iscoroutine(result):
+            import asyncio  # a quarter of the worker's start, for the few that need it
+
+            result = asyncio.run(result)
+        return Returned(result=portable(result))
+    except (Exception, SystemExit) as error:  # the user's code: whatever it raises is reported by name
+        # The first frame is this function's own.
+        own = error.__traceback__
+        frames = traceback.format_exception(type(error), error, own.tb_next if own else None)
+        return Raised(text=f"{type(error).__name__}: {error}\n{''.join(frames).rstrip()}")

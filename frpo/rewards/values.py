@@ -1,0 +1,88 @@
+"""What a reward function may return, made portable in its worker and checked in the run.
+
+No reward is summed here. The worker sends only numbers, None and descriptions of anything else, so that the run never
+has to import a user's class to learn that a return value was wrong.
+"""
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from frpo.errors import RewardError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """Something that is not a number: its type and how it prints (shortened)."""
+
+    type_name: str
+    text: str
+
+
+PortableValue = float | None | Foreign
+
+
+def portable(result: Any) -> list[PortableValue] | Foreign:
+    """Turn a function's return value into plain numbers, in the worker.
+
+    Sequences and 1-d arrays or tensors become lists; Python, numpy and 0-d tensor numbers and bools become floats.
+    Everything else becomes `Foreign`.
+    """
+    if getattr(result, "ndim", None) == 1 and hasattr(result, "tolist"):
+        result = result.tolist()
+    if isinstance(result, (str, bytes)) or not isinstance(result, Sequence):
+        return _foreign(result)
+    return [_portable_value(value) for value in result]
+
+
+def _portable_value(value: Any) -> PortableValue:
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if value is None:
+        return None
+    if isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:  # an integer beyond the range of a double
+            return math.inf if value > 0 else -math.inf
+    return _foreign(value)
+
+
+def _foreign(value: Any) -> Foreign:
+    try:
+        text = repr(value)
+    except Exception as error:  # a user's __repr__ may raise anything
+        text = f"<repr raised {type(error).__name__}>"
+    return Foreign(type_name=type(value).__name__, text=text if len(text) <= 80 else text[:77] + "...")
+
+
+def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str]) -> np.ndarray:
+    """Check one call's portable values against the prompt uids of its N completions.
+
+    Returns N float64; NaN where the function abstained, and where it returned NaN or infinity, which `nonfinite`
+    finds. Raises RewardError when the return value is not a sequence, has another length than N, or holds anything
+    but numbers and None.
+    """
+    if isinstance(result, Foreign):
+        raise RewardError(
+            f"returned {result.type_name} {result.text}; allowed is a list of {len(uids)} numbers or None, "
+            "one for each completion")
+    if len(result) != len(uids):
+        raise RewardError(
+            f"returned {len(result)} values for {len(uids)} completions; return one number or None for each completion")
+    for index, value in enumerate(result):
+        if isinstance(value, Foreign):
+            raise RewardError(
+                f"value {index} (prompt {uids[index]!r}) is {value.type_name} {value.text}; "
+                "allowed are numbers, and None to abstain")
+    return np.array([math.nan if value is None or not math.isfinite(value) else value for value in result])
+
+
+def nonfinite(result: list[PortableValue]) -> list[int]:
+    """Indices of NaN and infinite numbers (not of None) in values that `check_values` accepted."""
+    return [index for index, value in enumerate(result) if value is not None and not math.isfinite(value)]

@@ -1,0 +1,200 @@
+"""One process per reward function: started when needed, called with a time limit, killed when it exceeds it.
+
+The worker is a fresh interpreter that imports `frpo.rewards` and the function's module, nothing else. It is not started
+by `multiprocessing`, whose spawn would run the parent's `__main__` again (a second import of torch, or of a script
+without a guard) and whose daemons may not start processes of their own, as a reward that runs code must.
+It knows nothing of prompts, weights or sums (see `suite`), and never retries a call.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from frpo.errors import RewardError
+from frpo.rewards.loading import Parameters
+from frpo.rewards.serving import Loaded, Raised, Returned
+from frpo.rewards.values import Foreign, PortableValue
+
+logger = logging.getLogger(__name__)
+
+STARTUP_TIMEOUT_S = 120.0
+"""Least limit for importing a function's module: it is paid once, and may well exceed the limit of a call."""
+
+STOP_TIMEOUT_S = 2.0
+"""How long a worker may take to run its exit handlers before it is killed."""
+
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[3]); " \
+        "from frpo.rewards.serving import serve; serve(int(sys.argv[1]), sys.argv[2])"
+
+
+class RewardCallError(RewardError):
+    """A call raised, or its worker died: what a reward with `on_error: abstain` turns into abstentions."""
+
+
+class RewardTimeoutError(RewardCallError):
+    """A call exceeded its limit; its worker was killed."""
+
+
+class RewardWorker:
+    """A reward function in a process of its own.
+
+    The function keeps its module's state between calls, until a time-out or death; the next call starts afresh. Calls
+    from several threads take turns. Once closed it may be started again.
+    """
+
+    def __init__(
+        self, *, name: str, function: str, timeout_s: float, startup_timeout_s: float = STARTUP_TIMEOUT_S,
+    ) -> None:
+        self.label = f"reward {name!r} ({function})"
+        self._function = function
+        self._timeout_s = timeout_s
+        self._startup_timeout_s = max(startup_timeout_s, timeout_s)
+        self._folder = os.getcwd()  # relative paths mean the same at a restart, wherever the run has gone since
+        self._turn = threading.RLock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._parameters: Parameters | None = None
+
+    def start(self) -> Parameters:
+        """Start the process and load the function, unless that is done. Returns the arguments which it takes.
+
+        Raises RewardError when the function cannot be loaded or its module does not load in time.
+        """
+        with self._turn:
+            if self._process is not None and self._process.poll() is not None:
+                logger.warning("%s: its worker %s between calls; starting another", self.label, self._ending())
+                self._discard()
+            if self._parameters is None:
+                self._spawn()
+                self._parameters = self._load()
+            return self._parameters
+
+    def call(self, arguments: Mapping[str, Any]) -> list[PortableValue] | Foreign:
+        """Call the function by name with `arguments`, starting the worker if there is none. Returns what it returned.
+
+        Raises RewardCallError with the function's own exception, its message and traceback, or saying how the worker
+        died; RewardTimeoutError after `timeout_s`; RewardError if the function cannot be loaded.
+        """
+        with self._turn:
+            self.start()
+            answer = self._exchange(dict(arguments), self._timeout_s, "the call")
+            if isinstance(answer, Raised):
+                raise RewardCallError(f"{self.label} raised {answer.text}")
+            assert isinstance(answer, Returned), answer
+            return answer.result
+
+    def kill(self) -> None:
+        """End the process and what it started, at once and from any thread; a call under way raises."""
+        process = self._process
+        # Not `poll()`: while a dead leader is unreaped its group can still be killed, and a child that it forked may be
+        # what holds the connection open.
+        if process is not None and process.returncode is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it ended by itself meanwhile
+                pass
+
+    def close(self) -> None:
+        """Let the process end by itself if it is idle, else kill it. Closing twice is harmless."""
+        if not self._turn.acquire(blocking=False):
+            self.kill()
+            self._turn.acquire()
+        try:
+            if self._process is not None:
+                self._ask_to_stop(self._process)
+                self._discard()
+        finally:
+            self._turn.release()
+
+    def _spawn(self) -> None:
+        ours, theirs = Pipe()
+        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), self._function, json.dumps(sys.path)]
+        # A session of its own: Ctrl-C reaches only the run, and a kill reaches what the function started.
+        self._process = subprocess.Popen(
+            command, cwd=self._folder, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True)
+        theirs.close()
+        self._connection = ours
+
+    def _load(self) -> Parameters:
+        try:
+            answer = self._exchange(None, self._startup_timeout_s, "loading")
+        except RewardCallError as error:  # never an abstention: the run would learn from nothing
+            raise RewardError(str(error)) from None
+        if isinstance(answer, Raised):
+            self._discard()
+            raise RewardError(f"{self.label} cannot be loaded: {answer.text}")
+        assert isinstance(answer, Loaded), answer
+        return answer.parameters
+
+    def _exchange(self, message: dict[str, Any] | None, timeout_s: float, what: str) -> Any:
+        """Send `message` (if any) and receive one answer. On a time-out or death the process is gone afterwards."""
+        assert self._connection is not None
+        answer = None
+        with self._limit(timeout_s) as expired:
+            try:
+                if message is not None:
+                    self._connection.send(message)
+                answer = self._connection.recv()
+            except (EOFError, OSError):
+                pass  # the process is dead, by its own doing or by the limit
+        if expired.is_set():
+            self._discard()
+            raise RewardTimeoutError(
+                f"{self.label}: {what} took longer than {timeout_s:g} s and its worker was killed; "
+                "raise timeout_s, score fewer completions a call, or make the function faster")
+        if answer is None:
+            ending = self._ending()
+            self._discard()
+            raise RewardCallError(f"{self.label}: its worker process {ending} during {what}; see its stderr")
+        return answer
+
+    @contextmanager
+    def _limit(self, seconds: float) -> Iterator[threading.Event]:
+        """Kill the process after `seconds`, which ends a blocked send or receive; the event tells that it happened."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self.kill()
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield expired
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def _ending(self) -> str:
+        """How the process ended, in words. It is ended first if only its connection is gone."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+    def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> None:
+        assert self._connection is not None
+        try:
+            self._connection.send(None)
+            process.wait(timeout=STOP_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired):
+            pass  # dead already, or unwilling: `_discard` kills
+
+    def _discard(self) -> None:
+        assert self._process is not None and self._connection is not None
+        self.kill()
+        self._process.wait()
+        self._connection.close()
+        self._process = self._connection = self._parameters = None

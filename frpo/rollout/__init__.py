@@ -1,0 +1,1 @@
+"""Sampling: one vLLM engine, what it needs inside vLLM to receive weights, and the sampler over several engines."""

@@ -1,0 +1,63 @@
+"""Prompts to groups of completions: seeds, assignment to engines, order. It does not know how an engine is reached."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from frpo.errors import ConfigError
+from frpo.rollout.engine import GroupRequest, Sampling
+from frpo.types import Prompt, RolloutGroup
+
+SEED_RANGE = 2**31
+"""Seeds of one purpose. Torch's CPU generator reads only the low 32 bits of a seed, so seeds may differ only there."""
+
+TRAINING, EVALUATION = 0, 1
+
+
+class Pool(Protocol):
+    """The engines, as the sampler needs them."""
+
+    def stream(self, requests: Mapping[int, Sequence[GroupRequest]], sampling: Sampling, version: int
+               ) -> Iterator[RolloutGroup]: ...
+
+
+def sample_seeds(run_seed: int, purpose: int, first: int, count: int) -> tuple[int, ...]:
+    """Seeds of samples `first ... first + count - 1` of a run, counted over all its steps.
+
+    Distinct within a run for 2^31 samples a purpose (training, evaluation): the count itself, rotated by the run's
+    seed, with the purpose as the highest of 32 bits.
+    """
+    if first + count > SEED_RANGE:
+        raise ConfigError(f"sample {first + count} of a run exceeds its {SEED_RANGE} distinct seeds; start a new run")
+    rotation = run_seed * 2654435761 % SEED_RANGE
+    return tuple(purpose * SEED_RANGE + (rotation + first + i) % SEED_RANGE for i in range(count))
+
+
+class Sampler:
+    """Draws whole groups from the engines, static assignment: group i goes to engine i mod N, so that runs repeat."""
+
+    def __init__(self, pool: Pool, num_engines: int, run_seed: int):
+        self.pool = pool
+        self.num_engines = num_engines
+        self.run_seed = run_seed
+
+    def sample(self, prompts: Sequence[Prompt], *, step: int, first_sample: int, group_size: int, sampling: Sampling,
+               version: int, purpose: int = TRAINING, on_group: Callable[[int], None] | None = None
+               ) -> list[RolloutGroup]:
+        """One group a prompt, sorted by group id.
+
+        first_sample: number of this run's (and purpose's) samples drawn before, from which seeds follow.
+        on_group: told the number of finished groups, as they finish.
+        Raises EngineError if an engine dies, is late, or holds weights other than `version`.
+        """
+        requests = [
+            GroupRequest(group_id=(step, draw), prompt=prompt,
+                         seeds=sample_seeds(self.run_seed, purpose, first_sample + draw * group_size, group_size))
+            for draw, prompt in enumerate(prompts)]
+        assigned = {i: requests[i::self.num_engines] for i in range(self.num_engines) if requests[i::self.num_engines]}
+        groups = []
+        for group in self.pool.stream(assigned, sampling, version):
+            groups.append(group)
+            if on_group:
+                on_group(len(groups))
+        return sorted(groups, key=lambda group: group.group_id)

@@ -1,0 +1,65 @@
+"""What one step says of itself: metrics of its rollouts and the trace rows to re-read it by. Pure functions of records."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from frpo.types import AdvantagedGroup
+
+
+def rollout_metrics(groups: Sequence[AdvantagedGroup], seconds: float) -> dict[str, float]:
+    """Rewards (mean, min, max, every component), lengths, truncation and the estimator's own statistics.
+
+    seconds: time spent generating, for the throughput.
+    """
+    rewards = np.concatenate([group.scored.rewards_G for group in groups])
+    completions = [completion for group in groups for completion in group.scored.group.completions]
+    lengths = np.array([len(completion.token_ids) for completion in completions])
+    metrics = {
+        "reward/mean": _over(np.mean, rewards), "reward/min": _over(np.min, rewards), "reward/max": _over(np.max, rewards),
+        "rollout/length": float(lengths.mean()), "rollout/tokens": float(lengths.sum()),
+        "rollout/truncated": float(np.mean([completion.truncated for completion in completions])),
+        "time/tokens_per_second": float(lengths.sum() / seconds)}
+    for name in groups[0].scored.terms:
+        values = np.concatenate([group.scored.terms[name] for group in groups])
+        metrics[f"reward/{name}/mean"] = _over(np.mean, values)
+    return metrics | tilt_metrics(groups)
+
+
+def tilt_metrics(groups: Sequence[AdvantagedGroup]) -> dict[str, float]:
+    """`tilt/<name>`: every statistic of the estimator, averaged over the groups in which it is finite."""
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for name, value in group.stats.items():
+            if np.isfinite(value):
+                values.setdefault(f"tilt/{name}", []).append(value)
+    return {name: float(np.mean(numbers)) for name, numbers in values.items()}
+
+
+def trace_rows(groups: Sequence[AdvantagedGroup]) -> Iterator[dict[str, Any]]:
+    """One JSON object a rollout group: prompt, completions, seeds, log-probs, versions, reward components, advantages."""
+    for group in groups:
+        scored, rollout = group.scored, group.scored.group
+        yield {
+            "group_id": list(rollout.group_id), "prompt_uid": rollout.prompt.uid,
+            "messages": [dict(message) for message in rollout.prompt.messages],
+            "prompt_token_ids": list(rollout.prompt.token_ids),
+            "completions": [
+                {"text": completion.text, "token_ids": list(completion.token_ids), "logprobs": list(completion.logprobs),
+                 "loss_mask": [int(flag) for flag in completion.loss_mask],
+                 "version_spans": [[span.policy_version, span.start, span.end] for span in completion.version_spans],
+                 "seed": completion.seed, "finish_reason": completion.finish_reason,
+                 "reward": _number(scored.rewards_G[i]), "advantage": float(group.advantages_G[i]),
+                 "terms": {name: _number(values[i]) for name, values in scored.terms.items()}}
+                for i, completion in enumerate(rollout.completions)]}
+
+
+def _over(reduce: Any, values: np.ndarray) -> float:
+    kept = values[~np.isnan(values)]
+    return float(reduce(kept)) if len(kept) else float("nan")
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

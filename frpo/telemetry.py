@@ -1,0 +1,200 @@
+"""Metrics, timers, sinks and the progress bar: all arithmetic on metrics lives here.
+
+Keys are `area/name`. JSONL is always written; TensorBoard and W&B on request. It measures and writes, and decides
+nothing.
+"""
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+REDUCTIONS = ("mean", "max", "sum")
+
+
+class MetricSums:
+    """Metrics as (sum, count) until the last moment, so that parts merge exactly; "max" keeps the largest, "sum" the total."""
+
+    def __init__(self):
+        self.parts: dict[str, tuple[float, float, str]] = {}
+
+    def add(self, name: str, total: float, count: float, reduction: str = "mean") -> None:
+        """Fold one part in. Raises ValueError if `name` was added with another reduction."""
+        old_total, old_count, old_reduction = self.parts.get(name, (None, 0.0, reduction))
+        if reduction not in REDUCTIONS or reduction != old_reduction:
+            raise ValueError(f"metric {name}: reduction {reduction!r}, was {old_reduction!r}; allowed {REDUCTIONS}")
+        if old_total is None:
+            merged = float(total)
+        else:
+            merged = max(old_total, float(total)) if reduction == "max" else old_total + float(total)
+        self.parts[name] = (merged, old_count + float(count), reduction)
+
+    def update(self, metrics: Mapping[str, tuple[Any, Any, str]] | MetricSums) -> None:
+        """Fold in many parts: name -> (sum, count, reduction)."""
+        items = metrics.parts if isinstance(metrics, MetricSums) else metrics
+        for name, (total, count, reduction) in items.items():
+            self.add(name, float(total), float(count), reduction)
+
+    def result(self) -> dict[str, float]:
+        """One number a metric; a mean over nothing is left out."""
+        return {name: total / count if reduction == "mean" else total
+                for name, (total, count, reduction) in self.parts.items() if reduction != "mean" or count > 0}
+
+
+class PhaseTimer:
+    """Seconds a phase takes, summed over a step, and the name of the phase that runs now."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.current: str | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started, self.current = time.perf_counter(), name
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def collect(self) -> dict[str, float]:
+        """`time/<phase>` in seconds since the last collect."""
+        seconds, self.seconds = self.seconds, {}
+        return {f"time/{name}": value for name, value in seconds.items()}
+
+
+class Sink(Protocol):
+    """Where a step's metrics go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlFile:
+    """An append-only file of one JSON object a line, flushed line by line; its size is what a checkpoint remembers."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(row, allow_nan=True) + "\n")
+        self.file.flush()
+
+    def offset(self) -> int:
+        """Bytes written so far."""
+        self.file.flush()
+        return self.path.stat().st_size
+
+    def truncate(self, offset: int) -> None:
+        """Forget what lies beyond `offset` bytes. Raises ValueError if the file is shorter than that."""
+        size = self.path.stat().st_size
+        if size < offset:
+            raise ValueError(f"{self.path} has {size} bytes, the checkpoint remembers {offset}: the file was changed")
+        self.file.truncate(offset)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoardSink:
+    """TensorBoard events in the run's folder."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbSink:
+    """Weights & Biases; project and credentials come from its own environment variables."""
+
+    def __init__(self, name: str, folder: Path, config: Mapping[str, Any]):
+        import wandb
+
+        self.run = wandb.init(name=name, dir=str(folder), config=dict(config))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class ProgressBar:
+    """A live bar on a terminal; elsewhere one plain line a step, so that log files stay readable."""
+
+    def __init__(self, total: int, done: int, title: str):
+        self.console = Console()
+        self.live = self.console.is_terminal
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live)
+        self.task = self.progress.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> ProgressBar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def note(self, text: str) -> None:
+        """Show what happens now."""
+        self.progress.update(self.task, note=text)
+
+    def advance(self) -> None:
+        """One step done."""
+        self.progress.advance(self.task)
+
+    def log(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+LINE = (
+    ("reward", "reward/mean"), ("min", "reward/min"), ("eval", "eval/reward"), ("kl", "policy/kl_ref"),
+    ("entropy", "policy/entropy"), ("clip-", "policy/clip_low"), ("clip+", "policy/clip_high"),
+    ("grad", "policy/grad_norm"), ("gap", "rollout/logprob_gap"), ("ess", "tilt/ess"), ("len", "rollout/length"),
+    ("tok/s", "time/tokens_per_second"), ("v", "policy/version"))
+"""Short name and metric of the one-line summary; what a step did not measure is left out."""
+
+
+def step_line(step: int, metrics: Mapping[str, float]) -> str:
+    """The one log line of a step: figures first, then every reward component, then seconds by phase."""
+    figures = [f"{short} {_short(metrics[key])}" for short, key in LINE if key in metrics]
+    terms = [f"{key.removeprefix('reward/').removesuffix('/mean')} {_short(value)}" for key, value in metrics.items()
+             if key.startswith("reward/") and key.endswith("/mean")]
+    seconds = [f"{key.removeprefix('time/')} {value:.2f}s" for key, value in metrics.items()
+               if key.startswith("time/") and key != "time/tokens_per_second"]
+    return f"step {step:>4} | " + " ".join(figures) + " | " + " ".join(terms) + " | " + " ".join(seconds)
+
+
+def mean_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % normal interval; NaN entries are left out."""
+    kept = [value for value in values if not math.isnan(value)]
+    if not kept:
+        return math.nan, math.nan
+    mean = sum(kept) / len(kept)
+    variance = sum((value - mean) ** 2 for value in kept) / max(1, len(kept) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(kept))
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}"

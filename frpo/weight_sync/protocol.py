@@ -1,0 +1,65 @@
+"""What a weight-sync backend is: a sender on every learner rank, driving vLLM's own update sequence on the engines.
+
+One push = start, one update per bucket, finish under a new version label. Rank 0 talks to the engines; the other ranks
+only take part in the gathers. What differs between backends is how a bucket's bytes travel and what a failed push leaves:
+
+    cpu_shm     one host; buckets are staged and swapped in at the end: a failed push leaves the old weights serving
+    nccl, ipc   CUDA, weights land in place: after a failed push an engine serves nothing until it is rebuilt and synced
+"""
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from frpo.config.sections import WeightSyncSection
+
+Bucket = list[tuple[str, torch.Tensor]]
+"""Whole parameters by checkpoint name; the tensors are valid only until the next bucket is taken."""
+
+
+class WeightStream(Protocol):
+    """The policy's parameters, gathered bucket by bucket; iterating is a collective over the learner's ranks."""
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, whole shape) of every parameter, in the order of iteration, without gathering."""
+        ...
+
+    def __iter__(self) -> Iterator[Bucket]: ...
+
+
+class WeightSyncClient(Protocol):
+    """Rank 0's hold on the engines; every call reaches all of them and returns when all have done it.
+
+    The methods are those of vLLM's weight-transfer interface.
+    """
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self, weight_version: str) -> None: ...
+
+
+class WeightSender(Protocol):
+    """One rank's end of a backend."""
+
+    def send(self, weights: WeightStream, version: int) -> None:
+        """Push all buckets under label `version`. Collective: takes every bucket even after a failure, then raises."""
+        ...
+
+
+def make_sender(section: WeightSyncSection, rank: int, client: WeightSyncClient | None) -> WeightSender:
+    """The sender of the recipe's backend; `client` is needed on rank 0 only."""
+    backend = importlib.import_module(f"frpo.weight_sync.{section.backend}")
+    return backend.Sender(rank=rank, client=client)
+
+
+def drained(buckets: Iterable[Bucket]) -> None:
+    """Take the remaining buckets and drop them: the gathers behind them are collectives that other ranks wait in."""
+    for _ in buckets:
+        pass

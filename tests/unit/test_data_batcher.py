@@ -1,0 +1,186 @@
+"""The batcher: weights by hand, and what must hold for every layout."""
+import numpy as np
+import pytest
+
+from frpo.data.batcher import is_padding, lay_out, pack, score_batches
+from frpo.errors import ConfigError, InvariantError
+from frpo.types import AdvantagedGroup, Completion, Prompt, RolloutGroup, ScoredGroup
+
+REDUCTIONS = ("seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length")
+DEFAULTS = dict(num_ranks=1, updates=1, micro_batch_tokens=64, reduction="seq-mean-token-mean", max_length=10)
+
+
+def completion(length, mask=None, finish="stop", logprobs=None):
+    return Completion(
+        text="", token_ids=tuple(range(50, 50 + length)), loss_mask=tuple(mask or [True] * length), seed=0,
+        logprobs=tuple(logprobs or [-(t + 1) / 4 for t in range(length)]), version_spans=(), finish_reason=finish)
+
+
+def group(draw, prompt_length, completions, advantages=None, ref=None):
+    prompt = Prompt(uid=str(draw), messages=(), token_ids=tuple(range(prompt_length)))
+    rollout = RolloutGroup(group_id=(3, draw), prompt=prompt, completions=tuple(completions))
+    zeros_G = np.zeros(len(completions))
+    advantages_G = zeros_G if advantages is None else np.array(advantages)
+    return AdvantagedGroup(scored=ScoredGroup(group=rollout, rewards_G=zeros_G, terms={}), advantages_G=advantages_G,
+                           stats={}, ref_logprobs=ref)
+
+
+def random_groups(random, count, size):
+    groups = []
+    for draw in range(count):
+        lengths = random.integers(0, 11, size)
+        groups.append(group(draw, int(random.integers(1, 8)), [
+            completion(int(n), mask=list(random.random(n) < 0.8), finish=random.choice(["stop", "length"]))
+            for n in lengths], random.normal(size=size)))
+    return groups
+
+
+def learned(ranks):
+    return [sample for rank in ranks for batch in rank for sample in batch if not is_padding(sample)]
+
+
+def test_one_sample_by_hand():
+    """Prompt of 2; completion of 4 with a hole whose log-prob nobody knows; N = 2, T = 3 and 1."""
+    holed = completion(4, mask=[True, False, True, True], logprobs=[-1.0, float("nan"), -2.0, -0.5])
+    ref = (np.array([-3.0, np.nan, -4.0, -5.0]), np.array([-6.0]))
+    old = [(np.array([-7.0, np.nan, -8.0, -9.0]), np.array([-2.5]))]
+    batch = pack([group(0, 2, [holed, completion(1)], [1.5, -1.5], ref)], old_logprobs=old, **DEFAULTS)
+    first, second = sorted(learned(batch.updates[0]), key=lambda sample: sample.sample_id)
+    assert (first.sample_id, second.sample_id) == ((3, 0, 0), (3, 0, 1))
+    assert (first.advantage, second.advantage) == (1.5, -1.5)
+    assert first.token_ids.tolist() == [0, 1, 50, 51, 52, 53]
+    assert first.loss_mask.tolist() == [False, False, True, False, True, True]
+    assert first.policy_weight.tolist() == first.kl_weight.tolist() == [0, 0, 1 / 6, 0, 1 / 6, 1 / 6]
+    assert second.policy_weight.tolist() == [0, 0, 1 / 2]
+    assert first.rollout_logprobs.tolist() == [0, 0, -1, 0, -2, -0.5]
+    assert first.ref_logprobs.tolist() == [0, 0, -3, 0, -4, -5]
+    assert first.old_logprobs.tolist() == [0, 0, -7, 0, -8, -9]
+    assert second.old_logprobs.tolist() == [0, 0, -2.5]
+
+
+@pytest.mark.parametrize("reduction, weights", [
+    ("seq-mean-token-mean", [1 / 8, 1 / 24, 0, 1 / 4]),   # 1 / (T N)
+    ("seq-sum", [1 / 4, 1 / 4, 0, 1 / 4]),                # 1 / N
+    ("token-mean", [1 / 9, 1 / 9, 0, 1 / 9]),             # 1 / (2 + 6 + 0 + 1)
+    ("fixed-length", [1 / 40, 1 / 40, 0, 1 / 40]),        # 1 / (10 N)
+])
+def test_weights_of_each_reduction_by_hand(reduction, weights):
+    """The sequence without tokens counts in N but weighs nothing."""
+    groups = [group(0, 1, [completion(2), completion(6)]), group(1, 2, [completion(0), completion(1)])]
+    batch = pack(groups, **DEFAULTS | {"reduction": reduction})
+    samples = sorted(learned(batch.updates[0]), key=lambda sample: sample.sample_id)
+    for sample, length, weight in zip(samples, (2, 6, 0, 1), weights, strict=True):
+        expected = np.where(np.arange(len(sample.token_ids)) >= len(sample.token_ids) - length, weight, 0.0)
+        np.testing.assert_allclose(sample.policy_weight, expected, rtol=1e-15)
+        np.testing.assert_array_equal(sample.kl_weight, sample.policy_weight)
+
+
+def test_updates_are_disjoint_runs_with_their_own_n():
+    """Given out of order: update 0 is group 0 (T 4, 4), update 1 group 1 (T 1, 3), each with N = 2."""
+    groups = [group(1, 1, [completion(1), completion(3)]), group(0, 1, [completion(4), completion(4)])]
+    first, second = pack(groups, **DEFAULTS | {"updates": 2, "reduction": "token-mean"}).updates
+    assert {s.sample_id: s.policy_weight.max() for s in learned(first)} == {(3, 0, 0): 1 / 8, (3, 0, 1): 1 / 8}
+    assert {s.sample_id: s.policy_weight.max() for s in learned(second)} == {(3, 1, 0): 1 / 4, (3, 1, 1): 1 / 4}
+
+
+def test_truncated_samples_can_be_left_out_of_the_loss():
+    groups = [group(0, 1, [completion(2, finish="length"), completion(4)], [1.0, -1.0])]
+    for train_truncated, weights in ((True, (1 / 4, 1 / 8)), (False, (0.0, 1 / 8))):
+        batch = pack(groups, **DEFAULTS, train_truncated=train_truncated)
+        cut, whole = sorted(learned(batch.updates[0]), key=lambda sample: sample.sample_id)
+        assert (cut.policy_weight.max(), whole.policy_weight.max()) == weights
+        assert cut.loss_mask.any() == train_truncated and whole.loss_mask.sum() == 4
+
+
+def check_layout(ranks, expected_ids, budget):
+    """What every layout owes the learner."""
+    assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
+    assert sorted(sample.sample_id for sample in learned(ranks)) == sorted(expected_ids)
+    sources = {tuple(sample.token_ids) for sample in learned(ranks)}
+    for batch in (batch for rank in ranks for batch in rank):
+        assert 1 <= len(batch) and len(batch) * max(len(sample.token_ids) for sample in batch) <= budget
+        for sample in filter(is_padding, batch):
+            assert len(batch) == 1 and tuple(sample.token_ids) in sources and not sample.loss_mask.any()
+            assert not sample.policy_weight.any() and not sample.kl_weight.any() and sample.advantage == 0
+            assert np.isfinite(sample.rollout_logprobs).all()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_layout_keeps_its_promises_and_all_weights(seed):
+    random = np.random.default_rng(seed)
+    updates = int(random.integers(1, 4))
+    groups = random_groups(random, updates * int(random.integers(1, 5)), int(random.integers(2, 6)))
+    ids = sorted((*g.scored.group.group_id, i) for g in groups for i in range(len(g.scored.group.completions)))
+    size, budget = len(ids) // updates, int(random.integers(18, 80))
+    reduction = REDUCTIONS[seed % 4]
+    seen = []
+    for num_ranks in (1, 2, 4):
+        batch = pack(groups, **DEFAULTS | dict(
+            num_ranks=num_ranks, updates=updates, micro_batch_tokens=budget, reduction=reduction))
+        for u, ranks in enumerate(batch.updates):
+            assert len(ranks) == num_ranks
+            check_layout(ranks, ids[u * size:(u + 1) * size], budget)
+        seen.append({s.sample_id: (s.policy_weight.tolist(), s.kl_weight.tolist(), s.advantage)
+                     for ranks in batch.updates for s in learned(ranks)})
+    assert seen[0] == seen[1] == seen[2]
+    total = sum(map(sum, (policy for policy, _, _ in seen[0].values())))
+    assert total == pytest.approx(hand_total(groups, ids, updates, reduction), rel=1e-12)
+
+
+def hand_total(groups, ids, updates, reduction):
+    """Sum of all token weights from the formulas alone, without the batcher's or the reduction's code."""
+    lengths = {(*g.scored.group.group_id, i): sum(c.loss_mask) for g in groups
+               for i, c in enumerate(g.scored.group.completions)}
+    size, total = len(ids) // updates, 0.0
+    for u in range(updates):
+        counts = [lengths[sample] for sample in ids[u * size:(u + 1) * size]]
+        total += {"seq-mean-token-mean": sum(count > 0 for count in counts) / size, "seq-sum": sum(counts) / size,
+                  "token-mean": float(any(counts)), "fixed-length": sum(counts) / (10 * size)}[reduction]
+    return total
+
+
+def test_layout_by_hand():
+    """Lengths 8 6 5 3 2 2 on two ranks: 8+3+2 and 6+5+2 tokens; with 12 a micro-batch: [8] [3 2] and [6 5] [2]."""
+    groups = [group(0, 1, [completion(n - 1) for n in (2, 8, 3, 6, 2, 5)])]
+    ranks = score_batches([g.scored.group for g in groups], num_ranks=2, micro_batch_tokens=12)
+    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [[[8], [3, 2]], [[6, 5], [2]]]
+    assert ranks[0][1][1].sample_id == (3, 0, 0) and ranks[1][1][0].sample_id == (3, 0, 4)
+
+
+def test_ranks_split_before_they_pad():
+    """Rank 0 has one full micro-batch after another; rank 1's one micro-batch of four is halved, not padded."""
+    samples = [group(0, 1, [completion(n - 1) for n in (12, 4, 4, 4)])]
+    ranks = score_batches([g.scored.group for g in samples], num_ranks=2, micro_batch_tokens=12)
+    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [[[12]], [[4, 4, 4]]]
+    samples = [group(0, 1, [completion(n - 1) for n in (7, 7, 4, 4, 4, 4)])]
+    ranks = score_batches([samples[0].scored.group], num_ranks=4, micro_batch_tokens=8)
+    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [[[7]], [[7]], [[4, 4]], [[4, 4]]]
+    ranks = lay_out([s for rank in ranks for batch in rank for s in batch], num_ranks=3, micro_batch_tokens=8)
+    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [
+        [[7], [4]], [[7], [4]], [[4], [4]]]
+    assert not any(is_padding(s) for rank in ranks for batch in rank for s in batch)
+
+
+def test_more_ranks_than_samples_are_padded_with_the_shortest():
+    ranks = score_batches([group(0, 2, [completion(5), completion(3)]).scored.group], num_ranks=3, micro_batch_tokens=9)
+    assert [[s.sample_id for s in batch] for rank in ranks for batch in rank] == [[(3, 0, 0)], [(3, 0, 1)], [(3, 0, -1)]]
+    assert ranks[2][0][0].token_ids.tolist() == [0, 1, 50, 51, 52] and not ranks[2][0][0].loss_mask.any()
+
+
+def test_score_samples_carry_masks_but_no_weight():
+    (rank,) = score_batches([group(0, 2, [completion(3)]).scored.group], num_ranks=1, micro_batch_tokens=9)
+    assert rank[0][0].loss_mask.tolist() == [False, False, True, True, True]
+    assert not rank[0][0].policy_weight.any() and not rank[0][0].kl_weight.any()
+
+
+def test_what_does_not_fit_or_is_not_finite_is_named():
+    groups = [group(0, 3, [completion(4), completion(2), completion(2)])]
+    with pytest.raises(ConfigError, match="3 samples cannot be split into 2 equal updates"):
+        pack(groups, **DEFAULTS | {"updates": 2})
+    with pytest.raises(ConfigError, match=r"sample \(3, 0, 0\) has 7 tokens, learner.micro_batch_tokens allows 6"):
+        pack(groups, **DEFAULTS | {"micro_batch_tokens": 6})
+    with pytest.raises(InvariantError, match=r"sample \(3, 0, 1\): advantage nan"):
+        pack([group(0, 1, [completion(1), completion(1)], [0.0, float("nan")])], **DEFAULTS)
+    broken = [completion(1), completion(2, logprobs=[-1.0, float("-inf")])]
+    with pytest.raises(InvariantError, match=r"sample \(3, 0, 1\): rollout log-prob of completion token 1 is not finite"):
+        pack([group(0, 1, broken)], **DEFAULTS)

@@ -1,0 +1,106 @@
+"""Rows from files, from `datasets` and from the generator, and the message for each way in which they can be broken."""
+import json
+
+import pytest
+
+from frpo.data.arithmetic import ALPHABET, problems
+from frpo.data.source import Row, column, read_rows
+from frpo.errors import DataError
+
+
+def read(path, limit=None, split="train", seed=0):
+    return read_rows(str(path), split=split, limit=limit, seed=seed)
+
+
+def write(folder, *lines: bytes):
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def test_rows_keep_physical_line_numbers(tmp_path):
+    path = write(tmp_path, b"\xef\xbb\xbf" + b'{"prompt": "a"}', b"", b"  ", b'{"prompt": "b", "answer": 2}', b"")
+    assert read(path) == [Row(origin=f"{path}:1", columns={"prompt": "a"}),
+                          Row(origin=f"{path}:4", columns={"prompt": "b", "answer": 2})]
+
+
+def test_limit_reads_no_further(tmp_path):
+    path = write(tmp_path, b'{"prompt": "a"}', b'{"prompt": "b"}', b"broken")
+    assert [row.columns["prompt"] for row in read(path, limit=2)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("line, wrong", [
+    (b'{"prompt": "a"', r"invalid JSON: Expecting ',' delimiter at column 15"),
+    (b'["a"]', "expected a JSON object of columns, given list"),
+    (b'{"prompt": "\xff"}', "not UTF-8 .* at byte 12"),
+])
+def test_broken_line_is_named(tmp_path, line, wrong):
+    path = write(tmp_path, b'{"prompt": "a"}', b"", line)
+    with pytest.raises(DataError, match=rf"rows\.jsonl:3: {wrong}"):
+        read(path)
+
+
+def test_missing_empty_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl' cannot be read: No such file"):
+        read(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl' has no rows"):
+        read(write(tmp_path, b"", b" "))
+    csv = tmp_path / "rows.csv"
+    csv.write_text("prompt\na\n")
+    with pytest.raises(DataError, match=r"rows\.csv' is no \.jsonl"):
+        read(csv)
+
+
+def test_column_names_what_the_row_has():
+    row = Row(origin="train.jsonl:17", columns={"question": "a", "answer": 3})
+    assert column(row, "answer", int, str) == 3
+    with pytest.raises(DataError, match="train.jsonl:17: no column 'prompt'; the row has 'question', 'answer'"):
+        column(row, "prompt", str)
+    with pytest.raises(DataError, match="train.jsonl:17: column 'answer' must be str or list, given int 3"):
+        column(row, "answer", str, list)
+
+
+def test_hugging_face_data_set_from_a_folder(tmp_path, monkeypatch):
+    """The real load_dataset, on a local folder since the hub cannot be reached."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in "abc"))
+    rows = read(folder, limit=2, split="test")
+    assert rows == [Row(origin=f"{folder}[test]:{i}", columns={"prompt": p}) for i, p in enumerate("ab")]
+    with pytest.raises(DataError, match="split 'train', cannot be loaded: .*train.*; check data.path and data.split"):
+        read(folder, split="train")
+    with pytest.raises(DataError, match=r"nowhere', split 'train', cannot be loaded: .*local \.jsonl file"):
+        read(tmp_path / "nowhere")
+
+
+def test_generated_rows_and_their_limit():
+    rows = read("arithmetic", limit=3, seed=5)
+    assert [row.origin for row in rows] == ["arithmetic:1", "arithmetic:2", "arithmetic:3"]
+    assert [(row.columns["prompt"], row.columns["answer"]) for row in rows] == problems(3, 5)
+
+
+def test_every_problem_is_right_distinct_and_within_its_difficulty():
+    drawn = problems(None, 0, max_operand=6)
+    # +: 6 x 6; -: a > b; *: a x {2..6}; /: 2|2,4,6, 3|3,6, 4|4, 5|5, 6|6.
+    assert len(drawn) == len(set(drawn)) == 36 + 15 + 30 + 8
+    assert {("6/3=", "2"), ("6-1=", "5"), ("1*6=", "6"), ("6+6=", "12")} <= set(drawn)
+    for question, answer in drawn:
+        assert question[-1] == "=" and set(question + answer) <= set(ALPHABET)
+        assert eval(question[:-1]) == int(answer) > 0  # noqa: S307, our own expressions
+    wide = [question for question, _ in problems(None, 0)]
+    assert len(wide) == 50 * 50 + 50 * 49 // 2 + 50 * 11 + sum(50 // b for b in range(2, 13))
+
+
+def test_seed_decides_the_order_and_operations_are_balanced():
+    assert problems(50, 1) == problems(200, 1)[:50] != problems(50, 2)
+    signs = [next(sign for sign in "+-*/" if sign in question) for question, _ in problems(400, 3)]
+    assert all(70 < signs.count(sign) < 130 for sign in "+-*/")  # 100 expected, standard deviation 9
+    assert {question[-3] for question, _ in problems(None, 0, max_operand=5, operations="/")} == {"/"}
+
+
+def test_more_problems_than_exist_is_refused():
+    with pytest.raises(DataError, match=r"90 distinct problems asked for.*give 89; lower data.limit"):
+        problems(90, 0, max_operand=6)
+    with pytest.raises(DataError, match="given '\\^'"):
+        problems(1, 0, operations="^")

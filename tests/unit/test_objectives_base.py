@@ -1,0 +1,143 @@
+"""The estimator registry, building from a recipe's values, and the baselines GRPO, Dr. GRPO, RLOO."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from frpo.objectives.base import (AdvantageEstimator, GroupAdvantages, LossInputs, build_estimator, estimator, estimators,
+                                  valid_rewards)
+from frpo.objectives.frpo import FRPO
+from frpo.objectives.group import GRPO, RLOO, DrGRPO
+from frpo.objectives.reduction import REDUCTIONS, token_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubled:
+    """An estimator of a user, outside the package."""
+
+    factor: float = 2.0
+    needed: int
+
+    def advantages(self, rewards_G):
+        return valid_rewards(rewards_G).place(lambda r_K: self.factor * (r_K - r_K.mean()))
+
+
+class NoDataclass:
+    def advantages(self, rewards_G):
+        return GroupAdvantages(advantages_G=rewards_G)
+
+
+def test_every_file_of_the_package_is_found():
+    assert {"frpo": FRPO, "grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO}.items() <= estimators().items()
+    assert all(isinstance(cls(), AdvantageEstimator) and cls.name == name for name, cls in estimators().items())
+    assert not isinstance(NoDataclass(), AdvantageEstimator)
+
+
+def test_build_by_name_turns_integers_into_floats():
+    values = {"name": "frpo", "lam": 2, "estimator": "plugin", "rho": None}
+    built = build_estimator(values)
+    assert built == FRPO(lam=2.0, estimator="plugin") and type(built.lam) is float
+    assert values["name"] == "frpo", "the caller's values must stay"
+
+
+def test_build_by_path_keeps_a_name_that_can_be_rebuilt():
+    path = f"{__name__}:Doubled"
+    built = build_estimator({"name": path, "needed": 3})
+    assert built.name == path
+    assert built.advantages(np.array([1.0, 3.0])).advantages_G.tolist() == [-2.0, 2.0]
+    own = build_estimator({"name": "frpo.objectives.group:RLOO"})
+    assert own == RLOO() and own.name == "rloo"
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"name": "frop"}, r"unknown advantage 'frop' \(did you mean 'frpo'\?\).*dr_grpo, frpo, grpo, rloo.*package\.module:Class"),
+    ({"lam": 1.0}, "advantage needs a name"),
+    ({"name": "frpo", "lambda": 1.0}, r"advantage 'frpo': 'lambda' \(did you mean 'lam'\?\); allowed: lam, estimator, scale, guard, rho"),
+    ({"name": "rloo", "eps": 1.0}, "'eps'; allowed: none"),
+    ({"name": "frpo", "lam": "x"}, "lam of advantage 'frpo' must be a valid number, given 'x'$"),
+    ({"name": "frpo", "lam": "1e-3"}, r"given '1e-3' \(text, not a number: write 0\.001 or \.inf\)"),
+    ({"name": "frpo", "lam": True}, "lam of advantage 'frpo' must be a valid number, given True"),
+    ({"name": "frpo", "rho": True, "estimator": "plugin"}, "rho of advantage 'frpo' must be a valid number, given True"),
+    ({"name": "frpo", "scale": "exakt"}, "scale of advantage 'frpo' must be 'exact', 'unit' or 'max1', given 'exakt'"),
+    ({"name": "frpo", "lam": -1}, r"lam must be > 0, given -1\.0"),
+    ({"name": "grpo", "eps": -1}, r"eps must be >= 0, given -1\.0"),
+    ({"name": "no.such:Thing"}, "'no.such:Thing' cannot be imported: No module named 'no'"),
+    ({"name": f"{__name__}:Missing"}, "Missing"),
+    ({"name": f"{__name__}:NoDataclass"}, "must be a dataclass with a method advantages"),
+    ({"name": f"{__name__}:Doubled"}, "needs a value for 'needed'"),
+])
+def test_mistakes_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        build_estimator(values)
+
+
+def test_a_name_is_not_taken_twice():
+    with pytest.raises(ValueError, match="'frpo' is frpo.objectives.frpo:FRPO already"):
+        estimator("frpo")(Doubled)
+    assert estimators()["frpo"] is FRPO
+
+
+@pytest.mark.parametrize("built, expected", [
+    # r = (1, 2, 6): mean 3, unbiased std sqrt((4 + 1 + 9)/2) = sqrt 7
+    (GRPO(eps=0.0), [-2 / math.sqrt(7), -1 / math.sqrt(7), 3 / math.sqrt(7)]),
+    (GRPO(eps=1.0), [-2 / (math.sqrt(7) + 1), -1 / (math.sqrt(7) + 1), 3 / (math.sqrt(7) + 1)]),
+    (DrGRPO(), [-2.0, -1.0, 3.0]),
+    (RLOO(), [1 - 4.0, 2 - 3.5, 6 - 1.5]),
+])
+def test_baselines_by_hand(built, expected):
+    assert built.advantages(np.array([1.0, 2.0, 6.0])).advantages_G == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["frpo", "grpo", "dr_grpo", "rloo"])
+def test_missing_rewards_are_treated_alike(name):
+    built = build_estimator({"name": name})
+    result = built.advantages([None, 1.0, math.inf, 2.0, math.nan, 6.0])
+    whole = built.advantages([1.0, 2.0, 6.0]).advantages_G
+    assert result.advantages_G.tolist() == [0.0, whole[0], 0.0, whole[1], 0.0, whole[2]]
+    assert {"abstained": 2.0, "invalid": 1.0, "zero_advantage": 0.0}.items() <= result.stats.items()
+    for flat in ([0.1] * 3 + [math.nan], [5.0, math.nan], [math.nan], []):
+        nothing = built.advantages(np.array(flat))
+        assert nothing.advantages_G.tolist() == [0.0] * len(flat) and nothing.stats["zero_advantage"] == 1.0
+
+
+def test_rewards_of_many_groups_are_refused():
+    with pytest.raises(ValueError, match=r"one-dimensional, given shape \(2, 2\)"):
+        RLOO().advantages(np.ones((2, 2)))
+
+
+def test_loss_inputs_refuse_to_broadcast():
+    flat, column = torch.zeros(3), torch.zeros(3, 1)
+    with pytest.raises(AssertionError, match="broadcast"):
+        LossInputs(logprobs_N=flat, old_logprobs_N=flat, ref_logprobs_N=None, advantage_N=column, policy_weight_N=flat,
+                   kl_weight_N=flat, mask_N=flat.bool())
+
+
+@pytest.mark.parametrize("reduction, expected", [
+    # N = 4 sequences of 2, 0, 3, 5 tokens, L_max 10
+    ("seq-mean-token-mean", [1 / 8, 0, 1 / 12, 1 / 20]),
+    ("seq-sum", [1 / 4, 0, 1 / 4, 1 / 4]),
+    ("token-mean", [1 / 10, 0, 1 / 10, 1 / 10]),
+    ("fixed-length", [1 / 40, 0, 1 / 40, 1 / 40]),
+])
+def test_token_weights(reduction, expected):
+    weights = token_weights(reduction, np.array([2, 0, 3, 5]), 10)
+    assert weights.dtype == np.float64 and weights == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("reduction", sorted(REDUCTIONS))
+def test_only_empty_sequences_weigh_nothing(reduction):
+    assert token_weights(reduction, np.zeros(3, dtype=int), 10).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("keys, message", [
+    (("seq-summ", [1], 5), "unknown reduction 'seq-summ'.*did you mean 'seq-sum'.*token-mean, fixed-length"),
+    (("seq-sum", [-1], 5), "lengths must be >= 0"),
+    (("fixed-length", [1], 0), "max_length 0"),
+])
+def test_reduction_mistakes_are_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        token_weights(*keys)

@@ -1,0 +1,250 @@
+"""A whole suite on real workers: arguments, sums, checks, counts and the text of its errors."""
+import math
+import time
+
+import numpy as np
+import pytest
+
+from frpo.config.sections import RewardSection
+from frpo.errors import RewardError
+from frpo.rewards import RewardCallError, RewardSpec, RewardSuite, RewardTimeoutError
+from frpo.types import Completion, Prompt, RolloutGroup
+
+pytestmark = pytest.mark.timeout(30)
+
+SOURCE = '''
+import os, time
+nan, inf = float("nan"), float("inf")
+
+def length(completions, **kwargs): return [len(text) for text in completions]
+
+def show(prompts, completions, completion_ids, **kwargs):
+    raise LookupError(repr((prompts, completions, completion_ids, kwargs)))
+
+def returns(completions, value): return value
+def by_task(completions, task, only): return [float(len(c)) if t == only else None for c, t in zip(completions, task)]
+def fails(completions): raise ValueError("no judge today")
+def sleeps(completions): time.sleep(60)
+def says(completions): return eval(completions[0])
+
+def meets(completions, mine, other):
+    open(mine, "w").close()
+    for _ in range(500):
+        if os.path.exists(other): return [1.0]
+        time.sleep(0.01)
+    return [0.0]
+
+def dies(completions): os._exit(3)
+def needs(completions, answer): return [1.0 if a is None else 2.0 for a in answer]
+'''
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "user_rewards.py"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture
+def spec(source):
+    def make(function, name=None, **fields):
+        return RewardSpec(name=name or function, function=f"{source}:{function}", **fields)
+    return make
+
+
+def group(uid, *texts, index=0, **columns):
+    prompt = Prompt(uid=uid, messages=({"role": "user", "content": f"ask {uid}"},), token_ids=(1, 2), columns=columns)
+    completions = tuple(
+        Completion(text=text, token_ids=tuple(range(len(text))), logprobs=(0.0,) * len(text),
+                   loss_mask=(True,) * len(text), version_spans=(), seed=0, finish_reason="stop") for text in texts)
+    return RolloutGroup(group_id=(0, index), prompt=prompt, completions=completions)
+
+
+def score(specs, *groups, chat=False, **kwargs):
+    with RewardSuite(specs, chat=chat, **kwargs) as suite:
+        return suite.score(groups)
+
+
+def error_of(specs, *groups, **kwargs):
+    with pytest.raises(RewardError) as caught:
+        score(specs, *groups, **kwargs)
+    return str(caught.value)
+
+
+def counts_of(report, name):
+    start = f"reward/{name}/"
+    return {key.removeprefix(start): count for key, count in report.counts.items() if key.startswith(start)}
+
+
+CLEAN = {"abstained": 0, "nonfinite": 0, "failed": 0, "timed_out": 0}
+
+
+def test_weighted_sum_keeps_groups_and_components_apart(spec):
+    rewards = [spec("length", weight=2.0), spec("returns", name="bonus", weight=-1.0, kwargs={"value": [1, 2, 3]})]
+    first, second = group("p", "abc", "a", index=0), group("q", "", index=1)
+    report = score(rewards, first, second)
+    assert [scored.group for scored in report.groups] == [first, second]
+    np.testing.assert_array_equal(report.groups[0].rewards_G, [2 * 3 - 1, 2 * 1 - 2])
+    np.testing.assert_array_equal(report.groups[1].rewards_G, [2 * 0 - 3])
+    np.testing.assert_array_equal(report.groups[0].terms["length"], [3, 1])  # unweighted
+    np.testing.assert_array_equal(report.groups[1].terms["bonus"], [3])
+    assert report.groups[0].rewards_G.dtype == np.float64
+    assert counts_of(report, "length") == counts_of(report, "bonus") == CLEAN
+
+
+def test_each_task_has_its_reward_and_nobody_scores_the_third(spec):
+    rewards = [spec("by_task", name=task, weight=weight, kwargs={"only": task})
+               for task, weight in (("math", 1.0), ("code", 10.0))]
+    report = score(rewards, group("m", "ab", task="math"), group("c", "abc", task="code"), group("x", "a"))
+    sums = [float(scored.rewards_G[0]) for scored in report.groups]
+    assert sums[:2] == [2.0, 30.0] and math.isnan(sums[2])
+    assert math.isnan(report.groups[0].terms["code"][0])
+    assert report.counts["reward/math/abstained"] == report.counts["reward/code/abstained"] == 2
+
+
+def test_zero_weight_is_logged_but_never_a_reward(spec):
+    rewards = [spec("length", weight=0.0), spec("returns", kwargs={"value": [None, 5]})]
+    (scored,) = score(rewards, group("p", "abc", "a")).groups
+    np.testing.assert_array_equal(scored.rewards_G, [np.nan, 5])
+    np.testing.assert_array_equal(scored.terms["length"], [3, 1])
+
+
+def test_arguments_of_text_prompts(spec):
+    message = error_of([spec("show", kwargs={"k": 1})], group("p", "ab", "c", answer="4"), group("q", "d", task="t"))
+    expected = (["ask p", "ask p", "ask q"], ["ab", "c", "d"], [[0, 1], [0], [0]],
+                {"answer": ["4", "4", None], "task": [None, None, "t"], "k": 1})
+    assert f"raised LookupError: {expected!r}" in message
+
+
+def test_arguments_of_chat_prompts(spec):
+    message = error_of([spec("show")], group("p", "ab"), chat=True)
+    expected = ([[{"role": "user", "content": "ask p"}]], [[{"role": "assistant", "content": "ab"}]], [[0, 1]], {})
+    assert f"raised LookupError: {expected!r}" in message
+
+
+def test_recipe_sections_and_verifiers_serve_as_they_are():
+    section = RewardSection(name="answer", function="frpo.rewards.verifiers:numeric_answer", kwargs={"tolerance": 0.5})
+    (scored,) = score([section], group("p", "it is 4.4", "5", answer="4"), chat=True).groups
+    np.testing.assert_array_equal(scored.rewards_G, [1, 0])
+
+
+@pytest.fixture(scope="module", params=["raise", "abstain"])
+def saying(request, source):
+    """A suite whose reward returns what the first completion says, under either setting of on_error."""
+    says = RewardSpec(name="says", function=f"{source}:says", on_error=request.param)
+    with RewardSuite([says], chat=False) as suite:
+        yield suite
+
+
+@pytest.mark.parametrize("value, said", [
+    ("[1]", "returned 1 values for 2 completions"), ("[1, 2, 3]", "returned 3 values for 2 completions"),
+    ("1.0", "returned float 1.0; allowed is a list of 2 numbers or None"), ("'ab'", "returned str 'ab'"),
+    ("None", "returned NoneType None"), ("{'a': 1, 'b': 2}", "returned dict"),
+    ("[1, 'high']", "value 1 (prompt 'q') is str 'high'; allowed are numbers, and None to abstain")])
+def test_wrong_shapes_are_errors_whatever_on_error_says(saying, value, said):
+    with pytest.raises(RewardError) as caught:
+        saying.score([group("p", value), group("q", "b")])
+    assert str(caught.value).startswith("reward 'says' (") and said in str(caught.value)
+
+
+@pytest.mark.parametrize("value, text", [("nan", "nan"), ("inf", "inf"), ("-inf", "-inf")])
+def test_nonfinite_is_an_error_or_a_counted_abstention(saying, request, value, text):
+    groups = group("p", f"[1.0, None, {value}]"), group("q", "b", "c")
+    if request.node.callspec.params["saying"] == "raise":
+        with pytest.raises(RewardError) as caught:
+            saying.score(groups)
+        said = f"returned {text} for completion 2 (prompt 'q'), 1 such of 3; return None to abstain"
+        assert said in str(caught.value)
+    else:
+        report = saying.score(groups)
+        np.testing.assert_array_equal(report.groups[0].rewards_G, [1.0])
+        np.testing.assert_array_equal(report.groups[1].rewards_G, [np.nan, np.nan])
+        assert counts_of(report, "says") == {**CLEAN, "abstained": 2, "nonfinite": 1}
+
+
+@pytest.mark.parametrize("function, kind, said", [
+    ("fails", RewardCallError, "raised ValueError: no judge today"),
+    ("dies", RewardCallError, "exited with code 3 during the call"),
+    ("sleeps", RewardTimeoutError, "the call took longer than 0.3 s")])
+def test_failed_calls_stop_the_run(spec, function, kind, said):
+    with pytest.raises(RewardError) as caught:
+        score([spec(function, timeout_s=0.3)], group("p", "a"))
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(f"reward '{function}' (") and said in str(caught.value)
+
+
+def test_failed_calls_abstain_on_request(spec):
+    kinds = {"fails": "failed", "dies": "failed", "sleeps": "timed_out"}
+    rewards = [spec(function, timeout_s=0.3, on_error="abstain") for function in kinds]
+    with RewardSuite([*rewards, spec("length")], chat=False) as suite:
+        for _ in range(2):  # and again: a worker that was lost is replaced
+            report = suite.score([group("p", "a", "bb")])
+            np.testing.assert_array_equal(report.groups[0].rewards_G, [1, 2])
+            for function, kind in kinds.items():
+                assert counts_of(report, function) == {**CLEAN, "abstained": 2, kind: 1}
+                assert np.isnan(report.groups[0].terms[function]).all()
+            assert counts_of(report, "length") == CLEAN
+
+
+def test_an_error_does_not_wait_for_the_other_rewards(spec):
+    with RewardSuite([spec("fails"), spec("sleeps", timeout_s=20)], chat=False) as suite:
+        began = time.monotonic()
+        with pytest.raises(RewardError, match="no judge today"):
+            suite.score([group("p", "a")])
+        assert time.monotonic() - began < 5
+
+
+def test_rewards_run_at_the_same_time(spec, tmp_path):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    rewards = [spec("meets", name="a", kwargs={"mine": a, "other": b}),
+               spec("meets", name="b", kwargs={"mine": b, "other": a})]
+    assert score(rewards, group("p", "x")).groups[0].rewards_G == [2.0]  # each waited until the other ran
+
+
+def test_missing_column_is_an_error_even_under_abstain(spec):
+    message = error_of([spec("needs", on_error="abstain")], group("p", "a", answers="4"))
+    assert "needs 'answer', which is neither a data column (did you mean 'answers'?) nor in its kwargs" in message
+    assert "columns: answers; kwargs: none" in message
+
+
+def test_a_declared_column_is_none_where_no_prompt_has_it(spec):
+    (scored,) = score([spec("needs")], group("p", "a"), columns=["answer"]).groups
+    np.testing.assert_array_equal(scored.rewards_G, [1.0])
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_a_column_may_not_take_the_name_of_a_batch_argument(spec, name):
+    with pytest.raises(RewardError, match=f"data column {name!r} has the name of an argument"):
+        RewardSuite([spec("length")], chat=False).score([group("p", "a", **{name: 1})])
+
+
+def test_a_column_may_not_shadow_kwargs(spec):
+    message = error_of([spec("returns", kwargs={"value": [1]})], group("p", "a", value=3))
+    assert "kwargs has 'value', which is a data column too" in message
+
+
+def test_misspelt_kwargs_fail_at_start(spec):
+    said = r"takes no 'vale' as its kwargs say \(did you mean 'value'\?\); it takes: completions, value"
+    with pytest.raises(RewardError, match=said):
+        RewardSuite([spec("returns", kwargs={"vale": [1]})], chat=False).start()
+
+
+def test_missing_functions_fail_at_start(spec):
+    with pytest.raises(RewardError, match=r"reward 'lenght' .*no 'lenght' \(did you mean 'length'\?\)"):
+        RewardSuite([spec("lenght", on_error="abstain")], chat=False).start()
+
+
+@pytest.mark.parametrize("fields, said", [
+    ([], "at least one reward"), ([{"name": "a"}, {"name": "a"}], r"distinct names, given \['a', 'a'\]"),
+    ([{"name": "a", "on_error": "ignore"}], "on_error is 'ignore'; allowed are 'raise' and 'abstain'"),
+    ([{"name": "a", "kwargs": {"prompts": 1}}], "kwargs may not set 'prompts'")])
+def test_impossible_suites(fields, said):
+    with pytest.raises(RewardError, match=said):
+        RewardSuite([RewardSpec(function="m:f", **field) for field in fields], chat=False)
+
+
+def test_nothing_to_score(spec):
+    suite = RewardSuite([spec("sleeps")], chat=False)  # not even started
+    assert suite.score([]).groups == []
+    assert suite.score([]).counts == {f"reward/sleeps/{what}": 0 for what in CLEAN}

@@ -93,8 +93,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
         stack.callback(learner.close)
         pool.wait_until_ready()
         learner.connect_engines(pool.client())
-        names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
-        files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
+        files = open_files(recipe, run_dir)
         for file in files.values():
             stack.callback(file.close)
         sinks = _sinks(recipe, run_dir)
@@ -112,6 +111,12 @@ def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
     specs = [RewardSpec(**reward.model_dump()) for reward in recipe.rewards]
     columns = sorted({name for prompt in prompts.train + prompts.heldout for name in prompt.columns})
     return RewardSuite(specs, chat=recipe.data.format == "chat", columns=columns)
+
+
+def open_files(recipe: Recipe, run_dir: Path) -> dict[str, JsonlFile]:
+    """The append-only files of a run, by name."""
+    names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
+    return {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
 
 
 def _sinks(recipe: Recipe, run_dir: Path) -> tuple[Sink, ...]:

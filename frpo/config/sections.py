@@ -119,7 +119,11 @@ class ObjectiveSection(Section):
     @field_validator("advantage", mode="plain")
     @classmethod
     def _build(cls, value: Any) -> AdvantageEstimator:
-        return build_estimator(value) if isinstance(value, dict) else value
+        if isinstance(value, AdvantageEstimator):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"a mapping such as {{name: frpo, lam: 1.0}} is needed, given {value!r}")
+        return build_estimator(value)
 
 
 class LearnerSection(Section):

@@ -28,7 +28,8 @@ Metrics = dict[str, tuple[float | Tensor, float | Tensor, str]]
 class GroupAdvantages:
     """Advantages of one group (float64, in units of the reward times the estimator's scale) and what describes them.
 
-    stats always holds "zero_advantage" (1.0 if every advantage is 0), "abstained" (NaN rewards) and "invalid" (infinite ones).
+    stats always holds "zero_advantage" (1.0 if every advantage is 0), "abstained" (NaN rewards) and "invalid"
+    (infinite ones).
     """
 
     advantages_G: np.ndarray
@@ -37,7 +38,7 @@ class GroupAdvantages:
 
 @runtime_checkable
 class AdvantageEstimator(Protocol):
-    """Rewards of one whole group -> advantages; `name` and the dataclass fields rebuild it through `build_estimator`."""
+    """Rewards of one whole group -> advantages; `build_estimator` rebuilds it from `name` and its dataclass fields."""
 
     name: ClassVar[str]
 
@@ -94,7 +95,8 @@ class ValidRewards:
         """Whether nothing can be compared: fewer than two rewards, or all of them equal."""
         return self.rewards_K.size < 2 or self.rewards_K.max() == self.rewards_K.min()
 
-    def place(self, formula: Callable[[np.ndarray], np.ndarray], stats: Mapping[str, float] | None = None) -> GroupAdvantages:
+    def place(self, formula: Callable[[np.ndarray], np.ndarray],
+              stats: Mapping[str, float] | None = None) -> GroupAdvantages:
         """Advantages formula(rewards_K) at their places and 0 elsewhere; a flat group never reaches the formula."""
         advantages_G = np.zeros(self.mask_G.size)
         if not self.flat:
@@ -127,10 +129,12 @@ def estimator(name: str) -> Callable[[Class], Class]:
     """
 
     def register(cls: Class) -> Class:
-        assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, f"{cls.__qualname__}: frozen dataclass needed"
+        frozen = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+        assert frozen, f"{cls.__qualname__} must be a frozen dataclass"
         other = _REGISTRY.get(name, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"estimator {name!r} is {other.__module__}:{other.__qualname__} already; choose another name")
+            taken = f"{other.__module__}:{other.__qualname__}"
+            raise ValueError(f"estimator {name!r} is {taken} already; choose another name")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
@@ -154,7 +158,8 @@ def build_estimator(values: Mapping[str, Any]) -> AdvantageEstimator:
     parameters = dict(values)
     name = parameters.pop("name", None)
     if not isinstance(name, str):
-        raise ValueError(f"advantage needs a name, one of {', '.join(estimators())} or 'package.module:Class'; given {dict(values)}")
+        allowed = f"{', '.join(estimators())} or 'package.module:Class'"
+        raise ValueError(f"advantage needs a name, one of {allowed}; given {dict(values)}")
     cls = _load_class(name) if ":" in name else estimators().get(name)
     if cls is None:
         raise ValueError(unknown("advantage", name, estimators()) + ", or 'package.module:Class'")
@@ -200,8 +205,9 @@ def _checked(cls: type, name: str, parameters: Mapping[str, Any]) -> dict[str, A
 
 
 def _typed(what: str, value: Any, declared: Any) -> Any:
+    strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
     try:
-        return TypeAdapter(declared, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(declared, config=strict).validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Input should be ")
         raise ValueError(f"{what} must be {message}, given {value!r}{_yaml_hint(value)}") from error

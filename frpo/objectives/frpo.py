@@ -5,7 +5,7 @@ from the dual and its gradient). With p = softmax(-r / lam) over the k valid sam
 
     plug-in    c_i = p_i
     jackknife  c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i,     P(-j) = softmax(-r / lam) without sample j
-    advantage  A_i = s (1 - k c_i),     s = lam ("exact"), 1 ("unit", the paper), max(lam, 1) ("max1", the authors' code)
+    advantage  A_i = s (1 - k c_i),   s = lam ("exact"), 1 ("unit", the paper), max(lam, 1) ("max1", the authors' code)
 
 A low reward has a large c_i and so a negative advantage; sum c_i = 1, sum A_i = 0. There is no inner loop, no dual
 variable is learned, and the ratio and clipping are the loss's business.
@@ -38,8 +38,9 @@ class FRPO:
     guard: "shrink" pulls the jackknife's coefficients towards p until none is negative. Without it, where one sample
         dominates, the second worst gets the largest positive advantage.
     rho: instead of lam (then unused), a radius in nats: each group solves KL(p || uniform) = rho for its own lam.
-        At rho >= log(k / m), m ties at the worst reward, lam is 0: p is uniform over the worst. The objective is then the
-        worst reward itself, which no probability changes, so the "exact" scale gives 0; the others give 1 - k/m and 1.
+        At rho >= log(k / m), m ties at the worst reward, lam is 0: p is uniform over the worst. The objective is then
+        the worst reward itself, which no probability changes, so the "exact" scale gives 0; the others give 1 - k/m
+        to the worst and 1 to the rest.
 
     Raises ValueError for values outside these.
     """
@@ -61,10 +62,10 @@ class FRPO:
         if self.rho is not None and not 0 < self.rho < math.inf:
             raise ValueError(f"rho must be > 0 and finite, given {self.rho}")
         if self.rho is not None and self.estimator == "jackknife":
-            raise ValueError("rho solves for lam with the plug-in weights: set estimator to 'plugin', given 'jackknife'")
+            raise ValueError("rho solves for lam with plug-in weights: set estimator to 'plugin', given 'jackknife'")
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
-        """Rewards of a group (G,), NaN where none -> advantages (G,) and tilt statistics (none if no reward is valid)."""
+        """Rewards of a group (G,), NaN where none -> advantages (G,); tilt statistics unless no reward is valid."""
         valid = valid_rewards(rewards_G)
         if valid.rewards_K.size == 0:
             return valid.place(np.zeros_like)
@@ -105,7 +106,7 @@ class FRPO:
 
 
 def tilt(rewards_K: np.ndarray, lam: float) -> np.ndarray:
-    """p = softmax(-r / lam) over the last axis, for 0 <= lam <= inf. A reward of +inf marks a left-out sample: p = 0."""
+    """p = softmax(-r / lam) over the last axis, 0 <= lam <= inf. A reward of +inf marks a left-out sample: p = 0."""
     gaps_K = rewards_K - rewards_K.min(axis=-1, keepdims=True)
     weights_K = _weights(gaps_K, lam)
     return weights_K / weights_K.sum(axis=-1, keepdims=True)
@@ -156,7 +157,7 @@ def radius(p_K: np.ndarray) -> float:
 
 
 def temperature_of_radius(rewards_K: np.ndarray, rho: float) -> float:
-    """The lam with KL(softmax(-r / lam) || uniform) = rho, by bisection of log lam; 0 if rho >= log(k / ties at the worst)."""
+    """The lam with KL(p || uniform) = rho, by bisection of log lam; 0 if rho >= log(k / ties at the worst)."""
     if rho >= math.log(rewards_K.size / np.sum(rewards_K == rewards_K.min())):
         return 0.0
     low = high = float(np.ptp(rewards_K))

@@ -30,6 +30,6 @@ def token_weights(reduction: str, lengths: np.ndarray, max_length: int) -> np.nd
         raise ValueError(unknown("reduction", reduction, REDUCTIONS))
     lengths = np.asarray(lengths, dtype=np.float64)
     if max_length < 1 or (lengths < 0).any():
-        raise ValueError(f"lengths must be >= 0 and max_length >= 1, given lengths {lengths} and max_length {max_length}")
+        raise ValueError(f"lengths must be >= 0 and max_length >= 1, given {lengths} and max_length {max_length}")
     with np.errstate(divide="ignore"):
         return np.where(lengths > 0, REDUCTIONS[reduction](lengths, max_length), 0.0)

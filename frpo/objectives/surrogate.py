@@ -23,8 +23,9 @@ KL_IN_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": k3}
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """Sum over tokens of -policy_weight * min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_coef * kl_weight * KL.
+    """Sum over tokens of -policy_weight * min(ratio A, clip(ratio) A) + kl_coef * kl_weight * KL.
 
+    clip(ratio) = clip(ratio, 1 - clip_low, 1 + clip_high).
     ratio = exp(logprobs - old_logprobs) (PPO, eq. 7). KL is `kl_estimator` against the reference; "k1" says that it was
     subtracted from the rewards, so that the loss has no KL term. A token that is masked out, or whose weight is zero,
     contributes exactly zero to loss and gradient even where its log-probs are NaN.
@@ -72,7 +73,8 @@ class PolicyLoss:
 
     def _kl_sum(self, inputs: LossInputs) -> Tensor:
         if inputs.ref_logprobs_N is None:
-            raise ValueError(f"kl_coef = {self.kl_coef} with kl_estimator {self.kl_estimator!r} needs ref_logprobs_N, given None")
+            raise ValueError(
+                f"kl_coef = {self.kl_coef} with kl_estimator {self.kl_estimator!r} needs ref_logprobs_N, given None")
         live_N = inputs.mask_N & (inputs.kl_weight_N != 0)
         kl_N = KL_IN_LOSS[self.kl_estimator](_keep(live_N, inputs.logprobs_N), _keep(live_N, inputs.ref_logprobs_N))
         return (_keep(live_N, inputs.kl_weight_N) * kl_N).sum()

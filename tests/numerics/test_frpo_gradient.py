@@ -69,7 +69,7 @@ def test_certainty_equivalents_are_the_value_of_the_loss_form(estimator):
 @BOTH
 @pytest.mark.parametrize("lam", [0.2, 1.0, 5.0])
 def test_policy_loss_has_the_gradient_of_the_whole_loss_form(estimator, lam):
-    """Two groups of sequences of 1-5 tokens from a softmax policy: both forms, and -(1/N) sum A_i (1/T_i) sum grad log pi."""
+    """Two groups, sequences of 1-5 tokens, softmax policy: both forms, and -(1/N) sum A_i (1/T_i) sum grad log pi."""
     rng = np.random.default_rng(2)
     theta = torch.tensor(rng.normal(size=(7, 6)), requires_grad=True)
     groups = [rng.uniform(size=4), rng.uniform(size=3)]
@@ -77,13 +77,15 @@ def test_policy_loss_has_the_gradient_of_the_whole_loss_form(estimator, lam):
     states = [torch.tensor(rng.integers(0, 7, size=t)) for t in lengths]
     actions = [torch.tensor(rng.integers(0, 6, size=t)) for t in lengths]
     logprobs = [torch.log_softmax(theta, 1)[s, a] for s, a in zip(states, actions, strict=True)]
-    advantages = np.concatenate([FRPO(lam=lam, estimator=estimator, scale="exact").advantages(r).advantages_G for r in groups])
+    robust = FRPO(lam=lam, estimator=estimator, scale="exact")
+    advantages = np.concatenate([robust.advantages(rewards).advantages_G for rewards in groups])
 
     flat = torch.cat(logprobs)
     weights = np.repeat(token_weights("seq-mean-token-mean", lengths, 8), lengths)
     given = LossInputs(
-        logprobs_N=flat, old_logprobs_N=flat.detach(), ref_logprobs_N=None, advantage_N=torch.tensor(np.repeat(advantages, lengths)),
-        policy_weight_N=torch.tensor(weights), kl_weight_N=torch.zeros_like(flat), mask_N=torch.ones_like(flat, dtype=bool))
+        logprobs_N=flat, old_logprobs_N=flat.detach(), ref_logprobs_N=None,
+        advantage_N=torch.tensor(np.repeat(advantages, lengths)), policy_weight_N=torch.tensor(weights),
+        kl_weight_N=torch.zeros_like(flat), mask_N=torch.ones_like(flat, dtype=torch.bool))
     ours, = torch.autograd.grad(PolicyLoss()(given).loss_sum, theta, retain_graph=True)
 
     written = sum(-a / 7 * lp.mean() for a, lp in zip(advantages, logprobs, strict=True))
@@ -98,7 +100,7 @@ def test_policy_loss_has_the_gradient_of_the_whole_loss_form(estimator, lam):
 
 
 def test_frozen_advantages_bound_the_loss_form_from_below():
-    """-lam log mean(u e) + lam (mean u - 1) >= J + mean(u A), plug-in, with equality at u = 1; clipping only lowers it."""
+    """-lam log mean(u e) + lam (mean u - 1) >= J + mean(u A), plug-in, equal at u = 1; clipping only lowers it."""
     rng = np.random.default_rng(3)
     for _ in range(500):
         rewards_K, lam = random_group(rng)
@@ -123,7 +125,7 @@ def test_frozen_advantages_bound_the_loss_form_from_below():
 
 
 def enumerate_groups(estimator, lam, k):
-    """Relative error, cosine and SNR of the mean gradient with respect to the logits, and the bias of the value: exact."""
+    """Relative error, cosine and SNR of the mean gradient over the logits, and the bias of the value: exact."""
     pi = np.exp(LOGITS_Y) / np.exp(LOGITS_Y).sum()
     weights = np.exp(-REWARDS_Y / lam)
     value = -lam * np.log(pi @ weights)

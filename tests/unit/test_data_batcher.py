@@ -92,6 +92,10 @@ def test_truncated_samples_can_be_left_out_of_the_loss():
         assert cut.loss_mask.any() == train_truncated and whole.loss_mask.sum() == 4
 
 
+def sizes(ranks):
+    return [[[len(sample.token_ids) for sample in batch] for batch in rank] for rank in ranks]
+
+
 def check_layout(ranks, expected_ids, budget):
     """What every layout owes the learner."""
     assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
@@ -143,27 +147,24 @@ def test_layout_by_hand():
     """Lengths 8 6 5 3 2 2 on two ranks: 8+3+2 and 6+5+2 tokens; with 12 a micro-batch: [8] [3 2] and [6 5] [2]."""
     groups = [group(0, 1, [completion(n - 1) for n in (2, 8, 3, 6, 2, 5)])]
     ranks = score_batches([g.scored.group for g in groups], num_ranks=2, micro_batch_tokens=12)
-    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [[[8], [3, 2]], [[6, 5], [2]]]
+    assert sizes(ranks) == [[[8], [3, 2]], [[6, 5], [2]]]
     assert ranks[0][1][1].sample_id == (3, 0, 0) and ranks[1][1][0].sample_id == (3, 0, 4)
 
 
 def test_ranks_split_before_they_pad():
-    """Rank 0 has one full micro-batch after another; rank 1's one micro-batch of four is halved, not padded."""
-    samples = [group(0, 1, [completion(n - 1) for n in (12, 4, 4, 4)])]
-    ranks = score_batches([g.scored.group for g in samples], num_ranks=2, micro_batch_tokens=12)
-    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [[[12]], [[4, 4, 4]]]
-    samples = [group(0, 1, [completion(n - 1) for n in (7, 7, 4, 4, 4, 4)])]
-    ranks = score_batches([samples[0].scored.group], num_ranks=4, micro_batch_tokens=8)
-    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [[[7]], [[7]], [[4, 4]], [[4, 4]]]
-    ranks = lay_out([s for rank in ranks for batch in rank for s in batch], num_ranks=3, micro_batch_tokens=8)
-    assert [[[len(s.token_ids) for s in batch] for batch in rank] for rank in ranks] == [
-        [[7], [4]], [[7], [4]], [[4], [4]]]
-    assert not any(is_padding(s) for rank in ranks for batch in rank for s in batch)
+    """On four ranks one micro-batch each; on three, two ranks need two, so the third halves its [4 4]."""
+    samples = group(0, 1, [completion(n - 1) for n in (7, 7, 4, 4, 4, 4)]).scored.group
+    on_four = score_batches([samples], num_ranks=4, micro_batch_tokens=8)
+    assert sizes(on_four) == [[[7]], [[7]], [[4, 4]], [[4, 4]]]
+    on_three = lay_out(learned(on_four), num_ranks=3, micro_batch_tokens=8)
+    assert sizes(on_three) == [[[7], [4]], [[7], [4]], [[4], [4]]]
+    assert not any(is_padding(sample) for rank in on_three for batch in rank for sample in batch)
 
 
 def test_more_ranks_than_samples_are_padded_with_the_shortest():
     ranks = score_batches([group(0, 2, [completion(5), completion(3)]).scored.group], num_ranks=3, micro_batch_tokens=9)
-    assert [[s.sample_id for s in batch] for rank in ranks for batch in rank] == [[(3, 0, 0)], [(3, 0, 1)], [(3, 0, -1)]]
+    ids = [[sample.sample_id for sample in batch] for rank in ranks for batch in rank]
+    assert ids == [[(3, 0, 0)], [(3, 0, 1)], [(3, 0, -1)]]
     assert ranks[2][0][0].token_ids.tolist() == [0, 1, 50, 51, 52] and not ranks[2][0][0].loss_mask.any()
 
 
@@ -182,5 +183,5 @@ def test_what_does_not_fit_or_is_not_finite_is_named():
     with pytest.raises(InvariantError, match=r"sample \(3, 0, 1\): advantage nan"):
         pack([group(0, 1, [completion(1), completion(1)], [0.0, float("nan")])], **DEFAULTS)
     broken = [completion(1), completion(2, logprobs=[-1.0, float("-inf")])]
-    with pytest.raises(InvariantError, match=r"sample \(3, 0, 1\): rollout log-prob of completion token 1 is not finite"):
+    with pytest.raises(InvariantError, match=r"\(3, 0, 1\): rollout log-prob of completion token 1 is not finite"):
         pack([group(0, 1, broken)], **DEFAULTS)

@@ -25,7 +25,7 @@ def with_added(tokenizer, single: str):
 
 
 def test_text_round_trip_is_exact(tokenizer):
-    for text in (ALPHABET, "12 + 7 = 19 , \"it's\" \n\t(0.5%) ?", " a  b "):
+    for text in (ALPHABET, "12 + 7 = 19 , \"it's\" \n\n\t(0.5%) ?", " a  b "):
         ids = tokenizer(text)["input_ids"]
         assert len(ids) == len(text) and UNK not in ids
         assert tokenizer.decode(ids) == text

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import pytest
+from tokenizers import normalizers
 
 from frpo.config.sections import DataSection
 from frpo.data.calculator import normalise_number
@@ -84,8 +85,12 @@ def test_heldout_ignores_seed_order_and_tokenizer_and_never_overlaps(tmp_path):
     plain = load(write(tmp_path / "a.jsonl", rows), heldout=20)
     mixed = random.Random(1).sample(rows, len(rows))
     shuffled = load(write(tmp_path / "b.jsonl", mixed), seed=9, heldout=20)
-    chat = load(tmp_path / "a.jsonl", heldout=20, system_prompt="x")  # a system prompt is for chat: no change
-    assert shuffled.heldout == plain.heldout == chat.heldout and len(plain.heldout) == 20
+    other = build_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Prepend("0")
+    elsewhere = load(tmp_path / "a.jsonl", tokenizer=other, heldout=20)
+    assert shuffled.heldout == plain.heldout and len(plain.heldout) == 20
+    assert [p.uid for p in elsewhere.heldout] == [p.uid for p in plain.heldout]
+    assert elsewhere.heldout[0].token_ids != plain.heldout[0].token_ids
     assert sorted(texts(plain.train + plain.heldout)) == sorted(row["prompt"] for row in rows)
     assert texts(shuffled.train) == [row["prompt"] for row in mixed if row["prompt"] not in texts(plain.heldout)]
     assert load(tmp_path / "a.jsonl", heldout=5).heldout == plain.heldout[:5]
@@ -98,12 +103,12 @@ def test_generated_heldout_does_not_depend_on_the_seed():
 
 
 def test_training_rows_with_the_tokens_of_a_heldout_one_are_removed(tmp_path):
-    """Ten questions, each with three answers: holding out two questions must remove all six rows."""
+    """Ten questions, each with three answers: holding out six questions must remove all 18 rows."""
     rows = [{"prompt": f"q{q}", "answer": a} for q in range(10) for a in range(3)]
-    prompts = load(write(tmp_path / "a.jsonl", rows), heldout=2)
-    assert len(set(texts(prompts.heldout))) == 2 and len(prompts.train) == 24
+    prompts = load(write(tmp_path / "a.jsonl", rows), heldout=6)
+    assert len(set(texts(prompts.heldout))) == 6 and len(prompts.train) == 12
     assert not set(texts(prompts.heldout)) & set(texts(prompts.train))
-    assert prompts.skipped == {"same prompt as a held-out one": 4}
+    assert prompts.skipped == {"same prompt as a held-out one": 12}
 
 
 def test_heldout_file_replaces_heldout_rows(tmp_path):
@@ -137,15 +142,16 @@ def test_calculator_prompts(tmp_path):
 
 
 def test_digest_and_uid_change_with_content_only(tmp_path):
-    rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
+    rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2, "task": "sum"}]
     first = load(write(tmp_path / "a.jsonl", rows))
     again = load(write(tmp_path / "b.jsonl", [dict(reversed(row.items())) for row in rows]), seed=3)
-    other = load(write(tmp_path / "c.jsonl", [rows[0], {"prompt": "b", "answer": 3}]))
+    other = load(write(tmp_path / "c.jsonl", [rows[0], rows[1] | {"answer": 3}]))
     assert first.digest == again.digest != other.digest
     assert [p.uid for p in first.train] == [p.uid for p in again.train]
     assert first.train[0].uid == other.train[0].uid and first.train[1].uid != other.train[1].uid
     assert load(tmp_path / "a.jsonl", heldout=1).digest != first.digest
-    assert first.train[0].uid == "UID_A"  # fixed for good: traces of old runs refer to it
+    # Old traces refer to uids, so they stay what they are: SHA-256 of the text ["a", {"answer": 1}].
+    assert first.train[0].uid == "e30fd67600d6b96a"
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_one_bad_of_eight():
 
 
 def test_two_samples_by_hand():
-    """lam 1, r = (log 3, 0): weights 1/3 and 1, p = (1/4, 3/4), A = 1 - 2p; the jackknife of two is exactly twice it."""
+    """lam 1, r = (log 3, 0): weights 1/3 and 1, p = (1/4, 3/4), A = 1 - 2p; the jackknife of two is twice it."""
     rewards = [math.log(3), 0.0]
     assert advantages(rewards, estimator="plugin") == pytest.approx([0.5, -0.5])
     assert advantages(rewards, estimator="jackknife") == pytest.approx([1.0, -1.0])
@@ -123,7 +123,7 @@ def test_dominated_jackknife_rewards_the_second_worst_and_shrink_stops_it():
     rewards = [1.0, 0.0, 0.9, 0.4, 0.8]
     keys = dict(lam=1e-3, estimator="jackknife", scale="unit")
     assert advantages(rewards, **keys) == pytest.approx([1, -8, 1, 5, 1], abs=1e-9)
-    # Only the worst is positive: of the others, all but the second worst are negative by less than rounding shows above.
+    # Only the worst is positive: the three best are negative too, by less than the tolerance above.
     assert stats(rewards, **keys)["negative_share"] == pytest.approx(0.8)
     assert advantages(rewards, guard="shrink", **keys) == pytest.approx([1, -4, 1, 1, 1], abs=1e-9)
     assert stats(rewards, guard="shrink", **keys)["negative_share"] == 0.0
@@ -161,7 +161,8 @@ def test_binary_rewards_are_centred_with_a_pass_rate_gain(passed, lam):
     rewards = np.array([1.0] * passed + [0.0] * (8 - passed))
     s, e = passed / 8, math.exp(-1 / lam)
     gain = lam * (1 - e) / (1 - s + s * e)
-    assert advantages(rewards, lam=lam, estimator="plugin", scale="exact") == pytest.approx(gain * (rewards - s), abs=1e-13)
+    result = advantages(rewards, lam=lam, estimator="plugin", scale="exact")
+    assert result == pytest.approx(gain * (rewards - s), abs=1e-13)
 
 
 @pytest.mark.parametrize("lam, ratio", [(2.0, 1.5), (0.2, 7.6)])
@@ -208,7 +209,8 @@ def test_radius_mode_does_not_depend_on_the_reward_scale():
     assert small == pytest.approx(1e-3 * one, rel=1e-6)
 
 
-@pytest.mark.parametrize("scale, expected", [("exact", [0, 0, 0, 0]), ("unit", [1, -1, -1, 1]), ("max1", [1, -1, -1, 1])])
+@pytest.mark.parametrize("scale, expected", [
+    ("exact", [0, 0, 0, 0]), ("unit", [1, -1, -1, 1]), ("max1", [1, -1, -1, 1])])
 @pytest.mark.parametrize("rho", [math.log(2), 5.0])
 def test_radius_beyond_the_group_is_the_limit_of_lam_zero(rho, scale, expected):
     keys = dict(rho=rho, estimator="plugin", scale=scale)

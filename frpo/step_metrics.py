@@ -1,6 +1,10 @@
-"""What one step says of itself: metrics of its rollouts and the trace rows to re-read it by. Pure functions of records."""
+"""What one step says of itself: metrics of its rollouts and the trace rows to re-read it by.
+
+Pure functions of records; nothing is written here.
+"""
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +22,8 @@ def rollout_metrics(groups: Sequence[AdvantagedGroup], seconds: float) -> dict[s
     completions = [completion for group in groups for completion in group.scored.group.completions]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     metrics = {
-        "reward/mean": _over(np.mean, rewards), "reward/min": _over(np.min, rewards), "reward/max": _over(np.max, rewards),
+        "reward/mean": _over(np.mean, rewards), "reward/min": _over(np.min, rewards),
+        "reward/max": _over(np.max, rewards),
         "rollout/length": float(lengths.mean()), "rollout/tokens": float(lengths.sum()),
         "rollout/truncated": float(np.mean([completion.truncated for completion in completions])),
         "time/tokens_per_second": float(lengths.sum() / seconds)}
@@ -39,15 +44,17 @@ def tilt_metrics(groups: Sequence[AdvantagedGroup]) -> dict[str, float]:
 
 
 def trace_rows(groups: Sequence[AdvantagedGroup]) -> Iterator[dict[str, Any]]:
-    """One JSON object a rollout group: prompt, completions, seeds, log-probs, versions, reward components, advantages."""
+    """One JSON object a rollout group: all of its prompt and completions, reward components, advantages, statistics."""
     for group in groups:
         scored, rollout = group.scored, group.scored.group
         yield {
             "group_id": list(rollout.group_id), "prompt_uid": rollout.prompt.uid,
             "messages": [dict(message) for message in rollout.prompt.messages],
-            "prompt_token_ids": list(rollout.prompt.token_ids),
+            "prompt_token_ids": list(rollout.prompt.token_ids), "columns": _plain(rollout.prompt.columns),
+            "stats": dict(group.stats),
             "completions": [
-                {"text": completion.text, "token_ids": list(completion.token_ids), "logprobs": list(completion.logprobs),
+                {"text": completion.text, "token_ids": list(completion.token_ids),
+                 "logprobs": list(completion.logprobs),
                  "loss_mask": [int(flag) for flag in completion.loss_mask],
                  "version_spans": [[span.policy_version, span.start, span.end] for span in completion.version_spans],
                  "seed": completion.seed, "finish_reason": completion.finish_reason,
@@ -59,6 +66,11 @@ def trace_rows(groups: Sequence[AdvantagedGroup]) -> Iterator[dict[str, Any]]:
 def _over(reduce: Any, values: np.ndarray) -> float:
     kept = values[~np.isnan(values)]
     return float(reduce(kept)) if len(kept) else float("nan")
+
+
+def _plain(columns: Any) -> Any:
+    """Columns of a data set as JSON has them; what it lacks (dates, say) by its text."""
+    return json.loads(json.dumps(dict(columns), default=str))
 
 
 def _number(value: float) -> float | None:

@@ -16,11 +16,16 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from frpo.errors import CheckpointError
+
 REDUCTIONS = ("mean", "max", "sum")
 
 
 class MetricSums:
-    """Metrics as (sum, count) until the last moment, so that parts merge exactly; "max" keeps the largest, "sum" the total."""
+    """Metrics as (sum, count) until the last moment, so that parts merge exactly.
+
+    "mean" divides them, "sum" keeps the total, "max" the largest value (NaN is larger than any number).
+    """
 
     def __init__(self):
         self.parts: dict[str, tuple[float, float, str]] = {}
@@ -33,7 +38,7 @@ class MetricSums:
         if old_total is None:
             merged = float(total)
         else:
-            merged = max(old_total, float(total)) if reduction == "max" else old_total + float(total)
+            merged = _largest(old_total, float(total)) if reduction == "max" else old_total + float(total)
         self.parts[name] = (merged, old_count + float(count), reduction)
 
     def update(self, metrics: Mapping[str, tuple[Any, Any, str]] | MetricSums) -> None:
@@ -49,7 +54,7 @@ class MetricSums:
 
 
 class PhaseTimer:
-    """Seconds a phase takes, summed over a step, and the name of the phase that runs now."""
+    """Seconds a phase takes, summed over a step, and the name of the phase that runs now (None between phases)."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -57,11 +62,12 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started, self.current = time.perf_counter(), name
+        outer, self.current, started = self.current, name, time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.current = outer
 
     def collect(self) -> dict[str, float]:
         """`time/<phase>` in seconds since the last collect."""
@@ -78,7 +84,10 @@ class Sink(Protocol):
 
 
 class JsonlFile:
-    """An append-only file of one JSON object a line, flushed line by line; its size is what a checkpoint remembers."""
+    """An append-only file of one JSON object a line, flushed line by line; its size is what a checkpoint remembers.
+
+    JSON has no NaN and no infinity: they are written as null.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -86,7 +95,11 @@ class JsonlFile:
         self.file = path.open("a", encoding="utf-8")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(row, allow_nan=True) + "\n")
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError:
+            line = json.dumps(_finite(row), allow_nan=False)
+        self.file.write(line + "\n")
         self.file.flush()
 
     def offset(self) -> int:
@@ -95,10 +108,13 @@ class JsonlFile:
         return self.path.stat().st_size
 
     def truncate(self, offset: int) -> None:
-        """Forget what lies beyond `offset` bytes. Raises ValueError if the file is shorter than that."""
+        """Forget what lies beyond `offset` bytes. Raises CheckpointError if the file is shorter than that."""
         size = self.path.stat().st_size
         if size < offset:
-            raise ValueError(f"{self.path} has {size} bytes, the checkpoint remembers {offset}: the file was changed")
+            raise CheckpointError(
+                f"{self.path} has {size} bytes, the checkpoint remembers {offset}: the file was changed, or the run "
+                "went back behind this checkpoint; resume from an earlier one (run.resume=PATH) or choose another "
+                "run.dir")
         self.file.truncate(offset)
 
     def close(self) -> None:
@@ -180,20 +196,35 @@ def step_line(step: int, metrics: Mapping[str, float]) -> str:
     """The one log line of a step: figures first, then every reward component, then seconds by phase."""
     figures = [f"{short} {_short(metrics[key])}" for short, key in LINE if key in metrics]
     terms = [f"{key.removeprefix('reward/').removesuffix('/mean')} {_short(value)}" for key, value in metrics.items()
-             if key.startswith("reward/") and key.endswith("/mean")]
+             if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"]
     seconds = [f"{key.removeprefix('time/')} {value:.2f}s" for key, value in metrics.items()
                if key.startswith("time/") and key != "time/tokens_per_second"]
-    return f"step {step:>4} | " + " ".join(figures) + " | " + " ".join(terms) + " | " + " ".join(seconds)
+    return " | ".join([f"step {step:>4}", *(" ".join(part) for part in (figures, terms, seconds) if part)])
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % normal interval; NaN entries are left out."""
+    """Mean and half-width of its 95 % normal interval, NaN where one value gives none; NaN entries are left out."""
     kept = [value for value in values if not math.isnan(value)]
     if not kept:
         return math.nan, math.nan
     mean = sum(kept) / len(kept)
-    variance = sum((value - mean) ** 2 for value in kept) / max(1, len(kept) - 1)
+    if len(kept) == 1:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in kept) / (len(kept) - 1)
     return mean, 1.96 * math.sqrt(variance / len(kept))
+
+
+def _largest(a: float, b: float) -> float:
+    return a if a > b or math.isnan(a) else b
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for every float that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: float) -> str:

@@ -92,6 +92,9 @@ class EngineClient:
         self.tensor_parallel_size = tensor_parallel_size
         self.timeout_s = timeout_s
 
+    def num_workers(self) -> int:
+        return len(self.engines) * self.tensor_parallel_size
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         calls = []
         for index, actor in enumerate(self.engines):

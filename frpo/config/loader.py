@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,40 @@ NOT_IN_DIGEST = {
     "evaluate": {"every", "samples", "temperature"},
     "telemetry": {"tensorboard", "wandb", "traces"},
     "checks": {"max_logprob_gap", "parameters_move"},
+    "rewards": {"timeout_s"},
 }
 """Keys that may differ between a checkpoint and the recipe that resumes it."""
+
+REWORDED = {
+    "model_type": "should be a mapping of keys",
+    "list_type": "should be a list (an override replaces all of it)",
+    "too_short": "should not be empty",
+    "finite_number": "should be a finite number",
+}
+"""Messages of pydantic that speak of its own types, in the words of recipes."""
+
+
+class _RecipeYaml(yaml.SafeLoader):
+    """YAML without its traps: 1e-6 is a number, a date is text, and a key given twice is an error."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":float", ":timestamp"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeYaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -36,9 +69,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError naming the key, the value given and what is allowed.
     """
     values = _read_with_bases(_find_recipe(str(path)), seen=())
+    changes: dict[str, Any] = {}
     for override in overrides:
-        values = _merge(values, _parse_override(override))
-    return _validated(values, source=str(path))
+        changes = _merge(changes, _parse_override(override))
+    return _validated(_merge(values, changes), source=str(path))
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
@@ -53,31 +87,35 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_digest(recipe: Recipe) -> str:
     """Hash of everything that a checkpoint depends on (not the run's length, folders, limits or sinks)."""
-    values = dump_recipe(recipe)
-    for section, keys in NOT_IN_DIGEST.items():
-        values[section] = {key: value for key, value in values[section].items() if key not in keys}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    decisive = {key: value for key, value in _leaves(dump_recipe(recipe)).items() if value is not None}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def recipe_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys in which two dumped recipes differ, as 'key: old -> new' lines, keys outside the digest left out."""
-    lines = []
-    for key in sorted(set(old) | set(new)):
-        if prefix and key in NOT_IN_DIGEST.get(prefix.rstrip("."), ()):
-            continue
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += recipe_difference(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before} -> {after}")
-    return lines
+def recipe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """'key: old -> new' for every dotted key in which two dumped recipes differ, those outside the digest left out."""
+    before, after = _leaves(old), _leaves(new)
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in sorted(before | after)
+            if before.get(key) != after.get(key)]
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> plain value of everything in the digest; a key that is absent and one that is null say the same."""
+    section, _, key = re.sub(r"\.\d+", "", prefix).partition(".")
+    if key in NOT_IN_DIGEST.get(section, ()):
+        return {}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {name: leaf for key, item in value.items()
+            for name, leaf in _leaves(item, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
     if dataclasses.is_dataclass(value):
-        return {"name": value.name, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value)}}
+        return {"name": value.name, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
@@ -93,27 +131,35 @@ def _find_recipe(name: str) -> Path:
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
-        raise ConfigError(f"{path}: `extends:` goes in a circle: {' -> '.join(str(p) for p in (*seen, path))}")
+        raise ConfigError(f"{path}: `extends:` goes in a circle: {' -> '.join(str(p) for p in (*seen, path))}; "
+                          "take it out of one of them")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file so") from None
+    values = _parse_yaml(text, str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, given {type(values).__name__}")
     base = values.pop("extends", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: should be one recipe's name or path, given {base!r}")
     beside = path.parent / base
     base_path = beside if beside.is_file() else _find_recipe(base.removesuffix(".yaml"))
     return _merge(_read_with_bases(base_path, (*seen, path)), values)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, mappings key by key; a renamed estimator drops the keys of the old one."""
+    """`changes` over `base`, mappings key by key; an estimator of another name drops the keys of the old one."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        renamed = both and key == "advantage" and value.get("name", merged[key].get("name")) != merged[key].get("name")
+        renamed = both and key == "advantage" and {"name"} <= value.keys() & merged[key].keys() and (
+            value["name"] != merged[key]["name"])
         merged[key] = _merge(merged[key], value) if both and not renamed else value
     return merged
 
@@ -122,32 +168,26 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    value = _parse_yaml(text, f"override {override!r}")
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 as a string; a text that is a number in scientific notation becomes one."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and value[:1] in "-+.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeYaml)  # noqa: S506  (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where}{place}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
 def _validated(values: dict[str, Any], source: str) -> Recipe:
     try:
-        return Recipe.model_validate(_numbers(values))
+        return Recipe.model_validate(values)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
@@ -160,10 +200,20 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"unknown key {location!r}{suggestion(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"key {location!r} is required"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    shown = "" if isinstance(given, dict | BaseModel) or problem["type"] == "value_error" else f" (given {given!r})"
-    return f"{location}: {message}{shown}" if location else message
+    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "value_error":
+        if problem["loc"] == ("objective", "advantage") and isinstance(given, dict):
+            location += f".{_estimator_key(message, given)}"
+        return f"{location}: {message}" if location else message
+    message = REWORDED.get(problem["type"], message).replace("Input should", "should")
+    return f"{location}: {message}, given {given!r:.80}"
+
+
+def _estimator_key(message: str, given: dict[str, Any]) -> str:
+    """The key that an estimator's message is about: it comes first, or is quoted; otherwise the name is wrong."""
+    first = [key for key in given if message.startswith(f"{key} ")]
+    quoted = sorted((key for key in given if repr(key) in message), key=lambda key: message.index(repr(key)))
+    return str([*first, *quoted, "name"][0])
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

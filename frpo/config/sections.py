@@ -1,14 +1,14 @@
 """One strict, frozen pydantic model per section of a recipe.
 
-A field's description is its documentation (`frpo config --help-keys` prints them); a combination that cannot work is
+A field's description is its documentation (`frpo config --keys` prints them); a combination that cannot work is
 refused here, before any engine starts. Reading files and overrides is `loader`'s business.
 """
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from frpo.objectives.base import AdvantageEstimator, build_estimator
 
@@ -16,7 +16,8 @@ from frpo.objectives.base import AdvantageEstimator, build_estimator
 class Section(BaseModel):
     """Base of all sections: unknown keys fail, values keep their type, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -27,11 +28,14 @@ class RunSection(Section):
     num_steps: int = Field(100, ge=1, description="rollout steps of the run")
     save_every: int = Field(20, ge=0, description="steps between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
-    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's path")
+    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's "
+                                            "path")
 
 
 class WarmStartSection(Section):
-    steps: int = Field(400, ge=0, description="supervised steps on generated arithmetic; 0: random weights")
+    source: Literal["generated", "prompts"] = Field(
+        "generated", description="generated arithmetic, or the training prompts with their column `answer`")
+    steps: int = Field(600, ge=0, description="supervised steps; 0: random weights")
     batch_size: int = Field(128, ge=1, description="examples a supervised step")
     lr: float = Field(2e-3, gt=0, description="peak learning rate of the warm start")
 
@@ -57,14 +61,16 @@ class ModelSection(Section):
     path: str | None = Field(None, description="local folder or HF id of a causal language model")
     tiny: TinyModelSection | None = Field(None, description="make a small model on the spot instead of `path`")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision of parameters and of the rollout engines")
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field("sdpa", description="learner's attention")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field(
+        "sdpa", description="learner's attention")
     max_length: int = Field(4096, ge=8, description="prompt + completion window in tokens")
     trust_remote_code: bool = Field(False, description="run model code shipped with the weights")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
         if (self.path is None) == (self.tiny is None):
-            raise ValueError("give exactly one of model.path (existing weights) and model.tiny (made on the spot)")
+            raise ValueError("give exactly one of model.path (existing weights) and model.tiny (made on the spot); "
+                             "set the other to null")
         return self
 
 
@@ -75,6 +81,8 @@ class DataSection(Section):
         "chat", description="chat: template applied to messages; text: prompt verbatim; calculator: GSM8K annotations")
     prompt_column: str = Field("prompt", description="column with the prompt: a string, or a list of messages")
     system_prompt: str | None = Field(None, description="system message put before every chat prompt")
+    where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
+    rename: dict[str, str] = Field({}, description="column -> name that rewards know it by (such as solution: answer)")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(256, ge=0, description="prompts set aside for evaluation, never trained on")
     heldout_path: str | None = Field(None, description="evaluation prompts from another file instead of `heldout` rows")
@@ -98,21 +106,23 @@ class RolloutSection(Section):
 
 
 class RewardSection(Section):
-    name: str = Field(description="name of the component in metrics and traces")
+    name: str = Field(min_length=1, description="name of the component in metrics and traces")
     function: str = Field(description="'package.module:function' or 'path/file.py:function'")
     weight: float = Field(1.0, description="factor in the summed reward")
-    kwargs: dict[str, Any] = Field({}, description="keyword arguments passed to the function at every call")
+    kwargs: dict[str, JsonValue] = Field({}, description="keyword arguments passed to the function at every call")
     timeout_s: float = Field(60, gt=0, description="limit for one call")
     on_error: Literal["raise", "abstain"] = Field("raise", description="exception or time-out: stop, or count as None")
 
 
 class ObjectiveSection(Section):
     advantage: AdvantageEstimator = Field(
-        default_factory=lambda: build_estimator({"name": "frpo"}), description="{name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
+        default_factory=lambda: build_estimator({"name": "frpo"}),
+        description="{name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below at 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="ratio is clipped above at 1 + clip_high")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="k2, k3: in the loss; k1: subtracted from rewards")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="k2, k3: in the loss; k1: subtracted from rewards")
     reduction: Literal["seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length"] = Field(
         "seq-mean-token-mean", description="how token losses become one number")
 
@@ -126,6 +136,9 @@ class ObjectiveSection(Section):
         return build_estimator(value)
 
 
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
 class LearnerSection(Section):
     num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA)")
     deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
@@ -135,7 +148,7 @@ class LearnerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
     warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final over peak learning rate (linear, cosine)")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moments", strict=False)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moments", strict=False)
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
     grad_clip: float = Field(1.0, gt=0, description="clip of the global gradient norm")
@@ -146,7 +159,8 @@ class LearnerSection(Section):
 
 
 class WeightSyncSection(Section):
-    backend: Literal["cpu_shm", "nccl", "ipc"] = Field("cpu_shm", description="cpu_shm: one host; nccl, ipc: CUDA, not yet executed")
+    backend: Literal["cpu_shm", "nccl", "ipc"] = Field(
+        "cpu_shm", description="cpu_shm: one host; nccl, ipc: CUDA, not yet executed")
     bucket_mb: float = Field(256.0, gt=0, description="MiB gathered at a time; below the model's size")
     timeout_s: float = Field(600, gt=0, description="limit for one push")
 
@@ -178,7 +192,8 @@ class Recipe(Section):
     data: DataSection = Field(DataSection(), description="prompts")
     rollout: RolloutSection = Field(RolloutSection(), description="sampling")
     rewards: list[RewardSection] = Field(min_length=1, description="reward functions, summed by weight")
-    shuffle_rewards: bool = Field(False, description="control: permute rewards over the batch, so that nothing can be learned")
+    shuffle_rewards: bool = Field(
+        False, description="control: permute rewards over the batch, so that nothing can be learned")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="advantages and loss")
     learner: LearnerSection = Field(LearnerSection(), description="optimizer and sharding")
     weight_sync: WeightSyncSection = Field(WeightSyncSection(), description="learner to engines")
@@ -194,20 +209,23 @@ class Recipe(Section):
         if samples % parts:
             raise ValueError(
                 f"rollout.prompts_per_step x group_size = {samples} samples cannot be split evenly over "
-                f"learner.num_ranks x updates_per_step = {learner.num_ranks} x {learner.updates_per_step}; change one of them")
+                f"learner.num_ranks x updates_per_step = {learner.num_ranks} x {learner.updates_per_step}; "
+                "change one of them")
         longest = self.data.max_prompt_tokens + rollout.max_new_tokens
         if longest > self.model.max_length:
             raise ValueError(
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds model.max_length = {self.model.max_length}")
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds model.max_length = "
+                f"{self.model.max_length}; lower one of them or raise model.max_length")
         if longest > learner.micro_batch_tokens:
             raise ValueError(
                 f"learner.micro_batch_tokens = {learner.micro_batch_tokens} cannot hold one sequence of "
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens")
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it or lower one of them")
         if self.data.path == "arithmetic" and self.data.format == "calculator":
-            raise ValueError("data.format: calculator reads GSM8K answers; data.path: arithmetic needs format chat or text")
+            raise ValueError("data.format: calculator reads GSM8K answers; data.path: arithmetic needs format chat or "
+                             "text")
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
-            raise ValueError(f"rewards need distinct names, given {names}")
+            raise ValueError(f"rewards need distinct names, given {names}; rename one of them")
         return self
 
 

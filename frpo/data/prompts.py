@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from frpo.data.calculator import calculator_rows
 from frpo.data.chat import ROLES, check_tokenizer, render, render_text
-from frpo.data.source import Row, column, read_rows
+from frpo.data.source import Row, column, read_rows, select
 from frpo.errors import DataError
 from frpo.types import Prompt
 
@@ -97,6 +97,7 @@ def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrained
           seed: int) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of one source in its order, and what was skipped."""
     rows, skipped = read_rows(path, split=data.split, limit=limit, seed=seed), {}
+    rows = select(rows, data.where, data.rename)
     if data.format == "calculator":
         rows, skipped = calculator_rows(rows)
         if not rows:

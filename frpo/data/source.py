@@ -5,7 +5,7 @@ Knows where each row came from and says so in every error. Does not know what th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,24 @@ def read_rows(path: str, *, split: str, limit: int | None, seed: int) -> list[Ro
     if not rows:
         raise DataError(f"data set {path!r} has no rows; give one with at least one")
     return rows
+
+
+def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[str, str]) -> list[Row]:
+    """Rows whose columns have one of the wanted values, with columns renamed. Raises DataError if no row is left, or
+    where a column is missing or its new name is taken."""
+    kept = [row for row in rows if all(column(row, name, object) in values for name, values in where.items())]
+    if not kept:
+        raise DataError(f"data.where keeps none of {len(rows)} rows; given {dict(where)}, the first row has "
+                        f"{ {name: rows[0].columns[name] for name in where} }")
+    return [_renamed(row, rename) for row in kept] if rename else kept
+
+
+def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
+    for old, new in rename.items():
+        column(row, old, object)
+        if new in row.columns:
+            raise DataError(f"{row.origin}: data.rename gives {old!r} the name {new!r}, which the row already has")
+    return Row(origin=row.origin, columns={rename.get(name, name): value for name, value in row.columns.items()})
 
 
 def column(row: Row, name: str, *kinds: type) -> Any:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chose
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file, one a step."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a metrics file, one a step; null is what was not finite."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
 def draw_reward_curve(runs: Mapping[str, Path], picture: Path) -> Path:
-    """Training reward as a line and held-out reward with its 95 % interval as points; `runs` maps names to metrics files."""
+    """Training reward as a line, held-out reward with its 95 % interval as points; `runs`: name -> metrics file."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for color, (name, path) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs.items()):
         rows = read_metrics(path)

@@ -5,7 +5,6 @@ with the engine is `learner`'s business.
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,26 +16,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from frpo.config.sections import LearnerSection, ModelSection, repository_file
-from frpo.errors import ConfigError
-
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-        "bf16", "fp16", "optimizer", "scheduler")
-"""DeepSpeed keys that the recipe decides."""
-
-
-def memory_strategy(name: str) -> dict[str, Any]:
-    """The DeepSpeed JSON `name` (a path, or a file of ds_configs). Raises ConfigError if it holds keys of the recipe."""
-    try:
-        path = repository_file("ds_configs", name, ".json")
-    except FileNotFoundError as error:
-        raise ConfigError(f"learner.deepspeed: {error}") from None
-    strategy = json.loads(path.read_text(encoding="utf-8"))
-    clash = [key for key in OURS if key in strategy]
-    if clash:
-        raise ConfigError(f"{path}: {', '.join(clash)} come from the recipe (learner.*, model.dtype); remove them here")
-    return strategy
-
+from frpo.config.memory import memory_strategy
+from frpo.config.sections import LearnerSection, ModelSection
 
 def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, Any]:
     """The complete DeepSpeed configuration of the policy. The learner owns the accumulation boundary."""

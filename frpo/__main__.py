@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +38,8 @@ def train(parsed: argparse.Namespace) -> int:
         with reward_suite(recipe, checked.prompts):
             pass  # every function was found and takes its arguments
         print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False).rstrip())
-        print(f"# checked: model {checked.model_path}, {len(checked.prompts.train)} training and "
+        model = recipe.model.path or "made on the spot"
+        print(f"# checked: model {model}, {len(checked.prompts.train)} training and "
               f"{len(checked.prompts.heldout)} held-out prompts, resume "
               f"{checked.resume[0] if checked.resume else 'from the start'}")
         return 0
@@ -61,9 +63,11 @@ def quickstart(parsed: argparse.Namespace) -> int:
 
 def config(parsed: argparse.Namespace) -> int:
     if parsed.keys:
-        print(key_reference())
+        text = key_reference()
     else:
-        print(yaml.safe_dump(dump_recipe(load_recipe(parsed.recipe, parsed.overrides)), sort_keys=False).rstrip())
+        text = yaml.safe_dump(dump_recipe(load_recipe(parsed.recipe, parsed.overrides)), sort_keys=False).rstrip()
+    with contextlib.suppress(BrokenPipeError):  # piped into head
+        print(text, flush=True)
     return 0
 
 

@@ -18,6 +18,7 @@ from frpo.config.memory import memory_strategy
 from frpo.config.sections import Recipe
 from frpo.data.chat import check_tokenizer
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
+from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.learner.model import check_model_path, load_tokenizer
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
@@ -36,7 +37,6 @@ class Parts:
 
     recipe: Recipe
     run_dir: Path
-    model_path: str
     prompts: PromptSet
     stream: PromptStream
     rewards: RewardSuite
@@ -52,29 +52,29 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What is known of a run before any engine starts."""
+    """What is known of a run before anything is made or started."""
 
-    model_path: str
     prompts: PromptSet
     checkpoints: CheckpointStore
     resume: tuple[Path, RunState] | None
 
 
 def check(recipe: Recipe) -> Checked:
-    """Everything that can fail without an engine. Raises the FrpoError that says what to change."""
-    run_dir = Path(recipe.run.dir)
+    """Everything that can fail without a model, an engine or a reward process; writes nothing.
+
+    Raises the FrpoError that says what to change.
+    """
     memory_strategy(recipe.learner.deepspeed)
-    checkpoints = CheckpointStore(run_dir, recipe)
+    checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()
     if recipe.model.tiny is not None:
-        model_path = tiny_model(recipe, run_dir / "model")
+        tokenizer = build_tokenizer()
     else:
-        model_path = recipe.model.path
-    check_model_path(recipe.model, model_path)
-    tokenizer = load_tokenizer(model_path, recipe.model.trust_remote_code)
+        check_model_path(recipe.model, recipe.model.path)
+        tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     check_tokenizer(tokenizer, needs_chat=recipe.data.format == "chat")
     prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
-    return Checked(model_path=model_path, prompts=prompts, checkpoints=checkpoints, resume=resume)
+    return Checked(prompts=prompts, checkpoints=checkpoints, resume=resume)
 
 
 @contextmanager
@@ -84,25 +84,26 @@ def build(recipe: Recipe) -> Iterator[Parts]:
     run_dir = Path(recipe.run.dir)
     with ExitStack() as stack:
         rewards = stack.enter_context(reward_suite(recipe, checked.prompts))
+        model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
         stack.enter_context(ray_session())
         device = choose_device(recipe)
         write_manifest(run_dir, recipe, checked.prompts.digest, device)
-        pool = EnginePool(recipe, checked.model_path, device)
+        pool = EnginePool(recipe, model_path, device)
         stack.callback(pool.close)
-        learner = LearnerGroup(recipe, checked.model_path, device)
+        learner = LearnerGroup(recipe, model_path, device)
         stack.callback(learner.close)
         pool.wait_until_ready()
         learner.connect_engines(pool.client())
-        files = open_files(recipe, run_dir)
+        files = open_files(recipe, run_dir, going_on=checked.resume is not None)
         for file in files.values():
             stack.callback(file.close)
         sinks = _sinks(recipe, run_dir)
         for sink in sinks:
             stack.callback(sink.close)
         yield Parts(
-            recipe=recipe, run_dir=run_dir, model_path=checked.model_path, prompts=checked.prompts,
-            stream=PromptStream(checked.prompts.train, recipe.run.seed, recipe.data.shuffle), rewards=rewards, pool=pool,
-            sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed), learner=learner,
+            recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, learner=learner,
+            stream=PromptStream(checked.prompts.train, recipe.run.seed, recipe.data.shuffle),
+            sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed),
             checkpoints=checked.checkpoints, resume=checked.resume, files=files, sinks=sinks, timer=PhaseTimer())
 
 
@@ -113,10 +114,15 @@ def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
     return RewardSuite(specs, chat=recipe.data.format == "chat", columns=columns)
 
 
-def open_files(recipe: Recipe, run_dir: Path) -> dict[str, JsonlFile]:
-    """The append-only files of a run, by name."""
+def open_files(recipe: Recipe, run_dir: Path, *, going_on: bool) -> dict[str, JsonlFile]:
+    """The append-only files of a run, by name. A run that starts anew moves an earlier one's files aside first."""
     names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
-    return {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
+    paths = {name: run_dir / f"{name}.jsonl" for name in names}
+    for name, path in paths.items():
+        if not going_on and path.is_file() and path.stat().st_size > 0:
+            number = 1 + sum(1 for _ in run_dir.glob(f"{name}.earlier-*.jsonl"))
+            path.rename(run_dir / f"{name}.earlier-{number}.jsonl")
+    return {name: JsonlFile(path) for name, path in paths.items()}
 
 
 def _sinks(recipe: Recipe, run_dir: Path) -> tuple[Sink, ...]:

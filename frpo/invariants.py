@@ -21,19 +21,21 @@ def check_logprob_gap(parts: Parts, groups: Sequence[RolloutGroup], version: int
     Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the precision).
     """
     probe = groups[:PROBED_GROUPS]
-    learner = [array for group in parts.learner.score_groups(probe, "policy", temperature=1.0) for array in group]
+    scored = parts.learner.score_groups(probe, "policy", temperature=1.0)
+    learner = np.concatenate([logprobs for group in scored for logprobs in group])
     sequences = [(group.prompt.token_ids + completion.token_ids, len(group.prompt.token_ids))
                  for group in probe for completion in group.completions]
     limit = parts.recipe.checks.max_logprob_gap or DEFAULT_GAP[parts.recipe.model.dtype]
     worst = 0.0
     for index, scores in enumerate(parts.pool.score(sequences, version)):
-        gap = float(np.abs(np.concatenate(scores) - np.concatenate(learner)).mean())
+        gap = float(np.abs(np.concatenate(scores) - learner).mean())
         worst = max(worst, gap)
         if not gap <= limit:
             raise InvariantError(
                 f"rollout engine {index} and learner disagree: mean |log-prob difference| {gap:.3g} nats on "
                 f"{len(sequences)} completions of version {version}, allowed {limit:g} (checks.max_logprob_gap); the "
-                "engine does not serve the learner's weights, or they compute different functions (precision, attention)")
+                "engine does not serve the learner's weights, or the two compute different functions (precision, "
+                "attention)")
     return worst
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,7 @@ from frpo.trainer import Trainer
 def run_quickstart(recipe: Recipe) -> int:
     """Run both, print the table, draw the picture. Returns 0 if the gain is real and the control has none, else 1."""
     started = time.perf_counter()
+    recipe = _into_fresh_folder(recipe)
     run_dir = Path(recipe.run.dir)
     with build(recipe) as parts:
         first = str(run_dir / "first_state")
@@ -37,20 +39,35 @@ def run_quickstart(recipe: Recipe) -> int:
     ends = {name: _ends(path) for name, path in runs.items()}
     _print_table(ends)
     minutes = (time.perf_counter() - started) / 60
-    print(f"{minutes:.1f} minutes. Picture: {picture}  model: {run_dir / 'export'}  metrics: {run_dir / 'metrics.jsonl'}")
+    print(f"{minutes:.1f} minutes. Picture: {picture}  model: {run_dir / 'export'}  "
+          f"metrics: {run_dir / 'metrics.jsonl'}")
     gained, lured = (_verdict(*ends[name]) for name in runs)
     print(f"Gain on held-out prompts beyond the warm-started model's interval: {'yes' if gained else 'NO'}; "
           f"gain under shuffled rewards: {'YES' if lured else 'none'}")
     return 0 if gained and not lured else 1
 
 
+def _into_fresh_folder(recipe: Recipe) -> Recipe:
+    """The recipe itself, or with -2, -3, ... at the end of run.dir where an earlier quick start lies already."""
+    number = 1
+    folder = Path(recipe.run.dir)
+    while (folder / "metrics.jsonl").is_file():
+        number += 1
+        folder = Path(f"{recipe.run.dir}-{number}")
+    return recipe if number == 1 else _with_run(recipe, dir=str(folder))
+
+
+def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
+
+
 def _control_parts(parts: Parts) -> Parts:
     """The same live parts under a recipe that shuffles rewards and writes into its own folder."""
     run_dir = parts.run_dir / "control"
-    run_section = parts.recipe.run.model_copy(update={"dir": str(run_dir), "name": "control", "save_every": 0})
-    recipe = parts.recipe.model_copy(update={"run": run_section, "shuffle_rewards": True})
+    recipe = _with_run(parts.recipe, dir=str(run_dir), name="control", save_every=0)
+    recipe = recipe.model_copy(update={"shuffle_rewards": True})
     return replace(parts, recipe=recipe, run_dir=run_dir, checkpoints=CheckpointStore(run_dir, recipe), resume=None,
-                   files=open_files(recipe, run_dir), sinks=())
+                   files=open_files(recipe, run_dir, going_on=False), sinks=())
 
 
 def _ends(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:

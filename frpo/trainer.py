@@ -26,7 +26,8 @@ class Trainer:
 
     def __init__(self, parts: Parts):
         self.parts, self.recipe = parts, parts.recipe
-        self.unchecked = True
+        self.parity_unchecked = True
+        self.movement_unchecked = self.recipe.checks.parameters_move
 
     def fit(self) -> RunState:
         """Train to the last step; save and export. Returns the final state."""
@@ -55,7 +56,9 @@ class Trainer:
             groups = self.generate(prompts, state, bar)
         with phase("reward"):
             report = parts.rewards.score(groups)
-            scored = shuffled(report.groups, self._shuffle_seed(state)) if self.recipe.shuffle_rewards else report.groups
+            scored = report.groups
+            if self.recipe.shuffle_rewards:
+                scored = shuffled(scored, seed=self.recipe.run.seed * 1_000_003 + state.step)
         with phase("score"):
             references = self.reference_logprobs(groups, state)
         kl_in_reward = objective.kl_coef if objective.kl_estimator == "k1" else 0.0
@@ -72,16 +75,19 @@ class Trainer:
 
     def generate(self, prompts: Sequence[Prompt], state: RunState, bar: ProgressBar) -> list[RolloutGroup]:
         """P groups of G completions, all from the weights of `state.policy_version`."""
-        rollout = self.recipe.rollout
+        section = self.recipe.rollout
+        sampling = Sampling(
+            temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens)
         return self.parts.sampler.sample(
-            prompts, step=state.step, first_sample=state.data_cursor * rollout.group_size, group_size=rollout.group_size,
-            sampling=Sampling(temperature=rollout.temperature, top_p=rollout.top_p, max_new_tokens=rollout.max_new_tokens),
-            version=state.policy_version, on_group=lambda done: bar.note(f"generate {done}/{len(prompts)}"))
+            prompts, step=state.step, first_sample=state.data_cursor * section.group_size,
+            group_size=section.group_size, sampling=sampling, version=state.policy_version,
+            on_group=lambda done: bar.note(f"generate {done}/{len(prompts)}"))
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
-        """Log-probabilities under the frozen reference where a KL term asks for them; before it, once, the parity check."""
-        if self.unchecked:
+        """Log-probabilities under the frozen reference where a KL term asks; before it, once, the parity check."""
+        if self.parity_unchecked:
             invariants.check_logprob_gap(self.parts, groups, state.policy_version)
+            self.parity_unchecked = False
         if self.recipe.objective.kl_coef == 0:
             return [None] * len(groups)
         return self.parts.learner.score_groups(groups, "reference")
@@ -96,13 +102,13 @@ class Trainer:
                      micro_batch_tokens=section.micro_batch_tokens, reduction=self.recipe.objective.reduction,
                      max_length=self.recipe.rollout.max_new_tokens)
         for update in batch.updates:
-            watch = self.unchecked and self.recipe.checks.parameters_move and invariants.has_signal(update)
+            watch = self.movement_unchecked and invariants.has_signal(update)
             metrics.update(learner.forward_backward(update, watch_movement=watch))
             stepped = learner.optim_step(self.recipe.run.num_steps * section.updates_per_step, watch_movement=watch)
             metrics.add("policy/grad_norm", stepped.grad_norm, 1.0)
             if watch:
                 invariants.check_movement(learner.movement_report())
-                self.unchecked = False
+                self.movement_unchecked = False
         return metrics, stepped
 
     def evaluate(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
@@ -144,6 +150,3 @@ class Trainer:
         for sink in self.parts.sinks:
             sink.write(step, metrics)
         bar.log(step_line(step, metrics))
-
-    def _shuffle_seed(self, state: RunState) -> int:
-        return self.recipe.run.seed * 1_000_003 + state.step

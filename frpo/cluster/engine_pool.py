@@ -51,7 +51,10 @@ class EnginePool:
 
     def stream(self, requests: Mapping[int, Sequence[GroupRequest]], sampling: Sampling, version: int
                ) -> Iterator[RolloutGroup]:
-        """Groups of all engines as they finish; `requests[i]` go to engine i. Raises EngineError on death or time-out."""
+        """Groups of all engines as they finish; `requests[i]` go to engine i.
+
+        Raises EngineError when an engine dies or no group finishes within the limit.
+        """
         streams = {}
         for index, assigned in requests.items():
             actor = self.engines[index]

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ import ray
 from frpo.cluster.runtime import NamedActor, log_path, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
-from frpo.telemetry import MetricSums
 from frpo.data.batcher import score_batches
+from frpo.telemetry import MetricSums
 from frpo.types import MicroBatch, OptimStepOutput, RolloutGroup, SampleId
+
+SHARED_MEMORY = Path("/dev/shm")
+LEFTOVER_AGE_S = 60.0
+"""Younger buffers may belong to a run whose ranks are just opening them."""
 
 
 class _LearnerActor:
@@ -47,6 +53,7 @@ class LearnerGroup:
 
     def __init__(self, recipe: Recipe, model_path: str, device: str):
         self.recipe = recipe
+        remove_leftovers()
         count = recipe.learner.num_ranks
         options = {"num_cpus": 0 if device == "cpu" else 1, "num_gpus": 0 if device == "cpu" else 1}
         actor = ray.remote(_LearnerActor).options(**options)
@@ -112,7 +119,7 @@ class LearnerGroup:
         """End the ranks' processes and what DeepSpeed left in shared memory under their port."""
         for actor in self.ranks:
             ray.kill(actor.handle)
-        for leftover in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.address[1]}_*"):
+        for leftover in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{self.address[1]}_*"):
             leftover.unlink(missing_ok=True)
 
     def _all(self, verb: str, *args: Any, **kwargs: Any) -> list[Any]:
@@ -124,6 +131,21 @@ class LearnerGroup:
 
     def _wait(self, phase: str, calls: list[tuple[NamedActor, Any]]) -> list[Any]:
         return wait_for(f"learner {phase}", calls, self.recipe.learner.timeout_s)
+
+
+def remove_leftovers() -> None:
+    """Delete DeepSpeed's buffers (67 MB a rank) of runs on this machine that were killed: old ones that nobody maps."""
+    old = [file for file in SHARED_MEMORY.glob("deepspeed_allreduce_buffer_*")
+           if file.stat().st_uid == os.getuid() and time.time() - file.stat().st_mtime > LEFTOVER_AGE_S]
+    if not old:
+        return
+    maps = []
+    for process in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # ended just now, or another user's, who cannot map what is ours alone
+            maps.append(process.read_text(encoding="utf-8", errors="replace"))
+    for file in old:
+        if not any(str(file) in text for text in maps):
+            file.unlink(missing_ok=True)
 
 
 def _environment(rank: int, count: int, host: str, port: int, device: str, recipe: Recipe) -> dict[str, str]:

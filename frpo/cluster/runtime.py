@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,15 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError, FrpoError
 
-RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AUTH_MODE": "token",
+RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
                    "RAY_USAGE_STATS_ENABLED": "0"}
+
+GRACE_S = 5.0
+"""A rank's death fails the collective of the others at once, and is itself known a little later."""
+
+
+class ActorDeadError(EngineError):
+    """The process of an actor is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +51,9 @@ def ray_session() -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        os.environ.pop("RAY_AUTH_MODE", None)  # tokens guard clusters that others can reach
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+        _start_local()
     else:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what `ray start` demands of whoever joins
         ray.init(address=address, log_to_driver=False, logging_level="error")
     try:
         yield
@@ -53,8 +61,23 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
+def _start_local(attempts: int = 3) -> None:
+    """Start Ray here; again if a busy machine was too slow for the 30 s that Ray gives itself."""
+    for attempt in range(1, attempts + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+            return
+        except Exception as error:  # Ray raises nothing more specific
+            ray.shutdown()
+            if attempt == attempts or "timed out during startup" not in str(error):
+                raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
+
+
 def choose_device(recipe: Recipe) -> str:
-    """"cuda" or "cpu" for this cluster, as run.device asks. Raises ConfigError if it has fewer GPUs than the recipe needs."""
+    """"cuda" or "cpu" for this cluster, as run.device asks.
+
+    Raises ConfigError if the cluster has fewer GPUs than the recipe needs.
+    """
     present = int(ray.cluster_resources().get("GPU", 0))
     if recipe.run.device == "cpu" or (recipe.run.device == "auto" and present == 0):
         return "cpu"
@@ -78,20 +101,39 @@ def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: flo
     """Results of one call an actor, in order.
 
     Raises EngineError naming phase and actor when one dies or the limit passes; an error of frpo's own raised inside an
-    actor comes out as itself.
+    actor comes out as itself. The first failure ends the wait: whoever waits for the failed one may do so for long.
     """
-    waiting = {reference: actor for actor, reference in calls}
-    done, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s, fetch_local=False)
-    results = {}
-    for reference in done:
-        results[reference] = result_of(phase, waiting[reference], reference)
-    if late:
-        names = ", ".join(str(waiting[reference]) for reference in late)
-        raise EngineError(f"{phase}: no answer within {timeout_s:g} s from {names}")
+    actors = {reference: actor for actor, reference in calls}
+    results, waiting, deadline = {}, list(actors), time.monotonic() + timeout_s
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
+        if not done:
+            names = ", ".join(str(actors[reference]) for reference in waiting)
+            raise EngineError(f"{phase}: no answer within {timeout_s:g} s from {names}")
+        try:
+            results[done[0]] = result_of(phase, actors[done[0]], done[0])
+        except FrpoError as error:
+            raise _cause_of(phase, error, actors, waiting) from error.__cause__
     return [results[reference] for _, reference in calls]
 
 
+def _cause_of(phase: str, error: FrpoError, actors: Mapping[Any, NamedActor], others: Sequence[Any]) -> FrpoError:
+    """The failure to tell: `error`, unless it only follows from the death of another actor a moment before."""
+    if isinstance(error, ActorDeadError):
+        return error
+    done, _ = ray.wait(list(others), num_returns=len(others), timeout=GRACE_S) if others else ([], [])
+    for reference in done:
+        try:
+            result_of(phase, actors[reference], reference)
+        except ActorDeadError as death:
+            return death
+        except FrpoError:
+            continue
+    return error
+
+
 def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
+    """The value behind one finished reference; see `wait_for` for the errors."""
     try:
         return ray.get(reference, timeout=60)
     except RayTaskError as error:
@@ -99,4 +141,4 @@ def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
             raise error.cause from None
         raise EngineError(f"{phase}: {actor} raised {error.cause!r}") from error
     except (RayActorError, GetTimeoutError) as error:
-        raise EngineError(f"{phase}: {actor} died: {str(error).splitlines()[0]}") from None
+        raise ActorDeadError(f"{phase}: {actor} died: {str(error).splitlines()[0]}") from None

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -43,7 +43,7 @@ REWORDED = {
 class _RecipeYaml(yaml.SafeLoader):
     """YAML without its traps: 1e-6 is a number, a date is text, and a key given twice is an error."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":float", ":timestamp"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
@@ -176,7 +176,7 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_RecipeYaml)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_RecipeYaml)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

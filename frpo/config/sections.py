@@ -226,6 +226,9 @@ class Recipe(Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards need distinct names, given {names}; rename one of them")
+        if all(reward.weight == 0 for reward in self.rewards):
+            raise ValueError("every reward has weight 0, so no completion would have a reward; raise one of "
+                             + ", ".join(f"rewards.{i}.weight" for i in range(len(names))))
         return self
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+from matplotlib import pyplot as plt  # the backend has to be chosen first
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -28,7 +28,7 @@ def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
                "eval/length": float(np.mean([len(completion.token_ids) for completion in completions])),
                "eval/truncated": float(np.mean([completion.truncated for completion in completions]))}
     for name in scored[0].terms:
-        metrics[f"eval/{name}"] = mean_interval(_prompt_mean(group.terms[name]) for group in scored)[0]
+        metrics[f"eval/{name}/mean"] = mean_interval(_prompt_mean(group.terms[name]) for group in scored)[0]
     return metrics
 
 

@@ -46,10 +46,10 @@ def collate(samples: MicroBatch, pad_id: int, device: torch.device) -> PaddedBat
         column_N=tensor(positions - 1), target_N=tensor(token_ids[rows, positions]))
 
 
-def loss_positions(samples: MicroBatch, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The per-token array `name` of all samples at their loss positions, flat, in the order of `collate`."""
+def loss_positions(samples: MicroBatch, name: str, device: torch.device) -> torch.Tensor:
+    """float32 (N): the per-token array `name` of all samples at their loss positions, in the order of `collate`."""
     values = [getattr(sample, name)[sample.loss_mask] for sample in samples]
-    return torch.as_tensor(np.concatenate(values), dtype=dtype, device=device)
+    return torch.as_tensor(np.concatenate(values), dtype=torch.float32, device=device)
 
 
 def per_sample(samples: MicroBatch, value: np.ndarray, dtype: type = np.float64) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from frpo.config.memory import memory_strategy
 from frpo.config.sections import LearnerSection, ModelSection
 
+
 def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, Any]:
     """The complete DeepSpeed configuration of the policy. The learner owns the accumulation boundary."""
     return {
@@ -104,7 +105,7 @@ def full_size(parameter: torch.nn.Parameter) -> int:
 
 
 def learning_rate(update: int, total_updates: int, learner: LearnerSection) -> float:
-    """Rate of optimizer update `update` (from 0): linear warm-up, then constant, or linear or cosine down to the minimum."""
+    """Rate of optimizer update `update` (from 0): linear warm-up, then constant, or a linear or cosine fall."""
     if update < learner.warmup_steps:
         return learner.lr * (update + 1) / (learner.warmup_steps + 1)
     if learner.schedule == "constant":

@@ -14,6 +14,7 @@ from frpo.config.sections import ModelSection
 from frpo.errors import ModelError
 
 transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -27,8 +28,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 def check_model_path(model: ModelSection, path: str) -> None:
     """Raise ModelError if no causal language model config can be read at `path` or the window is too long for it."""
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelError(f"model.path {path!r} is no folder; give a folder with config.json and weights, or a hub id")
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
+    if local and not Path(path).is_dir():
+        raise ModelError(f"model.path {path!r} is no folder; give a folder with config.json and weights, or a hub id "
+                         "such as owner/name (~ is not expanded)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -66,4 +69,4 @@ def switch_dropout_off(network: torch.nn.Module) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -28,7 +28,7 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def tiny_model(recipe: Recipe, folder: Path) -> str:
-    """Make the recipe's tiny model in `folder`, or reuse the one that an earlier run made there with the same settings."""
+    """Make the recipe's tiny model in `folder`, or reuse the one made there before with the same settings."""
     settings = json.loads(json.dumps({"tiny": recipe.model.tiny.model_dump(), "data": recipe.data.model_dump(),
                                       "max_length": recipe.model.max_length, "seed": recipe.run.seed}))
     record = folder / RECORD
@@ -36,14 +36,16 @@ def tiny_model(recipe: Recipe, folder: Path) -> str:
         return str(folder)
     tokenizer = build_tokenizer()
     network = new_network(recipe.model.tiny, tokenizer, recipe.model.max_length, recipe.run.seed)
-    warm_start(network, _examples(recipe, tokenizer), recipe.model.tiny.warm_start, tokenizer.pad_token_id, recipe.run.seed)
+    examples = _examples(recipe, tokenizer)
+    warm_start(network, examples, recipe.model.tiny.warm_start, tokenizer.pad_token_id, recipe.run.seed)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return str(folder)
 
 
-def new_network(tiny: TinyModelSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> PreTrainedModel:
+def new_network(tiny: TinyModelSection, tokenizer: PreTrainedTokenizerBase, max_length: int,
+                seed: int) -> PreTrainedModel:
     """A Qwen2 of the section's shape with random weights."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(
@@ -78,7 +80,8 @@ def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
         pairs = [(prompt.token_ids, prompt.columns["answer"]) for prompt in prompts.train if "answer" in prompt.columns]
     else:
         heldout = {prompt.token_ids for prompt in prompts.heldout}
-        rendered = [(_render(question, recipe, tokenizer), answer) for question, answer in problems(None, recipe.run.seed)]
+        generated = problems(None, recipe.run.seed)
+        rendered = [(_render(question, recipe, tokenizer), answer) for question, answer in generated]
         pairs = [(prompt, answer) for prompt, answer in rendered if prompt not in heldout]
     if not pairs:
         raise ModelError("model.tiny.warm_start.source: prompts needs training prompts with a column 'answer'; "

@@ -216,6 +216,9 @@ def _typed(what: str, value: Any, declared: Any) -> Any:
 def _yaml_hint(value: Any) -> str:
     """YAML 1.1 reads `1e-3` and `inf` as text, which looks right in the recipe."""
     try:
-        return f" (text, not a number: write {float(value)!r} or .inf)" if isinstance(value, str) else ""
+        number = float(value) if isinstance(value, str) else None
     except ValueError:
         return ""
+    if number is None:
+        return ""
+    return f" (text, not a number: write {'.inf' if number == float('inf') else repr(number)})"

@@ -7,6 +7,7 @@ It knows nothing of prompts, weights or sums (see `suite`), and never retries a 
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -98,10 +99,8 @@ class RewardWorker:
         # Not `poll()`: while a dead leader is unreaped its group can still be killed, and a child that it forked may be
         # what holds the connection open.
         if process is not None and process.returncode is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it ended by itself meanwhile
-                pass
 
     def close(self) -> None:
         """Let the process end by itself if it is idle, else kill it. Closing twice is harmless."""

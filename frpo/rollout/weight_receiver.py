@@ -53,7 +53,7 @@ class SharedMemoryReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         with safe_open(update_info.path, framework="pt", device=str(self.device)) as bucket:
-            self.staged |= {name: bucket.get_tensor(name) for name in bucket.keys()}
+            self.staged |= {name: bucket.get_tensor(name) for name in bucket.keys()}  # noqa: SIM118  (no mapping)
 
     def finish_weight_update(self) -> None:
         """Swap the staged weights in. Raises ValueError, with the model untouched, if there are none."""

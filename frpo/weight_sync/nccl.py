@@ -1,4 +1,4 @@
-"""Weights by NCCL broadcast from learner rank 0 to engines on other GPUs or hosts. NEVER EXECUTED, see `vllm_native`."""
+"""Weights by NCCL broadcast from learner rank 0 to engines on other GPUs. NEVER EXECUTED, see `vllm_native`."""
 from __future__ import annotations
 
 import socket

@@ -1,7 +1,7 @@
 """What a weight-sync backend is: a sender on every learner rank, driving vLLM's own update sequence on the engines.
 
 One push = start, one update per bucket, finish under a new version label. Rank 0 talks to the engines; the other ranks
-only take part in the gathers. What differs between backends is how a bucket's bytes travel and what a failed push leaves:
+only take part in the gathers. Backends differ in how a bucket's bytes travel and in what a failed push leaves:
 
     cpu_shm     one host; buckets are staged and swapped in at the end: a failed push leaves the old weights serving
     nccl, ipc   CUDA, weights land in place: after a failed push an engine serves nothing until it is rebuilt and synced

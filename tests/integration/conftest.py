@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import pytest
+from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 
 from frpo.cluster.runtime import ray_session
-from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 
 LONG = 384
 """Window of the shared loop: longer than two blocks of vLLM's prefix cache (128 tokens each)."""

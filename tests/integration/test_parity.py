@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import pytest
-
 from parity_matrix import COVERING, LIMIT, measure
 
 STEPS = 3

@@ -22,7 +22,7 @@ def store(folder, **fields):
 
 def state(step, of=None):
     return RunState(step=step, policy_version=step, data_cursor=4 * step, file_offsets={"metrics": 100 * step},
-                    recipe_digest=recipe_digest((of or recipe())))
+                    recipe_digest=recipe_digest(of or recipe()))
 
 
 def save(checkpoints, step):

@@ -93,7 +93,8 @@ BAD = {
         "DataError: long.jsonl:2: the prompt has 17 tokens, data.max_prompt_tokens allows 16; shorten or remove"),
     "empty data set": (["data.path=empty.jsonl"], "DataError: data set 'empty.jsonl' has no rows"),
     "missing data set": (["data.path=none.jsonl"], "DataError: data file 'none.jsonl' cannot be read: No such file"),
-    "everything held out": (["data.heldout=6"], "all of the 6 prompts of 'rows.jsonl' are held out; lower data.heldout"),
+    "everything held out": (
+        ["data.heldout=6"], "all of the 6 prompts of 'rows.jsonl' are held out; lower data.heldout (given 6)"),
     "no chat template": (
         ["data.format=chat", "model.path=MODELS/no_template"],
         "ModelError: tokenizer 'MODELS/no_template' has no chat template, which data.format: chat needs"),

@@ -60,7 +60,8 @@ def test_there_are_recipes():
 
 
 def test_a_chain_of_bases_merges_key_by_key_and_the_last_word_counts(tmp_path, base):
-    write(tmp_path / "middle.yaml", "extends: base.yaml\nrun: {seed: 3, name: middle}\nlearner: {lr: 1e-4, num_ranks: 1}")
+    write(tmp_path / "middle.yaml",
+          "extends: base.yaml\nrun: {seed: 3, name: middle}\nlearner: {lr: 1e-4, num_ranks: 1}")
     (tmp_path / "sub").mkdir()
     path = write(tmp_path / "sub" / "leaf.yaml", "extends: ../middle.yaml\nrun: {name: leaf}")
     recipe = load_recipe(path, ["learner.lr=3e-4", "learner.lr=2e-4", "rollout.group_size=2"])
@@ -159,7 +160,7 @@ def test_keys_of_the_new_estimator_count_in_any_order(base, order):
 def test_the_same_estimator_keeps_its_keys(base):
     overrides = ["objective.advantage.name=frpo", "objective.advantage.scale=unit"]
     assert load_recipe(base, overrides).objective.advantage == FRPO(lam=2.0, guard="shrink", scale="unit")
-    assert load_recipe(base, ["objective.advantage.name=grpo"] + overrides).objective.advantage.scale == "unit"
+    assert load_recipe(base, ["objective.advantage.name=grpo", *overrides]).objective.advantage.scale == "unit"
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

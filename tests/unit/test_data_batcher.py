@@ -102,7 +102,7 @@ def check_layout(ranks, expected_ids, budget):
     assert sorted(sample.sample_id for sample in learned(ranks)) == sorted(expected_ids)
     sources = {tuple(sample.token_ids) for sample in learned(ranks)}
     for batch in (batch for rank in ranks for batch in rank):
-        assert 1 <= len(batch) and len(batch) * max(len(sample.token_ids) for sample in batch) <= budget
+        assert len(batch) >= 1 and len(batch) * max(len(sample.token_ids) for sample in batch) <= budget
         for sample in filter(is_padding, batch):
             assert len(batch) == 1 and tuple(sample.token_ids) in sources and not sample.loss_mask.any()
             assert not sample.policy_weight.any() and not sample.kl_weight.any() and sample.advantage == 0

@@ -4,7 +4,14 @@ from fractions import Fraction
 import pytest
 
 from frpo.rewards.verifiers import (
-    boxed_format, exact_answer, find_number, math_answer, numeric_answer, regex_format, texts)
+    boxed_format,
+    exact_answer,
+    find_number,
+    math_answer,
+    numeric_answer,
+    regex_format,
+    texts,
+)
 
 
 def chat(text):

@@ -1,4 +1,6 @@
 """Seeds, assignment to engines and the order of groups."""
+from itertools import pairwise
+
 import pytest
 
 from frpo.errors import ConfigError
@@ -46,7 +48,7 @@ def test_seeds_depend_on_the_number_of_the_sample_only():
 
 def test_other_runs_start_far_away():
     starts = sorted(sample_seeds(run, TRAINING, 0, 1)[0] for run in range(100))
-    assert min(b - a for a, b in zip(starts, starts[1:])) > 10**6
+    assert min(b - a for a, b in pairwise(starts)) > 10**6
 
 
 @pytest.mark.parametrize("first, count", [(SEED_RANGE - 1, 2), (SEED_RANGE, 1)])

@@ -1,0 +1,153 @@
+"""A run killed with -9 in the middle of a step and resumed writes, to the byte, the files of a run left alone.
+
+Runs are `python -m frpo train` in their own processes. What checkpoints refuse is checked on the folders they leave.
+"""
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from frpo.checkpoint import CheckpointStore
+from frpo.config.loader import load_recipe
+from frpo.errors import CheckpointError
+
+STEPS = 6
+KILLED_IN = 4
+"""The step in which the run is killed; the newest checkpoint is of step 2."""
+
+RAYS_OWN = re.compile(r"raylet|gcs_server|ray::(Dashboard|RuntimeEnv)Agent|python.*log_monitor")
+"""Names of processes that Ray ends in its own time."""
+
+REWARD = """
+def spread(completions, **columns):
+    return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
+"""
+"""A random model earns something of it, so that every step has a gradient."""
+
+SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_layers=2",
+         "model.tiny.warm_start.steps=0", "data.heldout=8", "evaluate.every=2", "evaluate.samples=1",
+         "rollout.prompts_per_step=8", "rollout.group_size=4", "learner.updates_per_step=2",
+         f"run.num_steps={STEPS}", "run.save_every=2", "run.keep_last=3")
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    """A training run in `folder`, in a session of its own; its output goes to a file beside it."""
+    with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+        return subprocess.Popen([sys.executable, "-m", "frpo", "train", "smoke", *overrides_of(folder), *overrides],
+                                stdout=log, stderr=subprocess.STDOUT, cwd=folder.parent, start_new_session=True)
+
+
+def overrides_of(folder: Path) -> list[str]:
+    reward = folder.parent / "reward.py"
+    return [f"run.dir={folder}", f"rewards=[{{name: spread, function: '{reward}:spread'}}]", *SMALL]
+
+
+def finish(folder: Path, *overrides: str) -> None:
+    process = start(folder, *overrides)
+    assert process.wait(timeout=200) == 0, folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
+
+
+def lines(path: Path) -> list[str]:
+    """Whole lines of a file that may still grow."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl without what a clock says."""
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
+            for line in lines(folder / "metrics.jsonl")]
+
+
+def kill_in_step(process: subprocess.Popen, folder: Path, step: int) -> list[psutil.Process]:
+    """SIGKILL the driver when the traces of `step` are written and its metrics are not. Returns its descendants."""
+    traces = folder / "traces.jsonl"
+    while not any(json.loads(line)["group_id"] == [step - 1, 0] for line in lines(traces)):
+        assert process.poll() is None, folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
+        # Stopped while it is looked at, so that the step cannot end between the look and the kill.
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.002)
+        process.send_signal(signal.SIGSTOP)
+    family = psutil.Process(process.pid).children(recursive=True)
+    for child in family:
+        child.name()  # remembered by psutil for when it is gone
+    process.kill()
+    process.wait()
+    return family
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder of the run left alone, folder of the run killed and resumed, its state in between)."""
+    base = tmp_path_factory.mktemp("resume")
+    (base / "reward.py").write_text(REWARD, encoding="utf-8")
+    alone, broken = base / "alone", base / "broken"
+    finish(alone)
+    process = start(broken)
+    family = kill_in_step(process, broken, KILLED_IN)
+    ours = [process for process in family if not RAYS_OWN.match(process.name())]
+    _, alive = psutil.wait_procs(ours, timeout=20)
+    between = {
+        "steps": [row["step"] for row in metrics(broken)], "traces": len(lines(broken / "traces.jsonl")),
+        "checkpoints": sorted(path.name for path in (broken / "checkpoints").iterdir()),
+        "ours": len(ours), "alive": [str(process) for process in alive]}
+    # What a kill in the middle of a later save would leave: everything but the marker.
+    unfinished = broken / "checkpoints" / "step_000005"
+    shutil.copytree(broken / "checkpoints" / "step_000002", unfinished)
+    (unfinished / "COMPLETE").unlink()
+    finish(broken, "run.resume=auto")
+    between["alive at the end"] = [str(process) for process in psutil.wait_procs(family, timeout=60)[1]]
+    return alone, broken, between
+
+
+@pytest.mark.timeout(300)
+def test_the_kill_came_inside_a_step_beyond_the_checkpoint(runs):
+    _, _, between = runs
+    assert between["steps"] == list(range(KILLED_IN))
+    assert between["checkpoints"] == ["step_000002"]
+    assert between["traces"] > 8 * (KILLED_IN - 1)  # there is something to cut off
+
+
+def test_no_process_of_the_killed_run_remains(runs):
+    _, _, between = runs
+    assert between["ours"] >= 4  # an engine, two ranks, a reward worker
+    assert between["alive"] == []
+    assert between["alive at the end"] == []  # Ray's agents look for their parent now and then, up to a minute apart
+
+
+def test_the_resumed_run_repeats_the_one_left_alone_to_the_bit(runs):
+    alone, broken, _ = runs
+    assert [row["step"] for row in metrics(alone)] == list(range(STEPS + 1))
+    assert all(row["policy/grad_norm"] > 0 for row in metrics(alone)[1:])  # or nothing would be at stake
+    assert metrics(broken) == metrics(alone)
+    assert (broken / "traces.jsonl").read_bytes() == (alone / "traces.jsonl").read_bytes()
+    assert (broken / "export" / "model.safetensors").read_bytes() == (alone / "export" / "model.safetensors").read_bytes()
+
+
+def test_another_recipe_is_refused_naming_the_key(runs):
+    alone, _, _ = runs
+    changed = load_recipe("smoke", [*overrides_of(alone), "learner.lr=0.5"])
+    with pytest.raises(CheckpointError, match="was written by another recipe:\n  learner.lr: 0.0004 -> 0.5\nuse that"):
+        CheckpointStore(alone, changed).select()
+    longer = load_recipe("smoke", [*overrides_of(alone), "run.num_steps=9"])
+    path, state = CheckpointStore(alone, longer).select()
+    assert (path.name, state.step) == ("step_000006", STEPS)
+
+
+def test_a_checkpoint_without_its_marker_is_none(runs, tmp_path):
+    alone, _, _ = runs
+    shutil.copytree(alone / "checkpoints", tmp_path / "checkpoints")
+    recipe = load_recipe("smoke", overrides_of(alone))
+    (tmp_path / "checkpoints" / "step_000006" / "COMPLETE").unlink()
+    assert CheckpointStore(tmp_path, recipe).select()[1].step == 4
+    wished = load_recipe("smoke", [*overrides_of(alone), f"run.resume={tmp_path}/checkpoints/step_000006"])
+    with pytest.raises(CheckpointError, match="is no complete checkpoint; complete ones of this run: .*step_000002, "):
+        CheckpointStore(tmp_path, wished).select()

@@ -38,7 +38,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot
 
 
 def random_model(folder: Path, family: str, *, tied: bool, max_length: int = 64, seed: int = 0) -> str:
-    """A random model of `family` in fp32 with its tokenizer, about five buckets of BUCKET_MB large. Returns its path."""
+    """A random model of `family` in fp32 and its tokenizer, about five buckets of BUCKET_MB. Returns its path."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     config = FAMILIES[family](
@@ -54,9 +54,9 @@ def random_model(folder: Path, family: str, *, tied: bool, max_length: int = 64,
 
 
 def splitting_strategy(folder: Path, stage: int) -> str:
-    """Path of ds_configs/zero<stage>.json, for stage 3 with a threshold under which matrices of tiny models are split too.
+    """Path of ds_configs/zero<stage>.json, in stage 3 with a threshold so low that tiny matrices are split too.
 
-    The shipped threshold keeps every parameter below 100,000 elements whole on all ranks, so that nothing is gathered.
+    The shipped threshold keeps small parameters whole on all ranks, so that little is gathered.
     """
     strategy = json.loads(repository_file("ds_configs", f"zero{stage}", ".json").read_text(encoding="utf-8"))
     if stage == 3:
@@ -115,7 +115,7 @@ class RunningLoop:
 
     def become(self, recipe: Recipe, model_path: str) -> None:
         """Build another model's engine and learner in the processes that run already: imports cost most of a start."""
-        self.recipe, self.model_path = recipe, model_path
+        self.recipe, self.model_path, self.version = recipe, model_path, 0
         if self._pool is None or self._learner is None:
             self.close()
             return
@@ -125,7 +125,6 @@ class RunningLoop:
             *((a, a.handle.build.remote(values, model_path, "cpu", {})) for a in self._learner.ranks)], limit)
         self._pool.recipe = self._learner.recipe = recipe
         self._learner.connect_engines(self._pool.client())
-        self.version = 0
 
     def drop_pool(self) -> None:
         """End the engine; the next use starts another."""
@@ -157,7 +156,7 @@ class RunningLoop:
             version=self.version)
 
     def update_of(self, prompts: list[Prompt]) -> tuple[tuple[MicroBatch, ...], ...]:
-        """The micro-batches, by rank, of one update on fresh samples, every other one of a group with +1, the rest -1."""
+        """The micro-batches, by rank, of one update on fresh samples; advantages alternate +1, -1."""
         section = self.recipe.learner
         batch = pack([advantaged(group) for group in self.sample(prompts)], num_ranks=section.num_ranks, updates=1,
                      micro_batch_tokens=section.micro_batch_tokens, reduction="seq-mean-token-mean",

@@ -41,7 +41,7 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """before: after the first push, no step yet. stale: the learner one step ahead of the engine. after: all steps pushed."""
+    """before: first push, no step yet. stale: learner one step ahead of the engine. after: all steps pushed."""
 
     combination: Combination
     before: float

@@ -1,4 +1,4 @@
-"""What goes wrong in a run is a named error within seconds: dead processes, missing GPUs, frozen tensors, a lost push."""
+"""What goes wrong is a named error within seconds: dead processes, missing GPUs, frozen tensors, a lost push."""
 from __future__ import annotations
 
 import os
@@ -50,7 +50,8 @@ def test_a_tensor_cut_off_from_the_loss_is_named(loop):
     assert len(healthy) == 26  # 2 layers x (q k v: weight and bias, o, gate up down, 2 norms), embedding, last norm
 
     def cut(actor):
-        actor.hook = actor.learner.engine.module.model.layers[1].mlp.register_forward_hook(lambda *call: call[2].detach())
+        mlp = actor.learner.engine.module.model.layers[1].mlp
+        actor.hook = mlp.register_forward_hook(lambda *call: call[2].detach())
 
     with_each_rank(loop, cut)
     loop.update(PROMPTS, watch_movement=True)
@@ -79,7 +80,7 @@ def test_a_tensor_whose_master_stands_still_is_named(loop):
     with_each_rank(loop, hold)
     loop.update(PROMPTS, watch_movement=True)
     with_each_rank(loop, lambda actor: setattr(actor.learner.engine, "step", actor.step))
-    with pytest.raises(InvariantError, match="1 got a gradient but did not move: model.layers.0.self_attn.k_proj.weight"):
+    with pytest.raises(InvariantError, match="1 got a gradient but did not move: .*layers.0.self_attn.k_proj.weight"):
         check_movement(loop.learner.movement_report())
 
 

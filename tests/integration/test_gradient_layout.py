@@ -5,6 +5,8 @@ gradient that DeepSpeed applied. The judge is plain autograd on the whole batch 
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,13 @@ from loop import random_model, small_recipe, splitting_strategy
 from transformers import AutoModelForCausalLM
 
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.runtime import wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
+from frpo.config.sections import Recipe
 from frpo.data.batcher import pack
 from frpo.types import AdvantagedGroup, Completion, Prompt, RolloutGroup, ScoredGroup
 
-EPSILON, STEP_OVER_EPSILON = 1e4, 10.0
+EPSILON, STEP_OVER_EPSILON = 1e8, 1.0
 KL_COEF = 0.3
 LAYOUTS = [(1, 1, 10_000), (1, 3, 64), (2, 1, 64), (2, 2, 10_000), (2, 3, 10_000), (2, 3, 64)]
 """(ranks, ZeRO stage, tokens a micro-batch may hold): whole batches and single samples, alone and split."""
@@ -58,17 +62,33 @@ def judged_gradient(path: str, groups: list[AdvantagedGroup]) -> dict[str, torch
     return {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
-def applied_gradient(recipe, path: str, groups: list[AdvantagedGroup], folder) -> tuple[dict[str, torch.Tensor], float]:
-    """What one step of the real learner moved, divided by the step size; and the norm that DeepSpeed reports."""
-    learner = LearnerGroup(recipe, path, "cpu")
-    try:
-        batch = pack(groups, num_ranks=recipe.learner.num_ranks, updates=1, reduction="seq-mean-token-mean",
-                     micro_batch_tokens=recipe.learner.micro_batch_tokens, max_length=16)
-        learner.forward_backward(batch.updates[0])
-        stepped = learner.optim_step(1)
-        learner.export(str(folder))
-    finally:
+@pytest.fixture(scope="module")
+def learner_of(ray_cluster):
+    """(recipe, model) -> its learner ranks, built anew in processes that earlier recipes of as many ranks started."""
+    running: dict[int, LearnerGroup] = {}
+
+    def build(recipe: Recipe, path: str) -> LearnerGroup:
+        count = recipe.learner.num_ranks
+        if count not in running:
+            running[count] = LearnerGroup(recipe, path, "cpu")
+            return running[count]
+        calls = [(a, a.handle.build.remote(dump_recipe(recipe), path, "cpu", {})) for a in running[count].ranks]
+        wait_for("rebuild", calls, recipe.learner.startup_timeout_s)
+        return running[count]
+
+    yield build
+    for learner in running.values():
         learner.close()
+
+
+def applied_gradient(learner: LearnerGroup, recipe: Recipe, path: str, groups: list[AdvantagedGroup],
+                     folder: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """What one step of the real learner moved, divided by the step size; and the norm that DeepSpeed reports."""
+    batch = pack(groups, num_ranks=recipe.learner.num_ranks, updates=1, reduction="seq-mean-token-mean",
+                 micro_batch_tokens=recipe.learner.micro_batch_tokens, max_length=16)
+    learner.forward_backward(batch.updates[0])
+    stepped = learner.optim_step(1)
+    learner.export(str(folder))
     before = dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).named_parameters())
     after = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).named_parameters())
     return {name: (before[name] - after[name]).detach() / STEP_OVER_EPSILON for name in before}, stepped.grad_norm
@@ -76,14 +96,14 @@ def applied_gradient(recipe, path: str, groups: list[AdvantagedGroup], folder) -
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("ranks, stage, micro_batch_tokens", LAYOUTS)
-def test_gradient_is_the_formulas(ray_cluster, tmp_path, ranks, stage, micro_batch_tokens):
+def test_gradient_is_the_formulas(learner_of, tmp_path, ranks, stage, micro_batch_tokens):
     path = random_model(tmp_path / "model", "qwen2", tied=True)
     values = dump_recipe(small_recipe(path, splitting_strategy(tmp_path, stage), num_ranks=ranks))
     values["learner"] |= {"lr": EPSILON * STEP_OVER_EPSILON, "eps": EPSILON, "grad_clip": 1e9,
                           "micro_batch_tokens": micro_batch_tokens}
     values["objective"] |= {"kl_coef": KL_COEF, "kl_estimator": "k3"}
-    groups = hand_made_groups()
-    applied, norm = applied_gradient(recipe_from_dict(values), path, groups, tmp_path / "export")
+    recipe, groups = recipe_from_dict(values), hand_made_groups()
+    applied, norm = applied_gradient(learner_of(recipe, path), recipe, path, groups, tmp_path / "export")
     wanted = judged_gradient(path, groups)
     total = torch.cat([g.flatten() for g in wanted.values()]).norm().item()
     worst = max((applied[name] - wanted[name]).abs().max().item() for name in wanted)

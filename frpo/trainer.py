@@ -101,9 +101,11 @@ class Trainer:
         batch = pack(groups, old_logprobs=old, num_ranks=section.num_ranks, updates=section.updates_per_step,
                      micro_batch_tokens=section.micro_batch_tokens, reduction=self.recipe.objective.reduction,
                      max_length=self.recipe.rollout.max_new_tokens)
-        for update in batch.updates:
+        for index, update in enumerate(batch.updates):
             watch = self.movement_unchecked and invariants.has_signal(update)
-            metrics.update(learner.forward_backward(update, watch_movement=watch))
+            learned = learner.forward_backward(update, watch_movement=watch).parts
+            # From the second update on the policy is not the one that sampled: its gap to the engine means nothing.
+            metrics.update({k: v for k, v in learned.items() if index == 0 or not k.startswith("rollout/")})
             stepped = learner.optim_step(self.recipe.run.num_steps * section.updates_per_step, watch_movement=watch)
             metrics.add("policy/grad_norm", stepped.grad_norm, 1.0)
             if watch:

@@ -76,6 +76,7 @@ class ModelSection(Section):
 
 class DataSection(Section):
     path: str = Field("arithmetic", description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    subset: str | None = Field(None, description="configuration of an HF data set that has several (gsm8k: main)")
     split: str = Field("train", description="split of an HF data set")
     format: Literal["chat", "text", "calculator"] = Field(
         "chat", description="chat: template applied to messages; text: prompt verbatim; calculator: GSM8K annotations")

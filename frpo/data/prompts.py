@@ -96,7 +96,7 @@ class PromptStream:
 def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrainedTokenizerBase,
           seed: int) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of one source in its order, and what was skipped."""
-    rows, skipped = read_rows(path, split=data.split, limit=limit, seed=seed), {}
+    rows, skipped = read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset), {}
     rows = select(rows, data.where, data.rename)
     if data.format == "calculator":
         rows, skipped = calculator_rows(rows)

@@ -23,11 +23,11 @@ class Row:
     columns: Mapping[str, Any]
 
 
-def read_rows(path: str, *, split: str, limit: int | None, seed: int) -> list[Row]:
+def read_rows(path: str, *, split: str, limit: int | None, seed: int, subset: str | None = None) -> list[Row]:
     """The first `limit` rows (all when None) of `path`, in their own order.
 
     path: "arithmetic", a local file *.jsonl, or what `datasets.load_dataset` takes (an id, or a local folder).
-    split: of a Hugging Face data set. seed: order of generated arithmetic. Each is ignored by the other sources.
+    split, subset: of a Hugging Face data set. seed: order of generated arithmetic. Other sources ignore them.
     Raises DataError for a source that is missing, broken or empty, naming file and line where there is one.
     """
     if path == "arithmetic":
@@ -37,7 +37,7 @@ def read_rows(path: str, *, split: str, limit: int | None, seed: int) -> list[Ro
     elif Path(path).is_file():
         raise DataError(f"data file {path!r} is no .jsonl; write one JSON object a line and name it *.jsonl")
     else:
-        rows = list(islice(_hugging_face(path, split), limit))
+        rows = list(islice(_hugging_face(path, subset, split), limit))
     if not rows:
         raise DataError(f"data set {path!r} has no rows; give one with at least one")
     return rows
@@ -104,13 +104,13 @@ def _json_object(line: bytes, origin: str) -> dict[str, Any]:
     return value
 
 
-def _hugging_face(path: str, split: str) -> Iterator[Row]:
+def _hugging_face(path: str, subset: str | None, split: str) -> Iterator[Row]:
     # `datasets` takes a second to import and only this source needs it.
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(path, split=split)
+        dataset = load_dataset(path, name=subset, split=split)
     # OSError covers no network, offline mode and unknown ids; ValueError an unknown split or configuration.
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"data set {path!r}, split {split!r}, cannot be loaded: {error}; check data.path and "

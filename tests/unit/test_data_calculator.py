@@ -15,8 +15,8 @@ GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 
 @pytest.mark.parametrize("text, number", [
     ("24", "24"), ("9.00", "9"), (".5", "0.5"), ("0.50", "0.5"), ("9.", "9"), ("007", "7"), ("-0.0", "0"),
-    ("-21.50", "-21.5"), ("100", "100"), ("1/2", None), ("", None), (".", None), ("-", None), ("--3", None), ("3\n", None),
-    ("٣", None),
+    ("-21.50", "-21.5"), ("100", "100"), ("1/2", None), ("", None), (".", None), ("-", None), ("--3", None),
+    ("3\n", None), ("٣", None),
 ])
 def test_one_spelling_per_number(text, number):
     assert normalise_number(text) == number

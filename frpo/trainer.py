@@ -12,6 +12,7 @@ from frpo import invariants
 from frpo.builder import Parts
 from frpo.config.loader import recipe_digest
 from frpo.data.batcher import pack
+from frpo.errors import CheckpointError
 from frpo.evaluate.heldout import evaluate_heldout
 from frpo.objectives.stage import References, advantaged
 from frpo.rewards import shuffled
@@ -127,7 +128,10 @@ class Trainer:
                              file_offsets=dict.fromkeys(parts.files, 0))
         else:
             path, state = parts.resume
-            parts.learner.load(str(path / "learner"))
+            loaded = parts.learner.load(str(path / "learner"))
+            if loaded != state.policy_version:
+                raise CheckpointError(f"{path}: the learner's state is of policy version {loaded}, state.json says "
+                                      f"{state.policy_version}; the folder was changed, resume from another checkpoint")
         for name, file in parts.files.items():
             file.truncate(state.file_offsets.get(name, 0))
         return state

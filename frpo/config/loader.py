@@ -20,16 +20,22 @@ from frpo.config.sections import Recipe, repository_file
 from frpo.errors import ConfigError
 
 NOT_IN_DIGEST = {
-    "run": {"name", "dir", "num_steps", "save_every", "keep_last", "resume"},
-    "rollout": {"startup_timeout_s", "timeout_s"},
-    "learner": {"startup_timeout_s", "timeout_s"},
-    "weight_sync": {"timeout_s"},
+    "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "resume"},
+    "model": {"attn_implementation"},
+    "rollout": {"num_engines", "tensor_parallel_size", "threads", "kv_cache_mb", "gpu_memory_utilization",
+                "startup_timeout_s", "timeout_s"},
+    "learner": {"num_ranks", "deepspeed", "micro_batch_tokens", "packing", "gradient_checkpointing", "threads",
+                "startup_timeout_s", "timeout_s"},
+    "weight_sync": {"backend", "bucket_mb", "timeout_s"},
     "evaluate": {"every", "samples", "temperature"},
     "telemetry": {"tensorboard", "wandb", "traces"},
     "checks": {"max_logprob_gap", "parameters_move"},
     "rewards": {"timeout_s"},
 }
-"""Keys that may differ between a checkpoint and the recipe that resumes it."""
+"""Keys that may differ between a checkpoint and the recipe that resumes it.
+
+They set limits and sinks, or where and in what portions the same numbers are computed: rounding differs, nothing else.
+"""
 
 REWORDED = {
     "model_type": "should be a mapping of keys",
@@ -38,6 +44,9 @@ REWORDED = {
     "finite_number": "should be a finite number",
 }
 """Messages of pydantic that speak of its own types, in the words of recipes."""
+
+NAMED = ("advantage", "surrogate")
+"""Keys of `objective` whose mapping is {name: ..., keys of that name}."""
 
 
 class _RecipeYaml(yaml.SafeLoader):
@@ -86,7 +95,7 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Hash of everything that a checkpoint depends on (not the run's length, folders, limits or sinks)."""
+    """Hash of everything that a checkpoint depends on: all keys but those of NOT_IN_DIGEST."""
     decisive = {key: value for key, value in _leaves(dump_recipe(recipe)).items() if value is not None}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -154,11 +163,11 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, mappings key by key; an estimator of another name drops the keys of the old one."""
+    """`changes` over `base`, mappings key by key; what goes by another name now drops the keys of the old one."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        renamed = both and key == "advantage" and {"name"} <= value.keys() & merged[key].keys() and (
+        renamed = both and key in NAMED and {"name"} <= value.keys() & merged[key].keys() and (
             value["name"] != merged[key]["name"])
         merged[key] = _merge(merged[key], value) if both and not renamed else value
     return merged
@@ -202,15 +211,17 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"key {location!r} is required"
     message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
     if problem["type"] == "value_error":
-        if problem["loc"] == ("objective", "advantage") and isinstance(given, dict):
-            location += f".{_estimator_key(message, given)}"
+        if problem["loc"] in [("objective", name) for name in NAMED] and isinstance(given, dict):
+            location += f".{_named_key(message, given)}"
         return f"{location}: {message}" if location else message
     message = REWORDED.get(problem["type"], message).replace("Input should", "should")
     return f"{location}: {message}, given {given!r:.80}"
 
 
-def _estimator_key(message: str, given: dict[str, Any]) -> str:
-    """The key that an estimator's message is about: it comes first, or is quoted; otherwise the name is wrong."""
+def _named_key(message: str, given: dict[str, Any]) -> str:
+    """The key that such a message is about: it comes first, or is quoted; otherwise the name is wrong."""
+    if "name" not in given:
+        return "name"
     first = [key for key in given if message.startswith(f"{key} ")]
     quoted = sorted((key for key in given if repr(key) in message), key=lambda key: message.index(repr(key)))
     return str([*first, *quoted, "name"][0])

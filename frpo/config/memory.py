@@ -8,13 +8,17 @@ from frpo.config.sections import repository_file
 from frpo.errors import ConfigError
 
 RECIPE_DECIDES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                  "gradient_clipping", "bf16", "fp16", "optimizer", "scheduler")
+                  "gradient_clipping", "bf16", "fp16", "optimizer", "scheduler", "data_types",
+                  "communication_data_type")
+STAGES = (1, 2, 3)
+"""Of ZeRO. Without it (stage 0) DeepSpeed sums bf16 gradients in bf16 and cannot change the number of ranks."""
 
 
 def memory_strategy(name: str) -> dict[str, Any]:
     """The DeepSpeed JSON `name` (a path, or a file of ds_configs).
 
-    Raises ConfigError if there is none, if it is not JSON or if it holds keys that the recipe decides.
+    Raises ConfigError if there is none, if it is not JSON, if it names no stage of ZeRO or holds keys that the recipe
+    decides.
     """
     try:
         path = repository_file("ds_configs", name, ".json")
@@ -26,4 +30,7 @@ def memory_strategy(name: str) -> dict[str, Any]:
     clash = [key for key in RECIPE_DECIDES if key in strategy]
     if clash:
         raise ConfigError(f"{path}: {', '.join(clash)} come from the recipe (learner.*, model.dtype); remove them here")
+    stage = strategy.get("zero_optimization", {}).get("stage")
+    if stage not in STAGES:
+        raise ConfigError(f"{path}: zero_optimization.stage = {stage!r} should be 1, 2 or 3; 1 is free on one rank")
     return strategy

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from frpo.objectives.base import AdvantageEstimator, build_estimator
+from frpo.objectives.base import AdvantageEstimator, Surrogate, build_estimator, build_surrogate
+from frpo.objectives.correction import RolloutCorrection
+from frpo.objectives.stage import require_reweightable
 
 
 class Section(BaseModel):
@@ -57,9 +59,21 @@ class TinyModelSection(Section):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters. They have no dropout: with it, learner and rollout engines would not be the same function."""
+
+    r: int = Field(16, ge=1, description="rank of an adapter")
+    alpha: int = Field(32, ge=1, description="an adapter adds alpha / r times its product B A to a weight")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", min_length=1, description="linear layers with an adapter: all but the output head, or names such "
+                                                "as [q_proj, v_proj]")
+
+
 class ModelSection(Section):
     path: str | None = Field(None, description="local folder or HF id of a causal language model")
     tiny: TinyModelSection | None = Field(None, description="make a small model on the spot instead of `path`")
+    lora: LoraSection | None = Field(
+        None, description="train low-rank adapters on a frozen model, which is also the reference; null: train it all")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision of parameters and of the rollout engines")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field(
         "sdpa", description="learner's attention")
@@ -119,22 +133,52 @@ class ObjectiveSection(Section):
     advantage: AdvantageEstimator = Field(
         default_factory=lambda: build_estimator({"name": "frpo"}),
         description="{name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below at 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0, description="ratio is clipped above at 1 + clip_high")
+    reweight: Literal["frozen", "current"] = Field(
+        "frozen", description="frozen: advantages of the rewards alone; current: made anew before every update, with "
+                              "the ratios of the policy since the rollout (exact off-policy FRPO)")
+    surrogate: Surrogate = Field(
+        default_factory=lambda: build_surrogate({"name": "clip"}),
+        description="{name: clip|gspo|cispo|reinforce|module:Class, ...its own keys}")
+    correction: RolloutCorrection | None = Field(
+        RolloutCorrection(), description="importance weights from rollout engine to learner; null: none")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k3", description="k2, k3: in the loss; k1: subtracted from rewards")
     reduction: Literal["seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length"] = Field(
         "seq-mean-token-mean", description="how token losses become one number")
+    truncated: Literal["train", "mask"] = Field(
+        "train", description="completions cut off by the length limit; mask: no loss, though they still count in means")
 
     @field_validator("advantage", mode="plain")
     @classmethod
-    def _build(cls, value: Any) -> AdvantageEstimator:
+    def _build_estimator(cls, value: Any) -> AdvantageEstimator:
         if isinstance(value, AdvantageEstimator):
             return value
         if not isinstance(value, dict):
             raise ValueError(f"a mapping such as {{name: frpo, lam: 1.0}} is needed, given {value!r}")
         return build_estimator(value)
+
+    @field_validator("surrogate", mode="plain")
+    @classmethod
+    def _build_surrogate(cls, value: Any) -> Surrogate:
+        if isinstance(value, Surrogate):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
+        return build_surrogate(value)
+
+    @model_validator(mode="after")
+    def _reweighting(self) -> ObjectiveSection:
+        if self.reweight == "frozen":
+            return self
+        try:
+            require_reweightable(self.advantage)
+        except ValueError as error:
+            raise ValueError(f"reweight: current cannot be used here: {error}") from error
+        if self.surrogate.name != "reinforce":
+            raise ValueError("reweight: current has the ratios in its advantages already: set surrogate to "
+                             f"{{name: reinforce}}, given {self.surrogate.name}")
+        return self
 
 
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -144,7 +188,9 @@ class LearnerSection(Section):
     num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA)")
     deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on disjoint minibatches of one rollout batch")
-    micro_batch_tokens: int = Field(8192, ge=8, description="padded tokens a micro-batch may hold")
+    epochs_per_step: int = Field(1, ge=1, description="passes over the rollout batch; E x U updates a step")
+    micro_batch_tokens: int = Field(8192, ge=8, description="tokens a micro-batch may hold, padding included")
+    packing: bool = Field(True, description="lay sequences end to end without padding; false: pad to the longest")
     lr: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
     warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
@@ -205,13 +251,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         rollout, learner = self.rollout, self.learner
-        samples = rollout.prompts_per_step * rollout.group_size
-        parts = learner.num_ranks * learner.updates_per_step
-        if samples % parts:
+        if rollout.prompts_per_step % learner.updates_per_step:
             raise ValueError(
-                f"rollout.prompts_per_step x group_size = {samples} samples cannot be split evenly over "
-                f"learner.num_ranks x updates_per_step = {learner.num_ranks} x {learner.updates_per_step}; "
-                "change one of them")
+                f"rollout.prompts_per_step = {rollout.prompts_per_step} groups cannot be split evenly over "
+                f"learner.updates_per_step = {learner.updates_per_step}; change one of them")
         longest = self.data.max_prompt_tokens + rollout.max_new_tokens
         if longest > self.model.max_length:
             raise ValueError(

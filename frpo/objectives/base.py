@@ -1,25 +1,23 @@
-"""The two protocols of an objective, the registry of advantage estimators, and how a group treats missing rewards.
+"""The protocols of an objective, what travels through them, and how a group treats missing rewards.
 
-Estimators turn the rewards of one group into advantages (float64, controller); token losses turn flat tensors into a
-sum (learner). No formula of any objective is here, and none of these types knows about batches, ranks or padding.
+Estimators turn the rewards of one group into advantages (float64, controller); surrogates turn log-ratios and
+advantages into per-token objectives, and a token loss turns flat tensors into a sum (learner). No formula of any
+objective is here, and none of these types knows about batches, ranks or padding.
 
 Shape suffixes: G samples of a group, K valid ones among them, N tokens with or without a loss.
 """
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
-import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-Class = TypeVar("Class", bound=type)
+from frpo.objectives.registry import Registry
+
 Metrics = dict[str, tuple[float | Tensor, float | Tensor, str]]
 """name -> (sum, count, "mean"), or (largest value, count, "max")."""
 
@@ -49,22 +47,32 @@ class AdvantageEstimator(Protocol):
 class LossInputs:
     """Flat tensors over N tokens. Log-probs are in nats of the sampled token under the tempered policy.
 
-    Only `logprobs_N` requires grad. `ref_logprobs_N` is None where no reference was run. `mask_N` is True where a loss
-    exists. The weights are divided already (by length, by the global number of sequences), so a loss only sums.
+    Only `logprobs_N` requires grad. `old_logprobs_N` is None where the current policy is the one before the first
+    update, `ref_logprobs_N` where no reference was run, `rollout_logprobs_N` (of the engine that sampled) where nothing
+    asks for them. `mask_N` is True where a loss exists. The weights are divided already (by length, by the global
+    number of sequences), so a loss only sums. `sequence_N` (int64) says whose token it is: an index within the
+    micro-batch; the tokens of a sequence follow each other.
     """
 
     logprobs_N: Tensor
-    old_logprobs_N: Tensor
+    old_logprobs_N: Tensor | None
     ref_logprobs_N: Tensor | None
+    rollout_logprobs_N: Tensor | None
     advantage_N: Tensor
     policy_weight_N: Tensor
     kl_weight_N: Tensor
     mask_N: Tensor
+    sequence_N: Tensor
 
     def __post_init__(self) -> None:
         tensors = [getattr(self, f.name) for f in dataclasses.fields(self)]
         shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
         assert len(shapes) == 1, f"LossInputs would broadcast: {shapes}"
+
+    @property
+    def anchor_N(self) -> Tensor:
+        """Log-probs that a ratio is taken against: the old ones; without them the current ones, detached."""
+        return self.logprobs_N.detach() if self.old_logprobs_N is None else self.old_logprobs_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,48 @@ class TokenLoss(Protocol):
     """Flat token tensors -> their summed loss. Works on one rank and communicates with no other."""
 
     def __call__(self, inputs: LossInputs) -> LossOutput: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTokens:
+    """N tokens as a surrogate sees them, bad numbers of tokens that do not count already replaced by 0.
+
+    live_N: the token has a loss and a weight. log_ratio_N: log pi - log pi_old where live, else 0.
+    advantage_N: 0 also where nothing is to be learned from a live token, and the objective must be 0 there even if the
+    ratio overflows. logprobs_N: log pi where the advantage is not 0, else 0. The log-probs and log-ratios require grad.
+    """
+
+    logprobs_N: Tensor
+    log_ratio_N: Tensor
+    advantage_N: Tensor
+    live_N: Tensor
+    sequence_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenObjective:
+    """What a surrogate says of N tokens: the objective to be maximised, and where it was clipped from below or above.
+
+    Nothing is weighted or summed yet. Where the advantage is 0 the objective is 0 and not clipped.
+    """
+
+    objective_N: Tensor
+    low_N: Tensor
+    high_N: Tensor
+
+
+@runtime_checkable
+class Surrogate(Protocol):
+    """Log-ratios and advantages -> objective of every token; rebuilt from `name` and its dataclass fields.
+
+    whole_sequences: True where the objective of a token depends on the others of its sequence, so that a learner may
+    not evaluate it on arbitrary pieces of a micro-batch.
+    """
+
+    name: ClassVar[str]
+    whole_sequences: ClassVar[bool]
+
+    def objective(self, tokens: PolicyTokens) -> TokenObjective: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,106 +169,11 @@ def valid_rewards(rewards_G: np.ndarray) -> ValidRewards:
                         abstained=int(np.isnan(rewards_G).sum()), invalid=int(np.isinf(rewards_G).sum()))
 
 
-_REGISTRY: dict[str, type] = {}
+ADVANTAGES = Registry("advantage", "advantages(rewards_G)")
+SURROGATES = Registry("surrogate", "objective(tokens)", flags=("whole_sequences",))
 
+estimator, estimators, build_estimator = ADVANTAGES.register, ADVANTAGES.classes, ADVANTAGES.build
+"""Register an advantage estimator under a name; all of them by name; build one from a recipe's values."""
 
-def estimator(name: str) -> Callable[[Class], Class]:
-    """Register a frozen keyword-only dataclass as the advantage estimator `name` of recipes.
-
-    Raises ValueError where the name is taken by another class.
-    """
-
-    def register(cls: Class) -> Class:
-        frozen = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
-        assert frozen, f"{cls.__qualname__} must be a frozen dataclass"
-        other = _REGISTRY.get(name, cls)
-        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            taken = f"{other.__module__}:{other.__qualname__}"
-            raise ValueError(f"estimator {name!r} is {taken} already; choose another name")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def estimators() -> dict[str, type]:
-    """Every registered estimator by name; a file put into this package is found without being listed anywhere."""
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{__package__}.{module.name}")
-    return dict(sorted(_REGISTRY.items()))
-
-
-def build_estimator(values: Mapping[str, Any]) -> AdvantageEstimator:
-    """The estimator that {"name": ..., **its fields} describes; name may be "package.module:Class".
-
-    Raises ValueError naming what was given, what is allowed and the nearest of it.
-    """
-    parameters = dict(values)
-    name = parameters.pop("name", None)
-    if not isinstance(name, str):
-        allowed = f"{', '.join(estimators())} or 'package.module:Class'"
-        raise ValueError(f"advantage needs a name, one of {allowed}; given {dict(values)}")
-    cls = _load_class(name) if ":" in name else estimators().get(name)
-    if cls is None:
-        raise ValueError(unknown("advantage", name, estimators()) + ", or 'package.module:Class'")
-    return cls(**_checked(cls, name, parameters))
-
-
-def unknown(what: str, given: str, allowed: Collection[str]) -> str:
-    """The message for a name that does not exist: what was given, the nearest and all that is allowed."""
-    near = difflib.get_close_matches(str(given), list(allowed), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown {what} {given!r}{hint}; allowed: {', '.join(allowed) or 'none'}"
-
-
-def require_one_of(what: str, given: Any, allowed: Collection[str]) -> None:
-    """Raise ValueError unless `given` is one of the allowed names."""
-    if given not in allowed:
-        raise ValueError(unknown(what, given, allowed))
-
-
-def _load_class(path: str) -> type:
-    module_name, _, class_name = path.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"advantage {path!r} cannot be imported: {error}; expected 'package.module:Class'") from error
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and callable(getattr(cls, "advantages", None))):
-        raise ValueError(f"advantage {path!r} must be a dataclass with a method advantages(rewards_G)")
-    if cls.__module__.partition(".")[0] != __package__.partition(".")[0]:
-        cls.name = path  # a saved recipe must find the class again in a process that never imported it
-    return cls
-
-
-def _checked(cls: type, name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    types = get_type_hints(cls)
-    for key in parameters:
-        if key not in fields:
-            raise ValueError(unknown(f"key of advantage {name!r}:", key, fields))
-    for key, declared in fields.items():
-        if key not in parameters and declared.default is declared.default_factory is dataclasses.MISSING:
-            raise ValueError(f"advantage {name!r} needs a value for {key!r}")
-    return {key: _typed(f"{key} of advantage {name!r}", value, types[key]) for key, value in parameters.items()}
-
-
-def _typed(what: str, value: Any, declared: Any) -> Any:
-    strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    try:
-        return TypeAdapter(declared, config=strict).validate_python(value)
-    except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise ValueError(f"{what} must be {message}, given {value!r}{_yaml_hint(value)}") from error
-
-
-def _yaml_hint(value: Any) -> str:
-    """YAML 1.1 reads `1e-3` and `inf` as text, which looks right in the recipe."""
-    try:
-        number = float(value) if isinstance(value, str) else None
-    except ValueError:
-        return ""
-    if number is None:
-        return ""
-    return f" (text, not a number: write {'.inf' if number == float('inf') else repr(number)})"
+surrogate, surrogates, build_surrogate = SURROGATES.register, SURROGATES.classes, SURROGATES.build
+"""The same for surrogates."""

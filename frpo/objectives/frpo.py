@@ -20,7 +20,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from frpo.objectives.base import GroupAdvantages, estimator, require_one_of, valid_rewards
+from frpo.objectives.base import GroupAdvantages, estimator, valid_rewards
+from frpo.objectives.registry import require_one_of
 
 Estimate = Literal["jackknife", "plugin"]
 Scale = Literal["exact", "unit", "max1"]
@@ -73,6 +74,35 @@ class FRPO:
         c_K = self._coefficients(valid.rewards_K, lam)
         return valid.place(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(valid.rewards_K, c_K, lam))
 
+    def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages:
+        """Advantages at the current policy of samples that an older one drew, exact for the objective's estimate.
+
+        log_ratio_G (G,): log u_i, u_i the ratio of sample i under the policy's reduction (seq-sum: log pi(y_i) - log
+        pi_old(y_i)). The loss s (Phi(log u - r / lam) - mean u), Phi the group's log-mean-exp or its jackknife, has the
+        gradient -(1/k) sum_i A_i grad log u_i with A_i = s (u_i - k c_i), c the coefficients of r_i - lam log u_i.
+        At log u = 0 these are `advantages`, to the bit. A flat group keeps advantages of 0: nothing is compared there.
+
+        stats: those of `advantages`, and "ratio" (mean u), "ratio_max", "reweighted_ess" (1 / sum p^2 with the ratios).
+        Raises ValueError for lam = inf, with rho, and for log-ratios that are not finite or of another shape.
+        """
+        if self.rho is not None or math.isinf(self.lam):
+            given = f"lam = {self.lam}" if self.rho is None else f"rho = {self.rho}"
+            raise ValueError(f"reweighted advantages need a finite lam and no rho, given {given}")
+        valid, log_ratio_G = valid_rewards(rewards_G), np.asarray(log_ratio_G, dtype=np.float64)
+        if log_ratio_G.shape != valid.mask_G.shape:
+            raise ValueError(f"{valid.mask_G.size} rewards need as many log-ratios, given shape {log_ratio_G.shape}")
+        log_ratio_K = log_ratio_G[valid.mask_G]
+        if not np.isfinite(log_ratio_K).all():
+            raise ValueError(f"log-ratios must be finite, given {log_ratio_K}")
+        if valid.rewards_K.size == 0:
+            return valid.place(np.zeros_like)
+        effective_K, ratio_K = valid.rewards_K - self.lam * log_ratio_K, np.exp(log_ratio_K)
+        c_K = self._coefficients(effective_K, self.lam)
+        stats = self._stats(valid.rewards_K, c_K, self.lam) | {
+            "ratio": float(ratio_K.mean()), "ratio_max": float(ratio_K.max()),
+            "reweighted_ess": float(1 / np.square(tilt(effective_K, self.lam)).sum())}
+        return valid.place(lambda _: self._scale(self.lam) * (ratio_K - ratio_K.size * c_K), stats)
+
     def _coefficients(self, rewards_K: np.ndarray, lam: float) -> np.ndarray:
         p_K = tilt(rewards_K, lam)
         if self.estimator == "plugin" or p_K.size == 1:
@@ -85,8 +115,10 @@ class FRPO:
         if math.isinf(lam):
             centred_K = rewards_K - rewards_K.mean()
             return centred_K if self.estimator == "plugin" else centred_K * k / (k - 1)
-        scale = {"exact": lam, "unit": 1.0, "max1": max(lam, 1.0)}[self.scale]
-        return scale * (1 - k * c_K)
+        return self._scale(lam) * (1 - k * c_K)
+
+    def _scale(self, lam: float) -> float:
+        return {"exact": lam, "unit": 1.0, "max1": max(lam, 1.0)}[self.scale]
 
     def _stats(self, rewards_K: np.ndarray, c_K: np.ndarray, lam: float) -> dict[str, float]:
         p_K = tilt(rewards_K, lam)

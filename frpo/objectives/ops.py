@@ -1,30 +1,13 @@
-"""Log-probs of sampled tokens and the per-token KL estimators k1, k2, k3.
+"""The per-token KL estimators k1, k2, k3, and selecting and summing over sequences.
 
-No masking and no reduction: a caller replaces tokens without a loss before anything here exponentiates them.
+The estimators mask nothing: a caller replaces tokens without a loss before anything here exponentiates them.
 
-Shape suffixes: T tokens, V vocabulary. Everything is in nats.
+Shape suffix: N tokens. Everything is in nats.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def selective_logprobs(logits_TV: Tensor, token_ids_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of the given tokens (T,) and entropies (T,) of softmax(logits / temperature).
-
-    Computed in float32 (float64 stays float64). The entropy is a metric and carries no gradient.
-    Raises ValueError unless temperature > 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, given {temperature}")
-    if logits_TV.dtype != torch.float64:
-        logits_TV = logits_TV.float()
-    logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
-    logprobs_T = logprobs_TV.gather(-1, token_ids_T.unsqueeze(-1)).squeeze(-1)
-    # entr(0) = 0: a vocabulary entry forbidden by a logit of -inf must not give 0 * inf.
-    entropy_T = torch.special.entr(logprobs_TV.detach().exp()).sum(-1)
-    return logprobs_T, entropy_T
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -41,3 +24,16 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """e^d - d - 1 >= 0: unbiased for KL(pi || pi_ref) as a value; gradient 1 - e^d with respect to log pi."""
     d = ref_logprobs - logprobs
     return torch.expm1(d) - d
+
+
+def keep(live_N: Tensor, values_N: Tensor) -> Tensor:
+    """The values of live tokens and 0 elsewhere, by selection: multiplying by a mask would keep NaN and inf."""
+    return torch.where(live_N, values_N, torch.zeros_like(values_N))
+
+
+def sequence_sum(values_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """At every token the sum over its sequence, added in float64, so that the order of tokens does not matter."""
+    if values_N.numel() == 0:
+        return values_N
+    sums = values_N.new_zeros(int(sequence_N.max()) + 1, dtype=torch.float64)
+    return sums.index_add(0, sequence_N, values_N.double())[sequence_N].to(values_N.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from frpo.objectives.base import unknown
+from frpo.objectives.registry import unknown
 
 REDUCTIONS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "seq-mean-token-mean": lambda lengths, max_length: 1 / (lengths * lengths.size),

@@ -1,18 +1,25 @@
 """Scored groups to advantaged groups: whole groups, float64, on the controller.
 
 It applies an estimator group by group and sums what the groups say of themselves; the formulas are the estimators'.
+
+Shape suffixes: G completions of a group, T tokens of a completion.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from frpo.objectives.base import AdvantageEstimator
+from frpo.objectives.reduction import token_weights
 from frpo.types import AdvantagedGroup, ScoredGroup
 
 References = Sequence[tuple[np.ndarray, ...] | None]
 """Per group, per completion: T log-probabilities under the reference; None where no reference pass was made."""
+
+Scores = Sequence[tuple[np.ndarray, ...]]
+"""Per group, per completion: T log-probabilities under a policy."""
 
 
 def advantaged(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, references: References,
@@ -24,13 +31,51 @@ def advantaged(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, ref
     """
     result = []
     for scored, reference in zip(groups, references, strict=True):
-        rewards_G = scored.rewards_G
-        if kl_in_reward > 0:
-            rewards_G = rewards_G - kl_in_reward * sequence_kl(scored, reference)
-        outcome = estimator.advantages(rewards_G)
+        outcome = estimator.advantages(_taxed(scored, reference, kl_in_reward))
         result.append(AdvantagedGroup(
             scored=scored, advantages_G=outcome.advantages_G, stats=outcome.stats, ref_logprobs=reference))
     return result
+
+
+def reweighted(groups: Sequence[AdvantagedGroup], estimator: AdvantageEstimator, log_ratios: Sequence[np.ndarray],
+               kl_in_reward: float = 0.0) -> list[AdvantagedGroup]:
+    """The same groups with the advantages at the current policy, for an estimator that passes `require_reweightable`.
+
+    log_ratios: per group (G,), as `sequence_log_ratios` gives them for the whole groups of one update. kl_in_reward:
+    as for `advantaged`, the tax at the policy that sampled.
+    """
+    result = []
+    for group, log_ratio_G in zip(groups, log_ratios, strict=True):
+        outcome = estimator.reweighted(_taxed(group.scored, group.ref_logprobs, kl_in_reward), log_ratio_G)
+        result.append(replace(group, advantages_G=outcome.advantages_G, stats=outcome.stats))
+    return result
+
+
+def sequence_log_ratios(groups: Sequence[AdvantagedGroup], current: Scores, old: Scores, *, reduction: str,
+                        max_length: int, train_truncated: bool = True) -> list[np.ndarray]:
+    """log u_i = N sum_t weight_t (log pi - log pi_old)_t of every completion of one update, per group (G,).
+
+    The weights are those of the policy loss (`token_weights`, N completions in all), so that u_i is what the loss
+    differentiates: the sequence's ratio for "seq-sum", its geometric mean per token for "seq-mean-token-mean".
+    Completions without a loss (empty, or cut off while train_truncated is False) have log u = 0.
+    """
+    masks = [[np.array(completion.loss_mask, dtype=bool) & (train_truncated or not completion.truncated)
+              for completion in group.scored.group.completions] for group in groups]
+    lengths_N = np.array([mask_T.sum() for group in masks for mask_T in group])
+    weights = iter(lengths_N.size * token_weights(reduction, lengths_N, max_length))
+
+    def difference(now_T: np.ndarray, then_T: np.ndarray, mask_T: np.ndarray) -> float:
+        return float(np.sum(now_T[mask_T].astype(np.float64) - then_T[mask_T]))
+
+    return [np.array([next(weights) * difference(*arrays) for arrays in zip(now, then, mask, strict=True)])
+            for now, then, mask in zip(current, old, masks, strict=True)]
+
+
+def require_reweightable(estimator: AdvantageEstimator) -> None:
+    """Raise ValueError, saying what to change, unless the estimator can do `reweighted` with its parameters."""
+    if not callable(getattr(estimator, "reweighted", None)):
+        raise ValueError(f"the estimator must have `reweighted`, which {estimator.name} has not; use frpo")
+    estimator.reweighted(np.zeros(2), np.zeros(2))
 
 
 def sequence_kl(scored: ScoredGroup, reference: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -40,3 +85,9 @@ def sequence_kl(scored: ScoredGroup, reference: tuple[np.ndarray, ...]) -> np.nd
         mask = np.array(completion.loss_mask, dtype=bool)
         differences.append(float(np.sum(np.array(completion.logprobs)[mask] - ref_logprobs[mask])))
     return np.array(differences)
+
+
+def _taxed(scored: ScoredGroup, reference: tuple[np.ndarray, ...] | None, kl_in_reward: float) -> np.ndarray:
+    if kl_in_reward > 0:
+        return scored.rewards_G - kl_in_reward * sequence_kl(scored, reference)
+    return scored.rewards_G

@@ -85,7 +85,8 @@ def test_policy_loss_has_the_gradient_of_the_whole_loss_form(estimator, lam):
     given = LossInputs(
         logprobs_N=flat, old_logprobs_N=flat.detach(), ref_logprobs_N=None,
         advantage_N=torch.tensor(np.repeat(advantages, lengths)), policy_weight_N=torch.tensor(weights),
-        kl_weight_N=torch.zeros_like(flat), mask_N=torch.ones_like(flat, dtype=torch.bool))
+        kl_weight_N=torch.zeros_like(flat), mask_N=torch.ones_like(flat, dtype=torch.bool), rollout_logprobs_N=None,
+        sequence_N=torch.tensor(np.repeat(np.arange(7), lengths)))
     ours, = torch.autograd.grad(PolicyLoss()(given).loss_sum, theta, retain_graph=True)
 
     written = sum(-a / 7 * lp.mean() for a, lp in zip(advantages, logprobs, strict=True))
@@ -115,7 +116,7 @@ def test_frozen_advantages_bound_the_loss_form_from_below():
             given = LossInputs(
                 logprobs_N=torch.tensor(log_u), old_logprobs_N=0 * ones, ref_logprobs_N=None,
                 advantage_N=torch.tensor(result.advantages_G), policy_weight_N=ones / len(ones), kl_weight_N=0 * ones,
-                mask_N=ones.bool())
+                mask_N=ones.bool(), rollout_logprobs_N=None, sequence_N=torch.arange(len(ones)))
             return result.stats["certainty_equivalent"] - PolicyLoss()(given).loss_sum.item()
 
         unclipped = result.stats["certainty_equivalent"] + np.mean(np.exp(log_u_K) * result.advantages_G)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from frpo.config.loader import (
     NOT_IN_DIGEST,
@@ -13,10 +14,14 @@ from frpo.config.loader import (
     recipe_from_dict,
 )
 from frpo.config.reference import key_reference
-from frpo.config.sections import Recipe, Section
+from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
+from frpo.objectives.clip import Clip
+from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import GRPO
+from frpo.objectives.gspo import GSPO
+from frpo.objectives.reinforce import Reinforce
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -163,6 +168,34 @@ def test_the_same_estimator_keeps_its_keys(base):
     assert load_recipe(base, ["objective.advantage.name=grpo", *overrides]).objective.advantage.scale == "unit"
 
 
+def test_a_surrogate_of_another_name_drops_the_keys_of_the_old_one(tmp_path, base):
+    write(tmp_path / "middle.yaml",
+          "extends: base.yaml\nobjective: {surrogate: {name: clip, clip_high: 0.28, dual_clip: 3.0}}")
+    same = write(tmp_path / "same.yaml", "extends: middle.yaml\nobjective: {surrogate: {name: clip, clip_low: 0.1}}")
+    other = write(tmp_path / "other.yaml", "extends: middle.yaml\nobjective: {surrogate: {name: gspo, clip_low: 1e-3}}")
+    assert load_recipe(same).objective.surrogate == Clip(clip_low=0.1, clip_high=0.28, dual_clip=3.0)
+    assert load_recipe(same, ["objective.surrogate.dual_clip=null"]).objective.surrogate.dual_clip is None
+    assert load_recipe(other).objective.surrogate == GSPO(clip_low=1e-3, clip_high=4e-4)
+    assert load_recipe(other, ["objective.surrogate.name=reinforce"]).objective.surrogate == Reinforce()
+    assert load_recipe(base).objective.surrogate == Clip()
+
+
+def test_rollout_correction_is_on_until_a_recipe_turns_it_off(base):
+    assert load_recipe(base).objective.correction == RolloutCorrection(level="token", mode="truncate", high=2.0)
+    assert load_recipe(base, ["objective.correction=null"]).objective.correction is None
+    changed = load_recipe(base, ["objective.correction.mode=mask", "objective.correction.low=0.5"]).objective.correction
+    assert changed == RolloutCorrection(mode="mask", low=0.5)
+
+
+REWEIGHT = ["objective.reweight=current", "objective.surrogate.name=reinforce"]
+
+
+def test_reweighting_is_accepted_where_it_can_work(base):
+    recipe = load_recipe(base, [*REWEIGHT, "learner.updates_per_step=3", "learner.epochs_per_step=2"])
+    assert recipe.objective.reweight == "current" and recipe.learner.epochs_per_step == 2
+    assert load_recipe(base, []).objective.reweight == "frozen"
+
+
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("override, message", [
@@ -173,6 +206,11 @@ def test_the_same_estimator_keeps_its_keys(base):
     ("objective.advantage.lamda=1",
      "objective.advantage.lamda: unknown key of advantage 'frpo': 'lamda' (did you mean 'lam'?)"),
     ("objective.advantage.name=frop", "objective.advantage.name: unknown advantage 'frop' (did you mean 'frpo'?)"),
+    ("objective.surrogate={name: clip, clip_hi: 1}",
+     "objective.surrogate.clip_hi: unknown key of surrogate 'clip': 'clip_hi' (did you mean 'clip_high'?)"),
+    ("objective.surrogate.name=cispoo",
+     "objective.surrogate.name: unknown surrogate 'cispoo' (did you mean 'cispo'?); allowed: cispo, clip, gspo"),
+    ("objective.correction.hi=1", "unknown key 'objective.correction.hi'; did you mean 'high'?"),
     ("run.zzz=1", "unknown key 'run.zzz'; known keys: name, dir, seed"),
     ("7=1", "unknown key '7'; known keys: run, model"),
 ])
@@ -206,6 +244,17 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(base, override, m
     ("objective.advantage.lam=many", "objective.advantage.lam: lam of advantage 'frpo' must be a valid number"),
     ("objective.advantage.scale=big", "objective.advantage.scale: scale of advantage 'frpo' must be 'exact', 'unit'"),
     ("objective.advantage.rho=0.1", "objective.advantage.rho: rho solves for lam with plug-in weights: set estimator"),
+    ("objective.surrogate=clip", "objective.surrogate: a mapping such as {name: clip, clip_high: 0.28} is needed"),
+    ("objective.surrogate.clip_low=0.1", "objective.surrogate.name: surrogate needs a name, one of cispo, clip, gspo"),
+    ("objective.surrogate={name: clip, clip_low: 2}",
+     "objective.surrogate.clip_low: clip_low must be in (0, 1), given 2.0"),
+    ("objective.surrogate={name: clip, dual_clip: big}",
+     "objective.surrogate.dual_clip: dual_clip of surrogate 'clip' must be a valid number, given 'big'"),
+    ("objective.correction.level=tokens", "objective.correction.level: should be 'token', 'sequence' or 'geometric'"),
+    ("objective.correction.high=-1", "objective.correction.high: should be greater than 0, given -1"),
+    ("objective.correction.low=0.5", "objective.correction: low = 0.5 needs mode mask; mode truncate has no lower"),
+    ("objective.truncated=drop", "objective.truncated: should be 'train' or 'mask', given 'drop'"),
+    ("learner.epochs_per_step=0", "learner.epochs_per_step: should be greater than or equal to 1, given 0"),
     ("model.tiny.hidden_size=90", "model.tiny: hidden_size = 90 with num_heads = 3: rollout engines on CPU need"),
 ])
 def test_a_wrong_value_is_shown_beside_what_is_allowed(base, override, message):
@@ -213,11 +262,16 @@ def test_a_wrong_value_is_shown_beside_what_is_allowed(base, override, message):
 
 
 @pytest.mark.parametrize("overrides, message", [
-    (["learner.num_ranks=5"], "= 24 samples cannot be split evenly over learner.num_ranks x updates_per_step = 5 x 1; "
-                              "change one of them"),
-    (["learner.updates_per_step=7"], "= 24 samples cannot be split evenly .* = 2 x 7"),
+    (["learner.updates_per_step=4"], "rollout.prompts_per_step = 6 groups cannot be split evenly over "
+                                     "learner.updates_per_step = 4; change one of them"),
     (["model.max_length=23"], "rollout.max_new_tokens = 24 exceeds model.max_length = 23; lower one .* or raise"),
     (["learner.micro_batch_tokens=23"], "learner.micro_batch_tokens = 23 cannot hold one sequence .* = 24 tokens; "),
+    (["objective.reweight=current"], "objective: reweight: current has the ratios in its advantages already: set "
+                                     r"surrogate to \{name: reinforce\}, given clip"),
+    ([*REWEIGHT, "objective.advantage.name=rloo"],
+     "objective: reweight: current cannot be used here: the estimator must have `reweighted`, which rloo has not; use"),
+    ([*REWEIGHT, "objective.advantage.lam=.inf"], "here: reweighted advantages need a finite lam and no rho, given"),
+    ([*REWEIGHT, "objective.advantage.rho=0.3", "objective.advantage.estimator=plugin"], "and no rho, given rho = 0.3"),
     (["data.format=calculator"], "data.path: arithmetic needs format chat or text"),
     (["model.path=null"], "model: give exactly one of model.path .* and model.tiny .*; set the other to null"),
     (["model.tiny={}"], "model: give exactly one of model.path .* and model.tiny .*; set the other to null"),
@@ -229,7 +283,7 @@ def test_a_combination_that_cannot_work_names_both_sides(base, overrides, messag
 
 
 def test_limits_that_just_fit_are_fine(base):
-    recipe = load_recipe(base, ["model.max_length=24", "learner.micro_batch_tokens=24", "learner.updates_per_step=12"])
+    recipe = load_recipe(base, ["model.max_length=24", "learner.micro_batch_tokens=24", "learner.updates_per_step=6"])
     assert recipe.model.max_length == 24
 
 
@@ -256,9 +310,13 @@ def test_a_recipe_cannot_be_changed(base):
 SAME = ["run.name=other", "run.dir=elsewhere", "run.num_steps=7", "run.save_every=1", "run.keep_last=9",
         "run.resume=never", "rollout.timeout_s=1", "learner.startup_timeout_s=1", "weight_sync.timeout_s=1",
         "evaluate.every=3", "evaluate.samples=2", "telemetry.traces=false", "checks.parameters_move=false",
+        "learner.num_ranks=1", "learner.deepspeed=zero3_offload", "learner.micro_batch_tokens=99", "learner.threads=9",
+        "learner.gradient_checkpointing=true", "rollout.num_engines=2", "weight_sync.bucket_mb=7",
         "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, timeout_s: 5}]"]
 OTHER = ["run.seed=1", "model.path=models/other", "data.limit=9", "rollout.group_size=8", "learner.lr=1e-3",
-         "learner.num_ranks=1", "objective.advantage.lam=3.0", "objective.advantage.name=grpo", "shuffle_rewards=true",
+         "model.dtype=fp32", "objective.advantage.lam=3.0", "objective.advantage.name=grpo", "shuffle_rewards=true",
+         "objective.surrogate={name: clip, clip_high: 0.3}", "objective.correction=null", "objective.truncated=mask",
+         "learner.epochs_per_step=2",
          "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-5}}]",
          "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6, timeout_s: 1}}]"]
 
@@ -305,7 +363,7 @@ def test_the_reference_lists_every_key_with_default_and_meaning():
     def keys(model, prefix=""):
         for name, field in model.model_fields.items():
             parts = [field.annotation, *getattr(field.annotation, "__args__", ())]
-            inner = [part for part in parts if isinstance(part, type) and issubclass(part, Section)]
+            inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
             if inner:
                 yield from keys(inner[0], f"{prefix}{name}{'[]' if 'list' in str(field.annotation) else ''}.")
             else:

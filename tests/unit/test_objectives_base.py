@@ -14,14 +14,21 @@ from frpo.objectives.base import (
     AdvantageEstimator,
     GroupAdvantages,
     LossInputs,
+    Surrogate,
     build_estimator,
+    build_surrogate,
     estimator,
     estimators,
+    surrogates,
     valid_rewards,
 )
+from frpo.objectives.cispo import CISPO
+from frpo.objectives.clip import Clip
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import GRPO, RLOO, DrGRPO
+from frpo.objectives.gspo import GSPO
 from frpo.objectives.reduction import REDUCTIONS, token_weights
+from frpo.objectives.reinforce import Reinforce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +47,50 @@ class NoDataclass:
         return GroupAdvantages(advantages_G=rewards_G)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Silent:
+    """A surrogate of a user that does not say whether it needs whole sequences."""
+
+    def objective(self, tokens):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Silent):
+    whole_sequences = True
+
+
 def test_every_file_of_the_package_is_found():
     assert {"frpo": FRPO, "grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO}.items() <= estimators().items()
     assert all(isinstance(cls(), AdvantageEstimator) and cls.name == name for name, cls in estimators().items())
     assert not isinstance(NoDataclass(), AdvantageEstimator)
+
+
+def test_surrogates_are_found_apart_from_estimators():
+    assert {"clip": Clip, "gspo": GSPO, "cispo": CISPO, "reinforce": Reinforce}.items() <= surrogates().items()
+    assert all(isinstance(cls(), Surrogate) and cls.name == name for name, cls in surrogates().items())
+    assert not surrogates().keys() & estimators().keys()
+
+
+def test_surrogates_are_built_like_estimators():
+    assert build_surrogate({"name": "clip", "clip_low": 0.1, "dual_clip": 3}) == Clip(clip_low=0.1, dual_clip=3.0)
+    assert build_surrogate({"name": "gspo"}) == GSPO(clip_low=3e-4, clip_high=4e-4)
+    own = build_surrogate({"name": f"{__name__}:Own"})
+    assert own == Own() and own.name == f"{__name__}:Own"
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"name": "clipp"}, r"unknown surrogate 'clipp' \(did you mean 'clip'\?\); allowed: cispo, clip, gspo, rein"),
+    ({"name": "frpo"}, "unknown surrogate 'frpo'"),
+    ({"clip_low": 0.1}, "surrogate needs a name, one of cispo, clip, gspo, reinforce or 'package.module:Class'"),
+    ({"name": "clip", "cliplow": 0.1}, r"unknown key of surrogate 'clip': 'cliplow' \(did you mean 'clip_low'\?\)"),
+    ({"name": "cispo", "clip_low": "none"}, "clip_low of surrogate 'cispo' must be a valid number, given 'none'"),
+    ({"name": f"{__name__}:NoDataclass"}, r"must be a dataclass with a method objective\(tokens\)"),
+    ({"name": f"{__name__}:Silent"}, "Silent' must say whole_sequences"),
+])
+def test_mistakes_in_surrogates_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        build_surrogate(values)
 
 
 def test_a_fresh_process_finds_estimators_that_nobody_imported():
@@ -128,7 +175,7 @@ def test_loss_inputs_refuse_to_broadcast():
     flat, column = torch.zeros(3), torch.zeros(3, 1)
     with pytest.raises(AssertionError, match="broadcast"):
         LossInputs(logprobs_N=flat, old_logprobs_N=flat, ref_logprobs_N=None, advantage_N=column, policy_weight_N=flat,
-                   kl_weight_N=flat, mask_N=flat.bool())
+                   kl_weight_N=flat, mask_N=flat.bool(), rollout_logprobs_N=None, sequence_N=flat.long())
 
 
 @pytest.mark.parametrize("reduction, expected", [

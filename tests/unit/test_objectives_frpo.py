@@ -233,3 +233,52 @@ def test_radius_beyond_the_group_is_the_limit_of_lam_zero(rho, scale, expected):
 def test_bad_values_are_named(keys, message):
     with pytest.raises(ValueError, match=message):
         FRPO(**keys)
+
+
+# --- reweighted -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("estimator, ratios, expected", [
+    # lam 1, exp(-r) = 1, 1/2. Ratios 1, 2: both samples weigh 1, so c = (1/2, 1/2) and A = u - 2 c, either way.
+    ("plugin", [1, 2], [0, 1]), ("jackknife", [1, 2], [0, 1]),
+    # Ratios 1, 4: weights 1, 2, p = (1/3, 2/3); the jackknife of two has c = 2 p - 1/2 = (1/6, 5/6).
+    ("plugin", [1, 4], [1 / 3, 8 / 3]), ("jackknife", [1, 4], [2 / 3, 7 / 3]),
+])
+def test_reweighted_by_hand(estimator, ratios, expected):
+    found = FRPO(lam=1.0, estimator=estimator).reweighted([0.0, math.log(2)], np.log(ratios))
+    assert found.advantages_G == pytest.approx(expected, abs=1e-15)
+    assert found.stats["ratio"] == pytest.approx(np.mean(ratios)) and found.stats["ratio_max"] == max(ratios)
+    assert found.stats["reweighted_ess"] == pytest.approx(2 if max(ratios) == 2 else 1.8)
+    assert found.stats["ess"] == pytest.approx(1.8)  # of the rewards alone: p = (2/3, 1/3)
+
+
+@BOTH
+def test_a_missing_reward_leaves_the_reweighted_group(estimator):
+    robust = FRPO(lam=0.5, estimator=estimator)
+    whole = robust.reweighted([1.0, 0.2, 0.6], [0.3, -1.0, 0.5])
+    found = robust.reweighted([1.0, math.nan, 0.2, math.inf, 0.6], [0.3, math.nan, -1.0, 9.0, 0.5])
+    assert found.advantages_G.tolist() == np.insert(whole.advantages_G, [1, 2], 0.0).tolist()
+    assert (found.stats["abstained"], found.stats["invalid"], found.stats["ratio"]) == (1, 1, whole.stats["ratio"])
+
+
+@pytest.mark.parametrize("rewards", [[0.7, 0.7, 0.7], [0.7], [math.nan, 0.7], [math.nan], []])
+def test_nothing_is_compared_in_a_flat_group_whatever_the_ratios(rewards):
+    found = FRPO(lam=0.5).reweighted(rewards, np.linspace(-1, 1, len(rewards)))
+    assert found.advantages_G.tolist() == [0.0] * len(rewards) and found.stats["zero_advantage"] == 1
+
+
+def test_extreme_ratios_stay_finite():
+    """The likelier of two equal bad samples takes all the weight: c = (0, 1, 0) and A = s (u - k c)."""
+    found = FRPO(lam=1e-3, estimator="plugin", scale="unit").reweighted([1.0, 0.0, 0.0], [0.0, 40.0, -40.0])
+    u = math.exp(40)
+    assert found.advantages_G == pytest.approx([1.0, u - 3, math.exp(-40)], rel=1e-12)
+
+
+@pytest.mark.parametrize("keys, log_ratio, message", [
+    (dict(lam=math.inf), [0, 0], "need a finite lam and no rho, given lam = inf"),
+    (dict(rho=0.2, estimator="plugin"), [0, 0], r"need a finite lam and no rho, given rho = 0\.2"),
+    (dict(), [0, 0, 0], r"2 rewards need as many log-ratios, given shape \(3,\)"),
+    (dict(), [0, math.nan], "log-ratios must be finite, given"),
+])
+def test_reweighting_that_cannot_be_is_named(keys, log_ratio, message):
+    with pytest.raises(ValueError, match=message):
+        FRPO(**keys).reweighted([0.0, 1.0], log_ratio)

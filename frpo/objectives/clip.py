@@ -1,0 +1,69 @@
+"""PPO's clipped surrogate, and the pessimistic minimum that other ratios share.
+
+The ratio is one per token; lengths, weights and sums are not its business.
+
+Shape suffix: N tokens.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from frpo.objectives.base import PolicyTokens, TokenObjective, surrogate
+from frpo.objectives.ops import keep
+
+
+@surrogate("clip")
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) of every token (PPO, eq. 7).
+
+    clip_low, clip_high: may differ (DAPO raises the upper one).
+    dual_clip: c > 1; for A < 0 the objective is max(that, c A), so that a token which has become far more likely is
+    not pushed down without bound (dual-clip PPO). None: unbounded.
+
+    Raises ValueError for values outside these ranges.
+    """
+
+    whole_sequences: ClassVar[bool] = False
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        require_clip_range(self.clip_low, self.clip_high)
+        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
+            raise ValueError(f"dual_clip must be > 1 and finite, or null, given {self.dual_clip}")
+
+    def objective(self, tokens: PolicyTokens) -> TokenObjective:
+        return pessimistic(
+            tokens.log_ratio_N, tokens.advantage_N, self.clip_low, self.clip_high, self.dual_clip or math.inf)
+
+
+def pessimistic(log_ratio_N: Tensor, advantage_N: Tensor, clip_low: float, clip_high: float,
+                bound: float = math.inf) -> TokenObjective:
+    """The smaller of ratio A and clipped ratio A; for A < 0 the ratio counts as `bound` at most.
+
+    low_N: A < 0 and the ratio below 1 - clip_low; high_N: above 1 + clip_high (A > 0) or the bound (A < 0). These
+    tokens are constants: they leave the graph before exp, since their gradient would be 0 * inf in an overflow.
+    """
+    ratio_N = log_ratio_N.detach().exp()
+    upper_N = torch.where(advantage_N < 0, bound, torch.full_like(ratio_N, 1 + clip_high))
+    learns_N = advantage_N != 0
+    low_N = (advantage_N < 0) & (ratio_N < 1 - clip_low)
+    high_N = learns_N & (ratio_N > upper_N)
+    ratio_N = torch.exp(keep(learns_N & ~(low_N | high_N), log_ratio_N))
+    ratio_N = torch.where(low_N, 1 - clip_low, torch.where(high_N, upper_N, ratio_N))
+    return TokenObjective(objective_N=ratio_N * advantage_N, low_N=low_N, high_N=high_N)
+
+
+def require_clip_range(clip_low: float, clip_high: float) -> None:
+    """Raise ValueError unless 0 < clip_low < 1 and 0 < clip_high < inf."""
+    if not 0 < clip_low < 1:
+        raise ValueError(f"clip_low must be in (0, 1), given {clip_low}")
+    if not 0 < clip_high < math.inf:
+        raise ValueError(f"clip_high must be > 0 and finite, given {clip_high}")

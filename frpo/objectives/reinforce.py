@@ -1,0 +1,27 @@
+"""The plain policy gradient: nothing is clipped and no ratio to an older policy appears.
+
+For advantages that are exact at the current policy already, as `objective.reweight: current` makes them.
+
+Shape suffix: N tokens.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from frpo.objectives.base import PolicyTokens, TokenObjective, surrogate
+
+
+@surrogate("reinforce")
+@dataclass(frozen=True, kw_only=True)
+class Reinforce:
+    """A pi / sg(pi) of every token: value A, gradient A grad log pi."""
+
+    whole_sequences: ClassVar[bool] = False
+
+    def objective(self, tokens: PolicyTokens) -> TokenObjective:
+        through_N = torch.exp(tokens.logprobs_N - tokens.logprobs_N.detach())
+        never_N = torch.zeros_like(tokens.live_N)
+        return TokenObjective(objective_N=through_N * tokens.advantage_N, low_N=never_N, high_N=never_N)

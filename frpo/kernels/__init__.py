@@ -1,0 +1,10 @@
+"""The LM head and the loss of its tokens as one operation, so that logits over the whole batch never exist.
+
+Hidden states and head weights go in; losses, log-probs, entropies and gradients come out. No model, no batch and no
+collective is known here. `reference` holds the plain computation that tests and benchmarks compare with.
+"""
+from frpo.kernels.logprobs import linear_logprobs
+from frpo.kernels.stats import ReferenceHead, TokenStats
+from frpo.kernels.token_loss import linear_cross_entropy, linear_token_loss
+
+__all__ = ["ReferenceHead", "TokenStats", "linear_cross_entropy", "linear_logprobs", "linear_token_loss"]

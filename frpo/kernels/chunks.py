@@ -1,0 +1,148 @@
+"""Logits in pieces: chunks of rows for statistics, blocks of the vocabulary for gradients of recomputed logits.
+
+A piece has about chunk_rows * V logits per model, and [N, V] never exists. Losses are elsewhere: what comes in here is
+a slope per token.
+
+Shape suffixes: N tokens, C tokens of a chunk, V vocabulary, B columns of it, D hidden width, E the reference's.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from frpo.kernels import rows as torch_rows
+from frpo.kernels.projection import ACCUMULATED, hidden_gradient_, operand, project_, weight_gradient_
+from frpo.kernels.rows import ReferenceLogits
+from frpo.kernels.stats import LogitScale, ReferenceHead, RowStats, Slope
+
+_MIN_COLUMNS = 256
+"""Narrower blocks of the vocabulary would starve the matrix products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Hidden states and heads whose logits are made in pieces only. Raises ValueError for tensors that disagree."""
+
+    hidden_ND: Tensor
+    head_VD: Tensor
+    target_N: Tensor
+    scale: LogitScale
+    reference: ReferenceHead | None
+    chunk_rows: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @cached_property
+    def row_ops(self) -> ModuleType:
+        """`triton_rows` where it can run, `rows` elsewhere; both have statistics and gradient_."""
+        soft = self.reference is not None and self.reference.margin == "soft"
+        if not self.hidden_ND.is_cuda or soft or find_spec("triton") is None:
+            return torch_rows
+        from frpo.kernels import triton_rows
+        return triton_rows
+
+    def row_chunks(self) -> Iterator[slice]:
+        N = len(self.hidden_ND)
+        return (slice(first, min(first + self.chunk_rows, N)) for first in range(0, N, self.chunk_rows))
+
+    def operands(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of policy and reference, ready to be multiplied."""
+        return operand(self.hidden_ND[rows]), self.reference and operand(self.reference.hidden_NE[rows])
+
+    def logits(self, hidden_CD: Tensor, hidden_CE: Tensor | None,
+               columns: slice = slice(None)) -> tuple[Tensor, ReferenceLogits | None]:
+        """Raw logits of a piece, which the next call overwrites; the reference's only if its operand is given."""
+        z_CB = _filled(self._buffers[0], hidden_CD, self.head_VD[columns])
+        if hidden_CE is None:
+            return z_CB, None
+        scale = LogitScale(temperature=self.scale.temperature, softcap=self.reference.softcap)
+        return z_CB, ReferenceLogits(u_CB=_filled(self._buffers[1], hidden_CE, self.reference.head_VE[columns]),
+                                     scale=scale, tau=self.reference.tau if self.reference.margin == "soft" else None)
+
+    def sweep(self, stats: RowStats, slope: Slope, wants: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of hidden states and head (where wanted) from logits recomputed in blocks of the vocabulary.
+
+        Every row of the head's gradient is formed once, so that it needs no wider accumulator and is rounded once.
+        """
+        hidden_ND, hidden_NE = self.operands(slice(None))
+        if wants[1]:
+            hidden_ND = live_rows(hidden_ND, slope)
+        if slope.u_N is None and (slope.margin_N is None or stats.gamma_mean_N is None):
+            hidden_NE = None
+        grad_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=ACCUMULATED[hidden_ND.dtype]) if wants[0] else None
+        grad_VD = torch.empty_like(self.head_VD) if wants[1] else None
+        V = len(self.head_VD)
+        for first in range(0, V, self._block_columns):
+            columns = slice(first, min(first + self._block_columns, V))
+            z_NB, reference = self.logits(hidden_ND, hidden_NE, columns)
+            dz_NB = self.row_ops.gradient_(z_NB, first, self.target_N, stats, slope, self.scale, reference,
+                                           dtype=hidden_ND.dtype)
+            if wants[0]:
+                hidden_gradient_(grad_ND, dz_NB, self.head_VD[columns], add=first > 0)
+            if wants[1]:
+                weight_gradient_(grad_VD[columns], dz_NB, hidden_ND, add=False)
+        return grad_ND if grad_ND is None else grad_ND.to(self.hidden_ND.dtype), grad_VD
+
+    @property
+    def _block_columns(self) -> int:
+        N, V = len(self.hidden_ND), len(self.head_VD)
+        return min(V, max(_MIN_COLUMNS, V * min(self.chunk_rows, N) // N))
+
+    @cached_property
+    def _buffers(self) -> list[Tensor]:
+        """Room for the largest piece of each model, made once: a CPU is slow to hand out fresh memory."""
+        N, V = len(self.hidden_ND), len(self.head_VD)
+        size = max(min(self.chunk_rows, N) * V, N * self._block_columns)
+        return [self.hidden_ND.new_empty(size, dtype=ACCUMULATED[self.head_VD.dtype])
+                for _ in range(1 if self.reference is None else 2)]
+
+
+def live_rows(hidden_CD: Tensor, slope: Slope) -> Tensor:
+    """Hidden states with 0 for tokens that are not live: their dz of 0 would still make NaN of a NaN."""
+    return torch.where(slope.live_N[:, None], hidden_CD, 0)
+
+
+def nothing(hidden_0D: Tensor, head_VD: Tensor) -> Tensor:
+    """Per-token values of no token, of shape (0,), whose backward gives hidden states and head gradients of zero."""
+    return (hidden_0D.sum(1) + head_VD[:0].sum()).to(ACCUMULATED[head_VD.dtype])
+
+
+def _filled(buffer: Tensor, hidden_CD: Tensor, head_BD: Tensor) -> Tensor:
+    C, B = len(hidden_CD), len(head_BD)
+    logits_CB = buffer[:C * B].view(C, B)
+    project_(logits_CB, hidden_CD, head_BD)
+    return logits_CB
+
+
+def _check(pieces: Pieces) -> None:
+    reference, shape = pieces.reference, (len(pieces.hidden_ND), len(pieces.head_VD))
+    _check_operands("hidden_ND and head_VD", pieces.hidden_ND, pieces.head_VD)
+    target = pieces.target_N
+    if target.shape != shape[:1] or target.dtype != torch.int64:
+        raise ValueError(f"target_N must be int64 of shape {shape[:1]}, given {target.dtype} of {tuple(target.shape)}")
+    if pieces.chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be >= 1, given {pieces.chunk_rows}")
+    if reference is None:
+        return
+    _check_operands("the reference's hidden_NE and head_VE", reference.hidden_NE, reference.head_VE)
+    given = (len(reference.hidden_NE), len(reference.head_VE))
+    if given != shape:
+        raise ValueError(f"the reference must have the policy's tokens and vocabulary {shape}, given {given}")
+    if ACCUMULATED[reference.head_VE.dtype] != ACCUMULATED[pieces.head_VD.dtype]:
+        raise ValueError(f"policy and reference must both be float64 or neither, given {pieces.head_VD.dtype} and "
+                         f"{reference.head_VE.dtype}")
+
+
+def _check_operands(what: str, hidden: Tensor, head: Tensor) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(f"{what} must be matrices of one width, given {tuple(hidden.shape)} and {tuple(head.shape)}")
+    if hidden.dtype != head.dtype or head.dtype not in ACCUMULATED:
+        raise ValueError(f"{what} must be of one type among {', '.join(map(str, ACCUMULATED))}, given {hidden.dtype} "
+                         f"and {head.dtype}")

@@ -1,0 +1,166 @@
+"""What a token loss may depend on, what is kept per token, and the closed form of every token loss's gradient.
+
+With z the policy's logits, u the reference's (both capped and tempered already), p, q their softmax, H the entropy,
+y the target, a = argmax u, b = argmax z, the statistics of one token are log p_y, H, KL = sum p (log p - log q) and
+a margin. A loss l of them has, for every v of the vocabulary,
+
+    dl/dz_v = dl/dlog p_y (e_y - p)_v - dl/dH p_v (log p_v + H) + dl/dKL p_v (log p_v - log q_v - KL)
+              + dl/dmargin d_v
+    hard: margin = z_a - z_b,                       d = e_a - e_b
+    soft: margin = sum (alpha - gamma) log p,       d_v = alpha_v - gamma_v - gamma_v (z_v - sum gamma z) / tau
+          alpha = softmax(u / tau), gamma = softmax(z / tau)
+
+which is p_v times something affine in (z_v, u_v), plus a few single entries: `Slope` holds those coefficients, and the
+row kernels know nothing else of losses. No tensor with a vocabulary dimension is made here.
+
+Shape suffixes: N tokens, V vocabulary, E hidden width of the reference.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+Margin = Literal["hard", "soft"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStats:
+    """Statistics of the N tokens of one chunk in nats; None where there is no reference.
+
+    logprobs, entropy, kl (>= 0) and margin (<= 0 if hard) may require grad; ref_logprobs are log q of the targets,
+    agree_N is True where policy and reference have the same most likely token (ties: the lowest index).
+    """
+
+    logprobs_N: Tensor
+    entropy_N: Tensor
+    kl_N: Tensor | None = None
+    margin_N: Tensor | None = None
+    ref_logprobs_N: Tensor | None = None
+    agree_N: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceHead:
+    """A frozen reference: its final hidden states (N, E) and head (V, E) over the policy's vocabulary.
+
+    It is tempered like the policy and has a soft-cap of its own. Raises ValueError for an unknown margin or tau <= 0.
+    """
+
+    hidden_NE: Tensor
+    head_VE: Tensor
+    margin: Margin = "hard"
+    tau: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin not in get_args(Margin):
+            raise ValueError(f"margin must be one of {get_args(Margin)}, given {self.margin!r}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be > 0, given {self.tau}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitScale:
+    """logits = cap * tanh(raw / cap) / temperature, without the tanh where softcap is None.
+
+    Raises ValueError unless both are > 0.
+    """
+
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, given {self.temperature}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be > 0 or None, given {self.softcap}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowStats:
+    """All that a gradient needs to be formed later from recomputed logits, block by block: some scalars per token.
+
+    log p_v = (z_v - z_max) - z_log_sum. The two are kept apart because their sum would round p at large logits.
+    alpha and gamma exist for a soft margin only: log alpha_v = (u_v - u_max) / tau - alpha_log_sum, likewise gamma;
+    gamma_mean = sum gamma (z - z_max).
+    """
+
+    z_max_N: Tensor
+    z_log_sum_N: Tensor
+    logprobs_N: Tensor
+    entropy_N: Tensor
+    u_max_N: Tensor | None = None
+    u_log_sum_N: Tensor | None = None
+    ref_logprobs_N: Tensor | None = None
+    kl_N: Tensor | None = None
+    margin_N: Tensor | None = None
+    z_argmax_N: Tensor | None = None
+    u_argmax_N: Tensor | None = None
+    alpha_log_sum_N: Tensor | None = None
+    gamma_log_sum_N: Tensor | None = None
+    gamma_mean_N: Tensor | None = None
+
+    def leaves(self, requires_grad: bool) -> TokenStats:
+        """What the loss sees: detached, so that its graph ends at the statistics."""
+        def leaf(values_N: Tensor | None) -> Tensor | None:
+            return None if values_N is None else values_N.detach().requires_grad_(requires_grad)
+
+        agree_N = None if self.kl_N is None else self.z_argmax_N == self.u_argmax_N
+        return TokenStats(logprobs_N=leaf(self.logprobs_N), entropy_N=leaf(self.entropy_N), kl_N=leaf(self.kl_N),
+                          margin_N=leaf(self.margin_N), ref_logprobs_N=self.ref_logprobs_N, agree_N=agree_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slope:
+    """dl/dz = e^(z - z_max) (one + z (z - z_max) + u (u - u_max)) + target e_y + margin d, per token; 0 if not live.
+
+    z, u and margin are None where the loss does not need them. A token is live if any derivative of its loss is not
+    exactly 0 (NaN counts as live): the others are left out by selection, since 0 * NaN is NaN.
+    """
+
+    one_N: Tensor
+    z_N: Tensor | None
+    u_N: Tensor | None
+    target_N: Tensor
+    margin_N: Tensor | None
+    live_N: Tensor
+
+
+Record = TypeVar("Record", RowStats, Slope)
+
+
+def of_rows(record: Record, rows: slice) -> Record:
+    """The same record of some of its tokens."""
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return dataclasses.replace(record, **{name: value[rows] for name, value in values.items() if value is not None})
+
+
+def joined(parts: Sequence[Record]) -> Record:
+    """One record of the tokens of several, in order."""
+    values = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(parts[0])}
+    return type(parts[0])(**{name: None if v[0] is None else torch.cat(v) for name, v in values.items()})
+
+
+def slope(stats: RowStats, d_logprobs_N: Tensor | None = None, d_entropy_N: Tensor | None = None,
+          d_kl_N: Tensor | None = None, d_margin_N: Tensor | None = None) -> Slope:
+    """The coefficients of dl/dz from the derivatives of a loss; None is a derivative that is 0 for every token."""
+    zero_N = torch.zeros_like(stats.logprobs_N)
+    derivatives = [d_N for d_N in (d_logprobs_N, d_entropy_N, d_kl_N, d_margin_N) if d_N is not None]
+    live_N = torch.stack([d_N != 0 for d_N in derivatives]).any(0) if derivatives else zero_N.bool()
+    one_N, z_N, u_N = zero_N, None, None
+    if d_logprobs_N is not None:
+        one_N = one_N - d_logprobs_N
+    if d_entropy_N is not None:
+        one_N, z_N = one_N - d_entropy_N * (stats.entropy_N - stats.z_log_sum_N), -d_entropy_N
+    if d_kl_N is not None:
+        one_N = one_N + d_kl_N * (stats.u_log_sum_N - stats.z_log_sum_N - stats.kl_N)
+        z_N, u_N = d_kl_N if z_N is None else z_N + d_kl_N, -d_kl_N
+    normaliser_N = torch.exp(-stats.z_log_sum_N)
+    one_N, z_N, u_N = (None if c_N is None else c_N * normaliser_N for c_N in (one_N, z_N, u_N))
+    return Slope(one_N=one_N, z_N=z_N, u_N=u_N, target_N=zero_N if d_logprobs_N is None else d_logprobs_N,
+                 margin_N=d_margin_N, live_N=live_N)

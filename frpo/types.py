@@ -117,12 +117,8 @@ class TrainingSample:
 
 MicroBatch = tuple[TrainingSample, ...]
 
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerBatch:
-    """`updates[u][rank][i]` is micro-batch i of a rank in optimizer update u; every rank has equally many."""
-
-    updates: tuple[tuple[tuple[MicroBatch, ...], ...], ...]
+RankBatches = tuple[tuple[MicroBatch, ...], ...]
+"""`[rank][i]`: micro-batch i of a rank, for one optimizer update or one scoring pass; every rank has equally many."""
 
 
 @dataclass(frozen=True, kw_only=True)

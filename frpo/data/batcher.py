@@ -1,7 +1,7 @@
-"""Samples to micro-batches: weights divided once, then any layout over updates, ranks and micro-batches.
+"""Advantaged groups to the samples of each optimizer update, with token weights that are divided once and for all.
 
-A sample's weights depend on the samples of its optimizer update only, never on the layout, so every split gives the
-same gradient. Does not compute advantages, pad, build tensors or talk to a learner.
+A sample's weights depend on the samples of its update only, never on how `layout` spreads them over ranks and
+micro-batches. Does not compute advantages, build tensors or talk to a learner.
 
 Legend: N samples of an update, S tokens of a sample (prompt and completion).
 """
@@ -12,84 +12,44 @@ from dataclasses import replace
 
 import numpy as np
 
-from frpo.errors import ConfigError, InvariantError
+from frpo.data.layout import Layout, lay_out
+from frpo.errors import InvariantError
 from frpo.objectives.reduction import token_weights
 from frpo.types import (
     AdvantagedGroup,
     Completion,
-    LearnerBatch,
-    MicroBatch,
     Prompt,
+    RankBatches,
     RolloutGroup,
     SampleId,
     TrainingSample,
 )
 
-PADDING_INDEX = -1
-"""Sample index, within its group, of a sample that only keeps ranks in step."""
 
+def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, max_length: int,
+         old_logprobs: Sequence[tuple[np.ndarray, ...] | None] | None = None, train_truncated: bool = True
+         ) -> RankBatches:
+    """The samples of one optimizer update, laid out.
 
-def pack(groups: Sequence[AdvantagedGroup], *, num_ranks: int, updates: int, micro_batch_tokens: int, reduction: str,
-         max_length: int, old_logprobs: Sequence[tuple[np.ndarray, ...]] | None = None,
-         train_truncated: bool = True) -> LearnerBatch:
-    """The batch of one step: samples by id, cut into `updates` equal runs, each laid out by `lay_out`.
-
-    micro_batch_tokens: samples x longest of a micro-batch, at most. reduction, max_length: see `token_weights`.
-    old_logprobs: per group and completion, T log-probs under the policy before the first update; None if that is the
-    policy of the only update. train_truncated: if False, completions cut off by the length limit have no loss; they
-    still count in N.
-    Raises ConfigError for samples that do not divide by `updates` or do not fit, InvariantError for values not finite.
+    reduction, max_length: see `token_weights`; N are the samples of these groups.
+    old_logprobs: per group and completion, T log-probs under the policy before the first update; None where that is the
+    policy of this update. train_truncated: if False, completions cut off by the length limit have no loss; they still
+    count in N.
+    Raises ConfigError for a sample that does not fit, InvariantError for values not finite.
     """
     old = [None] * len(groups) if old_logprobs is None else old_logprobs
     samples = [sample for group, old_G in zip(groups, old, strict=True)
                for sample in _training_samples(group, old_G, train_truncated)]
-    samples.sort(key=lambda sample: sample.sample_id)
-    assert len({sample.sample_id for sample in samples}) == len(samples), "sample ids repeat within a step"
-    if not samples or len(samples) % updates:
-        raise ConfigError(f"{len(samples)} samples cannot be split into {updates} equal updates; choose "
-                          "learner.updates_per_step as a divisor of rollout.prompts_per_step x group_size")
-    size = len(samples) // updates
-    minibatches = [samples[start:start + size] for start in range(0, len(samples), size)]
-    return LearnerBatch(updates=tuple(
-        lay_out(_weighted(minibatch, reduction, max_length), num_ranks=num_ranks, micro_batch_tokens=micro_batch_tokens)
-        for minibatch in minibatches))
+    assert len({sample.sample_id for sample in samples}) == len(samples), "sample ids repeat within an update"
+    return lay_out(_weighted(samples, reduction, max_length), layout)
 
 
-def score_batches(groups: Sequence[RolloutGroup], *, num_ranks: int,
-                  micro_batch_tokens: int) -> tuple[tuple[MicroBatch, ...], ...]:
+def score_batches(groups: Sequence[RolloutGroup], layout: Layout) -> RankBatches:
     """`[rank][i]` micro-batches of all completions for a pass without gradients, such as reference log-probs.
 
     Samples have no advantage and no weight; skip those with `is_padding` when reading results.
     """
-    samples = [_sample(group, index) for group in groups for index in range(len(group.completions))]
-    return lay_out(samples, num_ranks=num_ranks, micro_batch_tokens=micro_batch_tokens)
-
-
-def lay_out(samples: Sequence[TrainingSample], *, num_ranks: int,
-            micro_batch_tokens: int) -> tuple[tuple[MicroBatch, ...], ...]:
-    """`[rank][i]` micro-batches holding each sample once, equally many on every rank.
-
-    Longest first, each sample goes to the rank with the fewest tokens so far; a rank fills its micro-batches in the
-    same order, so that neighbours have similar lengths. Ranks with fewer micro-batches split theirs, and only when
-    these are single samples add padding: the shortest sample without loss and weight. Its tokens are real, because a
-    model may return NaN for made-up ones and NaN x 0 is NaN. The order of `samples` does not matter.
-    Raises ConfigError for a sample longer than `micro_batch_tokens`.
-    """
-    assert samples and num_ranks >= 1
-    ordered = sorted(samples, key=lambda sample: (-len(sample.token_ids), sample.sample_id))
-    longest = ordered[0]
-    if len(longest.token_ids) > micro_batch_tokens:
-        raise ConfigError(f"sample {longest.sample_id} has {len(longest.token_ids)} tokens, learner.micro_batch_tokens "
-                          f"allows {micro_batch_tokens}; raise it or lower rollout.max_new_tokens")
-    ranks = [_fill(rank, micro_batch_tokens) for rank in _balance(ordered, num_ranks)]
-    count = max(map(len, ranks))
-    padding = (_without_loss(ordered[-1]),)
-    return tuple(tuple(_extend(rank, count, padding)) for rank in ranks)
-
-
-def is_padding(sample: TrainingSample) -> bool:
-    """Whether the sample only keeps ranks in step: no result of it counts."""
-    return sample.sample_id[2] == PADDING_INDEX
+    return lay_out([_sample(group, index) for group in groups for index in range(len(group.completions))], layout)
 
 
 def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarray, ...] | None,
@@ -146,45 +106,3 @@ def _weighted(samples: Sequence[TrainingSample], reduction: str, max_length: int
     weights = [np.where(sample.loss_mask, weight, 0.0) for sample, weight in zip(samples, weights_N, strict=True)]
     return [replace(sample, policy_weight=weight_S, kl_weight=weight_S)
             for sample, weight_S in zip(samples, weights, strict=True)]
-
-
-def _balance(ordered: Sequence[TrainingSample], num_ranks: int) -> list[list[TrainingSample]]:
-    """Each sample to the rank with the fewest tokens, the lowest of several; keeps the order within a rank."""
-    ranks: list[list[TrainingSample]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for sample in ordered:
-        rank = loads.index(min(loads))
-        ranks[rank].append(sample)
-        loads[rank] += len(sample.token_ids)
-    return ranks
-
-
-def _fill(ordered: Sequence[TrainingSample], micro_batch_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of consecutive samples, longest first: the first sample of one decides how many fit."""
-    batches: list[MicroBatch] = []
-    start = 0
-    while start < len(ordered):
-        count = micro_batch_tokens // len(ordered[start].token_ids)
-        batches.append(tuple(ordered[start:start + count]))
-        start += count
-    return batches
-
-
-def _extend(batches: list[MicroBatch], count: int, padding: MicroBatch) -> list[MicroBatch]:
-    """`count` micro-batches: the fullest is halved as long as it can be, then padding follows."""
-    batches = list(batches)
-    while len(batches) < count:
-        fullest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
-        if fullest is None or len(batches[fullest]) == 1:
-            batches.append(padding)
-        else:
-            batch, half = batches[fullest], len(batches[fullest]) // 2
-            batches[fullest:fullest + 1] = [batch[:half], batch[half:]]
-    return batches
-
-
-def _without_loss(sample: TrainingSample) -> TrainingSample:
-    zeros_S = np.zeros(len(sample.token_ids))
-    step, draw, _ = sample.sample_id
-    return replace(sample, sample_id=(step, draw, PADDING_INDEX), loss_mask=np.zeros(len(zeros_S), dtype=bool),
-                   advantage=0.0, policy_weight=zeros_S, kl_weight=zeros_S)

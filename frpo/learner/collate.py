@@ -1,7 +1,7 @@
-"""Training samples into the padded tensors of one micro-batch.
+"""Training samples into the tensors of one micro-batch, packed or padded.
 
-Weights arrive divided already; nothing here normalises, and padding never enters a loss: loss positions are picked out
-as flat indices.
+Weights arrive divided already; nothing here normalises. Loss positions are picked out as flat indices, so neither
+padding nor a neighbour in the pack ever enters a loss.
 """
 from __future__ import annotations
 
@@ -14,40 +14,63 @@ from frpo.types import MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaddedBatch:
-    """B sequences padded on the right to L; the N loss positions of all of them as flat arrays.
+class TokenBatch:
+    """B rows of L tokens and the N loss positions among them.
 
-    row_N, column_N: logits at [row, column] predict token target_N (the token at column + 1).
+    Packed: one row without padding. Position ids restart at every sequence, and `bounds` holds where each starts (and
+    L): what variable-length attention needs. Padded: one row a sequence, padded on the right, with a mask.
+    longest: tokens of the longest sequence.
+    row_N, column_N: the hidden state at [row, column] predicts token target_N (the token at column + 1).
+    sequence_N: which sequence of the micro-batch a loss position belongs to.
     """
 
     token_ids_BL: torch.Tensor
-    attention_mask_BL: torch.Tensor
+    attention_mask_BL: torch.Tensor | None
+    position_ids_BL: torch.Tensor | None
+    bounds: torch.Tensor | None
+    longest: int
     row_N: torch.Tensor
     column_N: torch.Tensor
     target_N: torch.Tensor
+    sequence_N: torch.Tensor
 
 
-def collate(samples: MicroBatch, pad_id: int, device: torch.device) -> PaddedBatch:
-    """Pad the token ids of `samples` and index their loss positions, in order of sample, then position."""
-    lengths = [len(sample.token_ids) for sample in samples]
-    token_ids = np.full((len(samples), max(lengths)), pad_id, dtype=np.int64)
-    attention = np.zeros(token_ids.shape, dtype=np.int64)
-    for row, (sample, length) in enumerate(zip(samples, lengths)):
-        token_ids[row, :length] = sample.token_ids
-        attention[row, :length] = 1
-    rows = np.concatenate([np.full(int(s.loss_mask.sum()), row) for row, s in enumerate(samples)])
-    positions = np.concatenate([np.flatnonzero(sample.loss_mask) for sample in samples])
+def collate(samples: MicroBatch, pad_id: int, device: torch.device, *, packed: bool) -> TokenBatch:
+    """Lay the token ids of `samples` out and index their loss positions, in order of sample, then position."""
+    lengths = np.array([len(sample.token_ids) for sample in samples])
+    positions = [np.flatnonzero(sample.loss_mask) for sample in samples]
+    assert all(sample.loss_mask[0] == 0 for sample in samples), "nothing predicts the first token of a sequence"
+    sequences = np.repeat(np.arange(len(samples)), [len(found) for found in positions])
+    if packed:
+        token_ids = np.concatenate([sample.token_ids for sample in samples])[None]
+        position_ids = np.concatenate([np.arange(length) for length in lengths])[None]
+        starts = np.cumsum(lengths) - lengths
+        rows, columns = np.zeros_like(sequences), np.concatenate(positions) + starts[sequences]
+        attention, bounds = None, torch.as_tensor(np.append(starts, lengths.sum()), dtype=torch.int32, device=device)
+    else:
+        token_ids = np.full((len(samples), lengths.max()), pad_id, dtype=np.int64)
+        for row, sample in enumerate(samples):
+            token_ids[row, :lengths[row]] = sample.token_ids
+        rows, columns = sequences, np.concatenate(positions)
+        attention, position_ids, bounds = np.arange(lengths.max()) < lengths[:, None], None, None
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(array, dtype=torch.int64, device=device)
+    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else torch.as_tensor(array, dtype=torch.int64, device=device)
 
-    return PaddedBatch(
-        token_ids_BL=tensor(token_ids), attention_mask_BL=tensor(attention), row_N=tensor(rows),
-        column_N=tensor(positions - 1), target_N=tensor(token_ids[rows, positions]))
+    return TokenBatch(
+        token_ids_BL=tensor(token_ids), attention_mask_BL=tensor(attention), position_ids_BL=tensor(position_ids),
+        bounds=bounds, longest=int(lengths.max()),
+        row_N=tensor(rows), column_N=tensor(columns - 1), target_N=tensor(token_ids[rows, columns]),
+        sequence_N=tensor(sequences))
 
 
-def loss_positions(samples: MicroBatch, name: str, device: torch.device) -> torch.Tensor:
-    """float32 (N): the per-token array `name` of all samples at their loss positions, in the order of `collate`."""
+def loss_positions(samples: MicroBatch, name: str, device: torch.device) -> torch.Tensor | None:
+    """float32 (N): the per-token array `name` of all samples at their loss positions, in the order of `collate`.
+
+    None where the samples have no such array.
+    """
+    if getattr(samples[0], name) is None:
+        return None
     values = [getattr(sample, name)[sample.loss_mask] for sample in samples]
     return torch.as_tensor(np.concatenate(values), dtype=torch.float32, device=device)
 

@@ -1,5 +1,6 @@
-"""Padding and flat loss positions by hand."""
+"""Packing, padding and flat loss positions by hand."""
 import numpy as np
+import pytest
 import torch
 
 from frpo.learner.collate import collate, loss_positions, per_sample
@@ -24,18 +25,32 @@ SAMPLES = (
 )
 
 
-def test_a_loss_position_is_predicted_by_the_logits_before_it():
-    batch = collate(SAMPLES, PAD, CPU)
+def test_padded_a_loss_position_is_predicted_from_the_token_before_it():
+    batch = collate(SAMPLES, PAD, CPU, packed=False)
+    assert batch.position_ids_BL is None and batch.bounds is None
     assert batch.token_ids_BL.tolist() == [[5, 6, 1, 2, 3], [7, 4, PAD, PAD, PAD], [8, 8, 8, PAD, PAD]]
     assert batch.attention_mask_BL.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert batch.row_N.tolist() == [0, 0, 1]
     assert batch.column_N.tolist() == [1, 3, 0]
     assert batch.target_N.tolist() == [1, 3, 4]
+    assert batch.sequence_N.tolist() == [0, 0, 1]
     assert batch.target_N.dtype == batch.token_ids_BL.dtype == torch.int64
 
 
+def test_packed_sequences_lie_end_to_end_and_positions_restart():
+    batch = collate(SAMPLES, PAD, CPU, packed=True)
+    assert batch.token_ids_BL.tolist() == [[5, 6, 1, 2, 3, 7, 4, 8, 8, 8]]
+    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
+    assert batch.attention_mask_BL is None
+    assert batch.bounds.tolist() == [0, 5, 7, 10] and batch.bounds.dtype == torch.int32 and batch.longest == 5
+    assert batch.row_N.tolist() == [0, 0, 0]
+    assert batch.column_N.tolist() == [1, 3, 5]
+    assert batch.target_N.tolist() == [1, 3, 4]
+    assert batch.sequence_N.tolist() == [0, 0, 1]
+
+
 def test_a_real_token_that_equals_the_padding_id_is_attended_and_predicted():
-    batch = collate((sample(0, [5, PAD], [0, 1], [0, -1]), SAMPLES[2]), PAD, CPU)
+    batch = collate((sample(0, [5, PAD], [0, 1], [0, -1]), SAMPLES[2]), PAD, CPU, packed=False)
     assert batch.attention_mask_BL.tolist() == [[1, 1, 0], [1, 1, 1]] and batch.target_N.tolist() == [PAD]
 
 
@@ -52,8 +67,13 @@ def test_per_sample_is_the_inverse():
         assert array.dtype == np.float32
 
 
-def test_a_micro_batch_of_padding_only_has_no_positions():
-    batch = collate(SAMPLES[2:], PAD, CPU)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_micro_batch_of_padding_only_has_no_positions(packed):
+    batch = collate(SAMPLES[2:], PAD, CPU, packed=packed)
     assert batch.row_N.shape == batch.column_N.shape == batch.target_N.shape == (0,)
     assert loss_positions(SAMPLES[2:], "policy_weight", CPU).shape == (0,)
     assert per_sample(SAMPLES[2:], np.zeros(0))[0].tolist() == [0, 0, 0]
+
+
+def test_an_array_that_the_samples_lack_is_none():
+    assert loss_positions(SAMPLES, "ref_logprobs", CPU) is None

@@ -2,12 +2,16 @@
 import numpy as np
 import pytest
 
-from frpo.data.batcher import is_padding, lay_out, pack, score_batches
+from frpo.data.batcher import pack, score_batches
+from frpo.data.layout import Layout, is_padding
 from frpo.errors import ConfigError, InvariantError
 from frpo.types import AdvantagedGroup, Completion, Prompt, RolloutGroup, ScoredGroup
 
 REDUCTIONS = ("seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length")
-DEFAULTS = dict(num_ranks=1, updates=1, micro_batch_tokens=64, reduction="seq-mean-token-mean", max_length=10)
+DEFAULTS = dict(reduction="seq-mean-token-mean", max_length=10)
+
+
+ONE_RANK = Layout(num_ranks=1, micro_batch_tokens=64, packed=False)
 
 
 def completion(length, mask=None, finish="stop", logprobs=None):
@@ -44,8 +48,8 @@ def test_one_sample_by_hand():
     holed = completion(4, mask=[True, False, True, True], logprobs=[-1.0, float("nan"), -2.0, -0.5])
     ref = (np.array([-3.0, np.nan, -4.0, -5.0]), np.array([-6.0]))
     old = [(np.array([-7.0, np.nan, -8.0, -9.0]), np.array([-2.5]))]
-    batch = pack([group(0, 2, [holed, completion(1)], [1.5, -1.5], ref)], old_logprobs=old, **DEFAULTS)
-    first, second = sorted(learned(batch.updates[0]), key=lambda sample: sample.sample_id)
+    batch = pack([group(0, 2, [holed, completion(1)], [1.5, -1.5], ref)], ONE_RANK, old_logprobs=old, **DEFAULTS)
+    first, second = sorted(learned(batch), key=lambda sample: sample.sample_id)
     assert (first.sample_id, second.sample_id) == ((3, 0, 0), (3, 0, 1))
     assert (first.advantage, second.advantage) == (1.5, -1.5)
     assert first.token_ids.tolist() == [0, 1, 50, 51, 52, 53]
@@ -67,42 +71,39 @@ def test_one_sample_by_hand():
 def test_weights_of_each_reduction_by_hand(reduction, weights):
     """The sequence without tokens counts in N but weighs nothing."""
     groups = [group(0, 1, [completion(2), completion(6)]), group(1, 2, [completion(0), completion(1)])]
-    batch = pack(groups, **DEFAULTS | {"reduction": reduction})
-    samples = sorted(learned(batch.updates[0]), key=lambda sample: sample.sample_id)
+    batch = pack(groups, ONE_RANK, **DEFAULTS | {"reduction": reduction})
+    samples = sorted(learned(batch), key=lambda sample: sample.sample_id)
     for sample, length, weight in zip(samples, (2, 6, 0, 1), weights, strict=True):
         expected = np.where(np.arange(len(sample.token_ids)) >= len(sample.token_ids) - length, weight, 0.0)
         np.testing.assert_allclose(sample.policy_weight, expected, rtol=1e-15)
         np.testing.assert_array_equal(sample.kl_weight, sample.policy_weight)
 
 
-def test_updates_are_disjoint_runs_with_their_own_n():
-    """Given out of order: update 0 is group 0 (T 4, 4), update 1 group 1 (T 1, 3), each with N = 2."""
+def test_n_is_that_of_the_given_groups():
+    """Given out of order; T 4, 4 and 1, 3: N = 4 samples with 12 tokens in all."""
     groups = [group(1, 1, [completion(1), completion(3)]), group(0, 1, [completion(4), completion(4)])]
-    first, second = pack(groups, **DEFAULTS | {"updates": 2, "reduction": "token-mean"}).updates
-    assert {s.sample_id: s.policy_weight.max() for s in learned(first)} == {(3, 0, 0): 1 / 8, (3, 0, 1): 1 / 8}
-    assert {s.sample_id: s.policy_weight.max() for s in learned(second)} == {(3, 1, 0): 1 / 4, (3, 1, 1): 1 / 4}
+    batch = pack(groups, ONE_RANK, **DEFAULTS | {"reduction": "token-mean"})
+    assert {s.sample_id: s.policy_weight.max() for s in learned(batch)} == dict.fromkeys(
+        [(3, 0, 0), (3, 0, 1), (3, 1, 0), (3, 1, 1)], 1 / 12)
 
 
 def test_truncated_samples_can_be_left_out_of_the_loss():
     groups = [group(0, 1, [completion(2, finish="length"), completion(4)], [1.0, -1.0])]
     for train_truncated, weights in ((True, (1 / 4, 1 / 8)), (False, (0.0, 1 / 8))):
-        batch = pack(groups, **DEFAULTS, train_truncated=train_truncated)
-        cut, whole = sorted(learned(batch.updates[0]), key=lambda sample: sample.sample_id)
+        batch = pack(groups, ONE_RANK, **DEFAULTS, train_truncated=train_truncated)
+        cut, whole = sorted(learned(batch), key=lambda sample: sample.sample_id)
         assert (cut.policy_weight.max(), whole.policy_weight.max()) == weights
         assert cut.loss_mask.any() == train_truncated and whole.loss_mask.sum() == 4
 
 
-def sizes(ranks):
-    return [[[len(sample.token_ids) for sample in batch] for batch in rank] for rank in ranks]
-
-
-def check_layout(ranks, expected_ids, budget):
+def check_layout(ranks, expected_ids, layout):
     """What every layout owes the learner."""
     assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
     assert sorted(sample.sample_id for sample in learned(ranks)) == sorted(expected_ids)
     sources = {tuple(sample.token_ids) for sample in learned(ranks)}
     for batch in (batch for rank in ranks for batch in rank):
-        assert len(batch) >= 1 and len(batch) * max(len(sample.token_ids) for sample in batch) <= budget
+        lengths = [len(sample.token_ids) for sample in batch]
+        assert lengths and (sum(lengths) if layout.packed else len(lengths) * max(lengths)) <= layout.micro_batch_tokens
         for sample in filter(is_padding, batch):
             assert len(batch) == 1 and tuple(sample.token_ids) in sources and not sample.loss_mask.any()
             assert not sample.policy_weight.any() and not sample.kl_weight.any() and sample.advantage == 0
@@ -112,76 +113,42 @@ def check_layout(ranks, expected_ids, budget):
 @pytest.mark.parametrize("seed", range(60))
 def test_every_layout_keeps_its_promises_and_all_weights(seed):
     random = np.random.default_rng(seed)
-    updates = int(random.integers(1, 4))
-    groups = random_groups(random, updates * int(random.integers(1, 5)), int(random.integers(2, 6)))
-    ids = sorted((*g.scored.group.group_id, i) for g in groups for i in range(len(g.scored.group.completions)))
-    size, budget = len(ids) // updates, int(random.integers(18, 80))
-    reduction = REDUCTIONS[seed % 4]
+    groups = random_groups(random, int(random.integers(1, 6)), int(random.integers(2, 6)))
+    ids = [(*g.scored.group.group_id, i) for g in groups for i in range(len(g.scored.group.completions))]
+    budget, reduction = int(random.integers(18, 80)), REDUCTIONS[seed % 4]
     seen = []
-    for num_ranks in (1, 2, 4):
-        batch = pack(groups, **DEFAULTS | dict(
-            num_ranks=num_ranks, updates=updates, micro_batch_tokens=budget, reduction=reduction))
-        for u, ranks in enumerate(batch.updates):
-            assert len(ranks) == num_ranks
-            check_layout(ranks, ids[u * size:(u + 1) * size], budget)
+    for num_ranks, packed in ((1, True), (2, False), (2, True), (4, seed % 2 == 0)):
+        layout = Layout(num_ranks=num_ranks, micro_batch_tokens=budget, packed=packed)
+        ranks = pack(groups, layout, **DEFAULTS | {"reduction": reduction})
+        assert len(ranks) == num_ranks
+        check_layout(ranks, ids, layout)
         seen.append({s.sample_id: (s.policy_weight.tolist(), s.kl_weight.tolist(), s.advantage)
-                     for ranks in batch.updates for s in learned(ranks)})
-    assert seen[0] == seen[1] == seen[2]
+                     for s in learned(ranks)})
+    assert all(other == seen[0] for other in seen)
     total = sum(map(sum, (policy for policy, _, _ in seen[0].values())))
-    assert total == pytest.approx(hand_total(groups, ids, updates, reduction), rel=1e-12)
+    assert total == pytest.approx(hand_total(groups, reduction), rel=1e-12)
 
 
-def hand_total(groups, ids, updates, reduction):
+def hand_total(groups, reduction):
     """Sum of all token weights from the formulas alone, without the batcher's or the reduction's code."""
-    lengths = {(*g.scored.group.group_id, i): sum(c.loss_mask) for g in groups
-               for i, c in enumerate(g.scored.group.completions)}
-    size, total = len(ids) // updates, 0.0
-    for u in range(updates):
-        counts = [lengths[sample] for sample in ids[u * size:(u + 1) * size]]
-        total += {"seq-mean-token-mean": sum(count > 0 for count in counts) / size, "seq-sum": sum(counts) / size,
-                  "token-mean": float(any(counts)), "fixed-length": sum(counts) / (10 * size)}[reduction]
-    return total
-
-
-def test_layout_by_hand():
-    """Lengths 8 6 5 3 2 2 on two ranks: 8+3+2 and 6+5+2 tokens; with 12 a micro-batch: [8] [3 2] and [6 5] [2]."""
-    groups = [group(0, 1, [completion(n - 1) for n in (2, 8, 3, 6, 2, 5)])]
-    ranks = score_batches([g.scored.group for g in groups], num_ranks=2, micro_batch_tokens=12)
-    assert sizes(ranks) == [[[8], [3, 2]], [[6, 5], [2]]]
-    assert ranks[0][1][1].sample_id == (3, 0, 0) and ranks[1][1][0].sample_id == (3, 0, 4)
-
-
-def test_ranks_split_before_they_pad():
-    """On four ranks one micro-batch each; on three, two ranks need two, so the third halves its [4 4]."""
-    samples = group(0, 1, [completion(n - 1) for n in (7, 7, 4, 4, 4, 4)]).scored.group
-    on_four = score_batches([samples], num_ranks=4, micro_batch_tokens=8)
-    assert sizes(on_four) == [[[7]], [[7]], [[4, 4]], [[4, 4]]]
-    on_three = lay_out(learned(on_four), num_ranks=3, micro_batch_tokens=8)
-    assert sizes(on_three) == [[[7], [4]], [[7], [4]], [[4], [4]]]
-    assert not any(is_padding(sample) for rank in on_three for batch in rank for sample in batch)
-
-
-def test_more_ranks_than_samples_are_padded_with_the_shortest():
-    ranks = score_batches([group(0, 2, [completion(5), completion(3)]).scored.group], num_ranks=3, micro_batch_tokens=9)
-    ids = [[sample.sample_id for sample in batch] for rank in ranks for batch in rank]
-    assert ids == [[(3, 0, 0)], [(3, 0, 1)], [(3, 0, -1)]]
-    assert ranks[2][0][0].token_ids.tolist() == [0, 1, 50, 51, 52] and not ranks[2][0][0].loss_mask.any()
+    counts = [sum(c.loss_mask) for g in groups for c in g.scored.group.completions]
+    size = len(counts)
+    return {"seq-mean-token-mean": sum(count > 0 for count in counts) / size, "seq-sum": sum(counts) / size,
+            "token-mean": float(any(counts)), "fixed-length": sum(counts) / (10 * size)}[reduction]
 
 
 def test_score_samples_carry_masks_but_no_weight():
-    (rank,) = score_batches([group(0, 2, [completion(3)]).scored.group], num_ranks=1, micro_batch_tokens=9)
+    (rank,) = score_batches([group(0, 2, [completion(3)]).scored.group], ONE_RANK)
     assert rank[0][0].loss_mask.tolist() == [False, False, True, True, True]
     assert not rank[0][0].policy_weight.any() and not rank[0][0].kl_weight.any()
 
 
 def test_what_does_not_fit_or_is_not_finite_is_named():
     groups = [group(0, 3, [completion(4), completion(2), completion(2)])]
-    with pytest.raises(ConfigError, match="3 samples cannot be split into 2 equal updates"):
-        pack(groups, **DEFAULTS | {"updates": 2})
     with pytest.raises(ConfigError, match=r"sample \(3, 0, 0\) has 7 tokens, learner.micro_batch_tokens allows 6"):
-        pack(groups, **DEFAULTS | {"micro_batch_tokens": 6})
+        pack(groups, Layout(num_ranks=1, micro_batch_tokens=6, packed=True), **DEFAULTS)
     with pytest.raises(InvariantError, match=r"sample \(3, 0, 1\): advantage nan"):
-        pack([group(0, 1, [completion(1), completion(1)], [0.0, float("nan")])], **DEFAULTS)
+        pack([group(0, 1, [completion(1), completion(1)], [0.0, float("nan")])], ONE_RANK, **DEFAULTS)
     broken = [completion(1), completion(2, logprobs=[-1.0, float("-inf")])]
     with pytest.raises(InvariantError, match=r"\(3, 0, 1\): rollout log-prob of completion token 1 is not finite"):
-        pack([group(0, 1, broken)], **DEFAULTS)
+        pack([group(0, 1, broken)], ONE_RANK, **DEFAULTS)

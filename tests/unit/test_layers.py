@@ -16,7 +16,7 @@ LAYERS = (
     ("cluster",),
     ("learner", "rollout", "weight_sync", "data"),
     ("config",),
-    ("objectives", "rewards"),
+    ("objectives", "rewards", "kernels"),
     ("telemetry", "types", "errors"),
 )
 """Imports point down, or to the right within a row: never up, never left."""
@@ -24,7 +24,7 @@ LAYERS = (
 ENGINES = {"deepspeed": {"learner"}, "ray": {"cluster"}, "vllm": {"rollout", "weight_sync"}}
 """The only areas that know an engine."""
 
-PURE = {"types", "errors", "telemetry", "objectives", "rewards", "config"}
+PURE = {"types", "errors", "telemetry", "objectives", "rewards", "kernels", "config"}
 """Areas that load on any machine: no engine and no transformers."""
 
 ORDER = [area for row in LAYERS for area in row]

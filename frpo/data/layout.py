@@ -1,0 +1,114 @@
+"""Samples over ranks and micro-batches: balanced by cost, packed or padded, equally many micro-batches on every rank.
+
+It moves whole samples and never looks at weights, so every layout gives the same gradient.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from frpo.errors import ConfigError
+from frpo.types import MicroBatch, RankBatches, TrainingSample
+
+PADDING_INDEX = -1
+"""Sample index, within its group, of a sample that only keeps ranks in step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a learner wants its samples.
+
+    micro_batch_tokens: tokens a micro-batch may hold; padded ones count samples x longest.
+    packed: micro-batches are laid end to end without padding.
+    attention_length: sequence length at which attention costs as much as everything else. A layer of width D spends
+        24 D^2 FLOP a token on its matrices and 2 L D on causal attention over L tokens, so about 12 D.
+    """
+
+    num_ranks: int
+    micro_batch_tokens: int
+    packed: bool
+    attention_length: float = 12 * 4096
+
+    def cost(self, sample: TrainingSample) -> float:
+        """Work of a sample, in units of one token without attention."""
+        length = len(sample.token_ids)
+        return length * (1 + length / self.attention_length)
+
+
+def lay_out(samples: Sequence[TrainingSample], layout: Layout) -> RankBatches:
+    """`[rank][i]` micro-batches holding each sample once, equally many on every rank.
+
+    Longest first, each sample goes to the rank with the least work so far, and within the rank into the first
+    micro-batch with room for it. Ranks with fewer micro-batches split theirs, and only when these are single samples
+    add padding: the shortest sample without loss and weight. Its tokens are real, because a model may return NaN for
+    made-up ones and NaN x 0 is NaN. The order of `samples` does not matter.
+    Ranks wait for each other at every micro-batch, so each rank runs its costliest first.
+    Raises ConfigError for a sample longer than `micro_batch_tokens`.
+    """
+    assert samples and layout.num_ranks >= 1
+    ordered = sorted(samples, key=lambda sample: (-len(sample.token_ids), sample.sample_id))
+    longest = ordered[0]
+    if len(longest.token_ids) > layout.micro_batch_tokens:
+        raise ConfigError(f"sample {longest.sample_id} has {len(longest.token_ids)} tokens, learner.micro_batch_tokens "
+                          f"allows {layout.micro_batch_tokens}; raise it or lower rollout.max_new_tokens")
+    ranks = [_fill(rank, layout) for rank in _balance(ordered, layout)]
+    count = max(map(len, ranks))
+    padding = (_without_loss(ordered[-1]),)
+    return tuple(tuple(sorted(_extend(rank, count, padding), key=lambda batch: -sum(map(layout.cost, batch))))
+                 for rank in ranks)
+
+
+def is_padding(sample: TrainingSample) -> bool:
+    """Whether the sample only keeps ranks in step: no result of it counts."""
+    return sample.sample_id[2] == PADDING_INDEX
+
+
+def _balance(ordered: Sequence[TrainingSample], layout: Layout) -> list[list[TrainingSample]]:
+    """Each sample to the rank with the least work, the lowest of several; keeps the order within a rank."""
+    ranks: list[list[TrainingSample]] = [[] for _ in range(layout.num_ranks)]
+    loads = [0.0] * layout.num_ranks
+    for sample in ordered:
+        rank = loads.index(min(loads))
+        ranks[rank].append(sample)
+        loads[rank] += layout.cost(sample)
+    return ranks
+
+
+def _fill(ordered: Sequence[TrainingSample], layout: Layout) -> list[MicroBatch]:
+    """First-fit into micro-batches, longest first. The first sample of a padded one is the width of all its rows."""
+    batches: list[list[TrainingSample]] = []
+    taken: list[int] = []
+    for sample in ordered:
+        length = len(sample.token_ids)
+        for index, batch in enumerate(batches):
+            width = length if layout.packed else len(batch[0].token_ids)
+            if taken[index] + width <= layout.micro_batch_tokens:
+                batch.append(sample)
+                taken[index] += width
+                break
+        else:
+            batches.append([sample])
+            taken.append(length)
+    return [tuple(batch) for batch in batches]
+
+
+def _extend(batches: list[MicroBatch], count: int, padding: MicroBatch) -> list[MicroBatch]:
+    """`count` micro-batches: the fullest is halved as long as it can be, then padding follows."""
+    batches = list(batches)
+    while len(batches) < count:
+        fullest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)
+        if fullest is None or len(batches[fullest]) == 1:
+            batches.append(padding)
+        else:
+            batch, half = batches[fullest], len(batches[fullest]) // 2
+            batches[fullest:fullest + 1] = [batch[:half], batch[half:]]
+    return batches
+
+
+def _without_loss(sample: TrainingSample) -> TrainingSample:
+    zeros_S = np.zeros(len(sample.token_ids))
+    step, draw, _ = sample.sample_id
+    return replace(sample, sample_id=(step, draw, PADDING_INDEX), loss_mask=np.zeros(len(zeros_S), dtype=bool),
+                   advantage=0.0, policy_weight=zeros_S, kl_weight=zeros_S)

@@ -1,0 +1,66 @@
+"""Between the hidden states of a micro-batch and the loss of its tokens: what the learner hands to the output head.
+
+The formulas are `frpo.objectives`', the memory-bounded arithmetic over the vocabulary is `frpo.kernels`'; here a
+micro-batch becomes the flat tensors that both speak of.
+
+Legend: N loss positions, n of them in one chunk, D hidden width, V vocabulary.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from frpo.kernels import TokenStats, linear_logprobs, linear_token_loss
+from frpo.learner.collate import TokenBatch, loss_positions
+from frpo.objectives.base import LossInputs, Metrics
+from frpo.objectives.surrogate import PolicyLoss
+from frpo.types import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchLoss:
+    """The policy loss of one micro-batch, as a function of hidden states and head.
+
+    arrays: what a loss needs besides log-probs, flat over N; None where the batch has no such numbers.
+    metrics: receives one entry a chunk; its tensors stay on the device.
+    """
+
+    loss: PolicyLoss
+    arrays: dict[str, torch.Tensor | None]
+    metrics: list[Metrics]
+
+    def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, temperature: float,
+                softcap: float | None) -> torch.Tensor:
+        """The summed loss. Chunk by chunk, unless the loss has to see a sequence whole: then logits are made twice."""
+        options = {"temperature": temperature, "softcap": softcap}
+        if self.loss.whole_sequences:
+            logprobs_N, entropy_N = linear_logprobs(hidden_ND, head_VD, target_N, **options)
+            return self.of_tokens(TokenStats(logprobs_N=logprobs_N, entropy_N=entropy_N), slice(None))
+        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **options)
+
+    def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
+        """The summed loss of the tokens `rows`, whose statistics are given."""
+        given = {name: None if array is None else array[rows] for name, array in self.arrays.items()}
+        current = stats.logprobs_N.detach()
+        output = self.loss(LossInputs(
+            logprobs_N=stats.logprobs_N, mask_N=torch.ones_like(current, dtype=torch.bool), **given))
+        gap_N = (current - given["rollout_logprobs_N"]).abs()
+        entropy_N = stats.entropy_N.detach()
+        self.metrics.append(output.metrics | {
+            "policy/loss": (output.loss_sum.detach(), 1.0, "sum"),
+            "policy/entropy": (entropy_N.sum(), entropy_N.numel(), "mean"),
+            "rollout/logprob_gap": (gap_N.sum(), gap_N.numel(), "mean"),
+            "rollout/logprob_gap_max": (gap_N.max() if gap_N.numel() else gap_N.sum(), 1.0, "max")})
+        return output.loss_sum
+
+
+def loss_arrays(samples: MicroBatch, batch: TokenBatch, device: torch.device) -> dict[str, torch.Tensor | None]:
+    """`MicroBatchLoss.arrays` of `samples`, by the names that LossInputs has for them."""
+    lengths = [int(sample.loss_mask.sum()) for sample in samples]
+    advantage = np.repeat([sample.advantage for sample in samples], lengths)
+    named = {f"{name}_N": loss_positions(samples, name, device) for name in (
+        "policy_weight", "kl_weight", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
+    return named | {"advantage_N": torch.as_tensor(advantage, dtype=torch.float32, device=device),
+                    "sequence_N": batch.sequence_N}

@@ -21,6 +21,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "ray[default]>=2.60,<2.61",
         "accelerate>=1.1",
+        "peft>=0.21",
         "datasets>=5",
         "safetensors",
         "numpy",

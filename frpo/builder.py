@@ -19,6 +19,7 @@ from frpo.config.sections import Recipe
 from frpo.data.chat import check_tokenizer
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.learner.lora import check_targets
 from frpo.learner.model import check_model_path, load_tokenizer
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
@@ -71,6 +72,8 @@ def check(recipe: Recipe) -> Checked:
         tokenizer = build_tokenizer()
     else:
         check_model_path(recipe.model, recipe.model.path)
+        if recipe.model.lora is not None:
+            check_targets(recipe.model, recipe.model.path)
         tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     check_tokenizer(tokenizer, needs_chat=recipe.data.format == "chat")
     prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)

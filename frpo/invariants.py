@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from frpo.builder import Parts
+from frpo.config.sections import Recipe
 from frpo.errors import InvariantError
-from frpo.types import MicroBatch, RolloutGroup
+from frpo.types import RankBatches, RolloutGroup
 
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 5e-2}
 """Mean |log-prob difference| in nats that rounding explains; wrong weights give tenths and more."""
@@ -39,7 +40,25 @@ def check_logprob_gap(parts: Parts, groups: Sequence[RolloutGroup], version: int
     return worst
 
 
-def has_signal(update: Sequence[Sequence[MicroBatch]]) -> bool:
+class MovementWatch:
+    """When a run checks that every trainable tensor moves: once, in the first update that must move them all.
+
+    That is the first update with a signal; with LoRA the second, since B starts at zero and while it is zero A has no
+    gradient.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.signals_left = 0 if not recipe.checks.parameters_move else 1 if recipe.model.lora is None else 2
+
+    def due(self, update: RankBatches) -> bool:
+        """Whether `update`, which comes next, is the one to watch."""
+        if self.signals_left == 0 or not has_signal(update):
+            return False
+        self.signals_left -= 1
+        return self.signals_left == 0
+
+
+def has_signal(update: RankBatches) -> bool:
     """Whether an update has any sample with an advantage and a weight, so that a gradient must exist."""
     return any(sample.advantage != 0 and sample.policy_weight.any()
                for rank in update for micro_batch in rank for sample in micro_batch)
@@ -55,7 +74,7 @@ def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:
     if still:
         problems.append(f"{len(still)} got a gradient but did not move: {_some(still)}")
     if problems:
-        raise InvariantError(f"after the first step with a signal, of {len(report)} trainable tensors "
+        raise InvariantError(f"after a step with a signal, of {len(report)} trainable tensors "
                              f"{'; '.join(problems)}. Freeze them on purpose or fix the model; "
                              "checks.parameters_move=false goes on regardless")
 

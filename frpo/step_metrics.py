@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from frpo.objectives.base import Metrics
 from frpo.types import AdvantagedGroup
 
 
@@ -41,6 +42,17 @@ def tilt_metrics(groups: Sequence[AdvantagedGroup]) -> dict[str, float]:
             if np.isfinite(value):
                 values.setdefault(f"tilt/{name}", []).append(value)
     return {name: float(np.mean(numbers)) for name, numbers in values.items()}
+
+
+def reweight_metrics(groups: Sequence[AdvantagedGroup]) -> Metrics:
+    """`reweight/<name>` of one update's groups, as sums and counts: mean and largest ratio, effective sample size."""
+    metrics: Metrics = {}
+    for name, reduction in (("ratio", "mean"), ("ratio_max", "max"), ("reweighted_ess", "mean")):
+        values = [group.stats[name] for group in groups if name in group.stats]
+        if values:
+            total = max(values) if reduction == "max" else sum(values)
+            metrics[f"reweight/{name.removeprefix('reweighted_')}"] = (total, len(values), reduction)
+    return metrics
 
 
 def trace_rows(groups: Sequence[AdvantagedGroup]) -> Iterator[dict[str, Any]]:

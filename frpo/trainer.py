@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from frpo import invariants
 from frpo.builder import Parts
@@ -14,10 +15,10 @@ from frpo.config.loader import recipe_digest
 from frpo.data.batcher import pack
 from frpo.errors import CheckpointError
 from frpo.evaluate.heldout import evaluate_heldout
-from frpo.objectives.stage import References, advantaged
+from frpo.objectives.stage import References, advantaged, reweighted, sequence_log_ratios
 from frpo.rewards import shuffled
 from frpo.rollout.engine import Sampling
-from frpo.step_metrics import rollout_metrics, trace_rows
+from frpo.step_metrics import reweight_metrics, rollout_metrics, trace_rows
 from frpo.telemetry import MetricSums, ProgressBar, step_line
 from frpo.types import AdvantagedGroup, OptimStepOutput, Prompt, RolloutGroup, RunState
 
@@ -28,7 +29,7 @@ class Trainer:
     def __init__(self, parts: Parts):
         self.parts, self.recipe = parts, parts.recipe
         self.parity_unchecked = True
-        self.movement_unchecked = self.recipe.checks.parameters_move
+        self.movement = invariants.MovementWatch(self.recipe)
 
     def fit(self) -> RunState:
         """Train to the last step; save and export. Returns the final state."""
@@ -51,7 +52,7 @@ class Trainer:
 
     def step(self, state: RunState, bar: ProgressBar) -> tuple[RunState, dict[str, float]]:
         """One rollout batch, its optimizer updates, one weight push."""
-        parts, objective, phase = self.parts, self.recipe.objective, self.parts.timer.phase
+        parts, phase = self.parts, self.parts.timer.phase
         prompts = parts.stream.take(state.data_cursor, self.recipe.rollout.prompts_per_step)
         with phase("generate"):
             groups = self.generate(prompts, state, bar)
@@ -62,8 +63,7 @@ class Trainer:
                 scored = shuffled(scored, seed=self.recipe.run.seed * 1_000_003 + state.step)
         with phase("score"):
             references = self.reference_logprobs(groups, state)
-        kl_in_reward = objective.kl_coef if objective.kl_estimator == "k1" else 0.0
-        weighed = advantaged(scored, objective.advantage, references, kl_in_reward)
+        weighed = advantaged(scored, self.recipe.objective.advantage, references, self.kl_in_reward)
         with phase("learn"):
             learned, stepped = self.learn(weighed)
         with phase("sync"):
@@ -94,25 +94,49 @@ class Trainer:
         return self.parts.learner.score_groups(groups, "reference")
 
     def learn(self, groups: Sequence[AdvantagedGroup]) -> tuple[MetricSums, OptimStepOutput]:
-        """U optimizer updates on disjoint minibatches of the rollout batch."""
+        """U optimizer updates on disjoint minibatches of whole groups, E times over."""
         section, learner, metrics = self.recipe.learner, self.parts.learner, MetricSums()
-        old = None
-        if section.updates_per_step > 1:
+        updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
+        old: References = [None] * len(groups)
+        if updates > 1:
             old = learner.score_groups([group.scored.group for group in groups], "policy")
-        batch = pack(groups, old_logprobs=old, num_ranks=section.num_ranks, updates=section.updates_per_step,
-                     micro_batch_tokens=section.micro_batch_tokens, reduction=self.recipe.objective.reduction,
-                     max_length=self.recipe.rollout.max_new_tokens)
-        for index, update in enumerate(batch.updates):
-            watch = self.movement_unchecked and invariants.has_signal(update)
+        for index in range(updates):
+            start = index % section.updates_per_step * size
+            part, old_part = groups[start:start + size], old[start:start + size]
+            if index > 0 and self.recipe.objective.reweight == "current":
+                part = self.reweighted(part, old_part, metrics)
+            update = pack(part, learner.layout, old_logprobs=old_part, **self.weighting)
+            watch = self.movement.due(update)
             learned = learner.forward_backward(update, watch_movement=watch).parts
             # From the second update on the policy is not the one that sampled: its gap to the engine means nothing.
             metrics.update({k: v for k, v in learned.items() if index == 0 or not k.startswith("rollout/")})
-            stepped = learner.optim_step(self.recipe.run.num_steps * section.updates_per_step, watch_movement=watch)
+            stepped = learner.optim_step(self.recipe.run.num_steps * updates, watch_movement=watch)
             metrics.add("policy/grad_norm", stepped.grad_norm, 1.0)
             if watch:
                 invariants.check_movement(learner.movement_report())
-                self.movement_unchecked = False
         return metrics, stepped
+
+    def reweighted(self, groups: Sequence[AdvantagedGroup], old: References, metrics: MetricSums
+                   ) -> list[AdvantagedGroup]:
+        """The groups of one update with the advantages at the current policy, for one more forward pass."""
+        with self.parts.timer.phase("reweight"):
+            current = self.parts.learner.score_groups([group.scored.group for group in groups], "policy")
+        log_ratios = sequence_log_ratios(groups, current, old, **self.weighting)
+        groups = reweighted(groups, self.recipe.objective.advantage, log_ratios, self.kl_in_reward)
+        metrics.update(reweight_metrics(groups))
+        return groups
+
+    @property
+    def weighting(self) -> dict[str, Any]:
+        """How token losses become one number."""
+        objective = self.recipe.objective
+        return {"reduction": objective.reduction, "max_length": self.recipe.rollout.max_new_tokens,
+                "train_truncated": objective.truncated == "train"}
+
+    @property
+    def kl_in_reward(self) -> float:
+        """beta where the KL is subtracted from rewards, otherwise 0."""
+        return self.recipe.objective.kl_coef if self.recipe.objective.kl_estimator == "k1" else 0.0
 
     def evaluate(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
         """Held-out metrics of the current policy; none without held-out prompts."""

@@ -16,6 +16,8 @@ from frpo.cluster.runtime import NamedActor, log_path, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.data.batcher import score_batches
+from frpo.data.layout import Layout
+from frpo.learner.model import hidden_size
 from frpo.telemetry import MetricSums
 from frpo.types import MicroBatch, OptimStepOutput, RolloutGroup, SampleId
 
@@ -53,6 +55,9 @@ class LearnerGroup:
 
     def __init__(self, recipe: Recipe, model_path: str, device: str):
         self.recipe = recipe
+        self.layout = Layout(
+            num_ranks=recipe.learner.num_ranks, micro_batch_tokens=recipe.learner.micro_batch_tokens,
+            packed=recipe.learner.packing, attention_length=12 * hidden_size(recipe.model, model_path))
         remove_leftovers()
         count = recipe.learner.num_ranks
         options = {"num_cpus": 0 if device == "cpu" else 1, "num_gpus": 0 if device == "cpu" else 1}
@@ -79,13 +84,17 @@ class LearnerGroup:
     def score_groups(self, groups: Sequence[RolloutGroup], model: str, temperature: float | None = None
                      ) -> list[tuple[np.ndarray, ...]]:
         """Per group, per completion: T log-probabilities under "policy" or "reference". See `Learner.score`."""
-        parts = score_batches(groups, num_ranks=len(self.ranks),
-                              micro_batch_tokens=self.recipe.learner.micro_batch_tokens)
+        scores = self.score(score_batches(groups, self.layout), model, temperature)
+        return [tuple(scores[(*group.group_id, i)][len(group.prompt.token_ids):] for i in range(len(group.completions)))
+                for group in groups]
+
+    def score(self, parts: Sequence[Sequence[MicroBatch]], model: str, temperature: float | None = None
+              ) -> dict[SampleId, np.ndarray]:
+        """Log-probabilities of every sample in `[rank][i]` micro-batches, over all its tokens. See `Learner.score`."""
         scores: dict[SampleId, np.ndarray] = {}
         for answer in self._each("score", parts, model=model, temperature=temperature):
             scores |= answer
-        return [tuple(scores[(*group.group_id, i)][len(group.prompt.token_ids):] for i in range(len(group.completions)))
-                for group in groups]
+        return scores
 
     def forward_backward(self, parts: Sequence[Sequence[MicroBatch]], *, watch_movement: bool = False) -> MetricSums:
         """Accumulate one update's gradient over all ranks; the metrics of all of them merged."""

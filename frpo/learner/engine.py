@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from frpo.config.memory import memory_strategy
 from frpo.config.sections import LearnerSection, ModelSection
+from frpo.learner.lora import Weight
 
 
 def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, Any]:
@@ -29,7 +30,11 @@ def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, 
         "managed_gradient_accumulation": False,
         "gradient_clipping": learner.grad_clip,
         "bf16": {"enabled": model.dtype == "bf16"},
+        # Both would be bf16 under bf16, where an update of many micro-batches loses the small gradients among them.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
 
@@ -49,7 +54,12 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
 
 
 def stage_of(config: dict[str, Any]) -> int:
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+    return int(config["zero_optimization"]["stage"])
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether the fp32 master weights, and so the optimizer's work, are the CPU's."""
+    return (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
 
 
 def build_policy(build: Callable[[], PreTrainedModel], learner: LearnerSection, config: dict[str, Any]):
@@ -57,8 +67,11 @@ def build_policy(build: Callable[[], PreTrainedModel], learner: LearnerSection, 
     with partitioned_loading(config):
         network = build()
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    # Offloaded, torch's fused kernel works in one pass over memory. DeepSpeed's own CPU Adam does too, but is compiled
+    # at first use, which takes minutes and a compiler.
     optimizer = torch.optim.AdamW(
-        trainable, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay)
+        trainable, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay,
+        fused=offloads_optimizer(config) or None)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
     engine.train()
     return engine
@@ -80,23 +93,25 @@ def build_reference(build: Callable[[], PreTrainedModel], config: dict[str, Any]
 
 
 class GatheredWeights:
-    """A module's parameters, whole, in buckets of about `bucket_bytes` and in a fixed order.
+    """The weights of a network's checkpoint, whole, in buckets of about `bucket_bytes` and in a fixed order.
 
     Iterating is a collective under ZeRO-3: every rank must go to the end, whatever happens to one of them, or the
-    others hang. A tensor is valid until the next bucket is taken. A tied parameter appears once, under its first name.
+    others hang. A tensor is valid until the next bucket is taken. A tied parameter appears once, under its first name;
+    one with an adapter appears merged, a copy.
     """
 
-    def __init__(self, module: torch.nn.Module, bucket_bytes: float):
-        self.module = module
+    def __init__(self, weights: Sequence[Weight], bucket_bytes: float):
+        self.weights = weights
         self.bucket_bytes = bucket_bytes
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self.module.named_parameters()]
+        parameters = [(weight.name, weight.parameter) for weight in self.weights]
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in parameters]
 
     def __iter__(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        for bucket in _buckets(self.module, self.bucket_bytes):
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-                yield [(name, parameter.data) for name, parameter in bucket]
+        for bucket in _buckets(self.weights, self.bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for weight in bucket for p in weight.parameters]):
+                yield [(weight.name, weight.value()) for weight in bucket]
 
 
 def full_size(parameter: torch.nn.Parameter) -> int:
@@ -116,15 +131,15 @@ def learning_rate(update: int, total_updates: int, learner: LearnerSection) -> f
     return learner.lr * (1 - (1 - learner.min_lr_ratio) * fall)
 
 
-def _buckets(module: torch.nn.Module, bucket_bytes: float) -> Iterator[Sequence[tuple[str, torch.nn.Parameter]]]:
-    bucket: list[tuple[str, torch.nn.Parameter]] = []
+def _buckets(weights: Sequence[Weight], bucket_bytes: float) -> Iterator[Sequence[Weight]]:
+    bucket: list[Weight] = []
     held = 0
-    for name, parameter in module.named_parameters():
-        size = full_size(parameter) * parameter.element_size()
+    for weight in weights:
+        size = sum(full_size(parameter) * parameter.element_size() for parameter in weight.parameters)
         if bucket and held + size > bucket_bytes:
             yield bucket
             bucket, held = [], 0
-        bucket.append((name, parameter))
+        bucket.append(weight)
         held += size
     if bucket:
         yield bucket

@@ -8,27 +8,32 @@ before, on the controller. A plain class: `cluster` puts it into Ray actors.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from frpo.config.sections import Recipe
-from frpo.data.batcher import is_padding
-from frpo.errors import CheckpointError
+from frpo.data.layout import is_padding
+from frpo.kernels import linear_logprobs
 from frpo.learner import engine as ds
-from frpo.learner.collate import collate, loss_positions, per_sample
+from frpo.learner.checkpoint import load_state, save_state
+from frpo.learner.collate import TokenBatch, collate, per_sample
+from frpo.learner.lora import Weight, adapter_weights, adapters_off, add_adapters, merged_weights, write_adapter
+from frpo.learner.losses import MicroBatchLoss, loss_arrays
 from frpo.learner.model import load_model, load_tokenizer
 from frpo.learner.movement import MovementCheck
-from frpo.objectives.base import LossInputs
-from frpo.objectives.ops import selective_logprobs
+from frpo.learner.network import TokenModel
+from frpo.objectives.base import Metrics
 from frpo.objectives.surrogate import PolicyLoss
 from frpo.telemetry import MetricSums
 from frpo.types import MicroBatch, OptimStepOutput, SampleId
 from frpo.weight_sync.protocol import WeightSender
-
-CHECKPOINT_TAG = "learner"
 
 
 class Learner:
@@ -38,7 +43,7 @@ class Learner:
     """
 
     def __init__(self, recipe: Recipe, model_path: str, device: str):
-        self.recipe = recipe
+        self.recipe, self.model_path = recipe, model_path
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device == "cpu":
             torch.set_num_threads(recipe.learner.threads)
@@ -46,18 +51,27 @@ class Learner:
         self.tokenizer = load_tokenizer(model_path, recipe.model.trust_remote_code)
         self.updates_done = 0
         self.loss = PolicyLoss(
-            clip_low=recipe.objective.clip_low, clip_high=recipe.objective.clip_high,
-            kl_coef=recipe.objective.kl_coef, kl_estimator=recipe.objective.kl_estimator)
+            surrogate=recipe.objective.surrogate, kl_coef=recipe.objective.kl_coef,
+            kl_estimator=recipe.objective.kl_estimator, correction=recipe.objective.correction)
         ds.init_process_group(self.device, recipe.learner.timeout_s)
         config = ds.deepspeed_config(recipe.learner, recipe.model)
         self.engine = ds.build_policy(lambda: self._load(model_path), recipe.learner, config)
         self.reference = None
-        if recipe.objective.kl_coef > 0:
+        if recipe.objective.kl_coef > 0 and recipe.model.lora is None:
             self.reference = ds.build_reference(lambda: self._load(model_path), config, self.device)
         self.sender: WeightSender | None = None
 
-    def _load(self, path: str):
-        return load_model(self.recipe.model, path, gradient_checkpointing=self.recipe.learner.gradient_checkpointing)
+    def _load(self, path: str) -> TokenModel:
+        network = load_model(
+            self.recipe.model, path, gradient_checkpointing=self.recipe.learner.gradient_checkpointing)
+        if self.recipe.model.lora is not None:
+            add_adapters(network, self.recipe.model.lora, self.recipe.run.seed)
+        return TokenModel(network)
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The policy as transformers knows it; its parameters may be partitioned."""
+        return self.engine.module.network
 
     # --- computing ------------------------------------------------------------------------------------------------
 
@@ -68,12 +82,13 @@ class Learner:
         temperature: divides the logits; None takes the recipe's sampling temperature. Collective.
         Returns one float32 array over all tokens of each sample, zero outside its loss positions.
         """
-        network = self.engine if model == "policy" else self.reference
         scores: dict[SampleId, np.ndarray] = {}
-        with torch.no_grad():
+        with torch.no_grad(), self._scored(model) as network:
             for samples in micro_batches:
-                logprobs_N, _ = self._logprobs(network, samples, temperature)
-                arrays = per_sample(samples, logprobs_N.cpu().numpy(), np.float32)
+                batch = self._collate(samples)
+                logprobs_N, _ = network(batch, partial(
+                    linear_logprobs, target_N=batch.target_N, **self._head_options(temperature)))
+                arrays = per_sample(samples, logprobs_N.float().cpu().numpy(), np.float32)
                 scores |= {s.sample_id: array for s, array in zip(samples, arrays) if not is_padding(s)}
         return scores
 
@@ -82,18 +97,18 @@ class Learner:
 
         watch_movement: record which tensors get a gradient, for `optim_step(watch_movement=True)`.
         """
-        metrics = MetricSums()
-        self.movement = MovementCheck(self.engine.module) if watch_movement else None
+        parts: list[Metrics] = []
+        self.movement = MovementCheck(self.network) if watch_movement else None
         for samples in micro_batches:
-            logprobs_N, entropy_N = self._logprobs(self.engine, samples, None)
-            inputs = self._loss_inputs(samples, logprobs_N)
-            output = self.loss(inputs)
+            batch = self._collate(samples)
+            loss = MicroBatchLoss(loss=self.loss, arrays=loss_arrays(samples, batch, self.device), metrics=parts)
+            loss_sum = self.engine(batch, partial(loss.of_head, target_N=batch.target_N, **self._head_options(None)))
             # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.
-            self.engine.backward(output.loss_sum * self.world_size)
-            metrics.add("policy/loss", output.loss_sum.item(), 1.0, "sum")
-            metrics.update(output.metrics)
-            metrics.add("policy/entropy", entropy_N.sum().item(), len(entropy_N), "mean")
-            self._add_gap(metrics, samples, logprobs_N)
+            self.engine.backward(loss_sum * self.world_size)
+        # Read at the end: every number taken from a GPU waits for all work queued on it.
+        metrics = MetricSums()
+        for part in parts:
+            metrics.update(part)
         return metrics
 
     def optim_step(self, total_updates: int, *, watch_movement: bool = False) -> OptimStepOutput:
@@ -121,7 +136,7 @@ class Learner:
 
     def push_weights(self, version: int) -> None:
         """Send the policy's weights to the rollout engines under label `version`. Collective; rank 0 drives."""
-        self.sender.send(self._weights(), version)
+        self.sender.send(self._stream(merged_weights(self.network)), version)
 
     def connect(self, sender: WeightSender) -> None:
         """Hand over the sender that `push_weights` uses from now on."""
@@ -129,64 +144,60 @@ class Learner:
 
     def save(self, folder: str) -> None:
         """Write parameters, optimizer and update count of this rank under `folder`. Collective."""
-        self.engine.save_checkpoint(folder, tag=CHECKPOINT_TAG, client_state={"updates_done": self.updates_done},
-                                    save_latest=False)
+        save_state(self.engine, folder, self.updates_done)
 
     def load(self, folder: str) -> int:
-        """Restore what `save` wrote; returns the number of updates done. Collective. Raises CheckpointError."""
-        path, client_state = self.engine.load_checkpoint(folder, tag=CHECKPOINT_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder} holds no learner state of {self.world_size} ranks; "
-                                  "resume with the learner.num_ranks it was written with")
-        self.updates_done = client_state["updates_done"]
+        """Restore what `save` wrote, on any number of ranks; returns the number of updates done. Collective.
+
+        Raises CheckpointError.
+        """
+        self.updates_done = load_state(self.engine, folder)
         return self.updates_done
 
     def export(self, folder: str) -> None:
-        """Write a Hugging Face model (safetensors, config, tokenizer) from rank 0. Collective."""
-        state = {}
-        for bucket in self._weights():
-            if self.rank == 0:
-                state |= {name: tensor.detach().cpu().clone() for name, tensor in bucket}
+        """Write a Hugging Face model (safetensors, config, tokenizer) from rank 0. Collective.
+
+        With LoRA it is the merged model, and the folder `adapter` in it holds the adapters alone, for peft.
+        """
+        lora = self.recipe.model.lora is not None
+        state = self._gathered(merged_weights(self.network))
+        adapters = self._gathered(adapter_weights(self.network)) if lora else {}
         if self.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            network = self.engine.module
-            network.config.use_cache = True
-            network.save_pretrained(folder, state_dict=state)
-            network.config.use_cache = False
+            self.network.config.use_cache = True
+            self.network.save_pretrained(folder, state_dict=state)
+            self.network.config.use_cache = False
             self.tokenizer.save_pretrained(folder)
+            if lora:
+                write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
 
-    def _weights(self) -> ds.GatheredWeights:
-        return ds.GatheredWeights(self.engine.module, self.recipe.weight_sync.bucket_mb * 2**20)
+    def _stream(self, weights: Sequence[Weight]) -> ds.GatheredWeights:
+        return ds.GatheredWeights(weights, self.recipe.weight_sync.bucket_mb * 2**20)
+
+    def _gathered(self, weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
+        """All of them at once in rank 0's memory, nothing on the other ranks. Collective."""
+        state: dict[str, torch.Tensor] = {}
+        for bucket in self._stream(weights):
+            if self.rank == 0:
+                state |= {name: tensor.detach().cpu().clone() for name, tensor in bucket}
+        return state
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 
-    def _logprobs(self, network, samples: MicroBatch, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(samples, self.tokenizer.pad_token_id, self.device)
-        logits_BLV = network(input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL).logits
-        logits_NV = logits_BLV[batch.row_N, batch.column_N]
-        divisor = self.recipe.rollout.temperature if temperature is None else temperature
-        return selective_logprobs(logits_NV, batch.target_N, divisor)
+    @contextmanager
+    def _scored(self, model: str) -> Iterator[torch.nn.Module]:
+        """The policy, or the reference: a frozen copy, or the policy without its adapters."""
+        if model == "policy":
+            yield self.engine
+        elif self.recipe.model.lora is None:
+            yield self.reference
+        else:
+            with adapters_off(self.network):
+                yield self.engine
 
-    def _loss_inputs(self, samples: MicroBatch, logprobs_N: torch.Tensor) -> LossInputs:
-        def flat(name: str) -> torch.Tensor:
-            return loss_positions(samples, name, self.device)
+    def _collate(self, samples: MicroBatch) -> TokenBatch:
+        return collate(samples, self.tokenizer.pad_token_id, self.device, packed=self.recipe.learner.packing)
 
-        current = logprobs_N.detach()
-        lengths = [int(sample.loss_mask.sum()) for sample in samples]
-        advantage = np.repeat([sample.advantage for sample in samples], lengths)
-        return LossInputs(
-            logprobs_N=logprobs_N,
-            # With one update per rollout batch the ratio is one by definition; its gradient is all that matters.
-            old_logprobs_N=current if samples[0].old_logprobs is None else flat("old_logprobs"),
-            ref_logprobs_N=None if samples[0].ref_logprobs is None else flat("ref_logprobs"),
-            advantage_N=torch.as_tensor(advantage, dtype=torch.float32, device=self.device),
-            policy_weight_N=flat("policy_weight"),
-            kl_weight_N=flat("kl_weight"),
-            mask_N=torch.ones_like(current, dtype=torch.bool))
-
-    def _add_gap(self, metrics: MetricSums, samples: MicroBatch, logprobs_N: torch.Tensor) -> None:
-        if len(logprobs_N) == 0:
-            return
-        gap_N = (logprobs_N.detach().float() - loss_positions(samples, "rollout_logprobs", self.device)).abs()
-        metrics.add("rollout/logprob_gap", gap_N.sum().item(), len(gap_N), "mean")
-        metrics.add("rollout/logprob_gap_max", gap_N.max().item(), 1.0, "max")
+    def _head_options(self, temperature: float | None) -> dict[str, Any]:
+        return {"temperature": self.recipe.rollout.temperature if temperature is None else temperature,
+                "softcap": self.engine.module.softcap}

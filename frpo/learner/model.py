@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from frpo.config.sections import ModelSection
 from frpo.errors import ModelError
+from frpo.learner import attention as packed_attention
 
 transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ATTENTION = {"sdpa": packed_attention.NAME, "eager": "eager", "flash_attention_2": "flash_attention_2"}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -41,6 +43,12 @@ def check_model_path(model: ModelSection, path: str) -> None:
         raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}")
 
 
+def hidden_size(model: ModelSection, path: str) -> int:
+    """Width D of the model at `path`."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    return config.get_text_config().hidden_size
+
+
 def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """The model at `path` in the recipe's precision, dropout off: rollout and learner must be the same function.
 
@@ -48,7 +56,7 @@ def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool =
     """
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[model.dtype], attn_implementation=model.attn_implementation,
+            path, dtype=DTYPES[model.dtype], attn_implementation=ATTENTION[model.attn_implementation],
             trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}") from None

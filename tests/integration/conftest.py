@@ -1,10 +1,15 @@
 """One Ray for all integration tests, and one small loop that the tests of pushes and failures share."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 
-from frpo.cluster.runtime import ray_session
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.runtime import ray_session, wait_for
+from frpo.config.loader import dump_recipe
+from frpo.config.sections import Recipe
 
 LONG = 384
 """Window of the shared loop: longer than two blocks of vLLM's prefix cache (128 tokens each)."""
@@ -24,3 +29,26 @@ def loop(ray_cluster, tmp_path_factory):
     running = RunningLoop(small_recipe(path, splitting_strategy(folder, 3), max_length=LONG), path)
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def learner_of(ray_cluster):
+    """(recipe, model) -> its learner ranks, built anew in processes that earlier recipes of as many ranks started."""
+    running: dict[int, LearnerGroup] = {}
+
+    def build(recipe: Recipe, path: str) -> LearnerGroup:
+        count = recipe.learner.num_ranks
+        if count not in running:
+            running[count] = LearnerGroup(recipe, path, "cpu")
+            return running[count]
+        learner = running[count]
+        calls = [(a, a.handle.build.remote(dump_recipe(recipe), path, "cpu", {})) for a in learner.ranks]
+        wait_for("rebuild", calls, recipe.learner.startup_timeout_s)
+        section, learner.recipe = recipe.learner, recipe
+        learner.layout = replace(
+            learner.layout, micro_batch_tokens=section.micro_batch_tokens, packed=section.packing)
+        return learner
+
+    yield build
+    for learner in running.values():
+        learner.close()

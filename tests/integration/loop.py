@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from frpo.data.batcher import pack
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
-from frpo.types import AdvantagedGroup, MicroBatch, Prompt, RolloutGroup, ScoredGroup
+from frpo.types import AdvantagedGroup, Completion, MicroBatch, Prompt, RolloutGroup, ScoredGroup
 
 FAMILIES = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
 LEARNING_RATE = 5e-3
@@ -67,10 +68,11 @@ def splitting_strategy(folder: Path, stage: int) -> str:
 
 
 def small_recipe(model_path: str, strategy: str, *, dtype: str = "fp32", max_length: int = 64,
-                 gradient_checkpointing: bool = False, num_ranks: int = 2, timeout_s: float = 60.0) -> Recipe:
+                 gradient_checkpointing: bool = False, lora: dict[str, Any] | None = None, num_ranks: int = 2,
+                 timeout_s: float = 60.0) -> Recipe:
     """A recipe for `model_path` with short limits; rewards and data are named but never used."""
     return recipe_from_dict({
-        "model": {"path": model_path, "dtype": dtype, "max_length": max_length},
+        "model": {"path": model_path, "dtype": dtype, "max_length": max_length, "lora": lora},
         "data": {"max_prompt_tokens": max_length - 8},
         "rollout": {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 8, "kv_cache_mb": 32, "threads": 1,
                     "timeout_s": timeout_s},
@@ -124,6 +126,8 @@ class RunningLoop:
             *((a, a.handle.__ray_call__.remote(rebuild_engine, values, model_path)) for a in self._pool.engines),
             *((a, a.handle.build.remote(values, model_path, "cpu", {})) for a in self._learner.ranks)], limit)
         self._pool.recipe = self._learner.recipe = recipe
+        self._learner.layout = replace(self._learner.layout, micro_batch_tokens=recipe.learner.micro_batch_tokens,
+                                       packed=recipe.learner.packing)
         self._learner.connect_engines(self._pool.client())
 
     def drop_pool(self) -> None:
@@ -157,11 +161,8 @@ class RunningLoop:
 
     def update_of(self, prompts: list[Prompt]) -> tuple[tuple[MicroBatch, ...], ...]:
         """The micro-batches, by rank, of one update on fresh samples; advantages alternate +1, -1."""
-        section = self.recipe.learner
-        batch = pack([advantaged(group) for group in self.sample(prompts)], num_ranks=section.num_ranks, updates=1,
-                     micro_batch_tokens=section.micro_batch_tokens, reduction="seq-mean-token-mean",
-                     max_length=self.recipe.rollout.max_new_tokens)
-        return batch.updates[0]
+        return pack([advantaged(group) for group in self.sample(prompts)], self.learner.layout,
+                    reduction="seq-mean-token-mean", max_length=self.recipe.rollout.max_new_tokens)
 
     def update(self, prompts: list[Prompt], *, watch_movement: bool = False) -> None:
         """Sample and take one optimizer step. Does not push."""
@@ -186,6 +187,25 @@ def random_prompts(count: int, length: int, seed: int) -> list[Prompt]:
     lengths[0] = length
     return [Prompt(uid=str(i), messages=(), token_ids=tuple(int(t) for t in random.integers(7, 104, size=n)))
             for i, n in enumerate(lengths)]
+
+
+def hand_made_groups(seed: int = 0) -> list[AdvantagedGroup]:
+    """3 groups of 3 samples of 1-9 tokens, one without advantage, with random reference log-probs."""
+    random = np.random.default_rng(seed)
+    groups = []
+    for draw in range(3):
+        lengths = random.integers(1, 10, size=3)
+        completions = tuple(
+            Completion(text="", token_ids=tuple(int(t) for t in random.integers(7, 104, size=n)),
+                       logprobs=tuple(-random.random(n)), loss_mask=(True,) * int(n), version_spans=(), seed=0,
+                       finish_reason="stop") for n in lengths)
+        prompt = Prompt(uid=str(draw), messages=(), token_ids=tuple(int(t) for t in random.integers(7, 104, size=5)))
+        advantages = random.normal(size=3) * (draw != 1)
+        scored = ScoredGroup(group=RolloutGroup(group_id=(0, draw), prompt=prompt, completions=completions),
+                             rewards_G=advantages, terms={})
+        groups.append(AdvantagedGroup(scored=scored, advantages_G=advantages, stats={},
+                                      ref_logprobs=tuple(-6 * random.random(n) for n in lengths)))
+    return groups
 
 
 def advantaged(group: RolloutGroup) -> AdvantagedGroup:

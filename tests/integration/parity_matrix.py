@@ -2,10 +2,10 @@
 
     python tests/integration/parity_matrix.py --steps 20 --all
 
-Factors: model family, tied or untied head, precision, ZeRO stage, gradient checkpointing; two learner ranks, buckets
-smaller than the model. `stale` is the difference before the last push: what one missing push costs, and so what the
-measurement can see. All rows are built one after another in the same processes; a row that fails is printed as failed,
-and the next one gets new processes.
+Factors: model family, tied or untied head, precision, ZeRO stage, gradient checkpointing, LoRA; two learner ranks,
+buckets smaller than the model. `stale` is the difference before the last push: what one missing push costs, and so what
+the measurement can see. All rows are built one after another in the same processes; a row that fails is printed as
+failed, and the next one gets new processes.
 """
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from pathlib import Path
 from loop import FAMILIES, RunningLoop, random_model, random_prompts, small_recipe, splitting_strategy
 
 from frpo.cluster.runtime import ray_session
+from frpo.config.sections import Recipe
 from frpo.errors import FrpoError
 
 LIMIT = {"fp32": 1e-5, "bf16": 0.06}
 """Nats that rounding explains in a tiny model; `stale` is larger by factors."""
+LORA = {"r": 8, "alpha": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,11 @@ class Combination:
     dtype: str
     stage: int
     checkpointing: bool = False
+    lora: bool = False
 
     def __str__(self) -> str:
         return (f"{self.family:8}{'tied' if self.tied else 'untied':8}{self.dtype:6}zero{self.stage}"
-                f"{' checkpointing' if self.checkpointing else '':15}")
+                f"{' checkpointing' if self.checkpointing else '':15}{'lora' if self.lora else '':5}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +56,20 @@ class Row:
 
 
 def every_combination() -> list[Combination]:
-    """The full product, then checkpointing once with every family, precision and stage."""
+    """The full product of the first four, then LoRA and checkpointing once with every family, precision and stage."""
     product = [Combination(family=family, tied=tied, dtype=dtype, stage=stage) for family, tied, dtype, stage in
                itertools.product(FAMILIES, (True, False), ("fp32", "bf16"), (1, 2, 3))]
     return product + [
         Combination(family="qwen2", tied=True, dtype="fp32", stage=3, checkpointing=True),
         Combination(family="llama", tied=False, dtype="bf16", stage=3, checkpointing=True),
         Combination(family="mistral", tied=True, dtype="fp32", stage=2, checkpointing=True),
-        Combination(family="qwen2", tied=False, dtype="bf16", stage=1, checkpointing=True)]
+        Combination(family="qwen2", tied=False, dtype="bf16", stage=1, checkpointing=True), *LORA_ROWS]
 
 
+LORA_ROWS = [
+    Combination(family="llama", tied=True, dtype="fp32", stage=1, lora=True),
+    Combination(family="mistral", tied=False, dtype="bf16", stage=3, lora=True, checkpointing=True),
+]
 COVERING = [
     Combination(family="qwen2", tied=True, dtype="fp32", stage=3, checkpointing=True),
     Combination(family="llama", tied=False, dtype="fp32", stage=2),
@@ -72,8 +79,16 @@ COVERING = [
     Combination(family="qwen2", tied=False, dtype="bf16", stage=2, checkpointing=True),
     Combination(family="qwen2", tied=True, dtype="fp32", stage=1),
     Combination(family="mistral", tied=False, dtype="bf16", stage=3),
+    *LORA_ROWS,
 ]
-"""Every value of every factor, and most pairs of them."""
+"""Every value of every factor, and most pairs of them. More of LoRA is in test_lora."""
+
+
+def recipe_for(combination: Combination, folder: Path) -> tuple[Recipe, str]:
+    """A new random model in `folder` and the recipe that trains it; the model's path."""
+    path = random_model(folder / "model", combination.family, tied=combination.tied)
+    return small_recipe(path, splitting_strategy(folder, combination.stage), dtype=combination.dtype, timeout_s=120.0,
+                        gradient_checkpointing=combination.checkpointing, lora=LORA if combination.lora else None), path
 
 
 def measure(combination: Combination, steps: int, folder: Path, running: RunningLoop | None = None
@@ -83,9 +98,7 @@ def measure(combination: Combination, steps: int, folder: Path, running: Running
     Returns the row and the loop, which still runs. Raises FrpoError if an engine or rank fails; nothing runs then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = random_model(folder / "model", combination.family, tied=combination.tied)
-    recipe = small_recipe(path, splitting_strategy(folder, combination.stage), dtype=combination.dtype,
-                          gradient_checkpointing=combination.checkpointing, timeout_s=120.0)
+    recipe, path = recipe_for(combination, folder)
     loop = running or RunningLoop(recipe, path)
     try:
         if running is not None:
@@ -123,7 +136,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="synced optimizer steps a combination")
     parser.add_argument("--all", action="store_true", help="every combination instead of a covering few")
     parsed = parser.parse_args()
-    print(f"{'':44}{'before':>12}{'stale':>12}{'after':>12}   max |log-prob difference| in nats, {parsed.steps} steps")
+    print(f"{'':49}{'before':>12}{'stale':>12}{'after':>12}   max |log-prob difference| in nats, {parsed.steps} steps")
     failed = 0
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

@@ -83,7 +83,7 @@ BAD = {
     "lambda of zero": (["objective.advantage={name: frpo, lam: 0}"], "objective.advantage.lam: lam must be > 0, given"),
     "lambda below zero": (
         ["objective.advantage={name: frpo, lam: -2}"], "objective.advantage.lam: lam must be > 0, given -2"),
-    "batch not divisible": (["learner.num_ranks=3"], "= 8 samples cannot be split evenly over learner.num_ranks"),
+    "batch not divisible": (["learner.updates_per_step=3"], "cannot be split evenly over learner.updates_per_step = 3"),
     "broken data row": (
         ["data.path=broken.jsonl"], "DataError: broken.jsonl:2: invalid JSON: Expecting ',' delimiter"),
     "data row without the column": (

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from frpo.step_metrics import rollout_metrics, tilt_metrics, trace_rows
+from frpo.step_metrics import reweight_metrics, rollout_metrics, tilt_metrics, trace_rows
 from frpo.telemetry import JsonlFile
 from frpo.types import AdvantagedGroup, Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
@@ -79,3 +79,13 @@ def test_trace_rows_are_json_whatever_the_columns_are(tmp_path):
     rows = [json.loads(line, parse_constant=pytest.fail) for line in file.path.read_text().splitlines()]
     assert rows[0]["columns"] == {"when": "2024-01-02", "n": None} and rows[0]["stats"] == {"lam": None}
     assert rows[2]["completions"][1]["reward"] is None
+
+
+def test_reweight_metrics_are_sums_and_counts_of_what_the_groups_say():
+    """A flat group that was never reweighted says nothing."""
+    groups = [group(0, [1.0, 0.0], [1, 1], {"ratio": 1.5, "ratio_max": 2.0, "reweighted_ess": 1.25}),
+              group(1, [1.0, 0.0], [1, 1], {"ratio": 0.5, "ratio_max": 0.75, "reweighted_ess": 1.75}),
+              group(2, [NAN, NAN], [1, 1], {})]
+    assert reweight_metrics(groups) == {
+        "reweight/ratio": (2.0, 2, "mean"), "reweight/ratio_max": (2.0, 2, "max"), "reweight/ess": (3.0, 2, "mean")}
+    assert reweight_metrics(groups[2:]) == {}

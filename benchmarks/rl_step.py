@@ -1,0 +1,129 @@
+"""What a step of the real loop costs, objective by objective, on the same engine, learner ranks, prompts and seeds.
+
+    python benchmarks/rl_step.py [--steps 20] [--recipe quickstart] [section.key=value ...]
+
+Every round takes one step with each variant from the same weights (the learning rate is next to zero), in turning
+order, so that ratios within a round compare like with like. Nothing here passes or fails.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from frpo.builder import Parts, build
+from frpo.config.loader import dump_recipe, load_recipe, recipe_from_dict
+from frpo.config.sections import Recipe
+from frpo.objectives.stage import advantaged
+from frpo.rollout.engine import Sampling
+from frpo.telemetry import ProgressBar
+from frpo.trainer import Trainer
+from frpo.types import RunState
+
+VARIANTS = {
+    "Dr. GRPO": {"advantage": {"name": "dr_grpo"}, "reweight": "frozen"},
+    "FRPO": {"advantage": {"name": "frpo"}, "reweight": "frozen"},
+    "FRPO, reweight: current": {"advantage": {"name": "frpo"}, "reweight": "current"},
+}
+PHASES = ("generate", "reward", "score", "reweight", "learn", "sync")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20, help="rounds after one that warms up")
+    parser.add_argument("--recipe", default="quickstart", help="recipe whose model, data and sizes are used")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe(parsed.recipe, [
+            # One surrogate serves all variants; two updates, so that there is something to reweight.
+            "objective.surrogate={name: reinforce}", "objective.advantage={name: frpo}", "learner.updates_per_step=2",
+            "learner.lr=1.0e-12", "checks.parameters_move=false", "telemetry.traces=false", f"run.dir={folder}",
+            *parsed.overrides])
+        with build(recipe) as parts:
+            rows = measure(parts, recipe, parsed.steps)
+            rows["advantages"] = advantage_seconds(parts, recipe)
+    report(rows)
+    if parsed.json:
+        parsed.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def measure(parts: Parts, recipe: Recipe, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each variant, per round: whole steps and phases."""
+    trainers = {name: Trainer(replace(parts, recipe=variant(recipe, changes))) for name, changes in VARIANTS.items()}
+    seconds = {name: {key: [] for key in ("step", *PHASES)} for name in trainers}
+    start = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest="", file_offsets={})
+    version = 0
+    parts.learner.push_weights(version)
+    with ProgressBar(1, 0, "rl_step") as bar:
+        for index in track(range(rounds + 1), description="rounds"):
+            order = list(trainers)[index % len(trainers):] + list(trainers)[:index % len(trainers)]
+            for name in order:
+                began = time.perf_counter()
+                state, _ = trainers[name].step(replace(start, policy_version=version), bar)
+                whole, version = time.perf_counter() - began, state.policy_version
+                phases = parts.timer.collect()
+                if index > 0:
+                    seconds[name]["step"].append(whole)
+                    for phase in PHASES:
+                        seconds[name][phase].append(phases.get(f"time/{phase}", 0.0))
+    return seconds
+
+
+def advantage_seconds(parts: Parts, recipe: Recipe, repeats: int = 20) -> dict[str, float]:
+    """Seconds that the advantages of one rollout batch take on the controller: all that FRPO adds to Dr. GRPO."""
+    section = recipe.rollout
+    prompts = parts.stream.take(0, section.prompts_per_step)
+    groups = parts.sampler.sample(
+        prompts, step=0, first_sample=0, group_size=section.group_size, version=parts.pool.policy_versions()[0],
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=section.max_new_tokens))
+    scored, found = parts.rewards.score(groups).groups, {}
+    for name in ("Dr. GRPO", "FRPO"):
+        estimator = variant(recipe, VARIANTS[name]).objective.advantage
+        began = time.perf_counter()
+        for _ in range(repeats):
+            advantaged(scored, estimator, [None] * len(scored))
+        found[name] = (time.perf_counter() - began) / repeats
+    return found
+
+
+def variant(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
+    values = dump_recipe(recipe)
+    values["objective"] |= changes
+    return recipe_from_dict(values)
+
+
+def report(rows: dict) -> None:
+    advantages = rows["advantages"]
+    base = rows["Dr. GRPO"]["step"]
+    table = Table(title=f"One step in seconds, median of {len(base)} rounds; ratios: medians of those within a round")
+    for column in ("variant", "step", "/ Dr. GRPO", *PHASES):
+        table.add_column(column)
+    for name in VARIANTS:
+        steps = rows[name]["step"]
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(steps, base, strict=True))
+        table.add_row(name, f"{statistics.median(steps):.3f}", f"{ratio:.3f}",
+                      *(f"{statistics.median(rows[name][phase]):.3f}" for phase in PHASES))
+    console = Console(width=120, soft_wrap=True)
+    console.print(table)
+    share = (advantages["FRPO"] - advantages["Dr. GRPO"]) / statistics.median(base)
+    console.print(f"Advantages of a batch: Dr. GRPO {1e3 * advantages['Dr. GRPO']:.2f} ms, FRPO "
+                  f"{1e3 * advantages['FRPO']:.2f} ms; the difference is {share:.2%} of a Dr. GRPO step.")
+    current = rows["FRPO, reweight: current"]
+    forward = [reweight / (score / 2) for reweight, score in zip(current["reweight"], current["score"], strict=True)]
+    console.print(f"Reweighting an update, over a forward pass of the reference on as many samples: "
+                  f"{statistics.median(forward):.2f}")
+
+
+if __name__ == "__main__":
+    main()

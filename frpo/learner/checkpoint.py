@@ -1,0 +1,158 @@
+"""The learner's state on disk, and going on from it on another number of ranks.
+
+    <folder>/learner/       DeepSpeed's own files, one set a rank
+    <folder>/learner.json   what wrote them: number of ranks, updates done, ZeRO settings
+    <folder>/universal/     the same state cut by tensors instead of ranks; made when another layout of ranks first asks
+
+Ranks laid out as those that wrote the files read their own ones, bit for bit. When a whole checkpoint is complete, and
+which recipes may go on from it, is not decided here.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed import comm as dist
+from deepspeed.checkpoint import ds_to_universal
+
+from frpo.errors import CheckpointError
+
+TAG = "learner"
+RECORD = "learner.json"
+UNIVERSAL = "universal"
+
+
+def save_state(engine: DeepSpeedEngine, folder: str, updates_done: int) -> None:
+    """Write parameters, optimizer state and the number of updates done under `folder`. Collective."""
+    path = Path(folder)
+    if dist.get_rank() == 0:
+        for earlier in (TAG, UNIVERSAL):
+            shutil.rmtree(path / earlier, ignore_errors=True)
+    engine.save_checkpoint(folder, tag=TAG, client_state={"updates_done": updates_done}, save_latest=False,
+                           exclude_frozen_parameters=True)
+    if dist.get_rank() == 0:
+        record = {"num_ranks": dist.get_world_size(), "updates_done": updates_done, "zero": _zero_settings(engine)}
+        (path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def load_state(engine: DeepSpeedEngine, folder: str) -> int:
+    """Restore what `save_state` wrote, from any number of ranks; returns the number of updates done. Collective.
+
+    Raises CheckpointError on every rank if the state is damaged, of another stage of ZeRO, or cannot be converted.
+    """
+    path = Path(folder)
+    record = _on_rank_0(lambda: _checked_record(path, engine))
+    universal = (record["num_ranks"], record["zero"]) != (dist.get_world_size(), _zero_settings(engine))
+    if universal:
+        _on_rank_0(lambda: _convert(path))
+    try:
+        engine._config.load_universal_checkpoint = universal
+        with _inside(path):
+            loaded, client_state = engine.load_checkpoint(
+                UNIVERSAL if universal else ".", tag=TAG,
+                # Frozen parameters are not in the files: they are as the model on disk has them.
+                load_module_strict=all(parameter.requires_grad for parameter in engine.module.parameters()))
+    except Exception as error:  # whatever torch and DeepSpeed stumble over in files that are not as they wrote them
+        raise _damaged(path, error) from error
+    finally:
+        engine._config.load_universal_checkpoint = False
+    if loaded is None or client_state["updates_done"] != record["updates_done"]:
+        raise _damaged(path, f"{RECORD} and the files in {TAG} are not of one state")
+    if universal:
+        _own_step_counts(engine)
+    return record["updates_done"]
+
+
+def _zero_settings(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """`zero_optimization` as it was given: together with the ranks, the layout of DeepSpeed's files."""
+    return engine.config["zero_optimization"]
+
+
+def _checked_record(path: Path, engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What wrote the state under `path`, once its files are found whole and fit for `engine`.
+
+    Looked at before any rank reads its own: otherwise the one whose file is damaged fails and the others wait for it.
+    """
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        written, ours = record["zero"]["stage"], _zero_settings(engine)["stage"]
+        ranks = record["num_ranks"]
+        files = sorted((path / TAG).glob("*.pt"))
+        states = sum(file.name.endswith("_optim_states.pt") for file in files)
+        if states != ranks:
+            raise _damaged(path, f"{ranks} ranks wrote it, but {states} files hold optimizer state")
+        cut = [file.name for file in files if not zipfile.is_zipfile(file)]  # of which torch writes the end last
+        if cut:
+            raise _damaged(path, f"{', '.join(cut)} cannot be read to the end")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+    if written != ours:
+        raise CheckpointError(f"{path} was written under ZeRO-{written}, learner.deepspeed is of ZeRO-{ours}; choose a "
+                              f"strategy of stage {written}")
+    return record
+
+
+def _convert(path: Path) -> None:
+    """DeepSpeed's files to its universal form, unless that was done before. A conversion cut short is never read."""
+    partial = path / f"{UNIVERSAL}.partial"
+    if (path / UNIVERSAL).exists():
+        return
+    options = Namespace(input_folder=TAG, output_folder=f"{partial.name}/{TAG}", num_extract_workers=1,
+                        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+    output = io.StringIO()
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        # Worker processes would be forks of this one, its threads and its GPU; hence none.
+        with _inside(path), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            ds_to_universal.main(options)
+        partial.rename(path / UNIVERSAL)
+    except Exception as error:  # whatever torch and DeepSpeed stumble over; the other ranks are waiting
+        raise CheckpointError(f"{path} cannot be converted for another number of ranks: {_message(error)}; resume with "
+                              "the learner.num_ranks and learner.deepspeed that wrote it, or from another checkpoint"
+                              ) from error
+
+
+def _inside(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Within it DeepSpeed need not be told `path`, which may look like a pattern: it matches paths as such."""
+    return contextlib.chdir(path)
+
+
+def _own_step_counts(engine: DeepSpeedEngine) -> None:
+    """DeepSpeed gives all sub-groups of ZeRO-3 one and the same counter, which each of them would then advance."""
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _on_rank_0(job: Callable[[], Any]) -> Any:
+    """On all ranks, the result of `job` done by rank 0 alone, or its CheckpointError. Collective."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = job()
+        except CheckpointError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _damaged(path: Path, problem: Exception | str) -> CheckpointError:
+    problem = problem if isinstance(problem, str) else _message(problem)
+    return CheckpointError(f"{path}: the learner's state is damaged: {problem}; resume from another checkpoint")
+
+
+def _message(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,138 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on a causal language model, by peft: W x + (alpha / r) B A x.
+
+The base stays frozen and the adapters sit inside the network, so that the same network without them is the reference.
+Outside the learner only merged weights are known: engines and exports get W + (alpha / r) B A under the name of W. The
+merge is out of place and per tensor; peft's own writes into the base, of which a ZeRO-3 rank holds a part only.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from frpo.config.sections import LoraSection, ModelSection
+from frpo.errors import ModelError
+
+ADAPTER = "default"
+"""peft's name for the only adapter, a part of its parameters' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One tensor of a checkpoint: a parameter under its name there, and what an adapter adds to it."""
+
+    name: str
+    parameter: nn.Parameter
+    factors: tuple[nn.Parameter, nn.Parameter] | None = None
+    """A (r, in) and B (out, r)."""
+    scaling: float = 0.0
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.parameter, *(self.factors or ()))
+
+    def value(self) -> torch.Tensor:
+        """The tensor itself, merged in fp32. All `parameters` must be whole."""
+        if self.factors is None:
+            return self.parameter.data
+        down, up = (factor.data.float() for factor in self.factors)
+        return torch.addmm(self.parameter.data.float(), up, down, alpha=self.scaling).to(self.parameter.dtype)
+
+
+def add_adapters(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
+    """Freeze `network` and put a trainable adapter, zero in effect, into its linear layers. In place.
+
+    The same on every rank: the random factor comes from `seed` alone. Works on partitioned parameters.
+    Raises ModelError where a target is none of the linear layers (the output head is none).
+    """
+    config = LoraConfig(r=section.r, lora_alpha=section.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+                        target_modules=_adapted_layers(network, section.targets))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, network, ADAPTER)
+
+
+def check_targets(model: ModelSection, path: str) -> None:
+    """Raise what `add_adapters` would raise for the model at `path`, from its config alone."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    _adapted_layers(network, model.lora.targets)
+
+
+@contextmanager
+def adapters_off(network: nn.Module) -> Iterator[None]:
+    """Within it, `network` computes what it did before `add_adapters`; for scoring, since nothing requires a gradient.
+
+    Partitioned or not, parameters and their hooks stay as they are, so training goes on as if nothing had been scored.
+    """
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        kept = set(trainable)
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter in kept)
+
+
+def merged_weights(network: nn.Module) -> list[Weight]:
+    """The weights of `network` as its checkpoint would have them without adapters; a tied one once."""
+    adapted: dict[nn.Parameter, tuple[nn.Parameter, nn.Parameter, float]] = {}
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            adapted[module.get_base_layer().weight] = (
+                module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER])
+    factors = {factor for down, up, _ in adapted.values() for factor in (down, up)}
+    weights = []
+    for name, parameter in network.named_parameters():
+        if parameter in adapted:
+            down, up, scaling = adapted[parameter]
+            weights.append(Weight(name=name.replace(".base_layer.", "."), parameter=parameter, factors=(down, up),
+                                  scaling=scaling))
+        elif parameter not in factors:
+            weights.append(Weight(name=name.replace(".base_layer.", "."), parameter=parameter))
+    return weights
+
+
+def adapter_weights(network: nn.Module) -> list[Weight]:
+    """The adapters alone, under the names of peft's adapter file."""
+    return [Weight(name=f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", parameter=parameter)
+            for name, parameter in network.named_parameters() if f".{ADAPTER}." in name]
+
+
+def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Tensor], base: str) -> None:
+    """A folder for `PeftModel.from_pretrained(base model, folder)`: `state` is named as in `adapter_weights`."""
+    config = copy(network.peft_config[ADAPTER])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+    save_file(dict(state), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    head = network.get_output_embeddings()
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    if targets == "all-linear":
+        return layers
+    found = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}
+    unknown = [target for target, names in found.items() if not names]
+    if unknown:
+        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        raise ModelError(f"model.lora.targets: {', '.join(unknown)} matches no linear layer of "
+                         f"{type(network).__name__} below its output head; there are {', '.join(kinds)}, full names "
+                         f"such as {layers[0]}, or all-linear")
+    return sorted({name for names in found.values() for name in names})

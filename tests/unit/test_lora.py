@@ -1,0 +1,166 @@
+"""Adapters on a tiny model in one process: what is merged, what is reference, what is written; peft is the judge."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from frpo.config.sections import LoraSection, ModelSection
+from frpo.errors import ModelError
+from frpo.learner.engine import GatheredWeights
+from frpo.learner.lora import adapter_weights, adapters_off, add_adapters, check_targets, merged_weights, write_adapter
+
+KINDS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+TOKENS = torch.arange(1, 13).reshape(2, 6)
+SECTION = LoraSection(r=3, alpha=12)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def base(request, tmp_path):
+    """Folder of a random model."""
+    torch.manual_seed(0)
+    network = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=request.param, initializer_range=0.1))
+    network.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def load(path, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def adapted(path, dtype=torch.float32, section=SECTION):
+    """The model with adapters that do something."""
+    network = load(path, dtype)
+    add_adapters(network, section, seed=1)
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
+    return network
+
+
+def logits(network):
+    with torch.no_grad():
+        return network(input_ids=TOKENS).logits
+
+
+def stream(weights, bucket_bytes=5000.0):
+    """All tensors of all buckets by name."""
+    return {name: tensor.clone() for bucket in GatheredWeights(weights, bucket_bytes) for name, tensor in bucket}
+
+
+def written(network, folder, base):
+    write_adapter(folder, network, stream(adapter_weights(network)), base)
+    return str(folder)
+
+
+def test_merged_weights_are_the_base_models_tensors_with_what_peft_would_add(base, tmp_path):
+    network, plain = adapted(base), load(base)
+    merged = stream(merged_weights(network))
+    assert list(merged) == [name for name, _ in plain.named_parameters()]
+    judge = PeftModel.from_pretrained(load(base), written(network, tmp_path / "adapter", base)).merge_and_unload()
+    for name, parameter in judge.named_parameters():
+        torch.testing.assert_close(merged[name], parameter.data, rtol=0, atol=1e-6)
+    moved = {name for name, parameter in plain.named_parameters() if not torch.equal(merged[name], parameter)}
+    assert {name.split(".")[-2] for name in moved} == set(KINDS) and len(moved) == 14
+    # Out of place: what is under the adapters did not change.
+    with adapters_off(network):
+        assert torch.equal(logits(network), logits(plain))
+
+
+def test_metadata_announces_what_the_buckets_bring(base):
+    weights = GatheredWeights(merged_weights(adapted(base, torch.bfloat16)), 5000.0)
+    buckets = list(weights)
+    assert len(buckets) > 3
+    assert [(n, t.dtype, tuple(t.shape)) for bucket in buckets for n, t in bucket] == weights.metadata()
+
+
+def test_bf16_weights_are_merged_in_fp32_and_rounded_once(base):
+    network = adapted(base, torch.bfloat16)
+    checked = 0
+    for weight in merged_weights(network):
+        if weight.factors is not None:
+            down, up = (factor.data.double() for factor in weight.factors)
+            exact = weight.parameter.data.double() + SECTION.alpha / SECTION.r * up @ down
+            assert ((weight.value().double() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all(), weight.name
+            checked += 1
+    assert checked == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_adapters_change_nothing_and_are_all_that_trains(base, dtype):
+    network = load(base, dtype)
+    add_adapters(network, SECTION, seed=1)
+    assert torch.equal(logits(network), logits(load(base, dtype)))
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 14 and all(".lora_" in name for name in trainable)
+    assert {p.dtype for p in network.parameters()} == {dtype}
+    network(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all((p.grad is not None) == (name in trainable) for name, p in network.named_parameters())
+
+
+def test_adapters_depend_on_the_seed_alone_and_take_no_random_numbers(base):
+    def factors(seed):
+        network = load(base)
+        add_adapters(network, SECTION, seed)
+        return stream(adapter_weights(network))
+
+    torch.manual_seed(5)
+    first, after = factors(1), torch.rand(1)
+    torch.manual_seed(6)
+    second, other = factors(1), factors(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_without_its_adapters_the_network_is_the_base_to_the_bit_and_comes_back_after_an_error(base):
+    network = adapted(base)
+    frozen = next(p for p in network.parameters() if p.requires_grad).requires_grad_(False)
+    flags = [p.requires_grad for p in network.parameters()]
+    before, plain = logits(network), logits(load(base))
+    assert (before - plain).abs().max() > 0.1
+    with pytest.raises(KeyError), adapters_off(network):
+        assert torch.equal(logits(network), plain)
+        raise KeyError("while scoring")
+    assert torch.equal(logits(network), before)
+    assert [p.requires_grad for p in network.parameters()] == flags and not frozen.requires_grad
+
+
+def test_targets_by_name(base):
+    network = adapted(base, section=LoraSection(r=3, targets=["q_proj", "layers.1.mlp.up_proj"]))
+    assert sorted(w.name for w in merged_weights(network) if w.factors) == [
+        "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize("target", ["proj", "lm_head", "embed_tokens", "qproj", "layers.7.mlp.up_proj"])
+def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(base, target):
+    network = load(base)
+    message = (rf"model.lora.targets: {target} matches no .*; there are {', '.join(KINDS)}, full names such as "
+               "model.layers.0.self_attn.q_proj, or all-linear")
+    section = LoraSection(targets=["q_proj", target])
+    with pytest.raises(ModelError, match=message):
+        add_adapters(network, section, seed=0)
+    with pytest.raises(ModelError, match=message):
+        check_targets(ModelSection(path=base, lora=section), base)
+    check_targets(ModelSection(path=base, lora=SECTION), base)
+
+
+def test_the_adapter_folder_on_the_base_and_the_merged_export_are_one_model(base, tmp_path):
+    network = adapted(base)
+    network.save_pretrained(tmp_path / "merged", state_dict=stream(merged_weights(network)))
+    folder = written(network, tmp_path / "merged" / "adapter", base)
+    by_peft = logits(PeftModel.from_pretrained(load(base), folder))
+    assert torch.equal(by_peft, logits(network))
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), by_peft, rtol=0, atol=1e-5)
+    config = json.loads((tmp_path / "merged" / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (base, 3, 12)
+    assert config["inference_mode"] and config["lora_dropout"] == 0

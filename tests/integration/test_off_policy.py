@@ -98,8 +98,9 @@ def test_two_updates_are_two_steps_of_the_group_objective(learner_of, tmp_path, 
         values["learner"] |= {"lr": EPSILON * size, "eps": EPSILON, "betas": [0.0, 0.0], "grad_clip": 1e9,
                               "epochs_per_step": 2, "micro_batch_tokens": 28}
         values["data"]["max_prompt_tokens"], values["rollout"]["max_new_tokens"] = 5, 9
-        values["objective"] |= {"advantage": advantage, "reweight": reweight, "reduction": reduction, "correction": None,
-                                "surrogate": {"name": "reinforce" if reweight == "current" else "clip"}}
+        values["objective"] |= {
+            "advantage": advantage, "reweight": reweight, "reduction": reduction, "correction": None,
+            "surrogate": {"name": "reinforce" if reweight == "current" else "clip"}}
         recipe = recipe_from_dict(values)
         learner = learner_of(recipe, path)
         Trainer(SimpleNamespace(recipe=recipe, learner=learner, timer=PhaseTimer())).learn(groups)

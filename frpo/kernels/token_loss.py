@@ -102,7 +102,7 @@ def _swept(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor
     """Logits made twice, once for the statistics and once in blocks of the vocabulary for the gradients.
 
     For a trained bfloat16 head: adding its gradient up would need V * D float32 beside it, or round every addition; and
-    on a GPU reading and writing those for every chunk takes as long as the extra product.
+    by a GPU's data sheet reading and writing those for every chunk takes as long as the extra product.
     """
     parts, slopes, loss_sum = [], [], 0
     for rows in pieces.row_chunks():

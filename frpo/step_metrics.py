@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from frpo.objectives.base import Metrics
-from frpo.types import AdvantagedGroup
+from frpo.types import AdvantagedGroup, ScoredGroup
 
 
 def rollout_metrics(groups: Sequence[AdvantagedGroup], seconds: float) -> dict[str, float]:
@@ -55,24 +55,34 @@ def reweight_metrics(groups: Sequence[AdvantagedGroup]) -> Metrics:
     return metrics
 
 
-def trace_rows(groups: Sequence[AdvantagedGroup]) -> Iterator[dict[str, Any]]:
-    """One JSON object a rollout group: all of its prompt and completions, reward components, advantages, statistics."""
+def trace_rows(groups: Sequence[AdvantagedGroup], *, trained: bool = True) -> Iterator[dict[str, Any]]:
+    """One JSON object a rollout group: all of its prompt and completions, reward components, advantages, statistics.
+
+    trained: whether the step learned from these groups; dynamic sampling replaces some.
+    """
     for group in groups:
-        scored, rollout = group.scored, group.scored.group
-        yield {
-            "group_id": list(rollout.group_id), "prompt_uid": rollout.prompt.uid,
-            "messages": [dict(message) for message in rollout.prompt.messages],
-            "prompt_token_ids": list(rollout.prompt.token_ids), "columns": _plain(rollout.prompt.columns),
-            "stats": dict(group.stats),
-            "completions": [
-                {"text": completion.text, "token_ids": list(completion.token_ids),
-                 "logprobs": list(completion.logprobs),
-                 "loss_mask": [int(flag) for flag in completion.loss_mask],
-                 "version_spans": [[span.policy_version, span.start, span.end] for span in completion.version_spans],
-                 "seed": completion.seed, "finish_reason": completion.finish_reason,
-                 "reward": _number(scored.rewards_G[i]), "advantage": float(group.advantages_G[i]),
-                 "terms": {name: _number(values[i]) for name, values in scored.terms.items()}}
-                for i, completion in enumerate(rollout.completions)]}
+        row = scored_row(group.scored) | {"trained": trained, "stats": dict(group.stats)}
+        for completion, advantage in zip(row["completions"], group.advantages_G, strict=True):
+            completion["advantage"] = float(advantage)
+        yield row
+
+
+def scored_row(scored: ScoredGroup) -> dict[str, Any]:
+    """A trace row of a group from which nothing is learned: prompt, completions, rewards and their components."""
+    rollout = scored.group
+    return {
+        "group_id": list(rollout.group_id), "prompt_uid": rollout.prompt.uid,
+        "messages": [dict(message) for message in rollout.prompt.messages],
+        "prompt_token_ids": list(rollout.prompt.token_ids), "columns": _plain(rollout.prompt.columns),
+        "completions": [
+            {"text": completion.text, "token_ids": list(completion.token_ids),
+             "logprobs": list(completion.logprobs),
+             "loss_mask": [int(flag) for flag in completion.loss_mask],
+             "version_spans": [[span.policy_version, span.start, span.end] for span in completion.version_spans],
+             "seed": completion.seed, "finish_reason": completion.finish_reason,
+             "reward": _number(scored.rewards_G[i]),
+             "terms": {name: _number(values[i]) for name, values in scored.terms.items()}}
+            for i, completion in enumerate(rollout.completions)]}
 
 
 def _over(reduce: Any, values: np.ndarray) -> float:

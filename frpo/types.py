@@ -83,6 +83,18 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredBatch:
+    """What one step sampled, by group id: the groups it learns from, and those that dynamic sampling replaced.
+
+    counts: what happened on the way, by metric name.
+    """
+
+    chosen: tuple[ScoredGroup, ...]
+    replaced: tuple[ScoredGroup, ...]
+    counts: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdvantagedGroup:
     """A scored group and its advantages (float64, sum zero, 0 where the reward abstained).
 

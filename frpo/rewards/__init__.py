@@ -6,9 +6,10 @@ error or a counted abstention, never a zero. No advantages, no logging and no sa
 from frpo.rewards.control import shuffled
 from frpo.rewards.loading import load_function
 from frpo.rewards.protocol import RewardFunction, RewardSpec
+from frpo.rewards.stream import ScoreStream
 from frpo.rewards.suite import RewardSuite, ScoreReport
 from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
 
 __all__ = [
     "RewardCallError", "RewardFunction", "RewardSpec", "RewardSuite", "RewardTimeoutError", "RewardWorker",
-    "ScoreReport", "load_function", "shuffled"]
+    "ScoreReport", "ScoreStream", "load_function", "shuffled"]

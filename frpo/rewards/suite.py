@@ -30,8 +30,8 @@ class ScoreReport:
     """Scored groups, in the order given, and what went wrong on the way.
 
     counts, for each reward: "reward/<name>/abstained" completions without a value for whatever reason;
-    ".../nonfinite" completions on which the function returned NaN or infinity; ".../failed" and ".../timed_out" calls
-    (0 or 1). The last three are above 0 only under `on_error: abstain`, and are contained in the first.
+    ".../nonfinite" completions on which the function returned NaN or infinity; ".../failed" and ".../timed_out" calls.
+    The last three are above 0 only under `on_error: abstain`, and are contained in the first.
     """
 
     groups: list[ScoredGroup]

@@ -1,8 +1,8 @@
 """Prompts to groups of completions: seeds, assignment to engines, order. It does not know how an engine is reached."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from frpo.errors import ConfigError
 from frpo.rollout.engine import GroupRequest, Sampling
@@ -41,23 +41,21 @@ class Sampler:
         self.num_engines = num_engines
         self.run_seed = run_seed
 
-    def sample(self, prompts: Sequence[Prompt], *, step: int, first_sample: int, group_size: int, sampling: Sampling,
-               version: int, purpose: int = TRAINING, on_group: Callable[[int], None] | None = None
-               ) -> list[RolloutGroup]:
-        """One group a prompt, sorted by group id.
+    def stream(self, prompts: Sequence[Prompt], *, step: int, first_sample: int, group_size: int, sampling: Sampling,
+               version: int, first_draw: int = 0, purpose: int = TRAINING) -> Iterator[RolloutGroup]:
+        """One group a prompt, each as it finishes.
 
         first_sample: number of this run's (and purpose's) samples drawn before, from which seeds follow.
-        on_group: told the number of finished groups, as they finish.
+        first_draw: number of prompts that this step has drawn before; it goes on counting in the group ids.
         Raises EngineError if an engine dies, is late, or holds weights other than `version`.
         """
         requests = [
-            GroupRequest(group_id=(step, draw), prompt=prompt,
-                         seeds=sample_seeds(self.run_seed, purpose, first_sample + draw * group_size, group_size))
-            for draw, prompt in enumerate(prompts)]
+            GroupRequest(group_id=(step, first_draw + i), prompt=prompt,
+                         seeds=sample_seeds(self.run_seed, purpose, first_sample + i * group_size, group_size))
+            for i, prompt in enumerate(prompts)]
         assigned = {i: requests[i::self.num_engines] for i in range(self.num_engines) if requests[i::self.num_engines]}
-        groups = []
-        for group in self.pool.stream(assigned, sampling, version):
-            groups.append(group)
-            if on_group:
-                on_group(len(groups))
-        return sorted(groups, key=lambda group: group.group_id)
+        return self.pool.stream(assigned, sampling, version)
+
+    def sample(self, prompts: Sequence[Prompt], **options: Any) -> list[RolloutGroup]:
+        """All groups of `stream`, sorted by group id."""
+        return sorted(self.stream(prompts, **options), key=lambda group: group.group_id)

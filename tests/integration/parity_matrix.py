@@ -81,7 +81,7 @@ COVERING = [
     Combination(family="mistral", tied=False, dtype="bf16", stage=3),
     *LORA_ROWS,
 ]
-"""Every value of every factor, and most pairs of them. More of LoRA is in test_lora."""
+"""Every value of every factor, and most pairs of them. More of LoRA is in test_lora_engines."""
 
 
 def recipe_for(combination: Combination, folder: Path) -> tuple[Recipe, str]:

@@ -50,7 +50,7 @@ def test_a_tensor_cut_off_from_the_loss_is_named(loop):
     assert len(healthy) == 26  # 2 layers x (q k v: weight and bias, o, gate up down, 2 norms), embedding, last norm
 
     def cut(actor):
-        mlp = actor.learner.engine.module.model.layers[1].mlp
+        mlp = actor.learner.network.model.layers[1].mlp
         actor.hook = mlp.register_forward_hook(lambda *call: call[2].detach())
 
     with_each_rank(loop, cut)
@@ -66,7 +66,7 @@ def test_a_tensor_whose_master_stands_still_is_named(loop):
         from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
         engine = actor.learner.engine
-        held = engine.module.model.layers[0].self_attn.k_proj.weight
+        held = actor.learner.network.model.layers[0].self_attn.k_proj.weight
         actor.step = engine.step
 
         def step():
@@ -121,18 +121,15 @@ def test_a_dead_actor_is_told_while_another_still_works(ray_cluster):
 def test_a_killed_engine_ends_generation_with_its_log(loop):
     loop.push()
     pid = pid_of(loop.pool.engines[0])
-    killed = []
-
-    def kill_once(done):
-        if not killed:
-            killed.append(time.perf_counter())
-            os.kill(pid, signal.SIGKILL)
-
+    groups = Sampler(loop.pool, 1, 0).stream(
+        random_prompts(32, 60, seed=3), step=9999, first_sample=0, group_size=4, version=loop.version,
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=300))
+    next(groups)
+    killed = time.perf_counter()
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=rf"generate: rollout engine 0 \(log: \S*{pid}\.err\) died") as raised:
-        Sampler(loop.pool, 1, 0).sample(
-            random_prompts(32, 60, seed=3), step=9999, first_sample=0, group_size=4, version=loop.version,
-            sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=300), on_group=kill_once)
-    assert time.perf_counter() - killed[0] < SECONDS
+        list(groups)
+    assert time.perf_counter() - killed < SECONDS
     assert Path(str(raised.value).split("log: ")[1].split(")")[0]).is_file()
     with pytest.raises(EngineError, match="rollout engine 0"):  # the learner's side says the same, and does not hang
         loop.learner.push_weights(loop.version + 1)

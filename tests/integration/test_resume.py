@@ -29,13 +29,14 @@ RAYS_OWN = re.compile(r"raylet|gcs_server|ray::(Dashboard|RuntimeEnv)Agent|pytho
 
 REWARD = """
 def spread(completions, **columns):
-    return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
+    return [sum(map(ord, completion)) % 2 for completion in completions]
 """
-"""A random model earns something of it, so that every step has a gradient."""
+"""A random model earns something of it, so that every step has a gradient; about one group in eight is all alike."""
 
 SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_layers=2",
          "model.tiny.warm_start.steps=0", "data.heldout=8", "evaluate.every=2", "evaluate.samples=1",
-         "rollout.prompts_per_step=8", "rollout.group_size=4", "learner.updates_per_step=2",
+         "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.dynamic={max_draws: 3}",
+         "learner.updates_per_step=2",
          f"run.num_steps={STEPS}", "run.save_every=2", "run.keep_last=3")
 
 

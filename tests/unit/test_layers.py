@@ -12,6 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     ("__main__", "doctor"),
     ("quickstart", "trainer"),
+    ("collect", "update"),
     ("invariants", "evaluate", "step_metrics", "builder", "checkpoint", "manifest"),
     ("cluster",),
     ("learner", "rollout", "weight_sync", "data"),

@@ -91,7 +91,7 @@ def test_evaluation_shares_no_seed_with_training():
     assert not seeds(TRAINING) & seeds(EVALUATION)
 
 
-def test_progress_counts_finished_groups():
-    told = []
-    drawn(on_group=told.append)
-    assert told == [1, 2, 3, 4, 5]
+def test_a_stream_hands_groups_over_as_they_finish():
+    stream = Sampler(MemoryPool(), 1, 0).stream(
+        PROMPTS, step=3, first_sample=0, group_size=2, sampling=SAMPLING, version=7)
+    assert [group.group_id for group in stream] == [(3, i) for i in reversed(range(5))]

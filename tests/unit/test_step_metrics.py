@@ -89,3 +89,8 @@ def test_reweight_metrics_are_sums_and_counts_of_what_the_groups_say():
     assert reweight_metrics(groups) == {
         "reweight/ratio": (2.0, 2, "mean"), "reweight/ratio_max": (2.0, 2, "max"), "reweight/ess": (3.0, 2, "mean")}
     assert reweight_metrics(groups[2:]) == {}
+
+
+def test_a_trace_says_whether_the_group_was_learned_from():
+    assert [row["trained"] for row in trace_rows(GROUPS)] == [True, True]
+    assert [row["trained"] for row in trace_rows(GROUPS, trained=False)] == [False, False]

@@ -1,0 +1,67 @@
+"""What one step learns from: groups sampled, scored while others are generated, replaced where they teach nothing.
+
+It draws whole groups and never looks at tokens or advantages other than whether there are any.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from frpo.builder import Parts
+from frpo.objectives.base import AdvantageEstimator
+from frpo.rewards import ScoreReport, ScoreStream, shuffled
+from frpo.rollout.engine import Sampling
+from frpo.telemetry import ProgressBar
+from frpo.types import GroupId, RunState, ScoredBatch, ScoredGroup
+
+
+def collect(parts: Parts, state: RunState, bar: ProgressBar) -> ScoredBatch:
+    """`rollout.prompts_per_step` scored groups.
+
+    With `rollout.dynamic`, groups that teach nothing are replaced by those of the next prompts, as many as are missing
+    at a time, until all teach or the limit of draws is met; what is then missing is filled up with them, in the order
+    of drawing. No group that teaches is left out.
+    """
+    size, dynamic = parts.recipe.rollout.prompts_per_step, parts.recipe.rollout.dynamic
+    limit = size if dynamic is None else size * dynamic.max_draws
+    drawn: list[ScoredGroup] = []
+    telling: set[GroupId] = set()
+    counts: Counter[str] = Counter()
+    while len(telling) < size and len(drawn) < limit:
+        report = rollouts(parts, state, bar, first=len(drawn), count=min(size - len(telling), limit - len(drawn)))
+        drawn += report.groups
+        telling |= {scored.group.group_id for scored in report.groups
+                    if dynamic is None or teaches(scored, parts.recipe.objective.advantage, dynamic.epsilon)}
+        counts.update(report.counts)
+    counts.update({"rollout/drawn": len(drawn), "rollout/telling": len(telling)})
+    silent = [scored.group.group_id for scored in drawn if scored.group.group_id not in telling]
+    chosen = telling.union(silent[:size - len(telling)])
+    return ScoredBatch(chosen=tuple(s for s in drawn if s.group.group_id in chosen), counts=counts,
+                       replaced=tuple(s for s in drawn if s.group.group_id not in chosen))
+
+
+def rollouts(parts: Parts, state: RunState, bar: ProgressBar, *, first: int, count: int) -> ScoreReport:
+    """Scored groups of this step's prompts `first` to `first + count`, all from the weights of one policy version."""
+    section, phase, cursor = parts.recipe.rollout, parts.timer.phase, state.data_cursor + first
+    stream = parts.sampler.stream(
+        parts.stream.take(cursor, count), step=state.step, first_draw=first, version=state.policy_version,
+        first_sample=cursor * section.group_size, group_size=section.group_size, sampling=Sampling(
+            temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens))
+    with ScoreStream(parts.rewards) as scoring:
+        with phase("generate"):
+            for done, group in enumerate(stream, start=1):
+                scoring.add(group)
+                bar.note(f"generate {done}/{count}")
+        with phase("reward"):  # what is left of it once generation is over
+            report = scoring.result()
+    if parts.recipe.shuffle_rewards:
+        seed = parts.recipe.run.seed * 1_000_003 + state.step + first * 2**32
+        report = replace(report, groups=shuffled(report.groups, seed=seed))
+    return report
+
+
+def teaches(scored: ScoredGroup, estimator: AdvantageEstimator, epsilon: float) -> bool:
+    """Whether the rewards of a group give any of its samples an advantage beyond `epsilon`, of either sign."""
+    return bool(np.abs(estimator.advantages(scored.rewards_G).advantages_G).max() > epsilon)

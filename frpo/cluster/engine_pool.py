@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from frpo.cluster.runtime import NamedActor, log_path, result_of, wait_for
+from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError
@@ -22,28 +22,55 @@ class _EngineActor(RolloutEngine):
         super().__init__(recipe_from_dict(recipe), model_path, device, index)
 
 
+class EnginesLostError(ActorDeadError):
+    """Engines died while they sampled. engines: their indices."""
+
+    def __init__(self, errors: Mapping[int, ActorDeadError]):
+        super().__init__("; ".join(map(str, errors.values())))
+        self.engines = tuple(sorted(errors))
+
+
 class EnginePool:
-    """N engines, each its own actor. Construction starts them all; none serves before the first push."""
+    """N engines, each its own actor. Construction starts them all; none serves before its weights have a version."""
 
     def __init__(self, recipe: Recipe, model_path: str, device: str):
-        self.recipe = recipe
+        self.recipe, self.model_path, self.device = recipe, model_path, device
+        self.starting = [self._start(index) for index in range(recipe.rollout.num_engines)]
+
+    def _start(self, index: int) -> tuple[NamedActor, Any]:
+        """Engine `index`, beginning to load in a process of its own, and what its readiness is told by."""
+        recipe, on_cpu = self.recipe, self.device == "cpu"
         environment = dict(ENVIRONMENT)
-        if device == "cpu":
+        if on_cpu:
             environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(recipe.rollout.threads)}
-        options = {"num_cpus": 0 if device == "cpu" else 1,
-                   "num_gpus": 0 if device == "cpu" else recipe.rollout.tensor_parallel_size,
+        options = {"num_cpus": 0 if on_cpu else 1, "num_gpus": 0 if on_cpu else recipe.rollout.tensor_parallel_size,
                    "runtime_env": {"env_vars": environment}}
         actor = ray.remote(_EngineActor).options(**options)
-        handles = [actor.remote(dump_recipe(recipe), model_path, device, i) for i in range(recipe.rollout.num_engines)]
-        starting = [NamedActor(name=f"rollout engine {i}", handle=handle, log_path="the newest worker-*.err of Ray")
-                    for i, handle in enumerate(handles)]
-        self.starting = [(a, a.handle.ready.remote()) for a in starting]
+        handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index)
+        named = NamedActor(name=f"rollout engine {index}", handle=handle, log_path="the newest worker-*.err of Ray")
+        return named, handle.ready.remote()
 
     def wait_until_ready(self) -> None:
         """Engines load while the caller does something else; this waits for them."""
         pids = wait_for("start rollout engines", self.starting, self.recipe.rollout.startup_timeout_s)
         self.engines = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
                         for (a, _), pid in zip(self.starting, pids)]
+
+    def dead(self) -> list[int]:
+        """Indices of engines whose process is gone. For moments in which none is sampling."""
+        return [index for index, actor in enumerate(self.engines) if not _answers(actor)]
+
+    def restart(self, engines: Sequence[int]) -> None:
+        """New processes for these engines, which serve nothing before a push; waits for them."""
+        for index in engines:
+            ray.kill(self.engines[index].handle)
+            self.starting[index] = self._start(index)
+        self.wait_until_ready()
+
+    def serve_loaded(self, version: int) -> None:
+        """All engines serve what they loaded from disk, as `version`. See `RolloutEngine.serve_loaded`."""
+        calls = [(a, a.handle.serve_loaded.remote(version)) for a in self.engines]
+        wait_for("serve loaded weights", calls, self.recipe.rollout.timeout_s)
 
     def client(self) -> EngineClient:
         """What learner rank 0 drives pushes through."""
@@ -53,25 +80,29 @@ class EnginePool:
                ) -> Iterator[RolloutGroup]:
         """Groups of all engines as they finish; `requests[i]` go to engine i.
 
-        Raises EngineError when an engine dies or no group finishes within the limit.
+        Raises EngineError when no group finishes within the limit, and EnginesLostError, once the others are through,
+        when engines died.
         """
-        streams = {}
+        streams, lost = {}, {}
         for index, assigned in requests.items():
-            actor = self.engines[index]
-            method = actor.handle.generate.options(num_returns="streaming")
-            streams[method.remote(assigned, sampling, version)] = actor
+            method = self.engines[index].handle.generate.options(num_returns="streaming")
+            streams[method.remote(assigned, sampling, version)] = index
         limit = self.recipe.rollout.timeout_s
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, timeout=limit, fetch_local=False)
             if not ready:
-                names = ", ".join(map(str, streams.values()))
+                names = ", ".join(str(self.engines[index]) for index in streams.values())
                 raise EngineError(f"generate: no group finished within {limit:g} s on {names}")
+            index = streams[ready[0]]
             try:
-                reference = next(ready[0])
+                yield result_of("generate", self.engines[index], next(ready[0]))
             except StopIteration:
                 del streams[ready[0]]
-                continue
-            yield result_of("generate", streams[ready[0]], reference)
+            except ActorDeadError as error:
+                del streams[ready[0]]
+                lost[index] = error
+        if lost:
+            raise EnginesLostError(lost)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[list[np.ndarray]]:
         """Every engine's own log-probabilities of the same sequences. See `RolloutEngine.score`."""
@@ -119,3 +150,11 @@ class EngineClient:
     def _all(self, method: str, *args: Any) -> None:
         calls = [(a, getattr(a.handle, method).remote(*args)) for a in self.engines]
         wait_for(f"push weights: {method}", calls, self.timeout_s)
+
+
+def _answers(actor: NamedActor) -> bool:
+    try:
+        result_of("is it alive", actor, actor.handle.policy_version.remote())
+    except ActorDeadError:
+        return False
+    return True

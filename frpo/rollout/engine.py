@@ -43,7 +43,7 @@ class Sampling:
 
 
 class RolloutEngine:
-    """Serves one policy; refuses to sample until a push has given its weights a version."""
+    """Serves one policy; refuses to sample until a push, or `serve_loaded`, has given its weights a version."""
 
     def __init__(self, recipe: Recipe, model_path: str, device: str, index: int = 0):
         os.environ.update(ENVIRONMENT)
@@ -52,8 +52,9 @@ class RolloutEngine:
         from vllm import LLM
 
         self.index = index
-        memory = ({"kv_cache_memory_bytes": recipe.rollout.kv_cache_mb * 2**20} if device == "cpu" else
-                  {"gpu_memory_utilization": recipe.rollout.gpu_memory_utilization})
+        # On CPU vLLM fails at a seeded request whose prompt it splits over two passes, so no prompt is split there.
+        memory = ({"kv_cache_memory_bytes": recipe.rollout.kv_cache_mb * 2**20, "enable_chunked_prefill": False}
+                  if device == "cpu" else {"gpu_memory_utilization": recipe.rollout.gpu_memory_utilization})
         self.llm = LLM(
             model=model_path, dtype={"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype],
             max_model_len=recipe.model.max_length, tensor_parallel_size=recipe.rollout.tensor_parallel_size,
@@ -137,9 +138,20 @@ class RolloutEngine:
     # --- weights --------------------------------------------------------------------------------------------------
 
     def policy_version(self) -> int | None:
-        """Version of the served weights; None before the first push."""
+        """Version of the served weights; None before they have one."""
         version = self.llm.get_weight_version()
         return int(version) if version.isdigit() else None
+
+    def serve_loaded(self, version: int) -> None:
+        """Label the weights that were loaded from disk, so that they can be sampled without a push.
+
+        Raises EngineError if they have a version already, or a push has begun: they may then be others.
+        """
+        held = self.policy_version()
+        if self.unusable or held is not None:
+            raise EngineError(f"engine {self.index}: {self.unusable or f'serves version {held} already'}; only weights "
+                              "without a version are those that were loaded from disk")
+        self.llm.llm_engine.set_weight_version(str(version))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})

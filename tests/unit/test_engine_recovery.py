@@ -1,0 +1,84 @@
+"""Which groups are asked for again after a death, and how often; the integration tests kill real engines."""
+import pytest
+
+from frpo.cluster.engine_pool import EnginesLostError
+from frpo.cluster.recovery import RecoveringEngines
+from frpo.cluster.runtime import ActorDeadError
+from frpo.errors import EngineError
+from frpo.types import Prompt, RolloutGroup
+
+PROMPT = Prompt(uid="p", messages=(), token_ids=(1,))
+REQUESTS = {0: [(0, 0), (0, 2)], 1: [(0, 1), (0, 3)]}
+
+
+class Pool:
+    """Engine i dies `deaths[i]` times, each time after the first of its groups."""
+
+    def __init__(self, deaths):
+        self.deaths, self.log = dict(deaths), []
+
+    def stream(self, requests, sampling, version):
+        self.log.append(("stream", sorted(requests)))
+        lost = {}
+        for index, assigned in requests.items():
+            dies = self.deaths.get(index, 0) > 0
+            for group_id in assigned[:1] if dies else assigned:
+                yield RolloutGroup(group_id=group_id, prompt=PROMPT, completions=())
+            if dies:
+                self.deaths[index] -= 1
+                lost[index] = ActorDeadError(f"engine {index} died")
+        if lost:
+            raise EnginesLostError(lost)
+
+    def restart(self, engines):
+        self.log.append(("restart", sorted(engines)))
+
+    def dead(self):
+        return [index for index, left in self.deaths.items() if left]
+
+    def client(self):
+        return "client"
+
+
+class Learner:
+    def __init__(self, pool, refuses=()):
+        self.pool, self.refuses = pool, list(refuses)
+
+    def connect_engines(self, client):
+        self.pool.log.append(("connect", client))
+
+    def push_weights(self, version):
+        self.pool.log.append(("push", version))
+        if self.refuses:
+            raise self.refuses.pop()
+
+
+def streamed(pool, max_restarts=3):
+    engines = RecoveringEngines(pool, Learner(pool), max_restarts)
+    return [group.group_id for group in engines.stream(REQUESTS, None, version=7)]
+
+
+def test_every_group_comes_once_and_a_dead_engine_does_all_of_its_own_again():
+    pool = Pool({1: 1})
+    assert streamed(pool) == [(0, 0), (0, 2), (0, 1), (0, 3)]
+    assert pool.log == [("stream", [0, 1]), ("restart", [1]), ("connect", "client"), ("push", 7), ("stream", [1])]
+
+
+def test_several_deaths_in_a_row_and_at_once():
+    pool = Pool({0: 1, 1: 2})
+    assert sorted(streamed(pool)) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert [entry for entry in pool.log if entry[0] == "restart"] == [("restart", [0, 1]), ("restart", [1])]
+
+
+def test_one_death_too_many_is_the_error_of_it():
+    pool = Pool({1: 3})
+    with pytest.raises(EngineError, match="engine 1 died"):
+        streamed(pool, max_restarts=2)
+
+
+def test_a_failed_push_restarts_the_dead_and_raises_if_nobody_is():
+    pool = Pool({0: 1})
+    RecoveringEngines(pool, Learner(pool, [EngineError("engine 0 is gone")]), 1).push(8)
+    assert pool.log == [("push", 8), ("restart", [0]), ("connect", "client"), ("push", 8)]
+    with pytest.raises(EngineError, match="rank 1 is gone"):
+        RecoveringEngines(Pool({}), Learner(Pool({}), [EngineError("rank 1 is gone")]), 1).push(8)

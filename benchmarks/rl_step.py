@@ -64,7 +64,7 @@ def measure(parts: Parts, recipe: Recipe, rounds: int) -> dict[str, dict[str, li
     seconds = {name: {key: [] for key in ("step", *PHASES)} for name in trainers}
     start = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest="", file_offsets={})
     version = 0
-    parts.learner.push_weights(version)
+    parts.engines.push(version)
     with ProgressBar(1, 0, "rl_step") as bar:
         for index in track(range(rounds + 1), description="rounds"):
             order = list(trainers)[index % len(trainers):] + list(trainers)[:index % len(trainers)]

@@ -42,6 +42,8 @@ def train(parsed: argparse.Namespace) -> int:
         print(f"# checked: model {model}, {len(checked.prompts.train)} training and "
               f"{len(checked.prompts.heldout)} held-out prompts, resume "
               f"{checked.resume[0] if checked.resume else 'from the start'}")
+        for reason, count in checked.prompts.skipped.items():
+            print(f"# left out: {count} x {reason}")
         return 0
     from frpo.builder import build
     from frpo.evaluate.curve import draw_reward_curve
@@ -53,6 +55,12 @@ def train(parsed: argparse.Namespace) -> int:
     print(f"{state.step} steps done. Model: {parts.run_dir / 'export'}  metrics: {parts.run_dir / 'metrics.jsonl'}  "
           f"picture: {picture}")
     return 0
+
+
+def evaluate(parsed: argparse.Namespace) -> int:
+    from frpo.evaluate.model import run_evaluate
+
+    return run_evaluate(load_recipe(parsed.recipe, parsed.overrides), parsed.model, parsed.json)
 
 
 def quickstart(parsed: argparse.Namespace) -> int:
@@ -101,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--dry-run", action="store_true", help="check everything that needs no engine, then stop")
+    command = add(evaluate, "score a model on a recipe's held-out prompts, without a learner")
+    command.add_argument("model", help="a folder with a Hugging Face model, such as a run's export, or a hub id")
+    command.add_argument("recipe", help=f"{RECIPE}: prompts, rewards, sampling")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--json", metavar="PATH", help="file for the metrics; default: evaluation.json in MODEL")
     command = add(config, "print the resolved recipe")
     command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from frpo.checkpoint import CheckpointStore
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.recovery import RecoveringEngines
 from frpo.cluster.runtime import choose_device, ray_session
 from frpo.config.loader import dump_recipe
 from frpo.config.memory import memory_strategy
@@ -19,6 +20,7 @@ from frpo.config.sections import Recipe
 from frpo.data.chat import check_tokenizer
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.errors import ConfigError
 from frpo.learner.lora import check_targets
 from frpo.learner.model import check_model_path, load_tokenizer
 from frpo.learner.tiny import tiny_model
@@ -42,6 +44,7 @@ class Parts:
     stream: PromptStream
     rewards: RewardSuite
     pool: EnginePool
+    engines: RecoveringEngines
     sampler: Sampler
     learner: LearnerGroup
     checkpoints: CheckpointStore
@@ -49,6 +52,17 @@ class Parts:
     files: Mapping[str, JsonlFile]
     sinks: tuple[Sink, ...]
     timer: PhaseTimer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What it takes to sample a model that is only served, and to score what it says."""
+
+    recipe: Recipe
+    prompts: PromptSet
+    rewards: RewardSuite
+    pool: EnginePool
+    sampler: Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +82,11 @@ def check(recipe: Recipe) -> Checked:
     memory_strategy(recipe.learner.deepspeed)
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()
+    return Checked(prompts=check_prompts(recipe), checkpoints=checkpoints, resume=resume)
+
+
+def check_prompts(recipe: Recipe) -> PromptSet:
+    """The prompts, once model and tokenizer have been found to fit the recipe."""
     if recipe.model.tiny is not None:
         tokenizer = build_tokenizer()
     else:
@@ -76,8 +95,7 @@ def check(recipe: Recipe) -> Checked:
             check_targets(recipe.model, recipe.model.path)
         tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
     check_tokenizer(tokenizer, needs_chat=recipe.data.format == "chat")
-    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
-    return Checked(prompts=prompts, checkpoints=checkpoints, resume=resume)
+    return load_prompts(recipe.data, tokenizer, recipe.run.seed)
 
 
 @contextmanager
@@ -91,12 +109,12 @@ def build(recipe: Recipe) -> Iterator[Parts]:
         stack.enter_context(ray_session())
         device = choose_device(recipe)
         write_manifest(run_dir, recipe, checked.prompts.digest, device)
-        pool = EnginePool(recipe, model_path, device)
-        stack.callback(pool.close)
+        pool = stack.enter_context(engine_pool(recipe, model_path, device))
         learner = LearnerGroup(recipe, model_path, device)
         stack.callback(learner.close)
         pool.wait_until_ready()
         learner.connect_engines(pool.client())
+        engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
         files = open_files(recipe, run_dir, going_on=checked.resume is not None)
         for file in files.values():
             stack.callback(file.close)
@@ -104,10 +122,41 @@ def build(recipe: Recipe) -> Iterator[Parts]:
         for sink in sinks:
             stack.callback(sink.close)
         yield Parts(
-            recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, learner=learner,
+            recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
+            learner=learner,
             stream=PromptStream(checked.prompts.train, recipe.run.seed, recipe.data.shuffle),
-            sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed),
+            sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed),
             checkpoints=checked.checkpoints, resume=checked.resume, files=files, sinks=sinks, timer=PhaseTimer())
+
+
+@contextmanager
+def build_engines(recipe: Recipe) -> Iterator[Serving]:
+    """Start rewards, Ray and engines on the model at `recipe.model.path`; end them with the context.
+
+    The engines serve the weights that lie there, as version 0. Raises ConfigError where the recipe holds out nothing.
+    """
+    prompts = check_prompts(recipe)
+    if not prompts.heldout:
+        raise ConfigError(f"there are no held-out prompts to evaluate on; raise data.heldout (given "
+                          f"{recipe.data.heldout}) or give data.heldout_path")
+    with ExitStack() as stack:
+        rewards = stack.enter_context(reward_suite(recipe, prompts))
+        stack.enter_context(ray_session())
+        pool = stack.enter_context(engine_pool(recipe, recipe.model.path, choose_device(recipe, learner=False)))
+        pool.wait_until_ready()
+        pool.serve_loaded(version=0)
+        yield Serving(recipe=recipe, prompts=prompts, rewards=rewards, pool=pool,
+                      sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed))
+
+
+@contextmanager
+def engine_pool(recipe: Recipe, model_path: str, device: str) -> Iterator[EnginePool]:
+    """Rollout engines that have begun to load; ended with the context."""
+    pool = EnginePool(recipe, model_path, device)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:

@@ -73,8 +73,8 @@ def _start_local(attempts: int = 3) -> None:
                 raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
 
 
-def choose_device(recipe: Recipe) -> str:
-    """"cuda" or "cpu" for this cluster, as run.device asks.
+def choose_device(recipe: Recipe, *, learner: bool = True) -> str:
+    """"cuda" or "cpu" for this cluster, as run.device asks. learner: False where only rollout engines are started.
 
     Raises ConfigError if the cluster has fewer GPUs than the recipe needs.
     """
@@ -82,11 +82,11 @@ def choose_device(recipe: Recipe) -> str:
     if recipe.run.device == "cpu" or (recipe.run.device == "auto" and present == 0):
         return "cpu"
     engines = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size
-    needed = engines + recipe.learner.num_ranks
-    if needed > present:
+    ranks = recipe.learner.num_ranks if learner else 0
+    if engines + ranks > present:
         raise ConfigError(
-            f"the recipe needs {needed} GPUs (rollout.num_engines x tensor_parallel_size = {engines}, "
-            f"learner.num_ranks = {recipe.learner.num_ranks}), the cluster has {present}; lower them or add nodes")
+            f"the recipe needs {engines + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {engines}, "
+            f"learner.num_ranks = {ranks}), the cluster has {present}; lower them or add nodes")
     return "cuda"
 
 

@@ -23,11 +23,11 @@ NOT_IN_DIGEST = {
     "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "resume"},
     "model": {"attn_implementation"},
     "rollout": {"num_engines", "tensor_parallel_size", "threads", "kv_cache_mb", "gpu_memory_utilization",
-                "startup_timeout_s", "timeout_s"},
+                "max_restarts", "startup_timeout_s", "timeout_s"},
     "learner": {"num_ranks", "deepspeed", "micro_batch_tokens", "packing", "gradient_checkpointing", "threads",
                 "startup_timeout_s", "timeout_s"},
     "weight_sync": {"backend", "bucket_mb", "timeout_s"},
-    "evaluate": {"every", "samples", "temperature"},
+    "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
     "telemetry": {"tensorboard", "wandb", "traces"},
     "checks": {"max_logprob_gap", "parameters_move"},
     "rewards": {"timeout_s"},
@@ -40,6 +40,7 @@ They set limits and sinks, or where and in what portions the same numbers are co
 REWORDED = {
     "model_type": "should be a mapping of keys",
     "list_type": "should be a list (an override replaces all of it)",
+    "tuple_type": "should be a list",
     "too_short": "should not be empty",
     "finite_number": "should be a finite number",
 }
@@ -125,6 +126,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
     if dataclasses.is_dataclass(value):
         return {"name": value.name, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

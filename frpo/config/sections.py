@@ -105,9 +105,19 @@ class DataSection(Section):
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are an error naming file and line")
 
 
+class DynamicSection(Section):
+    """Groups whose advantages are all zero teach nothing: other prompts are sampled in their place."""
+
+    epsilon: float = Field(1e-6, ge=0, description="a group is replaced if no |advantage| of it exceeds this")
+    max_draws: int = Field(4, ge=2, description="most prompts drawn a step, in multiples of prompts_per_step; what is "
+                                                "then missing is filled up with groups that teach nothing")
+
+
 class RolloutSection(Section):
     prompts_per_step: int = Field(16, ge=1, description="prompts drawn a step")
     group_size: int = Field(8, ge=2, description="completions sampled a prompt")
+    dynamic: DynamicSection | None = Field(
+        None, description="replace groups that teach nothing, a mapping such as {max_draws: 4}; null: keep them")
     num_engines: int = Field(1, ge=1, description="vLLM engines, each its own Ray actor")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one engine")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; the learner divides its logits by it too")
@@ -116,6 +126,7 @@ class RolloutSection(Section):
     threads: int = Field(2, ge=1, description="CPU threads of an engine (CPU only)")
     kv_cache_mb: int = Field(128, ge=16, description="KV cache on CPU, in MiB")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of a GPU that an engine takes")
+    max_restarts: int = Field(3, ge=0, description="dead engines that a run starts again; one more ends it")
     startup_timeout_s: float = Field(600, gt=0, description="limit for an engine to load")
     timeout_s: float = Field(1800, gt=0, description="limit for one step's generation")
 
@@ -167,6 +178,11 @@ class ObjectiveSection(Section):
             raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
         return build_surrogate(value)
 
+    @property
+    def kl_in_reward(self) -> float:
+        """beta where the KL is subtracted from the rewards, 0 where it is in the loss."""
+        return self.kl_coef if self.kl_estimator == "k1" else 0.0
+
     @model_validator(mode="after")
     def _reweighting(self) -> ObjectiveSection:
         if self.reweight == "frozen":
@@ -212,10 +228,43 @@ class WeightSyncSection(Section):
     timeout_s: float = Field(600, gt=0, description="limit for one push")
 
 
+Limit = Annotated[float, Field(strict=True)] | None
+Bounds = Annotated[tuple[Limit, Limit], Field(strict=False)]
+
+
+class BestSection(Section):
+    metric: str = Field("eval/reward", description="held-out metric that decides")
+    largest: bool = Field(True, description="largest value is best; false: smallest")
+    bounds: dict[str, Bounds] = Field(
+        {}, description="metric -> [low, high] that a checkpoint must respect, such as {eval/kl: [null, 0.5]}; "
+                        "null: no limit")
+
+    @field_validator("bounds")
+    @classmethod
+    def _in_order(cls, value: dict[str, tuple[float | None, float | None]]) -> dict[str, Any]:
+        for name, (low, high) in value.items():
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{name}: [low, high] needs low <= high, given [{low:g}, {high:g}]")
+        return value
+
+
 class EvaluateSection(Section):
     every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts; 0: only first and last")
     samples: int = Field(1, ge=1, description="completions a prompt")
-    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    temperature: float = Field(1.0, ge=0, description="0: greedy; only at 1 the KL to the reference is measured")
+    pass_at: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="every k of pass@k, none above `samples`, such as [1, 8]")
+    success: float = Field(1.0, description="reward from which a completion passes; without any reward it does not")
+    best: BestSection | None = Field(
+        None, description="keep the best policy so far in run.dir/best; {}: the one of the largest held-out reward")
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluateSection:
+        beyond = [k for k in self.pass_at if k > self.samples]
+        if beyond:
+            raise ValueError(f"pass_at = {self.pass_at}: pass@{max(beyond)} needs at least {max(beyond)} completions a "
+                             f"prompt, given evaluate.samples = {self.samples}; raise samples or lower pass_at")
+        return self
 
 
 class ChecksSection(Section):
@@ -267,6 +316,9 @@ class Recipe(Section):
         if self.data.path == "arithmetic" and self.data.format == "calculator":
             raise ValueError("data.format: calculator reads GSM8K answers; data.path: arithmetic needs format chat or "
                              "text")
+        if self.evaluate.best is not None and self.data.heldout == 0 and self.data.heldout_path is None:
+            raise ValueError("evaluate.best needs held-out prompts to choose by; raise data.heldout (given 0) or set "
+                             "evaluate.best to null")
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards need distinct names, given {names}; rename one of them")

@@ -1,35 +1,86 @@
-"""Reward on held-out prompts, sampled through the same engines and scored by the same functions as in training."""
+"""Held-out prompts, sampled through the same engines and scored by the same functions as in training, as metrics.
+
+The metrics are pure functions of scored groups. Which model is asked, and when, is the caller's business.
+"""
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from frpo.builder import Parts
+from frpo.builder import Parts, Serving
+from frpo.config.sections import EvaluateSection, Recipe
+from frpo.evaluate.passk import pass_at_k
+from frpo.objectives.stage import sequence_kl
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import EVALUATION
 from frpo.telemetry import mean_interval
-from frpo.types import RunState
+from frpo.types import RunState, ScoredGroup
+
+ROUNDING = 1e-9
+"""Weights such as 0.7 + 0.2 + 0.1 add up to a little less than 1: that much below `evaluate.success` still passes."""
+
+References = Sequence[Sequence[np.ndarray]]
+"""Per group, per completion: T log-probabilities under the reference."""
 
 
 def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
-    """`eval/...` metrics of the policy version in `state`: reward with the half-width of its 95 % interval, every
-    component, completion length, truncated share.
+    """`eval/...` metrics of the policy version in `state`; see `heldout_metrics`."""
+    scored = scored_heldout(parts, step=state.step, version=state.policy_version)
+    references = None
+    if measures_kl(parts.recipe):
+        references = parts.learner.score_groups([group.group for group in scored], "reference", temperature=1.0)
+    return heldout_metrics(scored, parts.recipe.evaluate, references)
 
-    The interval is over prompts (completions of one prompt are averaged first), so it does not shrink with samples.
-    """
+
+def scored_heldout(parts: Parts | Serving, *, step: int, version: int) -> list[ScoredGroup]:
+    """`evaluate.samples` completions of every held-out prompt, by the policy version that the engines hold, scored."""
     section, prompts = parts.recipe.evaluate, parts.prompts.heldout
     sampling = Sampling(temperature=section.temperature, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)
     groups = parts.sampler.sample(
-        prompts, step=state.step, first_sample=state.step * len(prompts) * section.samples, group_size=section.samples,
-        sampling=sampling, version=state.policy_version, purpose=EVALUATION)
-    scored = parts.rewards.score(groups).groups
+        prompts, step=step, first_sample=step * len(prompts) * section.samples, group_size=section.samples,
+        sampling=sampling, version=version, purpose=EVALUATION)
+    return parts.rewards.score(groups).groups
+
+
+def measures_kl(recipe: Recipe) -> bool:
+    """Whether the learner has a reference, and held-out samples are drawn from the policy itself: at temperature 1."""
+    has_reference = recipe.objective.kl_coef > 0 or recipe.model.lora is not None
+    return has_reference and recipe.evaluate.temperature == 1.0
+
+
+def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, references: References | None = None
+                    ) -> dict[str, float]:
+    """Reward, every component, pass@k, lengths and, given `references`, the sequence KL, of P groups of equal size.
+
+    Intervals are half-widths at 95 % over prompts (completions of one prompt are averaged first), so they do not
+    shrink with samples. A completion passes if its reward is at least `section.success`; one on which every reward
+    abstained does not pass, though it is left out of the mean reward. The KL is unbiased for whole completions, as far
+    as `rollout.max_new_tokens` lets them go, if they were drawn at temperature 1 from all tokens.
+    """
+    completions = [completion for group in scored for completion in group.group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
     reward, interval = mean_interval(_prompt_mean(group.rewards_G) for group in scored)
-    completions = [completion for group in groups for completion in group.completions]
-    metrics = {"eval/reward": reward, "eval/interval": interval, "eval/prompts": float(len(prompts)),
-               "eval/length": float(np.mean([len(completion.token_ids) for completion in completions])),
+    metrics = {"eval/reward": reward, "eval/interval": interval, "eval/prompts": float(len(scored)),
+               "eval/length": float(np.mean(lengths)), "eval/length_p90": float(np.quantile(lengths, 0.9)),
                "eval/truncated": float(np.mean([completion.truncated for completion in completions]))}
+    for k in section.pass_at:
+        passed = _passes_at(k, section.success)
+        metrics[f"eval/pass@{k}"], metrics[f"eval/pass@{k}/interval"] = mean_interval(map(passed, scored))
     for name in scored[0].terms:
-        metrics[f"eval/{name}/mean"] = mean_interval(_prompt_mean(group.terms[name]) for group in scored)[0]
+        mean, interval = mean_interval(_prompt_mean(group.terms[name]) for group in scored)
+        metrics |= {f"eval/{name}/mean": mean, f"eval/{name}/interval": interval}
+    if references is not None:
+        metrics["eval/kl"], metrics["eval/kl_interval"] = mean_interval(
+            float(np.mean(sequence_kl(group, reference))) for group, reference in zip(scored, references, strict=True))
     return metrics
+
+
+def _passes_at(k: int, success: float) -> Callable[[ScoredGroup], float]:
+    def passed(group: ScoredGroup) -> float:
+        return pass_at_k(len(group.rewards_G), int(np.sum(group.rewards_G >= success - ROUNDING)), k)
+
+    return passed
 
 
 def _prompt_mean(values_G: np.ndarray) -> float:

@@ -78,7 +78,7 @@ def require_reweightable(estimator: AdvantageEstimator) -> None:
     estimator.reweighted(np.zeros(2), np.zeros(2))
 
 
-def sequence_kl(scored: ScoredGroup, reference: tuple[np.ndarray, ...]) -> np.ndarray:
+def sequence_kl(scored: ScoredGroup, reference: Sequence[np.ndarray]) -> np.ndarray:
     """k1 estimate of each completion's sequence KL to the reference in nats: shape G, of either sign."""
     differences = []
     for completion, ref_logprobs in zip(scored.group.completions, reference, strict=True):

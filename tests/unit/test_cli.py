@@ -188,9 +188,35 @@ def test_config_keys_prints_the_reference(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
+    (["PLACE/none", "recipe.yaml"], "'PLACE/none' is no folder to write evaluation.json into; give --json PATH, or a "),
+    (["PLACE/none", "recipe.yaml", "--json", "x.json"], "ModelError: model.path 'PLACE/none' is no folder"),
+    (["MODELS/whole", "recipe.yaml", "--json", "none/x.json"], "ConfigError: none/x.json cannot be written; give"),
+    (["MODELS/whole", "recipe.yaml", "data.heldout=0"], "there are no held-out prompts to evaluate on; raise data"),
+    (["MODELS/no_template", "recipe.yaml", "data.format=chat"], "tokenizer 'MODELS/no_template' has no chat"),
+    (["MODELS/whole", "recipe.yaml", "evaluate.pass_at=[2]"], "pass@2 needs at least 2 completions a prompt, given")])
+def test_what_cannot_be_evaluated_is_one_message_before_any_engine(place, models, capsys, arguments, message):
+    def located(text):
+        return text.replace("PLACE", str(place)).replace("MODELS", str(models))
+
+    before = tree(place), tree(models)
+    code, out, err = run(capsys, "evaluate", *map(located, arguments))
+    assert (code, out) == (2, "") and located(message) in err
+    assert err.startswith("frpo: ") and err.count("Error: ") == 1 and "Traceback" not in err
+    assert (tree(place), tree(models)) == before
+
+
+def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out(place, capsys):
+    (place / "heldout.jsonl").write_text('{"prompt": "2+1=", "answer": "3"}\n')
+    out = run(capsys, "train", "recipe.yaml", "data.heldout_path=heldout.jsonl", "--dry-run")[1]
+    assert out.splitlines()[-1] == "# left out: 1 x same prompt as a held-out one"
+    assert "5 training and 1 held-out prompts" in out.splitlines()[-2]
+
+
+@pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: COMMAND"),
     (["trian", "recipe.yaml"], "invalid choice: 'trian' (choose from 'train'"),
     (["train"], "the following arguments are required: recipe"),
+    (["evaluate", "recipe.yaml"], "the following arguments are required: recipe"),
     (["train", "recipe.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
     (["train", "recipe.yaml", "--steps=3"], "unrecognized arguments: --steps=3"),
     (["doctor", "run.seed=3"], "unrecognized arguments: run.seed=3")])

@@ -1,0 +1,112 @@
+"""The best policy of a run so far, by one held-out metric under bounds on others.
+
+    <run.dir>/best/{a Hugging Face model, best.json}
+
+Both appear at once: the folder is written beside its place and renamed. It is an export, not something to resume from.
+"""
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from frpo.config.sections import BestSection
+from frpo.errors import CheckpointError, ConfigError
+from frpo.types import RunState
+
+RECORD = "best.json"
+
+
+class BestCheckpoint:
+    """Keeps `run.dir/best`. Its record holds all held-out metrics, so a resume may ask for another one of them."""
+
+    def __init__(self, section: BestSection, run_dir: Path):
+        self.section = section
+        self.folder = run_dir / "best"
+        self.unfinished = run_dir / "best.unfinished"
+        self.replaced = run_dir / "best.replaced"
+        self.metrics: Mapping[str, float] | None = None
+        """Held-out metrics of what lies in the folder; None where nothing does."""
+
+    def restore(self, step: int | None) -> None:
+        """Take up what an earlier process left; `step`: where the run goes on, None: a run that starts anew.
+
+        The best of a later step belongs to a continuation that the run has gone back behind and is deleted; that of
+        another run is moved aside. Raises CheckpointError where the record is damaged.
+        """
+        if self.replaced.is_dir():  # the process ended between two renames, or before it cleared up
+            if self.folder.is_dir():
+                shutil.rmtree(self.replaced)
+            else:
+                self.replaced.rename(self.folder)
+        _remove(self.unfinished)
+        if not self.folder.is_dir():
+            return
+        if step is None:
+            number = 1 + sum(1 for _ in self.folder.parent.glob("best.earlier-*"))
+            self.folder.rename(self.folder.parent / f"best.earlier-{number}")
+            return
+        try:
+            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            found, metrics = int(record["step"]), dict(record["metrics"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.folder / RECORD} is damaged: {error!r}; move {self.folder} away") from None
+        if found > step:
+            shutil.rmtree(self.folder)
+        else:
+            self.metrics = {name: math.nan if value is None else value for name, value in metrics.items()}
+
+    def offer(self, state: RunState, metrics: Mapping[str, float], export: Callable[[str], None]) -> bool:
+        """Export the policy in `state` if its held-out `metrics` are within bounds and better than the best so far.
+
+        export: writes the policy into the folder it is given. Returns whether it was called.
+        Raises ConfigError for a metric that evaluation does not give.
+        """
+        require_known(self.section, metrics)
+        value = metrics[self.section.metric]
+        if not self._within_bounds(metrics) or not self._beats_best(value):
+            return False
+        _remove(self.unfinished)
+        export(str(self.unfinished))
+        record = {"step": state.step, "policy_version": state.policy_version, "metric": self.section.metric,
+                  "value": value, "metrics": {k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        (self.unfinished / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        _remove(self.replaced)
+        if self.folder.is_dir():
+            self.folder.rename(self.replaced)
+        self.unfinished.rename(self.folder)
+        _remove(self.replaced)
+        self.metrics = dict(metrics)
+        return True
+
+    def _beats_best(self, value: float) -> bool:
+        """A tie goes to the earlier one; NaN is never best, and a best that the bounds now forbid is no bar."""
+        if not math.isfinite(value):
+            return False
+        if self.metrics is None or not self._within_bounds(self.metrics):
+            return True
+        best = self.metrics.get(self.section.metric, math.nan)
+        return math.isnan(best) or (value > best if self.section.largest else value < best)
+
+    def _within_bounds(self, metrics: Mapping[str, float]) -> bool:
+        """Whether every bounded metric is a number within its bounds."""
+        return all(
+            (-math.inf if low is None else low) <= metrics.get(name, math.nan) <= (math.inf if high is None else high)
+            for name, (low, high) in self.section.bounds.items())
+
+
+def require_known(section: BestSection, metrics: Mapping[str, float]) -> None:
+    """Raise ConfigError where `evaluate.best` names a metric that is none of `metrics`."""
+    unknown = [f"metric {section.metric!r}"] if section.metric not in metrics else []
+    unknown += [f"bounds on {name!r}" for name in section.bounds if name not in metrics]
+    if unknown:
+        raise ConfigError(f"evaluate.best: {' and '.join(unknown)}: evaluation of this recipe gives no such metric; "
+                          f"there are {', '.join(sorted(metrics))} (eval/kl needs a reference and "
+                          "evaluate.temperature = 1, eval/pass@k needs evaluate.pass_at)")
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)

@@ -126,6 +126,7 @@ class RunningLoop:
             *((a, a.handle.__ray_call__.remote(rebuild_engine, values, model_path)) for a in self._pool.engines),
             *((a, a.handle.build.remote(values, model_path, "cpu", {})) for a in self._learner.ranks)], limit)
         self._pool.recipe = self._learner.recipe = recipe
+        self._pool.model_path = model_path  # what a restarted engine loads
         self._learner.layout = replace(self._learner.layout, micro_batch_tokens=recipe.learner.micro_batch_tokens,
                                        packed=recipe.learner.packing)
         self._learner.connect_engines(self._pool.client())

@@ -71,8 +71,9 @@ class FRPO:
         if valid.rewards_K.size == 0:
             return valid.place(np.zeros_like)
         lam = self.lam if self.rho is None else temperature_of_radius(valid.rewards_K, self.rho)
-        c_K = self._coefficients(valid.rewards_K, lam)
-        return valid.place(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(valid.rewards_K, c_K, lam))
+        tilted = self._tilted(valid.rewards_K, lam)
+        c_K = self._coefficients(tilted)
+        return valid.place(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(tilted, c_K))
 
     def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages:
         """Advantages at the current policy of samples that an older one drew, exact for the objective's estimate.
@@ -96,19 +97,19 @@ class FRPO:
             raise ValueError(f"log-ratios must be finite, given {log_ratio_K}")
         if valid.rewards_K.size == 0:
             return valid.place(np.zeros_like)
-        effective_K, ratio_K = valid.rewards_K - self.lam * log_ratio_K, np.exp(log_ratio_K)
-        c_K = self._coefficients(effective_K, self.lam)
-        stats = self._stats(valid.rewards_K, c_K, self.lam) | {
+        ratio_K, current = np.exp(log_ratio_K), self._tilted(valid.rewards_K - self.lam * log_ratio_K, self.lam)
+        c_K = self._coefficients(current)
+        stats = self._stats(self._tilted(valid.rewards_K, self.lam), c_K) | {
             "ratio": float(ratio_K.mean()), "ratio_max": float(ratio_K.max()),
-            "reweighted_ess": float(1 / np.square(tilt(effective_K, self.lam)).sum())}
+            "reweighted_ess": effective_size(current.p_K)}
         return valid.place(lambda _: self._scale(self.lam) * (ratio_K - ratio_K.size * c_K), stats)
 
-    def _coefficients(self, rewards_K: np.ndarray, lam: float) -> np.ndarray:
-        p_K = tilt(rewards_K, lam)
-        if self.estimator == "plugin" or p_K.size == 1:
-            return p_K
-        c_K = jackknife_coefficients(rewards_K, lam)
-        return shrink_to_positive(c_K, p_K) if self.guard == "shrink" else c_K
+    def _tilted(self, rewards_K: np.ndarray, lam: float) -> TiltedGroup:
+        return TiltedGroup.of(rewards_K, lam, leave_one_out=self.estimator == "jackknife")
+
+    def _coefficients(self, tilted: TiltedGroup) -> np.ndarray:
+        c_K = tilted.coefficients()
+        return shrink_to_positive(c_K, tilted.p_K) if self.guard == "shrink" else c_K
 
     def _scaled(self, rewards_K: np.ndarray, c_K: np.ndarray, lam: float) -> np.ndarray:
         k = rewards_K.size
@@ -120,56 +121,89 @@ class FRPO:
     def _scale(self, lam: float) -> float:
         return {"exact": lam, "unit": 1.0, "max1": max(lam, 1.0)}[self.scale]
 
-    def _stats(self, rewards_K: np.ndarray, c_K: np.ndarray, lam: float) -> dict[str, float]:
-        p_K = tilt(rewards_K, lam)
+    def _stats(self, tilted: TiltedGroup, c_K: np.ndarray) -> dict[str, float]:
+        rewards_K, p_K, worth = tilted.rewards_K, tilted.p_K, float(tilted.worth)
         stats = {
-            "lam": lam,
-            "ess": 1 / np.square(p_K).sum(),
-            "max_weight": p_K.max(),
-            "negative_share": np.mean(c_K < 0),
+            "lam": float(tilted.lam),
+            "ess": effective_size(p_K),
+            "max_weight": float(p_K.max()),
+            "negative_share": np.count_nonzero(c_K < 0) / c_K.size,
             "tilt_kl": radius(p_K),
-            "worst_reward": rewards_K.min(),
-            "certainty_equivalent": certainty_equivalent(rewards_K, lam),
+            "worst_reward": float(rewards_K.min()),
+            "certainty_equivalent": worth,
+            "gap": float(rewards_K.mean()) - worth,
         }
-        stats["gap"] = rewards_K.mean() - stats["certainty_equivalent"]
         if self.estimator == "jackknife":
-            stats["certainty_equivalent_jackknife"] = jackknife_certainty_equivalent(rewards_K, lam)
-        return {name: float(value) for name, value in stats.items()}
+            stats["certainty_equivalent_jackknife"] = tilted.jackknife_worth()
+        return stats
 
 
-def tilt(rewards_K: np.ndarray, lam: float) -> np.ndarray:
-    """p = softmax(-r / lam) over the last axis, 0 <= lam <= inf. A reward of +inf marks a left-out sample: p = 0."""
-    gaps_K = rewards_K - rewards_K.min(axis=-1, keepdims=True)
-    weights_K = _weights(gaps_K, lam)
-    return weights_K / weights_K.sum(axis=-1, keepdims=True)
+@dataclass(frozen=True, kw_only=True)
+class TiltedGroup:
+    """The K rewards of a group tilted to the worse, and each group that lacks one of them; computed once for all uses.
 
-
-def certainty_equivalent(rewards_K: np.ndarray, lam: float) -> np.ndarray:
-    """r* = -lam log mean exp(-r / lam) over the last axis: the reward at which the plug-in advantage is zero."""
-    if math.isinf(lam):
-        return np.mean(rewards_K, axis=-1, where=np.isfinite(rewards_K))
-    worst = rewards_K.min(axis=-1)
-    mean_weight = _weights(rewards_K - worst[..., None], lam).sum(axis=-1) / np.isfinite(rewards_K).sum(axis=-1)
-    return worst - lam * np.log(mean_weight)
-
-
-def jackknife_coefficients(rewards_K: np.ndarray, lam: float) -> np.ndarray:
-    """c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i for k >= 2; may be negative, sums to 1.
-
-    One softmax per left-out sample: the O(k) forms subtract weights and turn into inf where one sample dominates.
+    p_K: softmax(-r / lam). worth: -lam log mean exp(-r / lam), the certainty equivalent.
+    left_out_KK, left_out_worth_K: the same without sample j in row j (weight 0 at j); None unless asked for or K = 1.
     """
-    k = rewards_K.size
-    left_out_KK = tilt(_leave_one_out(rewards_K), lam)
-    return k * tilt(rewards_K, lam) - (k - 1) / k * left_out_KK.sum(axis=0)
+
+    rewards_K: np.ndarray
+    lam: float
+    p_K: np.ndarray
+    worth: float
+    left_out_KK: np.ndarray | None
+    left_out_worth_K: np.ndarray | None
+
+    @classmethod
+    def of(cls, rewards_K: np.ndarray, lam: float, leave_one_out: bool) -> TiltedGroup:
+        if not leave_one_out or rewards_K.size == 1:
+            p_K, worth = tilt(rewards_K, lam)
+            return cls(rewards_K=rewards_K, lam=lam, p_K=p_K, worth=worth, left_out_KK=None, left_out_worth_K=None)
+        # Row 0 is the whole group; in row 1 + j sample j has the reward +inf, and so a weight of exactly 0. One softmax
+        # per row: the O(k) forms subtract weights and turn into inf where one sample dominates.
+        left_out = np.eye(rewards_K.size + 1, rewards_K.size, k=-1, dtype=bool)
+        p, worth = tilt(np.where(left_out, np.inf, rewards_K), lam)
+        return cls(rewards_K=rewards_K, lam=lam, p_K=p[0], worth=worth[0], left_out_KK=p[1:],
+                   left_out_worth_K=worth[1:])
+
+    def coefficients(self) -> np.ndarray:
+        """p, or with the left-out groups c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i: may be negative, sums to 1."""
+        if self.left_out_KK is None:
+            return self.p_K
+        k = self.p_K.size
+        return k * self.p_K - (k - 1) / k * self.left_out_KK.sum(axis=0)
+
+    def jackknife_worth(self) -> float:
+        """k r* - (k - 1)/k * sum_j r*(-j), whose gradient the jackknife coefficients are; r* itself for k = 1."""
+        if self.left_out_worth_K is None:
+            return float(self.worth)
+        k = self.p_K.size
+        return float(k * self.worth - (k - 1) / k * self.left_out_worth_K.sum())
 
 
-def jackknife_certainty_equivalent(rewards_K: np.ndarray, lam: float) -> float:
-    """k r* - (k - 1)/k * sum_j r*(-j): the value whose gradient the jackknife coefficients are; r* itself for k = 1."""
-    k = rewards_K.size
-    whole = certainty_equivalent(rewards_K, lam)
-    if k == 1:
-        return float(whole)
-    return float(k * whole - (k - 1) / k * certainty_equivalent(_leave_one_out(rewards_K), lam).sum())
+def tilt(rewards_K: np.ndarray, lam: float) -> tuple[np.ndarray, np.ndarray]:
+    """p = softmax(-r / lam) and r* = -lam log mean exp(-r / lam) over the last axis, for 0 <= lam <= inf.
+
+    A reward of +inf marks a sample that is left out of both. r* is the reward whose plug-in advantage is zero.
+    """
+    worst = rewards_K.min(axis=-1, keepdims=True)
+    gaps_K = rewards_K - worst
+    if lam == 0 or math.isinf(lam):
+        weights_K = (gaps_K == 0 if lam == 0 else np.isfinite(gaps_K)).astype(np.float64)
+    else:
+        with np.errstate(over="ignore"):  # a gap far beyond lam has weight 0
+            weights_K = np.exp(-gaps_K / lam)
+    total = weights_K.sum(axis=-1, keepdims=True)
+    if math.isinf(lam):
+        worth = np.mean(rewards_K, axis=-1, where=np.isfinite(rewards_K))
+    else:
+        counted = np.isfinite(rewards_K).sum(axis=-1)
+        worth = worst[..., 0] - lam * np.log(total[..., 0] / counted)
+    return weights_K / total, worth
+
+
+def effective_size(p_K: np.ndarray) -> float:
+    """1 / sum p^2: the number of equally weighted samples that would count as much."""
+    return float(1 / np.square(p_K).sum())
 
 
 def shrink_to_positive(c_K: np.ndarray, p_K: np.ndarray) -> np.ndarray:
@@ -193,26 +227,13 @@ def temperature_of_radius(rewards_K: np.ndarray, rho: float) -> float:
     if rho >= math.log(rewards_K.size / np.sum(rewards_K == rewards_K.min())):
         return 0.0
     low = high = float(np.ptp(rewards_K))
-    while radius(tilt(rewards_K, high)) > rho:
+    while radius(tilt(rewards_K, high)[0]) > rho:
         high *= 2
-    while low > 0 and radius(tilt(rewards_K, low)) < rho:
+    while low > 0 and radius(tilt(rewards_K, low)[0]) < rho:
         low /= 2
     for _ in range(200):
         middle = math.sqrt(low) * math.sqrt(high)
         if not low < middle < high:
             break
-        low, high = (middle, high) if radius(tilt(rewards_K, middle)) > rho else (low, middle)
+        low, high = (middle, high) if radius(tilt(rewards_K, middle)[0]) > rho else (low, middle)
     return high
-
-
-def _weights(gaps_K: np.ndarray, lam: float) -> np.ndarray:
-    """exp(-gap / lam) of gaps to the worst reward, so that no exponent is positive."""
-    if lam == 0 or math.isinf(lam):
-        return (gaps_K == 0 if lam == 0 else np.isfinite(gaps_K)).astype(np.float64)
-    with np.errstate(over="ignore"):
-        return np.exp(-gaps_K / lam)
-
-
-def _leave_one_out(rewards_K: np.ndarray) -> np.ndarray:
-    """Row j: the group with sample j at +inf, which has weight exactly 0."""
-    return np.where(np.eye(rewards_K.size, dtype=bool), np.inf, rewards_K)

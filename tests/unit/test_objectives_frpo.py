@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from frpo.objectives.frpo import FRPO, jackknife_coefficients, tilt
+from frpo.objectives.frpo import FRPO, TiltedGroup, tilt
 from frpo.objectives.group import RLOO, DrGRPO
 
 REWARDS = np.array([1.0, 0.7, 0.35, 0.0])
@@ -66,12 +66,12 @@ def test_jackknife_of_three_by_hand():
     """lam 1, weights (1, 2, 4)/7: P(-0) = (., 1/3, 2/3), P(-1) = (1/5, ., 4/5), P(-2) = (1/3, 2/3, .)."""
     rewards = -np.log([1.0, 2.0, 4.0])
     expected = [3 / 7 - 2 / 3 * (1 / 5 + 1 / 3), 6 / 7 - 2 / 3 * (1 / 3 + 2 / 3), 12 / 7 - 2 / 3 * (2 / 3 + 4 / 5)]
-    assert jackknife_coefficients(rewards, 1.0) == pytest.approx(expected)
+    assert TiltedGroup.of(rewards, 1.0, leave_one_out=True).coefficients() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("lam, exact, unit, max1", [(0.5, 0.5, 1, 1), (2.0, 2.0, 1, 2)])
 def test_scales(lam, exact, unit, max1):
-    base = 1 - 4 * tilt(REWARDS, lam)
+    base = 1 - 4 * tilt(REWARDS, lam)[0]
     for scale, factor in (("exact", exact), ("unit", unit), ("max1", max1)):
         assert advantages(REWARDS, lam=lam, estimator="plugin", scale=scale) == pytest.approx(factor * base)
 
@@ -131,7 +131,8 @@ def test_dominated_jackknife_rewards_the_second_worst_and_shrink_stops_it():
 
 def test_shrink_keeps_as_much_jackknife_as_stays_positive():
     rewards = np.array([1.0, 0.0, 0.9, 0.25, 0.8])
-    p, c = tilt(rewards, 0.2), jackknife_coefficients(rewards, 0.2)
+    tilted = TiltedGroup.of(rewards, 0.2, leave_one_out=True)
+    p, c = tilted.p_K, tilted.coefficients()
     taus = [p_i / (p_i - c_i) for p_i, c_i in zip(p, c, strict=True) if c_i < 0]
     tau = min(taus)
     assert 0.05 < tau < 0.95

@@ -8,18 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
-from frpo.objectives.base import AdvantageEstimator, Surrogate, build_estimator, build_surrogate
-from frpo.objectives.correction import RolloutCorrection
-from frpo.objectives.stage import require_reweightable
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys fail, values keep their type, nothing changes after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+from frpo.config.base import Section
+from frpo.config.model import ModelSection
+from frpo.config.objective import ObjectiveSection
+from frpo.config.rollout import RolloutSection, WeightSyncSection
 
 
 class RunSection(Section):
@@ -32,60 +26,6 @@ class RunSection(Section):
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
     resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's "
                                             "path")
-
-
-class WarmStartSection(Section):
-    source: Literal["generated", "prompts"] = Field(
-        "generated", description="generated arithmetic, or the training prompts with their column `answer`")
-    steps: int = Field(600, ge=0, description="supervised steps; 0: random weights")
-    batch_size: int = Field(128, ge=1, description="examples a supervised step")
-    lr: float = Field(2e-3, gt=0, description="peak learning rate of the warm start")
-
-
-class TinyModelSection(Section):
-    """A character-level Qwen2 made on the spot, so that the whole loop runs where no weights can be had."""
-
-    hidden_size: int = Field(96, ge=32, description="hidden width: 32, 64 or 128 times num_heads")
-    num_layers: int = Field(3, ge=1, description="decoder layers")
-    num_heads: int = Field(3, ge=1, description="attention heads, sharing one key-value head")
-    tied: bool = Field(True, description="tie the output head to the embeddings")
-    warm_start: WarmStartSection = Field(WarmStartSection(), description="supervised warm start")
-
-    @model_validator(mode="after")
-    def _head_size(self) -> TinyModelSection:
-        if self.hidden_size not in (32 * self.num_heads, 64 * self.num_heads, 128 * self.num_heads):
-            raise ValueError(f"hidden_size = {self.hidden_size} with num_heads = {self.num_heads}: rollout engines on "
-                             "CPU need heads of 32, 64 or 128; change one of them")
-        return self
-
-
-class LoraSection(Section):
-    """Low-rank adapters. They have no dropout: with it, learner and rollout engines would not be the same function."""
-
-    r: int = Field(16, ge=1, description="rank of an adapter")
-    alpha: int = Field(32, ge=1, description="an adapter adds alpha / r times its product B A to a weight")
-    targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", min_length=1, description="linear layers with an adapter: all but the output head, or names such "
-                                                "as [q_proj, v_proj]")
-
-
-class ModelSection(Section):
-    path: str | None = Field(None, description="local folder or HF id of a causal language model")
-    tiny: TinyModelSection | None = Field(None, description="make a small model on the spot instead of `path`")
-    lora: LoraSection | None = Field(
-        None, description="train low-rank adapters on a frozen model, which is also the reference; null: train it all")
-    dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision of parameters and of the rollout engines")
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field(
-        "sdpa", description="learner's attention")
-    max_length: int = Field(4096, ge=8, description="prompt + completion window in tokens")
-    trust_remote_code: bool = Field(False, description="run model code shipped with the weights")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
-        if (self.path is None) == (self.tiny is None):
-            raise ValueError("give exactly one of model.path (existing weights) and model.tiny (made on the spot); "
-                             "set the other to null")
-        return self
 
 
 class DataSection(Section):
@@ -105,32 +45,6 @@ class DataSection(Section):
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are an error naming file and line")
 
 
-class DynamicSection(Section):
-    """Groups whose advantages are all zero teach nothing: other prompts are sampled in their place."""
-
-    epsilon: float = Field(1e-6, ge=0, description="a group is replaced if no |advantage| of it exceeds this")
-    max_draws: int = Field(4, ge=2, description="most prompts drawn a step, in multiples of prompts_per_step; what is "
-                                                "then missing is filled up with groups that teach nothing")
-
-
-class RolloutSection(Section):
-    prompts_per_step: int = Field(16, ge=1, description="prompts drawn a step")
-    group_size: int = Field(8, ge=2, description="completions sampled a prompt")
-    dynamic: DynamicSection | None = Field(
-        None, description="replace groups that teach nothing, a mapping such as {max_draws: 4}; null: keep them")
-    num_engines: int = Field(1, ge=1, description="vLLM engines, each its own Ray actor")
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of one engine")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; the learner divides its logits by it too")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass; below 1 samples leave the policy's distribution")
-    max_new_tokens: int = Field(256, ge=1, description="completion length after which a sample is truncated")
-    threads: int = Field(2, ge=1, description="CPU threads of an engine (CPU only)")
-    kv_cache_mb: int = Field(128, ge=16, description="KV cache on CPU, in MiB")
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of a GPU that an engine takes")
-    max_restarts: int = Field(3, ge=0, description="dead engines that a run starts again; one more ends it")
-    startup_timeout_s: float = Field(600, gt=0, description="limit for an engine to load")
-    timeout_s: float = Field(1800, gt=0, description="limit for one step's generation")
-
-
 class RewardSection(Section):
     name: str = Field(min_length=1, description="name of the component in metrics and traces")
     function: str = Field(description="'package.module:function' or 'path/file.py:function'")
@@ -138,63 +52,6 @@ class RewardSection(Section):
     kwargs: dict[str, JsonValue] = Field({}, description="keyword arguments passed to the function at every call")
     timeout_s: float = Field(60, gt=0, description="limit for one call")
     on_error: Literal["raise", "abstain"] = Field("raise", description="exception or time-out: stop, or count as None")
-
-
-class ObjectiveSection(Section):
-    advantage: AdvantageEstimator = Field(
-        default_factory=lambda: build_estimator({"name": "frpo"}),
-        description="{name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
-    reweight: Literal["frozen", "current"] = Field(
-        "frozen", description="frozen: advantages of the rewards alone; current: made anew before every update, with "
-                              "the ratios of the policy since the rollout (exact off-policy FRPO)")
-    surrogate: Surrogate = Field(
-        default_factory=lambda: build_surrogate({"name": "clip"}),
-        description="{name: clip|gspo|cispo|reinforce|module:Class, ...its own keys}")
-    correction: RolloutCorrection | None = Field(
-        RolloutCorrection(), description="importance weights from rollout engine to learner; null: none")
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k3", description="k2, k3: in the loss; k1: subtracted from rewards")
-    reduction: Literal["seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length"] = Field(
-        "seq-mean-token-mean", description="how token losses become one number")
-    truncated: Literal["train", "mask"] = Field(
-        "train", description="completions cut off by the length limit; mask: no loss, though they still count in means")
-
-    @field_validator("advantage", mode="plain")
-    @classmethod
-    def _build_estimator(cls, value: Any) -> AdvantageEstimator:
-        if isinstance(value, AdvantageEstimator):
-            return value
-        if not isinstance(value, dict):
-            raise ValueError(f"a mapping such as {{name: frpo, lam: 1.0}} is needed, given {value!r}")
-        return build_estimator(value)
-
-    @field_validator("surrogate", mode="plain")
-    @classmethod
-    def _build_surrogate(cls, value: Any) -> Surrogate:
-        if isinstance(value, Surrogate):
-            return value
-        if not isinstance(value, dict):
-            raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
-        return build_surrogate(value)
-
-    @property
-    def kl_in_reward(self) -> float:
-        """beta where the KL is subtracted from the rewards, 0 where it is in the loss."""
-        return self.kl_coef if self.kl_estimator == "k1" else 0.0
-
-    @model_validator(mode="after")
-    def _reweighting(self) -> ObjectiveSection:
-        if self.reweight == "frozen":
-            return self
-        try:
-            require_reweightable(self.advantage)
-        except ValueError as error:
-            raise ValueError(f"reweight: current cannot be used here: {error}") from error
-        if self.surrogate.name != "reinforce":
-            raise ValueError("reweight: current has the ratios in its advantages already: set surrogate to "
-                             f"{{name: reinforce}}, given {self.surrogate.name}")
-        return self
 
 
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -219,13 +76,6 @@ class LearnerSection(Section):
     threads: int = Field(1, ge=1, description="CPU threads of a rank (CPU only)")
     startup_timeout_s: float = Field(600, gt=0, description="limit for all ranks to load")
     timeout_s: float = Field(1800, gt=0, description="limit for one learner phase and for its collectives")
-
-
-class WeightSyncSection(Section):
-    backend: Literal["cpu_shm", "nccl", "ipc"] = Field(
-        "cpu_shm", description="cpu_shm: one host; nccl, ipc: CUDA, not yet executed")
-    bucket_mb: float = Field(256.0, gt=0, description="MiB gathered at a time; below the model's size")
-    timeout_s: float = Field(600, gt=0, description="limit for one push")
 
 
 Limit = Annotated[float, Field(strict=True)] | None

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from frpo.config.memory import memory_strategy
-from frpo.config.sections import LearnerSection, ModelSection
+from frpo.config.model import ModelSection
+from frpo.config.sections import LearnerSection
 from frpo.learner.lora import Weight
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from frpo.config.sections import LoraSection, ModelSection
+from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
 
 ADAPTER = "default"

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from frpo.config.sections import ModelSection
+from frpo.config.model import ModelSection
 from frpo.errors import ModelError
 from frpo.learner import attention as packed_attention
 

@@ -15,7 +15,8 @@ import torch
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from frpo.config.sections import Recipe, TinyModelSection, WarmStartSection
+from frpo.config.model import TinyModelSection, WarmStartSection
+from frpo.config.sections import Recipe
 from frpo.data.arithmetic import problems
 from frpo.data.chat import render, render_text
 from frpo.data.prompts import load_prompts

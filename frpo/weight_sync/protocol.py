@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from frpo.config.sections import WeightSyncSection
+from frpo.config.rollout import WeightSyncSection
 
 Bucket = list[tuple[str, torch.Tensor]]
 """Whole parameters by checkpoint name; the tensors are valid only until the next bucket is taken."""

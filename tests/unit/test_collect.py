@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from frpo.collect import collect, teaches
-from frpo.config.sections import DynamicSection
+from frpo.config.rollout import DynamicSection
 from frpo.data.prompts import PromptStream
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import GRPO

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from frpo.config.sections import LoraSection, ModelSection
+from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
 from frpo.learner.engine import GatheredWeights
 from frpo.learner.lora import adapter_weights, adapters_off, add_adapters, check_targets, merged_weights, write_adapter

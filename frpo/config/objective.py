@@ -1,0 +1,68 @@
+"""The section that says what is learned: advantages, surrogate, corrections, and how tokens become one number."""
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from frpo.config.base import Section
+from frpo.objectives.base import AdvantageEstimator, Surrogate, build_estimator, build_surrogate
+from frpo.objectives.correction import RolloutCorrection
+from frpo.objectives.stage import require_reweightable
+
+
+class ObjectiveSection(Section):
+    advantage: AdvantageEstimator = Field(
+        default_factory=lambda: build_estimator({"name": "frpo"}),
+        description="{name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
+    reweight: Literal["frozen", "current"] = Field(
+        "frozen", description="frozen: advantages of the rewards alone; current: made anew before every update, with "
+                              "the ratios of the policy since the rollout (exact off-policy FRPO)")
+    surrogate: Surrogate = Field(
+        default_factory=lambda: build_surrogate({"name": "clip"}),
+        description="{name: clip|gspo|cispo|reinforce|module:Class, ...its own keys}")
+    correction: RolloutCorrection | None = Field(
+        RolloutCorrection(), description="importance weights from rollout engine to learner; null: none")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="k2, k3: in the loss; k1: subtracted from rewards")
+    reduction: Literal["seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length"] = Field(
+        "seq-mean-token-mean", description="how token losses become one number")
+    truncated: Literal["train", "mask"] = Field(
+        "train", description="completions cut off by the length limit; mask: no loss, though they still count in means")
+
+    @field_validator("advantage", mode="plain")
+    @classmethod
+    def _build_estimator(cls, value: Any) -> AdvantageEstimator:
+        if isinstance(value, AdvantageEstimator):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"a mapping such as {{name: frpo, lam: 1.0}} is needed, given {value!r}")
+        return build_estimator(value)
+
+    @field_validator("surrogate", mode="plain")
+    @classmethod
+    def _build_surrogate(cls, value: Any) -> Surrogate:
+        if isinstance(value, Surrogate):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
+        return build_surrogate(value)
+
+    @property
+    def kl_in_reward(self) -> float:
+        """beta where the KL is subtracted from the rewards, 0 where it is in the loss."""
+        return self.kl_coef if self.kl_estimator == "k1" else 0.0
+
+    @model_validator(mode="after")
+    def _reweighting(self) -> ObjectiveSection:
+        if self.reweight == "frozen":
+            return self
+        try:
+            require_reweightable(self.advantage)
+        except ValueError as error:
+            raise ValueError(f"reweight: current cannot be used here: {error}") from error
+        if self.surrogate.name != "reinforce":
+            raise ValueError("reweight: current has the ratios in its advantages already: set surrogate to "
+                             f"{{name: reinforce}}, given {self.surrogate.name}")
+        return self

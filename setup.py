@@ -11,9 +11,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    # An installed wheel finds recipes and ZeRO strategies inside the package; a checkout has them at the top level.
-    packages=[*find_packages(include=["frpo", "frpo.*"]), "frpo.recipes", "frpo.ds_configs"],
-    package_dir={"frpo.recipes": "recipes", "frpo.ds_configs": "ds_configs"},
+    # An installed wheel has recipes, ZeRO strategies and launchers inside the package, a checkout at the top level.
+    packages=[*find_packages(include=["frpo", "frpo.*"]), "frpo.recipes", "frpo.ds_configs", "frpo.launchers"],
+    package_dir={"frpo.recipes": "recipes", "frpo.ds_configs": "ds_configs", "frpo.launchers": "launchers"},
     package_data={"frpo": ["locks/*.txt"], "frpo.recipes": ["*.yaml"], "frpo.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.13,<2.14",

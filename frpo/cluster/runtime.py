@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import glob
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray._raylet import AuthenticationTokenLoader, Config
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError, FrpoError
 
 RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
                    "RAY_USAGE_STATS_ENABLED": "0"}
+
+REACH_S = 10.0
+"""How long a cluster may take to answer at its address."""
 
 GRACE_S = 5.0
 """A rank's death fails the collective of the others at once, and is itself known a little later."""
@@ -43,7 +48,10 @@ class NamedActor:
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine that ends with the context."""
+    """Join the cluster of RAY_ADDRESS, or start one on this machine that ends with the context.
+
+    Raises EngineError if there is no such cluster or it does not let us in.
+    """
     for key, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if ray.is_initialized():
@@ -53,8 +61,7 @@ def ray_session() -> Iterator[None]:
     if address == "local":
         _start_local()
     else:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what `ray start` demands of whoever joins
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        _join(address)
     try:
         yield
     finally:
@@ -73,19 +80,44 @@ def _start_local(attempts: int = 3) -> None:
                 raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
 
 
-def choose_device(recipe: Recipe, *, learner: bool = True) -> str:
-    """"cuda" or "cpu" for this cluster, as run.device asks. learner: False where only rollout engines are started.
+def _join(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit() and "/" not in host:  # Ray by itself tries for many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+        show_token()
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (OSError, AuthenticationError) as error:
+        raise EngineError(
+            f"RAY_ADDRESS = {address!r}: {str(error).partition('. ')[0]}; start Ray there, unset RAY_ADDRESS to start "
+            "one here, or give this process the cluster's token (RAY_AUTH_TOKEN_PATH)") from error
+
+
+def show_token() -> None:
+    """Authenticate at clusters from now on if there is a token and RAY_AUTH_MODE does not say otherwise.
+
+    `ray start` demands a token exactly where it found one. By itself Ray looks for one only if it is given no address,
+    and told to use one that is missing it aborts the process. Raises ray's AuthenticationError if RAY_AUTH_TOKEN_PATH
+    names no token.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray read the mode when it was imported
+
+
+def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True) -> str:
+    """"cuda" or "cpu" for this cluster, as run.device asks. learner, engines: False where none of them are started.
 
     Raises ConfigError if the cluster has fewer GPUs than the recipe needs.
     """
     present = int(ray.cluster_resources().get("GPU", 0))
     if recipe.run.device == "cpu" or (recipe.run.device == "auto" and present == 0):
         return "cpu"
-    engines = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size
+    sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size if engines else 0
     ranks = recipe.learner.num_ranks if learner else 0
-    if engines + ranks > present:
+    if sampling + ranks > present:
         raise ConfigError(
-            f"the recipe needs {engines + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {engines}, "
+            f"the recipe needs {sampling + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {sampling}, "
             f"learner.num_ranks = {ranks}), the cluster has {present}; lower them or add nodes")
     return "cuda"
 

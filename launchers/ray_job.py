@@ -1,0 +1,324 @@
+"""Trains a recipe on a running Ray cluster: submits it as a job, follows the job's log, ends with the run's exit code.
+
+`python launchers/ray_job.py RECIPE [section.key=value ...]` in a checkout; where frpo is installed, instead of the file
+`-m frpo.launchers.ray_job`. It starts no cluster and installs nothing on one: frpo must be importable there.
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+from ray.exceptions import AuthenticationError, RayError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from frpo.cluster.runtime import show_token
+from frpo.config.loader import dump_recipe, load_recipe
+from frpo.config.sections import Recipe
+from frpo.errors import ConfigError, EngineError, FrpoError
+
+ADDRESS = "http://127.0.0.1:8265"
+RECIPE = "frpo-recipe.yaml"
+"""The resolved recipe's name in the job's folder."""
+
+FUNCTION, DATA = re.compile(r"(.+\.py)(:\w+)"), re.compile(r"(.+\.jsonl?)()")
+"""What names a file in a recipe."""
+
+FOLDERS = (("model", "path"), ("data", "path"), ("data", "heldout_path"))
+"""Keys whose value may be a folder."""
+
+STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+"""How Ray stops the run: as Ctrl-C does, and with time to take its processes down."""
+
+REQUEST_S = 60.0
+"""Limit for the cluster's answer to one request."""
+
+LOST_S = 120.0
+"""How long a cluster that was there may be out of reach before it is given up."""
+
+NO_AGENT, AGENT_S = "No available agent", 60.0
+"""What a cluster answers that has just started and cannot run jobs yet, and how long it may do so."""
+
+OFFLINE = (OSError, RuntimeError, aiohttp.ClientError)
+"""What Ray's client raises when the cluster does not answer, or not as it should."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What goes to the cluster: the resolved recipe as the job must read it, and the files that it names.
+
+    files: name in the job's folder -> file or folder here.
+    """
+
+    recipe: Mapping[str, Any]
+    files: Mapping[str, Path]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Submit and follow. Returns the run's exit code; 2 with one message if it could not be submitted."""
+    parsed = _parser().parse_intermixed_args(arguments)
+    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
+    try:
+        submission = prepare(load_recipe(parsed.recipe, parsed.overrides), Path.cwd(), parsed.upload)
+        command = entrypoint(parsed.python)
+        if parsed.dry_run:
+            print(f"{_text(submission)}# command: {command}\n# files to send: {_names(submission)}")
+            return 0
+        return run(connect(parsed.address), submission, command, wait=not parsed.no_wait)
+    except FrpoError as error:
+        _say(f"{type(error).__name__}: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted before anything was submitted")
+        return 130
+
+
+def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submission:
+    """Find what must go along. Relative paths start at the folder `here`: a file is sent under its own name, a folder
+    becomes absolute and is read or written on the cluster's disks. Absolute paths are left to the cluster.
+
+    Raises ConfigError for a function's file that is missing, and for files that do not lie below `here`.
+    """
+    files: dict[str, Path] = {}
+    values = _sent(dump_recipe(recipe), "", here, files)
+    run = values["run"]
+    run["dir"] = os.path.normpath(here / run["dir"])
+    if run["resume"] not in ("auto", "never"):
+        run["resume"] = os.path.normpath(here / run["resume"])
+    for section, key in FOLDERS:
+        given = values[section][key]
+        if given not in (None, "arithmetic") and (here / given).is_dir():
+            values[section][key] = os.path.normpath(here / given)
+    for name in upload:
+        if not (here / name).exists():
+            raise ConfigError(f"--upload {name!r}: there is no such file or folder in {here}")
+        files[_inside("--upload", name, here)] = here / name
+    return Submission(recipe=values, files=files)
+
+
+def entrypoint(python: str | None) -> str:
+    """The job's shell command. Without `python`: this interpreter if the head node has it at the same path, as on a
+    shared disk or in containers of one image, else the head node's own."""
+    if python is not None:
+        interpreter = shlex.quote(python)
+    else:
+        interpreter = f'"$(command -v {shlex.quote(sys.executable)} || command -v python || command -v python3)"'
+    return f"exec {interpreter} -m frpo train {RECIPE}"  # exec: signals and the exit code are the run's own
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """The job server at `address`, else of Ray's environment variables, else on this machine.
+
+    Raises EngineError if nothing answers there, or it does not accept the token.
+    """
+    if address is not None:
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray takes its environment's over any argument
+    where = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ADDRESS
+    try:
+        show_token()
+        return _Client(where)
+    except AuthenticationError as error:
+        raise EngineError(
+            f"the cluster at {where} does not let us in: {str(error).splitlines()[0]}; its token is in "
+            "~/.ray/auth_token of whoever started it; copy it here, or name the copy by RAY_AUTH_TOKEN_PATH") from None
+    except (*OFFLINE, ValueError, RayError) as error:
+        raise EngineError(
+            f"no Ray job server at {where}: {error}; start a cluster with `ray start --head`, or give its dashboard's "
+            f"address, such as --address {ADDRESS}") from None
+
+
+def run(client: JobSubmissionClient, submission: Submission, command: str, *, wait: bool) -> int:
+    """Submit; print the job's id, or follow the job to its end. Returns the exit code. Ctrl-C stops the job first."""
+    job = f"{re.sub('[^A-Za-z0-9_.-]', '-', submission.recipe['run']['name'])}-{secrets.token_hex(4)}"
+    follower = Follower(client, job)
+    try:
+        submit(client, submission, command, job)
+        if not wait:
+            print(job)
+            return 0
+        return exit_code(follower.until_end())
+    except KeyboardInterrupt:
+        _stop(follower)
+        return 130
+
+
+def submit(client: JobSubmissionClient, submission: Submission, command: str, job: str) -> None:
+    """Send the job and its folder. Raises EngineError if the cluster does not take them."""
+    deadline = time.monotonic() + AGENT_S
+    with tempfile.TemporaryDirectory(prefix="frpo-ray-job-") as folder:
+        _stage(submission, Path(folder))
+        while not _taken(client, command, job, folder, deadline):
+            time.sleep(1.0)
+    _say(f"job {job} at {client.get_address()}; run.dir there: {submission.recipe['run']['dir']}; "
+         f"files sent: {_names(submission)}")
+
+
+class Follower:
+    """Prints a job's log while it grows, every character once also where the connection broke in between."""
+
+    def __init__(self, client: JobSubmissionClient, job: str):
+        self.client, self.job = client, job
+        self.printed = 0
+
+    def until_end(self) -> JobDetails:
+        """Follow until the job has ended. Raises EngineError once the cluster has been out of reach for LOST_S."""
+        seen = time.monotonic()
+        while True:
+            whole = self._follow()
+            try:
+                info = self.client.get_job_info(self.job)
+                seen = time.monotonic()
+                if info.status.is_terminal():
+                    if not whole and not self._follow():
+                        _say(f"the rest of the log could not be read; `ray job logs {self.job}` may have it")
+                    return info
+            except OFFLINE as error:
+                if time.monotonic() - seen > LOST_S:
+                    raise EngineError(
+                        f"the cluster at {self.client.get_address()} has not answered for {LOST_S:g} s: {error}; "
+                        f"`ray job status {self.job}` tells whether the job still runs") from None
+            time.sleep(1.0)
+
+    def _follow(self) -> bool:
+        """Print what is new until the log ends; False if it could not be read to its end."""
+        try:
+            asyncio.run(self._print())
+        except OFFLINE:
+            return False
+        return True
+
+    async def _print(self) -> None:
+        position = 0  # the server sends the whole log at every connection
+        async for text in self.client.tail_job_logs(self.job):
+            print(text[max(0, self.printed - position):], end="", flush=True)
+            position += len(text)
+            self.printed = max(self.printed, position)
+
+
+def exit_code(info: JobDetails) -> int:
+    """The run's own; 128 + n where signal n ended it, as in a shell; 130 if it was stopped; 1 if it never ran."""
+    if info.status == JobStatus.STOPPED:
+        _say("the job was stopped")
+        return 130
+    if info.driver_exit_code is None:
+        _say(f"the job {info.status.lower()} without an exit code: {info.message}")
+        return 1
+    return info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code
+
+
+class _Client(JobSubmissionClient):
+    """Ray's, with a limit on every request: by itself it waits for ever."""
+
+    def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._do_request(*args, timeout=REQUEST_S, **kwargs)
+
+
+def _taken(client: JobSubmissionClient, command: str, job: str, folder: str, deadline: float) -> bool:
+    """Whether the cluster has taken the job; False if it may do so when it is asked again."""
+    try:
+        client.submit_job(entrypoint=command, submission_id=job, runtime_env={"working_dir": folder, "env_vars": STOP})
+        return True
+    except (*OFFLINE, ValueError, RayError) as error:
+        unready = NO_AGENT in str(error)
+        if unready and time.monotonic() < deadline:
+            return False
+        hint = (" Its agent does not run, as when another Ray of that machine holds the port: give `ray start` a "
+                "--dashboard-agent-listen-port of its own") if unready else ""
+        raise EngineError(f"the cluster at {client.get_address()} did not take the job: {error}{hint}") from error
+
+
+def _stop(follower: Follower) -> None:
+    """End the job and wait for its end; at a second Ctrl-C do not wait."""
+    _say("interrupted: stopping the job (again: leave at once)")
+    try:
+        follower.client.stop_job(follower.job)
+        _say(f"the job {follower.until_end().status.lower()}")
+    except KeyboardInterrupt:
+        _say(f"not waiting; `ray job status {follower.job}` tells whether it has ended")
+    except OFFLINE as error:
+        raise EngineError(f"the job could not be stopped: {error}; try `ray job stop {follower.job}`") from None
+
+
+def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
+    """`value` as the job must read it; a file of `here` that it names is added to `files` and keeps its name."""
+    if isinstance(value, dict):
+        return {name: _sent(item, f"{key}.{name}".lstrip("."), here, files) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_sent(item, f"{key}.{number}", here, files) for number, item in enumerate(value)]
+    named = (FUNCTION.fullmatch(value) or DATA.fullmatch(value)) if isinstance(value, str) else None
+    if named is None or os.path.isabs(value) or value.startswith("~"):
+        return value
+    path, function = named.groups()
+    if (here / path).is_file():
+        name = _inside(key, path, here)
+        files[name] = here / path
+        return name + function
+    if function:
+        raise ConfigError(f"{key}: there is no file {path!r} in {here}; correct it, or give the absolute path of one "
+                          "that the cluster has")
+    return value
+
+
+def _inside(key: str, given: str, here: Path) -> str:
+    name = os.path.normpath(given)
+    if os.path.isabs(name) or name.split(os.sep)[0] in ("..", "."):
+        raise ConfigError(f"{key}: only what lies below {here} is sent, given {given!r}; submit from a folder above "
+                          "it, or give the absolute path of something that the cluster has")
+    return name
+
+
+def _stage(submission: Submission, folder: Path) -> None:
+    """Make the job's folder."""
+    for name, source in submission.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, folder / name)
+    (folder / RECIPE).write_text(_text(submission), encoding="utf-8")
+
+
+def _text(submission: Submission) -> str:
+    return yaml.safe_dump(dict(submission.recipe), sort_keys=False)
+
+
+def _names(submission: Submission) -> str:
+    return ", ".join(submission.files) or "none"
+
+
+def _say(text: str) -> None:
+    """The launcher's own words go to stderr: stdout is the job's log, or its id."""
+    print(f"ray_job: {text}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ray_job", description="Train a recipe on a running Ray cluster.")
+    parser.add_argument("recipe", help="a recipe file, or the name of one in recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over the recipe's")
+    parser.add_argument("--address", metavar="URL", help=f"default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or {ADDRESS}")
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and leave it running")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, connect to nothing")
+    parser.add_argument("--upload", action="append", default=[], metavar="PATH",
+                        help="send this file or folder too, such as a module that a reward imports; repeatable")
+    parser.add_argument("--python", metavar="PATH",
+                        help="interpreter on the head node; default: the one at this one's path, else `python`")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ or knows an engine.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,12 +86,20 @@ class ScoredGroup:
 class ScoredBatch:
     """What one step sampled, by group id: the groups it learns from, and those that dynamic sampling replaced.
 
+    positions: how far the step went on in the stream of prompts. selection: what prompt selection knew after it.
     counts: what happened on the way, by metric name.
     """
 
     chosen: tuple[ScoredGroup, ...]
     replaced: tuple[ScoredGroup, ...]
+    positions: int
     counts: Mapping[str, float]
+    selection: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def drawn(self) -> list[ScoredGroup]:
+        """All groups, by group id."""
+        return sorted((*self.chosen, *self.replaced), key=lambda scored: scored.group.group_id)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,17 +20,18 @@ from frpo.config.sections import Recipe, repository_file
 from frpo.errors import ConfigError
 
 NOT_IN_DIGEST = {
-    "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "resume"},
+    "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "max_restarts",
+            "resume"},
     "model": {"attn_implementation"},
-    "rollout": {"num_engines", "tensor_parallel_size", "threads", "kv_cache_mb", "gpu_memory_utilization",
-                "max_restarts", "startup_timeout_s", "timeout_s"},
+    "rollout": {"assignment", "num_engines", "tensor_parallel_size", "threads", "block_size", "kv_cache_mb",
+                "gpu_memory_utilization", "hook_timeout_s", "replay", "max_restarts", "startup_timeout_s", "timeout_s"},
     "learner": {"num_ranks", "deepspeed", "micro_batch_tokens", "packing", "gradient_checkpointing", "threads",
                 "startup_timeout_s", "timeout_s"},
     "weight_sync": {"backend", "bucket_mb", "timeout_s"},
     "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
     "telemetry": {"tensorboard", "wandb", "traces"},
     "checks": {"max_logprob_gap", "parameters_move"},
-    "rewards": {"timeout_s"},
+    "rewards": {"processes", "timeout_s"},
 }
 """Keys that may differ between a checkpoint and the recipe that resumes it.
 

@@ -24,8 +24,28 @@ class RunSection(Section):
     num_steps: int = Field(100, ge=1, description="rollout steps of the run")
     save_every: int = Field(20, ge=0, description="steps between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
+    max_restarts: int = Field(2, ge=0, description="times that a run goes on from its newest checkpoint after a "
+                                                   "learner rank has died; one more death ends it")
     resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's "
                                             "path")
+
+
+class SelectionSection(Section):
+    """Prompts that are solved, or hopeless, are passed over for most of the time."""
+
+    low: float = Field(0.05, description="prompts whose running value is below are passed over")
+    high: float = Field(0.95, description="prompts whose running value is above are passed over")
+    success: float | None = Field(
+        None, description="value of a group: share of its rewards from here on; null: their mean, in units of reward")
+    momentum: float = Field(0.5, ge=0, lt=1, description="weight of the old running value beside a new group's")
+    revisit: float = Field(0.1, gt=0, le=1, description="chance that a passed-over prompt is drawn all the same")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SelectionSection:
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low:g} is above high = {self.high:g}, so that every prompt would be passed "
+                             "over; lower one or raise the other")
+        return self
 
 
 class DataSection(Section):
@@ -41,8 +61,12 @@ class DataSection(Section):
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(256, ge=0, description="prompts set aside for evaluation, never trained on")
     heldout_path: str | None = Field(None, description="evaluation prompts from another file instead of `heldout` rows")
+    heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
+        "refuse", description="training prompts that are in heldout_path too: an error; left out; trained on")
     shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are an error naming file and line")
+    selection: SelectionSection | None = Field(
+        None, description="pass over solved and hopeless prompts, a mapping such as {high: 0.9}; null: draw all")
 
 
 class RewardSection(Section):
@@ -52,6 +76,8 @@ class RewardSection(Section):
     kwargs: dict[str, JsonValue] = Field({}, description="keyword arguments passed to the function at every call")
     timeout_s: float = Field(60, gt=0, description="limit for one call")
     on_error: Literal["raise", "abstain"] = Field("raise", description="exception or time-out: stop, or count as None")
+    processes: int = Field(1, ge=1, description="processes of the function; above 1 each call gets a share of a batch, "
+                                                "in whole groups")
 
 
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -169,6 +195,17 @@ class Recipe(Section):
         if self.evaluate.best is not None and self.data.heldout == 0 and self.data.heldout_path is None:
             raise ValueError("evaluate.best needs held-out prompts to choose by; raise data.heldout (given 0) or set "
                              "evaluate.best to null")
+        if rollout.max_staleness > 0 and self.objective.correction is None:
+            raise ValueError(f"rollout.max_staleness = {rollout.max_staleness} learns from samples of older policies, "
+                             "which objective.correction = null does not correct for; set it to {} (its defaults), or "
+                             "max_staleness to 0")
+        if rollout.max_staleness > 0 and self.objective.reweight == "current":
+            raise ValueError(f"objective.reweight: current counts the ratios from the policy at the step's beginning, "
+                             f"which rollout.max_staleness = {rollout.max_staleness} lets others sample for; set one "
+                             "of them back to frozen or 0")
+        if rollout.replay is not None and (self.evaluate.best is not None or rollout.max_staleness > 0):
+            raise ValueError("rollout.replay starts no engine, which evaluate.best and rollout.max_staleness need; "
+                             "set them to null and 0")
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards need distinct names, given {names}; rename one of them")

@@ -17,7 +17,7 @@ from frpo.data.calculator import calculator_rows
 from frpo.data.chat import ROLES, check_tokenizer, render, render_text
 from frpo.data.source import Row, column, read_rows, select
 from frpo.errors import DataError
-from frpo.types import Prompt
+from frpo.types import Prompt, ScoredGroup
 
 if TYPE_CHECKING:
     from frpo.config.sections import DataSection
@@ -31,39 +31,63 @@ class PromptSet:
 
     train: in the order of the data set. heldout: never trained on, in an order that only their content decides.
     digest: hash of the content of both, for the run's manifest. skipped: reason -> how many were left out.
+    overlap: how many of train have the tokens of a held-out prompt (only with `data.heldout_overlap: keep`).
     """
 
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
     digest: str
     skipped: Mapping[str, int]
+    overlap: int = 0
 
 
 def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSet:
     """Read, render, tokenize and split the prompts that `data` describes. `seed` orders generated arithmetic only.
 
     The `data.heldout` rows with the smallest uids are held out. A uid is a hash of the row's content, so neither the
-    run's seed, nor the order of the file, nor the tokenizer changes what is held out. With `data.heldout_path` every
-    row of that file is held out instead. A training prompt with the tokens of a held-out one is removed and counted.
-    Raises DataError for broken rows and when nothing is left to train on, ModelError for an unfit tokenizer.
+    run's seed, nor the order of the file, nor the tokenizer changes what is held out. A training prompt with the tokens
+    of a held-out one is removed and counted. With `data.heldout_path` every row of that file is held out instead, and
+    `data.heldout_overlap` says what happens to such training prompts.
+    Raises DataError for broken rows, for an overlap that is refused and when nothing is left to train on, ModelError
+    for an unfit tokenizer.
     """
     check_tokenizer(tokenizer, needs_chat=data.format == "chat")
-    train, skipped = _read(data, data.path, data.limit, tokenizer, seed)
+    train = _read(data, data.path, data.limit, tokenizer, seed)
     if data.heldout_path is None:
-        heldout = _smallest_uids(train, data.heldout)
+        heldout, skipped = _smallest_uids(train.prompts, data.heldout), dict(train.skipped)
     else:
-        evaluation, skipped_there = _read(data, data.heldout_path, None, tokenizer, seed)
-        heldout = _smallest_uids(evaluation, len(evaluation))
-        skipped |= {f"{reason} (held-out file)": count for reason, count in skipped_there.items()}
+        evaluation = _read(data, data.heldout_path, None, tokenizer, seed)
+        heldout = _smallest_uids(evaluation.prompts, len(evaluation.prompts))
+        skipped = train.skipped | {f"{why} (held-out file)": count for why, count in evaluation.skipped.items()}
+        if data.heldout_overlap == "refuse":
+            _refuse_overlap(data, train, evaluation)
     withheld = {prompt.token_ids for prompt in heldout}
-    kept = tuple(prompt for prompt in train if prompt.token_ids not in withheld)
-    extra = len(train) - len(kept) - (len(heldout) if data.heldout_path is None else 0)
+    kept = tuple(prompt for prompt in train.prompts if prompt.token_ids not in withheld)
+    extra = len(train.prompts) - len(kept) - (len(heldout) if data.heldout_path is None else 0)
+    if data.heldout_path is not None and data.heldout_overlap == "keep":
+        return PromptSet(train=train.prompts, heldout=heldout, digest=_digest(train.prompts, heldout), skipped=skipped,
+                         overlap=extra)
     if extra:
         skipped["same prompt as a held-out one"] = extra
     if not kept:
-        raise DataError(f"nothing left to train on: all of the {len(train)} prompts of {data.path!r} are held out; "
-                        f"lower data.heldout (given {data.heldout}), or give more rows or another data.heldout_path")
+        raise DataError(f"nothing left to train on: all of the {len(train.prompts)} prompts of {data.path!r} are held "
+                        f"out; lower data.heldout (given {data.heldout}), or give more rows or another "
+                        "data.heldout_path")
     return PromptSet(train=kept, heldout=heldout, digest=_digest(kept, heldout), skipped=skipped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Prompts chosen from a stretch of the stream.
+
+    positions_used: length of the stretch, by which the caller's cursor moves; those beyond the prompts were passed
+    over. revisited: prompts drawn by chance although out of bounds. forced: drawn so because there was no better.
+    """
+
+    prompts: tuple[Prompt, ...]
+    positions_used: int
+    revisited: int
+    forced: int
 
 
 class PromptStream:
@@ -86,6 +110,18 @@ class PromptStream:
             drawn.extend(self.prompts[i] for i in order)
         return tuple(drawn)
 
+    def choose(self, cursor: int, count: int) -> Choice:
+        """`take` as a choice: of the next prompts none is passed over."""
+        return Choice(prompts=self.take(cursor, count), positions_used=count, revisited=0, forced=0)
+
+    def record(self, groups: Iterable[ScoredGroup]) -> None:
+        """How prompts were answered changes nothing here."""
+
+    @property
+    def state(self) -> dict[str, list[float]]:
+        """A stream remembers nothing."""
+        return {}
+
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.prompts))
@@ -93,9 +129,16 @@ class PromptStream:
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.prompts))
 
 
-def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrainedTokenizerBase,
-          seed: int) -> tuple[list[Prompt], dict[str, int]]:
-    """Prompts of one source in its order, and what was skipped."""
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Prompts of one source in its order, where each comes from, and what was skipped."""
+
+    prompts: tuple[Prompt, ...]
+    origins: tuple[str, ...]
+    skipped: Mapping[str, int]
+
+
+def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> _Source:
     rows, skipped = read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset), {}
     rows = select(rows, data.where, data.rename)
     if data.format == "calculator":
@@ -103,7 +146,22 @@ def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrained
         if not rows:
             raise DataError(f"data set {path!r} has no usable <<expression=value>> annotation in column 'answer' "
                             f"(skipped: {skipped}); data.format: calculator reads GSM8K rows")
-    return [_prompt(row, data, tokenizer) for row in rows], skipped
+    return _Source(prompts=tuple(_prompt(row, data, tokenizer) for row in rows),
+                   origins=tuple(row.origin for row in rows), skipped=skipped)
+
+
+def _refuse_overlap(data: DataSection, train: _Source, evaluation: _Source) -> None:
+    places: dict[tuple[int, ...], str] = {}
+    for prompt, origin in zip(evaluation.prompts, evaluation.origins):
+        places.setdefault(prompt.token_ids, origin)
+    shared = [(origin, places[prompt.token_ids])
+              for prompt, origin in zip(train.prompts, train.origins) if prompt.token_ids in places]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of the {len(train.prompts)} training prompts of data.path {data.path!r} are held-out "
+            f"prompts of data.heldout_path {data.heldout_path!r} too (the first: {shared[0][0]}, as {shared[0][1]}); "
+            "data.heldout_overlap is 'refuse': set it to 'remove' to leave them out of training or to 'keep' to train "
+            "on them all the same, or give other files")
 
 
 def _prompt(row: Row, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Prompt:

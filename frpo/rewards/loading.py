@@ -1,4 +1,4 @@
-"""Finds a reward function by the name a recipe gives, and reads which arguments it takes.
+"""Finds a user's function by the name a recipe gives, and reads which arguments it takes.
 
 Runs no reward. A `.py` file is loaded as a module of its own: its folder is not put on `sys.path`.
 """
@@ -31,21 +31,21 @@ class Parameters:
     open: bool
 
 
-def load_function(function: str) -> Callable[..., Any]:
-    """Import what `function` names: 'package.module:function' or 'path/file.py:function'.
+def load_function(function: str, what: str = "reward function") -> Callable[..., Any]:
+    """Import what `function` names: 'package.module:function' or 'path/file.py:function'. what: its name in errors.
 
     Raises RewardError when the form is wrong, the module or file is missing or raises while it is imported, the name
     is not in it (the message gives the nearest name), or it is not callable.
     """
     where, separator, name = function.rpartition(":")
     if not (separator and where and name.isidentifier()):
-        raise RewardError(f"reward function {function!r} is not of the form {FORMS}")
-    module = _load_file(where, function) if where.endswith(".py") else _load_module(where, function)
+        raise RewardError(f"{what} {function!r} is not of the form {FORMS}")
+    module = _load_file(where, what, function) if where.endswith(".py") else _load_module(where, what, function)
     if not hasattr(module, name):
-        raise RewardError(f"reward function {function!r}: {where} has no {name!r}{_suggestion(module, name)}")
+        raise RewardError(f"{what} {function!r}: {where} has no {name!r}{_suggestion(module, name)}")
     found = getattr(module, name)
     if not callable(found):
-        raise RewardError(f"reward function {function!r} is of type {type(found).__name__}, which cannot be called")
+        raise RewardError(f"{what} {function!r} is of type {type(found).__name__}, which cannot be called")
     return found
 
 
@@ -75,23 +75,23 @@ def _suggestion(module: ModuleType, name: str) -> str:
     return f"{nearest(name, known)}; functions there: {', '.join(sorted(known)) or 'none'}"
 
 
-def _load_module(name: str, function: str) -> ModuleType:
+def _load_module(name: str, what: str, function: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise RewardError(
-                f"reward function {function!r}: there is no module {error.name!r} on sys.path; "
+                f"{what} {function!r}: there is no module {error.name!r} on sys.path; "
                 f"allowed is {FORMS}") from error
-        raise _import_failure(function, error) from error
+        raise _import_failure(what, function, error) from error
 
 
-def _load_file(path: str, function: str) -> ModuleType:
+def _load_file(path: str, what: str, function: str) -> ModuleType:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         beside = sorted(other.name for other in file.parent.glob("*.py"))
         raise RewardError(
-            f"reward function {function!r}: there is no file {file}{nearest(file.name, beside)}")
+            f"{what} {function!r}: there is no file {file}{nearest(file.name, beside)}")
     # Registered, since dataclasses and pickle look their module up; the digest keeps equal file names apart.
     name = f"frpo_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -102,11 +102,11 @@ def _load_file(path: str, function: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # as above: the user's code
         del sys.modules[name]
-        raise _import_failure(function, error) from error
+        raise _import_failure(what, function, error) from error
     return module
 
 
-def _import_failure(function: str, error: Exception) -> RewardError:
+def _import_failure(what: str, function: str, error: Exception) -> RewardError:
     text = "".join(traceback.format_exception(error)).rstrip()
     return RewardError(
-        f"reward function {function!r}: importing it raised {type(error).__name__}: {error}\n{text}")
+        f"{what} {function!r}: importing it raised {type(error).__name__}: {error}\n{text}")

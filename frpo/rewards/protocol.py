@@ -16,7 +16,7 @@ BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
 class RewardFunction(Protocol):
-    """Scores N completions in one call. A function written for TRL's GRPOTrainer fits as it is.
+    """Scores N completions, whole groups, in one call. A function written for TRL's GRPOTrainer fits as it is.
 
     All arguments are passed by name:
     prompts: N strings (text), or N message lists (chat). The completions of one prompt follow each other.
@@ -47,6 +47,7 @@ class RewardSpec:
     kwargs: passed to the function at every call.
     timeout_s: limit for one call, in seconds.
     on_error: what an exception, a time-out or a non-finite value does: "raise" stops, "abstain" counts as None.
+    processes: that run the function; with more than one each call holds a share of a batch, in whole groups.
     """
 
     name: str
@@ -55,3 +56,4 @@ class RewardSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 60.0
     on_error: Literal["raise", "abstain"] = "raise"
+    processes: int = 1

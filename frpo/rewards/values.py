@@ -61,8 +61,8 @@ def _foreign(value: Any) -> Foreign:
     return Foreign(type_name=type(value).__name__, text=text if len(text) <= 80 else text[:77] + "...")
 
 
-def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str]) -> np.ndarray:
-    """Check one call's portable values against the prompt uids of its N completions.
+def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str], first: int = 0) -> np.ndarray:
+    """Check one call's portable values against the prompt uids of its N completions; errors count them from `first`.
 
     Returns N float64; NaN where the function abstained, and where it returned NaN or infinity, which `nonfinite`
     finds. Raises RewardError when the return value is not a sequence, has another length than N, or holds anything
@@ -78,7 +78,7 @@ def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str]) -> 
     for index, value in enumerate(result):
         if isinstance(value, Foreign):
             raise RewardError(
-                f"value {index} (prompt {uids[index]!r}) is {value.type_name} {value.text}; "
+                f"value {first + index} (prompt {uids[index]!r}) is {value.type_name} {value.text}; "
                 "allowed are numbers, and None to abstain")
     return np.array([math.nan if value is None or not math.isfinite(value) else value for value in result])
 

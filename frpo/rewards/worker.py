@@ -23,6 +23,7 @@ from typing import Any
 from frpo.errors import RewardError
 from frpo.rewards.loading import Parameters
 from frpo.rewards.serving import Loaded, Raised, Returned
+from frpo.rewards.stop import Stop
 from frpo.rewards.values import Foreign, PortableValue
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,10 @@ class RewardWorker:
         self._connection: Connection | None = None
         self._parameters: Parameters | None = None
 
-    def start(self) -> Parameters:
+    def start(self, stop: Stop | None = None) -> Parameters:
         """Start the process and load the function, unless that is done. Returns the arguments which it takes.
 
-        Raises RewardError when the function cannot be loaded or its module does not load in time.
+        Raises RewardError when the function cannot be loaded, its module does not load in time or `stop` is set.
         """
         with self._turn:
             if self._process is not None and self._process.poll() is not None:
@@ -76,18 +77,19 @@ class RewardWorker:
                 self._discard()
             if self._parameters is None:
                 self._spawn()
-                self._parameters = self._load()
+                self._parameters = self._load(stop or Stop())
             return self._parameters
 
-    def call(self, arguments: Mapping[str, Any]) -> list[PortableValue] | Foreign:
+    def call(self, arguments: Mapping[str, Any], stop: Stop | None = None) -> list[PortableValue] | Foreign:
         """Call the function by name with `arguments`, starting the worker if there is none. Returns what it returned.
 
         Raises RewardCallError with the function's own exception, its message and traceback, or saying how the worker
-        died; RewardTimeoutError after `timeout_s`; RewardError if the function cannot be loaded.
+        died, or because `stop` was set, which kills it; RewardTimeoutError after `timeout_s`; RewardError if the
+        function cannot be loaded.
         """
         with self._turn:
-            self.start()
-            answer = self._exchange(dict(arguments), self._timeout_s, "the call")
+            self.start(stop)
+            answer = self._exchange(dict(arguments), self._timeout_s, "the call", stop or Stop())
             if isinstance(answer, Raised):
                 raise RewardCallError(f"{self.label} raised {answer.text}")
             assert isinstance(answer, Returned), answer
@@ -123,9 +125,9 @@ class RewardWorker:
         theirs.close()
         self._connection = ours
 
-    def _load(self) -> Parameters:
+    def _load(self, stop: Stop) -> Parameters:
         try:
-            answer = self._exchange(None, self._startup_timeout_s, "loading")
+            answer = self._exchange(None, self._startup_timeout_s, "loading", stop)
         except RewardCallError as error:  # never an abstention: the run would learn from nothing
             raise RewardError(str(error)) from None
         if isinstance(answer, Raised):
@@ -134,17 +136,23 @@ class RewardWorker:
         assert isinstance(answer, Loaded), answer
         return answer.parameters
 
-    def _exchange(self, message: dict[str, Any] | None, timeout_s: float, what: str) -> Any:
-        """Send `message` (if any) and receive one answer. On a time-out or death the process is gone afterwards."""
+    def _exchange(self, message: dict[str, Any] | None, timeout_s: float, what: str, stop: Stop) -> Any:
+        """Send `message` (if any) and receive one answer. On a time-out, stop or death the process is gone afterwards.
+
+        An answer that comes with the stop is dropped too: the process has been killed, whether it shows yet or not.
+        """
         assert self._connection is not None
         answer = None
-        with self._limit(timeout_s) as expired:
+        with self._limit(timeout_s) as expired, stop.calls(self.kill):
             try:
                 if message is not None:
                     self._connection.send(message)
                 answer = self._connection.recv()
             except (EOFError, OSError):
-                pass  # the process is dead, by its own doing or by the limit
+                pass  # the process is dead, by its own doing, by the limit or by the stop
+        if stop.is_set():
+            self._discard()
+            raise RewardCallError(f"{self.label}: {what} was ended from outside and its worker was killed")
         if expired.is_set():
             self._discard()
             raise RewardTimeoutError(

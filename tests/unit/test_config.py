@@ -255,6 +255,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(base, override, m
     ("objective.correction.low=0.5", "objective.correction: low = 0.5 needs mode mask; mode truncate has no lower"),
     ("objective.truncated=drop", "objective.truncated: should be 'train' or 'mask', given 'drop'"),
     ("learner.epochs_per_step=0", "learner.epochs_per_step: should be greater than or equal to 1, given 0"),
+    ("data.heldout_overlap=drop", "data.heldout_overlap: should be 'refuse', 'remove' or 'keep', given 'drop'"),
+    ("data.selection.revisit=0", "data.selection.revisit: should be greater than 0, given 0"),
+    ("data.selection.momentum=1", "data.selection.momentum: should be less than 1, given 1"),
+    ("rewards=[{name: a, function: b, processes: 0}]", "rewards.0.processes: should be greater than or equal to 1"),
+    ("data.selection={low: 0.9, high: 0.1}", "data.selection: low = 0.9 is above high = 0.1, so that every prompt"),
     ("model.tiny.hidden_size=90", "model.tiny: hidden_size = 90 with num_heads = 3: rollout engines on CPU need"),
 ])
 def test_a_wrong_value_is_shown_beside_what_is_allowed(base, override, message):
@@ -312,8 +317,10 @@ SAME = ["run.name=other", "run.dir=elsewhere", "run.num_steps=7", "run.save_ever
         "evaluate.every=3", "evaluate.samples=2", "telemetry.traces=false", "checks.parameters_move=false",
         "learner.num_ranks=1", "learner.deepspeed=zero3_offload", "learner.micro_batch_tokens=99", "learner.threads=9",
         "learner.gradient_checkpointing=true", "rollout.num_engines=2", "weight_sync.bucket_mb=7",
-        "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, timeout_s: 5}]"]
-OTHER = ["run.seed=1", "model.path=models/other", "data.limit=9", "rollout.group_size=8", "learner.lr=1e-3",
+        "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, timeout_s: 5}]",
+        "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, processes: 3}]"]
+OTHER = ["run.seed=1", "model.path=models/other", "data.limit=9", "data.selection={}", "data.heldout_overlap=keep",
+         "rollout.group_size=8", "learner.lr=1e-3",
          "model.dtype=fp32", "objective.advantage.lam=3.0", "objective.advantage.name=grpo", "shuffle_rewards=true",
          "objective.surrogate={name: clip, clip_high: 0.3}", "objective.correction=null", "objective.truncated=mask",
          "learner.epochs_per_step=2",

@@ -113,12 +113,56 @@ def test_training_rows_with_the_tokens_of_a_heldout_one_are_removed(tmp_path):
 
 def test_heldout_file_replaces_heldout_rows(tmp_path):
     train = write(tmp_path / "a.jsonl", [{"prompt": p} for p in "abcde"])
-    other = write(tmp_path / "b.jsonl", [{"prompt": p} for p in "dxyb"])
-    prompts = load(train, heldout=3, heldout_path=other, limit=3)
-    assert texts(prompts.train) == ["a", "c"] and sorted(texts(prompts.heldout)) == ["b", "d", "x", "y"]
-    assert prompts.skipped == {"same prompt as a held-out one": 1}
+    other = write(tmp_path / "b.jsonl", [{"prompt": p} for p in "dxy"])
+    prompts = load(train, heldout=3, heldout_path=other, limit=3)  # the first three rows have none of it
+    assert texts(prompts.train) == ["a", "b", "c"] and sorted(texts(prompts.heldout)) == ["d", "x", "y"]
+    assert prompts.skipped == {} and prompts.overlap == 0
+
+
+@pytest.fixture
+def overlapping(tmp_path):
+    """Training rows a, b, c, b (another answer), d and held-out rows y, b, d, b: three training rows are shared."""
+    train = write(tmp_path / "a.jsonl", [{"prompt": p, "answer": i} for i, p in enumerate("abcbd")])
+    return train, write(tmp_path / "b.jsonl", [{"prompt": p} for p in "ybdb"])
+
+
+def test_training_prompts_that_are_in_the_heldout_file_are_refused(overlapping):
+    train, other = overlapping
+    with pytest.raises(DataError) as caught:
+        load(train, heldout_path=other)
+    assert str(caught.value) == (
+        f"3 of the 5 training prompts of data.path {train!r} are held-out prompts of data.heldout_path {other!r} too "
+        f"(the first: {train}:2, as {other}:2); data.heldout_overlap is 'refuse': set it to 'remove' to leave them out "
+        "of training or to 'keep' to train on them all the same, or give other files")
+    with pytest.raises(DataError, match=f"1 of the 2 training .*the first: {train}:2, as {other}:2"):
+        load(train, heldout_path=other, limit=2)
+    assert texts(load(train, heldout_path=other, limit=1).train) == ["a"]
+
+
+def test_training_prompts_that_are_in_the_heldout_file_are_removed_on_request(overlapping):
+    train, other = overlapping
+    prompts = load(train, heldout_path=other, heldout_overlap="remove")
+    assert texts(prompts.train) == ["a", "c"] and sorted(texts(prompts.heldout)) == ["b", "d", "y"]
+    assert prompts.skipped == {"same prompt as a held-out one": 3} and prompts.overlap == 0
     with pytest.raises(DataError, match="nothing left to train on: all of the 5 prompts"):
-        load(train, heldout_path=train)
+        load(train, heldout_path=train, heldout_overlap="remove")
+
+
+def test_training_prompts_that_are_in_the_heldout_file_are_kept_on_request_and_not_called_skipped(overlapping):
+    train, other = overlapping
+    prompts = load(train, heldout_path=other, heldout_overlap="keep")
+    assert texts(prompts.train) == list("abcbd") and sorted(texts(prompts.heldout)) == ["b", "d", "y"]
+    assert prompts.skipped == {} and prompts.overlap == 3
+    assert prompts.digest != load(train, heldout_path=other, heldout_overlap="remove").digest
+    assert load(train, heldout_path=train, heldout_overlap="keep").overlap == 5
+
+
+@pytest.mark.parametrize("choice", ["refuse", "remove", "keep"])
+def test_a_split_of_one_data_set_never_trains_on_a_heldout_prompt(tmp_path, choice):
+    rows = [{"prompt": f"q{q}", "answer": a} for q in range(10) for a in range(3)]
+    prompts = load(write(tmp_path / "a.jsonl", rows), heldout=6, heldout_overlap=choice)
+    assert prompts.skipped == {"same prompt as a held-out one": 12} and len(prompts.train) == 12
+    assert prompts.overlap == 0 and not set(texts(prompts.heldout)) & set(texts(prompts.train))
 
 
 def test_nothing_left_to_train_on_and_empty_files(tmp_path):

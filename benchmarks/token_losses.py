@@ -296,7 +296,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default bfloat16, on a CPU float32")
     parser.add_argument("--loss", nargs="+", choices=LOSSES, help="default all")
-    parser.add_argument("--chunk-rows", type=int, help="default 512, at most N / 8")
+    parser.add_argument("--chunk-rows", type=int, help="default 768, at most N / 5")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--json", type=Path, help="write the rows here too")
@@ -314,7 +314,7 @@ def main() -> None:
                   f"memory <= 1/{1 / MEMORY_TARGET:g}")
     for V, D in itertools.product(given.vocab, given.hidden):
         N = given.tokens or (4096 if device == "cuda" else feasible_tokens(V, D))
-        problem = Problem.of(N, V, D, dtype, device, chunk_rows=given.chunk_rows or max(1, min(512, N // 8)))
+        problem = Problem.of(N, V, D, dtype, device, chunk_rows=given.chunk_rows or max(1, min(768, N // 5)))
         results = []
         for loss, (naive, ours) in passes(problem).items():
             if given.loss and loss not in given.loss:

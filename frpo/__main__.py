@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -44,15 +45,16 @@ def train(parsed: argparse.Namespace) -> int:
               f"{checked.resume[0] if checked.resume else 'from the start'}")
         for reason, count in checked.prompts.skipped.items():
             print(f"# left out: {count} x {reason}")
+        if checked.prompts.overlap:
+            print(f"# trained on too: {checked.prompts.overlap} x same prompt as a held-out one "
+                  "(data.heldout_overlap: keep)")
         return 0
-    from frpo.builder import build
+    from frpo import supervise
     from frpo.evaluate.curve import draw_reward_curve
-    from frpo.trainer import Trainer
 
-    with build(recipe) as parts:
-        state = Trainer(parts).fit()
-    picture = draw_reward_curve({recipe.run.name: parts.run_dir / "metrics.jsonl"}, parts.run_dir / "reward.png")
-    print(f"{state.step} steps done. Model: {parts.run_dir / 'export'}  metrics: {parts.run_dir / 'metrics.jsonl'}  "
+    state, folder = supervise.train(recipe), Path(recipe.run.dir)
+    picture = draw_reward_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "reward.png")
+    print(f"{state.step} steps done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
           f"picture: {picture}")
     return 0
 
@@ -61,6 +63,18 @@ def evaluate(parsed: argparse.Namespace) -> int:
     from frpo.evaluate.model import run_evaluate
 
     return run_evaluate(load_recipe(parsed.recipe, parsed.overrides), parsed.model, parsed.json)
+
+
+def rollout(parsed: argparse.Namespace) -> int:
+    from frpo.rollout_only import run_rollout
+
+    return run_rollout(load_recipe(parsed.recipe, parsed.overrides), parsed.steps, parsed.output)
+
+
+def rescore(parsed: argparse.Namespace) -> int:
+    from frpo.rescore import run_rescore
+
+    return run_rescore(parsed.traces, load_recipe(parsed.recipe, parsed.overrides), parsed.output)
 
 
 def quickstart(parsed: argparse.Namespace) -> int:
@@ -96,6 +110,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"should be a whole number from 1 on, given {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="frpo", description="Post-training that survives the next fine-tuning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -114,6 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help=f"{RECIPE}: prompts, rewards, sampling")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--json", metavar="PATH", help="file for the metrics; default: evaluation.json in MODEL")
+    command = add(rollout, "sample and score a run's first steps, without a learner")
+    command.add_argument("recipe", help=RECIPE)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--steps", type=_count, default=1, metavar="N", help="steps to sample; default: 1")
+    command.add_argument("--output", metavar="PATH", help="new file for the groups; default: rollouts.jsonl in run.dir")
+    command = add(rescore, "score the groups of a trace file again, without engines")
+    command.add_argument("traces", help="traces.jsonl of a run, or what rollout or evaluate wrote")
+    command.add_argument("recipe", help=f"{RECIPE}: rewards, advantage")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--output", metavar="PATH", help="new file for the groups with their new values")
     command = add(config, "print the resolved recipe")
     command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)

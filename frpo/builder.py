@@ -19,13 +19,14 @@ from frpo.config.memory import memory_strategy
 from frpo.config.sections import Recipe
 from frpo.data.chat import check_tokenizer
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
+from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import ConfigError
 from frpo.learner.lora import check_targets
 from frpo.learner.model import check_model_path, load_tokenizer
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.rewards import RewardSpec, RewardSuite
+from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import JsonlFile, PhaseTimer, Sink, TensorBoardSink, WandbSink
 from frpo.types import RunState
@@ -41,7 +42,7 @@ class Parts:
     recipe: Recipe
     run_dir: Path
     prompts: PromptSet
-    stream: PromptStream
+    stream: PromptStream | PromptSelector
     rewards: RewardSuite
     pool: EnginePool
     engines: RecoveringEngines
@@ -56,13 +57,15 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What it takes to sample a model that is only served, and to score what it says."""
+    """What it takes to sample a model that is only served, and to score what it says; as in `Parts`, but no learner."""
 
     recipe: Recipe
     prompts: PromptSet
+    stream: PromptStream | PromptSelector
     rewards: RewardSuite
     pool: EnginePool
     sampler: Sampler
+    timer: PhaseTimer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,8 @@ def check(recipe: Recipe) -> Checked:
     Raises the FrpoError that says what to change.
     """
     memory_strategy(recipe.learner.deepspeed)
+    if recipe.rollout.hook is not None:
+        load_hook(recipe.rollout.hook)
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()
     return Checked(prompts=check_prompts(recipe), checkpoints=checkpoints, resume=resume)
@@ -107,7 +112,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
         rewards = stack.enter_context(reward_suite(recipe, checked.prompts))
         model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
         stack.enter_context(ray_session())
-        device = choose_device(recipe)
+        device = choose_device(recipe, engines=recipe.rollout.replay is None)
         write_manifest(run_dir, recipe, checked.prompts.digest, device)
         pool = stack.enter_context(engine_pool(recipe, model_path, device))
         learner = LearnerGroup(recipe, model_path, device)
@@ -123,36 +128,39 @@ def build(recipe: Recipe) -> Iterator[Parts]:
             stack.callback(sink.close)
         yield Parts(
             recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
-            learner=learner,
-            stream=PromptStream(checked.prompts.train, recipe.run.seed, recipe.data.shuffle),
-            sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed),
+            learner=learner, stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
+            sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
             checkpoints=checked.checkpoints, resume=checked.resume, files=files, sinks=sinks, timer=PhaseTimer())
 
 
 @contextmanager
-def build_engines(recipe: Recipe) -> Iterator[Serving]:
-    """Start rewards, Ray and engines on the model at `recipe.model.path`; end them with the context.
+def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
+    """Start rewards, Ray and engines on the recipe's model; end them with the context.
 
-    The engines serve the weights that lie there, as version 0. Raises ConfigError where the recipe holds out nothing.
+    The engines serve the weights that lie there, as version 0. Without a learner nothing is replayed to it and nothing
+    sampled ahead of it, whatever the recipe says.
     """
-    prompts = check_prompts(recipe)
-    if not prompts.heldout:
-        raise ConfigError(f"there are no held-out prompts to evaluate on; raise data.heldout (given "
-                          f"{recipe.data.heldout}) or give data.heldout_path")
+    if recipe.rollout.hook is not None:
+        load_hook(recipe.rollout.hook)
+    alone = recipe.rollout.model_copy(update={"replay": None, "max_staleness": 0})
+    recipe = recipe.model_copy(update={"rollout": alone})
     with ExitStack() as stack:
         rewards = stack.enter_context(reward_suite(recipe, prompts))
+        model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         stack.enter_context(ray_session())
-        pool = stack.enter_context(engine_pool(recipe, recipe.model.path, choose_device(recipe, learner=False)))
+        pool = stack.enter_context(engine_pool(recipe, model_path, choose_device(recipe, learner=False)))
         pool.wait_until_ready()
         pool.serve_loaded(version=0)
-        yield Serving(recipe=recipe, prompts=prompts, rewards=rewards, pool=pool,
-                      sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed))
+        yield Serving(
+            recipe=recipe, prompts=prompts, rewards=rewards, pool=pool, stream=prompt_stream(recipe, prompts, None),
+            sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
+            timer=PhaseTimer())
 
 
 @contextmanager
 def engine_pool(recipe: Recipe, model_path: str, device: str) -> Iterator[EnginePool]:
-    """Rollout engines that have begun to load; ended with the context."""
-    pool = EnginePool(recipe, model_path, device)
+    """Rollout engines that have begun to load, none where traces are replayed; ended with the context."""
+    pool = EnginePool(recipe, model_path, device, 0 if recipe.rollout.replay else recipe.rollout.num_engines)
     try:
         yield pool
     finally:
@@ -164,6 +172,14 @@ def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
     specs = [RewardSpec(**reward.model_dump()) for reward in recipe.rewards]
     columns = sorted({name for prompt in prompts.train + prompts.heldout for name in prompt.columns})
     return RewardSuite(specs, chat=recipe.data.format == "chat", columns=columns)
+
+
+def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -> PromptStream | PromptSelector:
+    """Where training prompts are drawn from; a selection goes on from what the checkpoint knows."""
+    stream = PromptStream(prompts.train, recipe.run.seed, recipe.data.shuffle)
+    if recipe.data.selection is None:
+        return stream
+    return PromptSelector(stream, recipe.data.selection, read_selection(checkpoint))
 
 
 def open_files(recipe: Recipe, run_dir: Path, *, going_on: bool) -> dict[str, JsonlFile]:

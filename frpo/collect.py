@@ -5,6 +5,7 @@ It draws whole groups and never looks at tokens or advantages other than whether
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from frpo.objectives.base import AdvantageEstimator
 from frpo.rewards import ScoreReport, ScoreStream, shuffled
 from frpo.rollout.engine import Sampling
 from frpo.telemetry import ProgressBar
-from frpo.types import GroupId, RunState, ScoredBatch, ScoredGroup
+from frpo.types import GroupId, Prompt, RunState, ScoredBatch, ScoredGroup
 
 
 def collect(parts: Parts, state: RunState, bar: ProgressBar) -> ScoredBatch:
@@ -29,31 +30,45 @@ def collect(parts: Parts, state: RunState, bar: ProgressBar) -> ScoredBatch:
     drawn: list[ScoredGroup] = []
     telling: set[GroupId] = set()
     counts: Counter[str] = Counter()
+    positions = 0
     while len(telling) < size and len(drawn) < limit:
-        report = rollouts(parts, state, bar, first=len(drawn), count=min(size - len(telling), limit - len(drawn)))
+        choice = parts.stream.choose(state.data_cursor + positions, min(size - len(telling), limit - len(drawn)))
+        report = rollouts(parts, state, bar, choice.prompts, first=len(drawn), cursor=state.data_cursor + positions)
+        parts.stream.record(report.groups)
         drawn += report.groups
+        positions += choice.positions_used
         telling |= {scored.group.group_id for scored in report.groups
                     if dynamic is None or teaches(scored, parts.recipe.objective.advantage, dynamic.epsilon)}
         counts.update(report.counts)
+        if parts.recipe.data.selection is not None:
+            counts.update({"rollout/passed_over": choice.positions_used - len(choice.prompts),
+                           "rollout/revisited": choice.revisited, "rollout/forced": choice.forced})
     counts.update({"rollout/drawn": len(drawn), "rollout/telling": len(telling)})
     silent = [scored.group.group_id for scored in drawn if scored.group.group_id not in telling]
     chosen = telling.union(silent[:size - len(telling)])
-    return ScoredBatch(chosen=tuple(s for s in drawn if s.group.group_id in chosen), counts=counts,
-                       replaced=tuple(s for s in drawn if s.group.group_id not in chosen))
+    return ScoredBatch(chosen=tuple(s for s in drawn if s.group.group_id in chosen), positions=positions,
+                       replaced=tuple(s for s in drawn if s.group.group_id not in chosen), counts=counts,
+                       selection=parts.stream.state)
 
 
-def rollouts(parts: Parts, state: RunState, bar: ProgressBar, *, first: int, count: int) -> ScoreReport:
-    """Scored groups of this step's prompts `first` to `first + count`, all from the weights of one policy version."""
-    section, phase, cursor = parts.recipe.rollout, parts.timer.phase, state.data_cursor + first
+def rollouts(parts: Parts, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *, first: int, cursor: int
+             ) -> ScoreReport:
+    """Scored groups of these prompts, sampled by the state's policy version.
+
+    first: prompts that this step has drawn before. cursor: where in the stream they come from; seeds follow from it.
+    With `rollout.max_staleness` the version is the oldest which may serve: weights may be pushed meanwhile.
+    """
+    section, phase = parts.recipe.rollout, parts.timer.phase
     stream = parts.sampler.stream(
-        parts.stream.take(cursor, count), step=state.step, first_draw=first, version=state.policy_version,
-        first_sample=cursor * section.group_size, group_size=section.group_size, sampling=Sampling(
-            temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens))
+        prompts, step=state.step, first_draw=first, version=state.policy_version,
+        or_newer=section.max_staleness > 0, first_sample=cursor * section.group_size, group_size=section.group_size,
+        sampling=Sampling(temperature=section.temperature, top_p=section.top_p,
+                          max_new_tokens=section.max_new_tokens))
     with ScoreStream(parts.rewards) as scoring:
         with phase("generate"):
             for done, group in enumerate(stream, start=1):
                 scoring.add(group)
-                bar.note(f"generate {done}/{count}")
+                bar.note(f"generate {done}/{len(prompts)}")
         with phase("reward"):  # what is left of it once generation is over
             report = scoring.result()
     if parts.recipe.shuffle_rewards:

@@ -21,6 +21,10 @@ class RewardError(FrpoError):
     """A reward function raised, timed out, or returned something other than one number (or None) a completion."""
 
 
+class RolloutHookError(FrpoError):
+    """A rollout hook raised, timed out, or returned something other than one episode with log-probabilities."""
+
+
 class CheckpointError(FrpoError):
     """A checkpoint is incomplete, of another recipe, or not where it was expected."""
 

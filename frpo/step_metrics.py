@@ -17,7 +17,7 @@ from frpo.types import AdvantagedGroup, ScoredGroup
 def rollout_metrics(groups: Sequence[AdvantagedGroup], seconds: float) -> dict[str, float]:
     """Rewards (mean, min, max, every component), lengths, truncation and the estimator's own statistics.
 
-    seconds: time spent generating, for the throughput.
+    seconds: time spent generating, for the throughput; 0 where nothing was.
     """
     rewards = np.concatenate([group.scored.rewards_G for group in groups])
     completions = [completion for group in groups for completion in group.scored.group.completions]
@@ -26,12 +26,25 @@ def rollout_metrics(groups: Sequence[AdvantagedGroup], seconds: float) -> dict[s
         "reward/mean": _over(np.mean, rewards), "reward/min": _over(np.min, rewards),
         "reward/max": _over(np.max, rewards),
         "rollout/length": float(lengths.mean()), "rollout/tokens": float(lengths.sum()),
-        "rollout/truncated": float(np.mean([completion.truncated for completion in completions])),
-        "time/tokens_per_second": float(lengths.sum() / seconds)}
+        "rollout/truncated": float(np.mean([completion.truncated for completion in completions]))}
+    if seconds > 0:
+        metrics["time/tokens_per_second"] = float(lengths.sum() / seconds)
     for name in groups[0].scored.terms:
         values = np.concatenate([group.scored.terms[name] for group in groups])
         metrics[f"reward/{name}/mean"] = _over(np.mean, values)
     return metrics | tilt_metrics(groups)
+
+
+def staleness_metrics(groups: Sequence[AdvantagedGroup], version: int) -> dict[str, float]:
+    """`rollout/staleness` over tokens, mean and `_max`: optimizer updates from the policy that sampled to `version`."""
+    spans = [span for group in groups for completion in group.scored.group.completions
+             for span in completion.version_spans]
+    tokens = sum(span.end - span.start for span in spans)
+    if tokens == 0:
+        return {}
+    behind = sum((span.end - span.start) * (version - span.policy_version) for span in spans)
+    return {"rollout/staleness": behind / tokens,
+            "rollout/staleness_max": float(max(version - span.policy_version for span in spans))}
 
 
 def tilt_metrics(groups: Sequence[AdvantagedGroup]) -> dict[str, float]:
@@ -77,7 +90,7 @@ def scored_row(scored: ScoredGroup) -> dict[str, Any]:
         "completions": [
             {"text": completion.text, "token_ids": list(completion.token_ids),
              "logprobs": list(completion.logprobs),
-             "loss_mask": [int(flag) for flag in completion.loss_mask],
+             "loss_mask": list(map(int, completion.loss_mask)),
              "version_spans": [[span.policy_version, span.start, span.end] for span in completion.version_spans],
              "seed": completion.seed, "finish_reason": completion.finish_reason,
              "reward": _number(scored.rewards_G[i]),

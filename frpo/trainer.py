@@ -1,23 +1,24 @@
 """The RL loop: sample groups, score them, weigh them, update the policy, push its weights.
 
-It reads like the algorithm. How a batch is collected is in `collect`, how it is learned from in `update`; live objects
-come from `builder`, metric arithmetic is in `step_metrics` and `telemetry`, formulas in `objectives`. Nothing of Ray,
-vLLM or DeepSpeed is visible here.
+It reads like the algorithm. Where batches come from is in `batches`, how they are learned from in `update`; live
+objects come from `builder`, metric arithmetic is in `step_metrics` and `telemetry`, formulas in `objectives`. Nothing
+of Ray, vLLM or DeepSpeed is visible here.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from frpo import invariants
+from frpo.batches import batch_source
 from frpo.builder import Parts
-from frpo.collect import collect
 from frpo.config.loader import recipe_digest
 from frpo.errors import CheckpointError
 from frpo.evaluate.best import BestCheckpoint
 from frpo.evaluate.heldout import evaluate_heldout
 from frpo.objectives.stage import References, advantaged
-from frpo.step_metrics import rollout_metrics, trace_rows
+from frpo.step_metrics import rollout_metrics, staleness_metrics, trace_rows
 from frpo.telemetry import ProgressBar, step_line
 from frpo.types import AdvantagedGroup, RolloutGroup, RunState
 from frpo.update import Updater
@@ -28,7 +29,8 @@ class Trainer:
 
     def __init__(self, parts: Parts):
         self.parts, self.recipe = parts, parts.recipe
-        self.parity_unchecked = True
+        self.parity_unchecked = self.samples = self.recipe.rollout.replay is None
+        self.batches = batch_source(parts)
         self.updater = Updater(parts)
         best = self.recipe.evaluate.best
         self.best = BestCheckpoint(best, parts.run_dir) if best else None
@@ -38,7 +40,8 @@ class Trainer:
         run, every = self.recipe.run, self.recipe.evaluate.every
         state = self.restore()
         self.parts.engines.push(state.policy_version)
-        with ProgressBar(run.num_steps, state.step, run.name) as bar:
+        self.batches.start(state, self.parts.resume and self.parts.resume[0])
+        with closing(self.batches), ProgressBar(run.num_steps, state.step, run.name) as bar:
             if state.step == 0:
                 self.write(0, self.evaluate(state, bar), bar)
             while state.step < run.num_steps:
@@ -55,7 +58,7 @@ class Trainer:
     def step(self, state: RunState, bar: ProgressBar) -> tuple[RunState, dict[str, float]]:
         """One rollout batch, its optimizer updates, one weight push."""
         parts, phase, objective = self.parts, self.parts.timer.phase, self.recipe.objective
-        batch = collect(parts, state, bar)
+        batch = self.batches.next(state, bar)
         with phase("score"):
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
         weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward)
@@ -65,12 +68,11 @@ class Trainer:
             parts.engines.push(stepped.policy_version)
         replaced = advantaged(batch.replaced, objective.advantage, [None] * len(batch.replaced))
         self.trace(weighed, replaced)
-        metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds["generate"])
-        metrics |= batch.counts | learned.result()
+        metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds.get("generate", 0.0))
+        metrics |= batch.counts | learned.result() | staleness_metrics(weighed, state.policy_version)
         metrics |= {"policy/lr": stepped.lr, "policy/version": float(stepped.policy_version)}
-        drawn = len(batch.chosen) + len(batch.replaced)
         return replace(state, step=state.step + 1, policy_version=stepped.policy_version,
-                       data_cursor=state.data_cursor + drawn), metrics
+                       data_cursor=state.data_cursor + batch.positions), metrics
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
         """Log-probabilities under the frozen reference where a KL term asks; before it, once, the parity check."""
@@ -82,10 +84,12 @@ class Trainer:
         return self.parts.learner.score_groups(groups, "reference")
 
     def evaluate(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
-        """Held-out metrics of the current policy, which is kept if it is the best; none without held-out prompts."""
+        """Held-out metrics of the current policy, which is kept if it is the best; none without prompts or engines."""
+        if not (self.samples and self.parts.prompts.heldout):
+            return {}
         bar.note("evaluate")
         with self.parts.timer.phase("evaluate"):
-            metrics = evaluate_heldout(self.parts, state) if self.parts.prompts.heldout else {}
+            metrics = evaluate_heldout(self.parts, state)
         if self.best:
             with self.parts.timer.phase("export"):
                 self.best.offer(state, metrics, self.parts.learner.export)
@@ -114,6 +118,7 @@ class Trainer:
         bar.note("save")
         path = self.parts.checkpoints.begin(state.step)
         self.parts.learner.save(str(path / "learner"))
+        self.batches.save(path)
         offsets = {name: file.offset() for name, file in self.parts.files.items()}
         self.parts.checkpoints.finish(path, replace(state, file_offsets=offsets))
 

@@ -1,7 +1,7 @@
 """All rollout engines: start, stream groups from several at once, and the client through which weights reach them."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,12 @@ from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, result_of
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError
-from frpo.rollout.engine import CPU_ENVIRONMENT, ENVIRONMENT, GroupRequest, RolloutEngine, Sampling
+from frpo.rollout.assignment import Assignment
+from frpo.rollout.engine import ENVIRONMENT, GroupRequest, RolloutEngine, Sampling, cpu_environment
 from frpo.types import RolloutGroup
+
+SAMPLING, SAMPLERS = "sampling", 32
+"""Calls that sample have threads of their own, so that weights and questions reach an engine while it samples."""
 
 
 class _EngineActor(RolloutEngine):
@@ -33,19 +37,21 @@ class EnginesLostError(ActorDeadError):
 class EnginePool:
     """N engines, each its own actor. Construction starts them all; none serves before its weights have a version."""
 
-    def __init__(self, recipe: Recipe, model_path: str, device: str):
+    def __init__(self, recipe: Recipe, model_path: str, device: str, num_engines: int | None = None):
+        """num_engines: other than the recipe's, such as 0 where nothing is sampled."""
         self.recipe, self.model_path, self.device = recipe, model_path, device
-        self.starting = [self._start(index) for index in range(recipe.rollout.num_engines)]
+        count = recipe.rollout.num_engines if num_engines is None else num_engines
+        self.starting = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> tuple[NamedActor, Any]:
         """Engine `index`, beginning to load in a process of its own, and what its readiness is told by."""
         recipe, on_cpu = self.recipe, self.device == "cpu"
         environment = dict(ENVIRONMENT)
         if on_cpu:
-            environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(recipe.rollout.threads)}
+            environment |= cpu_environment(recipe.rollout)
         options = {"num_cpus": 0 if on_cpu else 1, "num_gpus": 0 if on_cpu else recipe.rollout.tensor_parallel_size,
                    "runtime_env": {"env_vars": environment}}
-        actor = ray.remote(_EngineActor).options(**options)
+        actor = ray.remote(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
         handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index)
         named = NamedActor(name=f"rollout engine {index}", handle=handle, log_path="the newest worker-*.err of Ray")
         return named, handle.ready.remote()
@@ -76,37 +82,47 @@ class EnginePool:
         """What learner rank 0 drives pushes through."""
         return EngineClient(self.engines, self.recipe.rollout.tensor_parallel_size, self.recipe.weight_sync.timeout_s)
 
-    def stream(self, requests: Mapping[int, Sequence[GroupRequest]], sampling: Sampling, version: int
+    def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
                ) -> Iterator[RolloutGroup]:
-        """Groups of all engines as they finish; `requests[i]` go to engine i.
+        """Groups of all engines as they finish. See `RolloutEngine.generate` for `version` and `or_newer`.
 
         Raises EngineError when no group finishes within the limit, and EnginesLostError, once the others are through,
         when engines died.
         """
-        streams, lost = {}, {}
-        for index, assigned in requests.items():
-            method = self.engines[index].handle.generate.options(num_returns="streaming")
-            streams[method.remote(assigned, sampling, version)] = index
+        streams: dict[Any, int] = {}
+        lost: dict[int, ActorDeadError] = {}
+
+        def ask(index: int, requests: Sequence[GroupRequest]) -> None:
+            method = self.engines[index].handle.generate.options(num_returns="streaming", concurrency_group=SAMPLING)
+            streams[method.remote(requests, sampling, version, or_newer)] = index
+
+        for index, share in assignment.shares.items():
+            ask(index, share)
         limit = self.recipe.rollout.timeout_s
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, timeout=limit, fetch_local=False)
             if not ready:
-                names = ", ".join(str(self.engines[index]) for index in streams.values())
+                names = ", ".join(str(self.engines[index]) for index in set(streams.values()))
                 raise EngineError(f"generate: no group finished within {limit:g} s on {names}")
             index = streams[ready[0]]
             try:
                 yield result_of("generate", self.engines[index], next(ready[0]))
             except StopIteration:
                 del streams[ready[0]]
+                continue
             except ActorDeadError as error:
                 del streams[ready[0]]
                 lost[index] = error
+                continue
+            if index not in lost and (more := assignment.after_one(index)):
+                ask(index, more)
         if lost:
             raise EnginesLostError(lost)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[list[np.ndarray]]:
         """Every engine's own log-probabilities of the same sequences. See `RolloutEngine.score`."""
-        calls = [(a, a.handle.score.remote(sequences, version)) for a in self.engines]
+        calls = [(a, a.handle.score.options(concurrency_group=SAMPLING).remote(sequences, version))
+                 for a in self.engines]
         return wait_for("score on engines", calls, self.recipe.rollout.timeout_s)
 
     def policy_versions(self) -> list[int | None]:
@@ -130,26 +146,36 @@ class EngineClient:
         return len(self.engines) * self.tensor_parallel_size
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.begin_init_weight_transfer_engine(init_info)()
+
+    def begin_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> Callable[[], None]:
         calls = []
         for index, actor in enumerate(self.engines):
             own = dict(init_info)
             if "rank_offset" in own:  # engines share one process group with the sender: each has ranks of its own
                 own["rank_offset"] += index * self.tensor_parallel_size
             calls.append((actor, actor.handle.init_weight_transfer_engine.remote(own)))
-        wait_for("connect weight transfer", calls, self.timeout_s)
+        return self._wait("connect weight transfer", calls)
 
     def start_weight_update(self) -> None:
-        self._all("start_weight_update")
+        self._begin("start_weight_update")()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._all("update_weights", update_info)
+        self.begin_update_weights(update_info)()
+
+    def begin_update_weights(self, update_info: dict[str, Any]) -> Callable[[], None]:
+        return self._begin("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str) -> None:
-        self._all("finish_weight_update", weight_version)
+        self._begin("finish_weight_update", weight_version)()
 
-    def _all(self, method: str, *args: Any) -> None:
+    def _begin(self, method: str, *args: Any) -> Callable[[], None]:
         calls = [(a, getattr(a.handle, method).remote(*args)) for a in self.engines]
-        wait_for(f"push weights: {method}", calls, self.timeout_s)
+        return self._wait(f"push weights: {method}", calls)
+
+    def _wait(self, phase: str, calls: list[tuple[NamedActor, Any]]) -> Callable[[], None]:
+        """What waits for these calls, and raises EngineError at the first that fails."""
+        return lambda: wait_for(phase, calls, self.timeout_s)
 
 
 def _answers(actor: NamedActor) -> bool:

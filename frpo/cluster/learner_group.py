@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from frpo.cluster.runtime import NamedActor, log_path, wait_for
+from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.data.batcher import score_batches
@@ -124,6 +124,12 @@ class LearnerGroup:
     def export(self, folder: str) -> None:
         self._all("export", folder)
 
+    def dead(self) -> list[int]:
+        """Ranks whose process is gone. A rank that does not answer now is not: it may wait for one that is."""
+        calls = {actor.handle.address.remote(): rank for rank, actor in enumerate(self.ranks)}
+        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=GRACE_S)
+        return sorted(calls[reference] for reference in answered if not _succeeded(self.ranks[0], reference))
+
     def close(self) -> None:
         """End the ranks' processes and what DeepSpeed left in shared memory under their port."""
         for actor in self.ranks:
@@ -140,6 +146,14 @@ class LearnerGroup:
 
     def _wait(self, phase: str, calls: list[tuple[NamedActor, Any]]) -> list[Any]:
         return wait_for(f"learner {phase}", calls, self.recipe.learner.timeout_s)
+
+
+def _succeeded(actor: NamedActor, reference: Any) -> bool:
+    try:
+        result_of("is it alive", actor, reference)
+    except ActorDeadError:
+        return False
+    return True
 
 
 def remove_leftovers() -> None:

@@ -3,45 +3,58 @@
 What it had been asked for is sampled again from the beginning and what had arrived already is dropped, so that the
 batches inside the engine, and with them every bit of every log-probability, are those of an undisturbed run. A dead
 learner rank is not healed here.
+
+Healing commands the learner, and so may training do at the same moment, in another thread: `learner_turn` keeps them
+apart.
 """
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from frpo.cluster.engine_pool import EnginePool, EnginesLostError
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.errors import EngineError
-from frpo.rollout.engine import GroupRequest, Sampling
+from frpo.rollout.assignment import Assignment
+from frpo.rollout.engine import Sampling
 from frpo.types import GroupId, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
 
 class RecoveringEngines:
-    """A pool whose engines the learner pushes to. At most `max_restarts` engines are restarted in a run."""
+    """A pool whose engines the learner pushes to. At most `max_restarts` engines are restarted in a run.
+
+    learner_turn: held by whoever commands the learner while another thread samples.
+    """
 
     def __init__(self, pool: EnginePool, learner: LearnerGroup, max_restarts: int):
         self.pool, self.learner = pool, learner
         self.restarts_left = max_restarts
+        self.learner_turn = threading.RLock()
+        self.pushed: int | None = None
 
-    def stream(self, requests: Mapping[int, Sequence[GroupRequest]], sampling: Sampling, version: int
+    def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
                ) -> Iterator[RolloutGroup]:
         """Groups of all engines as they finish, each once. See `EnginePool.stream` for what else may be raised."""
-        pending, seen = dict(requests), set[GroupId]()
-        while pending:
+        seen: set[GroupId] = set()
+        while assignment.shares:
             try:
-                for group in self.pool.stream(pending, sampling, version):
+                for group in self.pool.stream(assignment, sampling, version, or_newer):
                     if group.group_id not in seen:
                         seen.add(group.group_id)
                         yield group
                 return
             except EnginesLostError as error:
-                self._revive(error.engines, version, error)
-                pending = {index: requests[index] for index in error.engines}
+                with self.learner_turn:
+                    self._revive(error.engines, version if self.pushed is None else self.pushed, error)
+                assignment = assignment.again(error.engines)
 
     def push(self, version: int) -> None:
         """The learner's weights to all engines under label `version`; to new ones where some have died."""
+        if not self.pool.engines:
+            return
         try:
             self.learner.push_weights(version)
         except EngineError as error:
@@ -49,8 +62,16 @@ class RecoveringEngines:
             if not dead:
                 raise
             self._revive(dead, version, error)
+        self.pushed = version
+
+    def give_up(self) -> None:
+        """Heal nothing from now on: the run is ending."""
+        self.restarts_left = 0
 
     def _revive(self, engines: Sequence[int], version: int, cause: EngineError) -> None:
+        engines = [index for index in self.pool.dead() if index in engines]
+        if not engines:  # another thread was faster
+            return
         if len(engines) > self.restarts_left:
             raise cause
         self.restarts_left -= len(engines)

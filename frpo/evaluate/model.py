@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from frpo.builder import build_engines
+from frpo.builder import build_engines, check_prompts
 from frpo.config.loader import recipe_digest
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
@@ -67,11 +67,19 @@ def write_traces(result: Path, scored: Sequence[ScoredGroup]) -> Path:
 
 
 def evaluate_model(recipe: Recipe, model: str) -> Evaluation:
-    """Sample and score every held-out prompt of `recipe` with the model at `model` instead of the recipe's."""
-    with build_engines(of_model(recipe, model)) as serving:
+    """Sample and score every held-out prompt of `recipe` with the model at `model` instead of the recipe's.
+
+    Raises ConfigError where the recipe holds out nothing.
+    """
+    recipe = of_model(recipe, model)
+    prompts = check_prompts(recipe)
+    if not prompts.heldout:
+        raise ConfigError(f"there are no held-out prompts to evaluate on; raise data.heldout (given "
+                          f"{recipe.data.heldout}) or give data.heldout_path")
+    with build_engines(recipe, prompts) as serving:
         scored = scored_heldout(serving, step=0, version=0)
         return Evaluation(metrics=heldout_metrics(scored, recipe.evaluate), scored=scored,
-                          data_digest=serving.prompts.digest)
+                          data_digest=prompts.digest)
 
 
 def of_model(recipe: Recipe, model: str) -> Recipe:

@@ -5,15 +5,20 @@ A plain class: `cluster` puts it into a Ray actor. It does not choose prompts, k
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from frpo.config.rollout import RolloutSection
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError
+from frpo.rollout.episodes import Episodes, checked, completion_of, load_hook
+from frpo.rollout.hook import Client, Turn
+from frpo.rollout.turns import Caller, SharedEngine
 from frpo.types import Completion, GroupId, Prompt, RolloutGroup, VersionSpan
+from frpo.weight_sync.protocol import STAGED
 
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -22,6 +27,11 @@ CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
 }
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def cpu_environment(rollout: RolloutSection) -> dict[str, str]:
+    """Variables of an engine's process, and so of its workers, among which its threads are divided."""
+    return CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, rollout.threads // rollout.tensor_parallel_size))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,56 +58,89 @@ class RolloutEngine:
     def __init__(self, recipe: Recipe, model_path: str, device: str, index: int = 0):
         os.environ.update(ENVIRONMENT)
         if device == "cpu":
-            os.environ.update(CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(recipe.rollout.threads)})
+            os.environ.update(cpu_environment(recipe.rollout))
         from vllm import LLM
+
+        from frpo.rollout.executor import WholeExecutor
 
         self.index = index
         # On CPU vLLM fails at a seeded request whose prompt it splits over two passes, so no prompt is split there.
         memory = ({"kv_cache_memory_bytes": recipe.rollout.kv_cache_mb * 2**20, "enable_chunked_prefill": False}
                   if device == "cpu" else {"gpu_memory_utilization": recipe.rollout.gpu_memory_utilization})
+        workers = recipe.rollout.tensor_parallel_size
         self.llm = LLM(
             model=model_path, dtype={"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype],
-            max_model_len=recipe.model.max_length, tensor_parallel_size=recipe.rollout.tensor_parallel_size,
+            max_model_len=recipe.model.max_length, tensor_parallel_size=workers,
+            distributed_executor_backend=WholeExecutor if workers > 1 else None,
+            block_size=recipe.rollout.block_size,
             enforce_eager=device == "cpu", seed=index, trust_remote_code=recipe.model.trust_remote_code,
             logprobs_mode="processed_logprobs", weight_transfer_config={"backend": recipe.weight_sync.backend},
             worker_extension_cls="frpo.rollout.weight_receiver.WorkerExtension", **memory)
+        self.shared = SharedEngine(self.llm.llm_engine)
         self.tokenizer = self.llm.get_tokenizer()
-        self.staged = recipe.weight_sync.backend == "cpu_shm"
+        self.staged = recipe.weight_sync.backend in STAGED
         self.unusable: str | None = None
+        self.hook_timeout_s = recipe.rollout.hook_timeout_s
+        self.hook = recipe.rollout.hook and load_hook(recipe.rollout.hook)
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
-    def generate(self, requests: Sequence[GroupRequest], sampling: Sampling, version: int) -> Iterator[RolloutGroup]:
+    def generate(self, requests: Sequence[GroupRequest], sampling: Sampling, version: int, or_newer: bool = False
+                 ) -> Iterator[RolloutGroup]:
         """Sample every requested group and yield each as its last completion ends.
 
-        version: the policy version that the caller expects these weights to be.
-        Raises EngineError if the engine holds another one, or none.
+        version: the policy version that the caller expects these weights to be; or_newer: the least one. Weights that
+        are pushed meanwhile serve the rest of what is under way, as the completions' version spans tell.
+        Raises EngineError if the engine holds another version, or none.
         """
-        self._check_version(version)
-        engine = self.llm.llm_engine
-        waiting: dict[GroupId, dict[int, Completion]] = {}
-        by_request: dict[str, tuple[GroupRequest, int]] = {}
-        for request in requests:
-            waiting[request.group_id] = {}
-            for sample, seed in enumerate(request.seeds):
-                request_id = f"{request.group_id[0]}-{request.group_id[1]}-{sample}"
-                by_request[request_id] = (request, sample)
-                engine.add_request(request_id, {"prompt_token_ids": list(request.prompt.token_ids)},
-                                   self._sampling_params(sampling, seed))
-        try:
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if not output.finished:
-                        continue
-                    request, sample = by_request.pop(output.request_id)
-                    done = waiting[request.group_id]
-                    done[sample] = self._completion(output.outputs[0], request.seeds[sample])
-                    if len(done) == len(request.seeds):
-                        yield RolloutGroup(group_id=request.group_id, prompt=request.prompt,
-                                           completions=tuple(done[i] for i in range(len(done))))
-        finally:
-            if by_request:  # the caller went away: leave no request behind for the next call
-                engine.abort_request(list(by_request), internal=False)
+        done: dict[GroupId, dict[int, Completion]] = {request.group_id: {} for request in requests}
+        run = self._completions if self.hook is None else self._episodes
+        with self.shared.caller() as caller:
+            for request, sample, completion in run(caller, requests, sampling, lambda: self._check_version(
+                    version, or_newer)):
+                group = done[request.group_id]
+                group[sample] = completion
+                if len(group) == len(request.seeds):
+                    yield RolloutGroup(group_id=request.group_id, prompt=request.prompt,
+                                       completions=tuple(group[i] for i in range(len(group))))
+
+    def _completions(self, caller: Caller, requests: Sequence[GroupRequest], sampling: Sampling,
+                     check: Callable[[], None]) -> Iterator[tuple[GroupRequest, int, Completion]]:
+        """One turn a sample."""
+        by_key = {str(number): pair for number, pair in enumerate(_samples(requests))}
+
+        def vllm_requests() -> dict[str, Any]:
+            check()
+            return {key: (self._prompt(request.prompt.token_ids),
+                          self._sampling_params(sampling, request.seeds[sample]))
+                    for key, (request, sample) in by_key.items()}
+
+        caller.add(vllm_requests)
+        while caller.unfinished:
+            for key, output in caller.outputs():
+                request, sample = by_key[key]
+                yield request, sample, self._completion(output, request.seeds[sample])
+
+    def _episodes(self, caller: Caller, requests: Sequence[GroupRequest], sampling: Sampling,
+                  check: Callable[[], None]) -> Iterator[tuple[GroupRequest, int, Completion]]:
+        """As many turns a sample as the rollout hook wants."""
+        def request_of(token_ids: Sequence[int], wanted: int, stops: tuple[int, ...], seed: int) -> tuple[Any, Any]:
+            return self._prompt(token_ids), self._sampling_params(
+                replace(sampling, max_new_tokens=wanted), seed, stops)
+
+        with self.shared.turn():
+            check()
+        episodes = Episodes(caller, request_of, self._turn)
+        calls = {}
+        for request, sample in _samples(requests):
+            client = Client(request.prompt, request.seeds[sample], sampling.max_new_tokens, self.tokenizer,
+                            episodes.ask)
+            calls[request.group_id, sample] = checked(self.hook, client, self.hook_timeout_s)
+        by_id = {request.group_id: request for request in requests}
+        for (group_id, sample), episode in episodes.run(calls):
+            text = self.tokenizer.decode(episode.token_ids, skip_special_tokens=True)
+            request = by_id[group_id]
+            yield request, sample, completion_of(episode, request.seeds[sample], text)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[np.ndarray]:
         """Log-probabilities (nats, temperature 1, no truncation) of given tokens under the served weights.
@@ -105,35 +148,54 @@ class RolloutEngine:
         sequences: (token ids, number of leading prompt tokens); returns one float64 array of the rest each.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        self._check_version(version)
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids, _ in sequences], params, use_tqdm=False)
-        return [
-            np.array([entry[token].logprob for entry, token in
-                      zip(output.prompt_logprobs[start:], ids[start:], strict=True)])
-            for output, (ids, start) in zip(outputs, sequences, strict=True)]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False,
+                                output_kind=RequestOutputKind.FINAL_ONLY)
 
-    def _sampling_params(self, sampling: Sampling, seed: int):
+        def vllm_requests() -> dict[str, Any]:
+            self._check_version(version)
+            return {str(i): (self._prompt(ids), params) for i, (ids, _) in enumerate(sequences)}
+
+        found: dict[str, np.ndarray] = {}
+        with self.shared.caller() as caller:
+            caller.add(vllm_requests)
+            while caller.unfinished:
+                for key, output in caller.outputs():
+                    ids, start = sequences[int(key)]
+                    found[key] = np.array([entry[token].logprob for entry, token in
+                                           zip(output.prompt_logprobs[start:], ids[start:], strict=True)])
+        return [found[str(i)] for i in range(len(sequences))]
+
+    def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """As vLLM takes it. Cached prefixes of another version are never used: the salt is part of their address."""
+        return {"prompt_token_ids": list(token_ids), "cache_salt": self.llm.get_weight_version()}
+
+    def _sampling_params(self, sampling: Sampling, seed: int, stop_token_ids: tuple[int, ...] = ()) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=sampling.temperature, top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
             max_tokens=sampling.max_new_tokens, seed=seed if sampling.temperature > 0 else None, logprobs=0,
-            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+            stop_token_ids=list(stop_token_ids), detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
 
-    def _completion(self, output, seed: int) -> Completion:
-        token_ids = tuple(output.token_ids)
-        return Completion(
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True),
-            token_ids=token_ids,
-            logprobs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, token_ids)),
-            loss_mask=(True,) * len(token_ids),
+    def _turn(self, output: Any) -> Turn:
+        """What vLLM answered to one request."""
+        said = output.outputs[0]
+        token_ids = tuple(said.token_ids)
+        return Turn(
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True), token_ids=token_ids,
+            logprobs=tuple(entry[token].logprob for entry, token in zip(said.logprobs, token_ids)),
             version_spans=tuple(VersionSpan(policy_version=int(span.version), start=span.start, end=span.end)
-                                for span in output.weight_versions or ()),
-            seed=seed,
-            finish_reason=output.finish_reason)
+                                for span in said.weight_versions or ()),
+            finish_reason=said.finish_reason)
+
+    def _completion(self, output: Any, seed: int) -> Completion:
+        turn = self._turn(output)
+        return Completion(text=turn.text, token_ids=turn.token_ids, logprobs=turn.logprobs, seed=seed,
+                          loss_mask=(True,) * len(turn.token_ids), version_spans=turn.version_spans,
+                          finish_reason=turn.finish_reason)
 
     # --- weights --------------------------------------------------------------------------------------------------
 
@@ -147,46 +209,64 @@ class RolloutEngine:
 
         Raises EngineError if they have a version already, or a push has begun: they may then be others.
         """
-        held = self.policy_version()
-        if self.unusable or held is not None:
-            raise EngineError(f"engine {self.index}: {self.unusable or f'serves version {held} already'}; only weights "
-                              "without a version are those that were loaded from disk")
-        self.llm.llm_engine.set_weight_version(str(version))
+        with self.shared.turn():
+            held = self.policy_version()
+            if self.unusable or held is not None:
+                raise EngineError(f"engine {self.index}: {self.unusable or f'serves version {held} already'}; only "
+                                  "weights without a version are those that were loaded from disk")
+            self.llm.llm_engine.set_weight_version(str(version))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.llm.init_weight_transfer_engine({"init_info": init_info})
+        with self.shared.turn():
+            self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
         """Open an update. A staged one that a dead sender left open is dropped, never finished.
 
+        Weights that land in place keep the engine from sampling until the update is finished.
         Raises EngineError if an earlier in-place push broke off: the weights are then a mixture.
         """
         if self.unusable:
             raise EngineError(f"engine {self.index}: {self.unusable}; rebuild it")
-        if self.staged:
-            self.llm.llm_engine.collective_rpc("abort_weight_update")
-        else:
+        if not self.staged:
+            self.shared.hold()
             self.unusable = "a push broke off while weights were landing in place"
-        self.llm.start_weight_update()
+        with self.shared.turn_of_update():
+            if self.staged:
+                self.llm.llm_engine.collective_rpc("abort_weight_update")
+            self.llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.llm.update_weights({"update_info": update_info})
+        with self.shared.turn_of_update():
+            self.llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str) -> None:
-        """Swap the new weights in, label them and drop what the old ones left in the prefix cache."""
-        self.unusable = f"the push of version {weight_version} broke off while weights were being swapped"
-        self.llm.finish_weight_update(weight_version)
-        self.llm.reset_prefix_cache()
-        self.unusable = None
+        """Swap the new weights in, label them and drop what the old ones left in the prefix cache.
+
+        While requests are under way their blocks stay, which the salt keeps from requests of another version.
+        """
+        with self.shared.turn_of_update():
+            self.unusable = f"the push of version {weight_version} broke off while weights were being swapped"
+            self.llm.finish_weight_update(weight_version)
+            if not self.llm.llm_engine.has_unfinished_requests():
+                self.llm.reset_prefix_cache()
+            self.unusable = None
+        if not self.staged:
+            self.shared.release()
 
     def ready(self) -> int:
         """Process id, once the engine can be called."""
         return os.getpid()
 
-    def _check_version(self, expected: int) -> None:
+    def _check_version(self, expected: int, or_newer: bool = False) -> None:
         if self.unusable:
             raise EngineError(f"engine {self.index}: {self.unusable}; rebuild and sync it before it serves again")
         held = self.policy_version()
-        if held != expected:
-            raise EngineError(f"engine {self.index} holds policy version {held}, asked to sample version {expected}; "
-                              "push the weights first")
+        if held is None or (held < expected if or_newer else held != expected):
+            raise EngineError(f"engine {self.index} holds policy version {held}, asked to sample version {expected}"
+                              f"{' or a newer one' if or_newer else ''}; push the weights first")
+
+
+def _samples(requests: Sequence[GroupRequest]) -> Iterator[tuple[GroupRequest, int]]:
+    """Every sample of every group, in order."""
+    return ((request, sample) for request in requests for sample in range(len(request.seeds)))

@@ -1,10 +1,11 @@
-"""Prompts to groups of completions: seeds, assignment to engines, order. It does not know how an engine is reached."""
+"""Prompts to groups of completions: seeds and order. It does not know how an engine is reached."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from frpo.errors import ConfigError
+from frpo.rollout.assignment import ASSIGNMENTS, Assignment
 from frpo.rollout.engine import GroupRequest, Sampling
 from frpo.types import Prompt, RolloutGroup
 
@@ -17,7 +18,7 @@ TRAINING, EVALUATION = 0, 1
 class Pool(Protocol):
     """The engines, as the sampler needs them."""
 
-    def stream(self, requests: Mapping[int, Sequence[GroupRequest]], sampling: Sampling, version: int
+    def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
                ) -> Iterator[RolloutGroup]: ...
 
 
@@ -34,27 +35,28 @@ def sample_seeds(run_seed: int, purpose: int, first: int, count: int) -> tuple[i
 
 
 class Sampler:
-    """Draws whole groups from the engines, static assignment: group i goes to engine i mod N, so that runs repeat."""
+    """Draws whole groups from the engines, assigned to them as `assignment` says: "static" or "load"."""
 
-    def __init__(self, pool: Pool, num_engines: int, run_seed: int):
+    def __init__(self, pool: Pool, num_engines: int, run_seed: int, assignment: str = "static"):
         self.pool = pool
         self.num_engines = num_engines
         self.run_seed = run_seed
+        self.assign = ASSIGNMENTS[assignment]
 
     def stream(self, prompts: Sequence[Prompt], *, step: int, first_sample: int, group_size: int, sampling: Sampling,
-               version: int, first_draw: int = 0, purpose: int = TRAINING) -> Iterator[RolloutGroup]:
+               version: int, or_newer: bool = False, first_draw: int = 0, purpose: int = TRAINING
+               ) -> Iterator[RolloutGroup]:
         """One group a prompt, each as it finishes.
 
         first_sample: number of this run's (and purpose's) samples drawn before, from which seeds follow.
         first_draw: number of prompts that this step has drawn before; it goes on counting in the group ids.
-        Raises EngineError if an engine dies, is late, or holds weights other than `version`.
+        Raises EngineError if an engine dies, is late, or holds weights other than `version` (or_newer: older ones).
         """
         requests = [
             GroupRequest(group_id=(step, first_draw + i), prompt=prompt,
                          seeds=sample_seeds(self.run_seed, purpose, first_sample + i * group_size, group_size))
             for i, prompt in enumerate(prompts)]
-        assigned = {i: requests[i::self.num_engines] for i in range(self.num_engines) if requests[i::self.num_engines]}
-        return self.pool.stream(assigned, sampling, version)
+        return self.pool.stream(self.assign(requests, self.num_engines), sampling, version, or_newer)
 
     def sample(self, prompts: Sequence[Prompt], **options: Any) -> list[RolloutGroup]:
         """All groups of `stream`, sorted by group id."""

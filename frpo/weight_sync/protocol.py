@@ -4,17 +4,21 @@ One push = start, one update per bucket, finish under a new version label. Rank 
 only take part in the gathers. Backends differ in how a bucket's bytes travel and in what a failed push leaves:
 
     cpu_shm     one host; buckets are staged and swapped in at the end: a failed push leaves the old weights serving
+    gloo        any hosts; staged too
     nccl, ipc   CUDA, weights land in place: after a failed push an engine serves nothing until it is rebuilt and synced
 """
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 
 from frpo.config.rollout import WeightSyncSection
+
+STAGED = frozenset({"cpu_shm", "gloo"})
+"""Backends whose receivers change the model only when a push finishes."""
 
 Bucket = list[tuple[str, torch.Tensor]]
 """Whole parameters by checkpoint name; the tensors are valid only until the next bucket is taken."""
@@ -33,8 +37,12 @@ class WeightStream(Protocol):
 class WeightSyncClient(Protocol):
     """Rank 0's hold on the engines; every call reaches all of them and returns when all have done it.
 
-    All but the first method are those of vLLM's weight-transfer interface.
+    All but the first method are those of vLLM's weight-transfer interface. What begins with `begin_` returns at once,
+    for what engines can do only together with rank 0; calling its result waits.
+    timeout_s: limit of each call.
     """
+
+    timeout_s: float
 
     def num_workers(self) -> int:
         """Worker processes of all engines together."""
@@ -42,9 +50,13 @@ class WeightSyncClient(Protocol):
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
 
+    def begin_init_weight_transfer_engine(self, init_info: dict[str, Any]) -> Callable[[], None]: ...
+
     def start_weight_update(self) -> None: ...
 
     def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def begin_update_weights(self, update_info: dict[str, Any]) -> Callable[[], None]: ...
 
     def finish_weight_update(self, weight_version: str) -> None: ...
 

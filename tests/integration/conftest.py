@@ -10,6 +10,7 @@ from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.runtime import ray_session, wait_for
 from frpo.config.loader import dump_recipe
 from frpo.config.sections import Recipe
+from runs import REWARD, finish
 
 LONG = 384
 """Window of the shared loop: longer than two blocks of vLLM's prefix cache (128 tokens each)."""
@@ -29,6 +30,15 @@ def loop(ray_cluster, tmp_path_factory):
     running = RunningLoop(small_recipe(path, splitting_strategy(folder, 3), max_length=LONG), path)
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """Folder of a whole run that nothing disturbs, beside its reward."""
+    base = tmp_path_factory.mktemp("runs")
+    (base / "reward.py").write_text(REWARD, encoding="utf-8")
+    finish(base / "alone")
+    return base / "alone"
 
 
 @pytest.fixture(scope="session")

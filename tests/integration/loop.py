@@ -69,22 +69,25 @@ def splitting_strategy(folder: Path, stage: int) -> str:
 
 def small_recipe(model_path: str, strategy: str, *, dtype: str = "fp32", max_length: int = 64,
                  gradient_checkpointing: bool = False, lora: dict[str, Any] | None = None, num_ranks: int = 2,
-                 timeout_s: float = 60.0) -> Recipe:
-    """A recipe for `model_path` with short limits; rewards and data are named but never used."""
+                 timeout_s: float = 60.0, backend: str = "cpu_shm", **rollout: Any) -> Recipe:
+    """A recipe for `model_path` with short limits; rewards and data are named but never used.
+
+    rollout: more keys of that section.
+    """
     return recipe_from_dict({
         "model": {"path": model_path, "dtype": dtype, "max_length": max_length, "lora": lora},
         "data": {"max_prompt_tokens": max_length - 8},
         "rollout": {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 8, "kv_cache_mb": 32, "threads": 1,
-                    "timeout_s": timeout_s},
+                    "timeout_s": timeout_s, **rollout},
         "rewards": [{"name": "none", "function": "frpo.rewards.verifiers:exact_answer"}],
         "learner": {"num_ranks": num_ranks, "deepspeed": strategy, "lr": LEARNING_RATE, "timeout_s": timeout_s,
                     "micro_batch_tokens": 4 * max_length, "gradient_checkpointing": gradient_checkpointing},
-        "weight_sync": {"bucket_mb": BUCKET_MB, "timeout_s": timeout_s},
+        "weight_sync": {"backend": backend, "bucket_mb": BUCKET_MB, "timeout_s": timeout_s},
     })
 
 
 class RunningLoop:
-    """One engine and its learner ranks, started when first needed and again after a test has killed them."""
+    """The engines and learner ranks of a recipe, started when first needed and again after a test has killed them."""
 
     def __init__(self, recipe: Recipe, model_path: str):
         self.recipe, self.model_path = recipe, model_path
@@ -132,7 +135,7 @@ class RunningLoop:
         self._learner.connect_engines(self._pool.client())
 
     def drop_pool(self) -> None:
-        """End the engine; the next use starts another."""
+        """End the engines; the next use starts others."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
@@ -154,9 +157,9 @@ class RunningLoop:
         return self.version
 
     def sample(self, prompts: list[Prompt], sampling: Sampling = UNSCALED, group_size: int = 2) -> list[RolloutGroup]:
-        """Groups from the engine at the pushed version."""
+        """Groups from the engines at the pushed version."""
         self.drawn += len(prompts)
-        return Sampler(self.pool, 1, 0).sample(
+        return Sampler(self.pool, self.recipe.rollout.num_engines, 0).sample(
             prompts, step=self.drawn, first_sample=self.drawn * group_size, group_size=group_size, sampling=sampling,
             version=self.version)
 
@@ -171,14 +174,17 @@ class RunningLoop:
         self.learner.optim_step(1000, watch_movement=watch_movement)
 
     def gap(self, prompts: list[Prompt]) -> float:
-        """Largest |log-prob difference| (nats) between engine and learner, of generated and of given tokens."""
+        """Largest |log-prob difference| (nats) between engines and learner, of generated and of given tokens.
+
+        Every engine generates its share of the prompts and scores all of them.
+        """
         groups = self.sample(prompts)
         learner = flat(self.learner.score_groups(groups, "policy", temperature=1.0))
         generated = flat([c.logprobs for c in group.completions] for group in groups)
         sequences = [(group.prompt.token_ids + c.token_ids, len(group.prompt.token_ids))
                      for group in groups for c in group.completions]
-        given = flat([self.pool.score(sequences, self.version)[0]])
-        return float(max(np.abs(generated - learner).max(), np.abs(given - learner).max()))
+        given = [flat([scores]) for scores in self.pool.score(sequences, self.version)]
+        return float(max(np.abs(scores - learner).max() for scores in (generated, *given)))
 
 
 def random_prompts(count: int, length: int, seed: int) -> list[Prompt]:
@@ -221,10 +227,19 @@ def flat(arrays: Any) -> np.ndarray:
 
 
 def rebuild_engine(engine: Any, recipe: dict[str, Any], model_path: str) -> None:
-    """Inside an engine's actor: let go of its model and build another."""
-    del engine.llm
+    """Inside an engine's actor: let go of its model, and of its workers if it has them, and build another."""
+    if engine.llm.llm_engine.vllm_config.parallel_config.world_size > 1:
+        engine.llm.llm_engine.engine_core.shutdown()
+    del engine.llm, engine.shared
     gc.collect()
     engine.__init__(recipe, model_path, "cpu", engine.index)
+
+
+def set_hook(engine: Any, function: str | None) -> None:
+    """Inside an engine's actor: sample with this rollout hook from now on."""
+    from frpo.rollout.episodes import load_hook
+
+    engine.hook = function and load_hook(function)
 
 
 def inside(actor: Any, function: Any, *arguments: Any, timeout_s: float = 60.0) -> Any:

@@ -207,9 +207,13 @@ def test_what_cannot_be_evaluated_is_one_message_before_any_engine(place, models
 
 def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out(place, capsys):
     (place / "heldout.jsonl").write_text('{"prompt": "2+1=", "answer": "3"}\n')
-    out = run(capsys, "train", "recipe.yaml", "data.heldout_path=heldout.jsonl", "--dry-run")[1]
+    arguments = ["train", "recipe.yaml", "data.heldout_path=heldout.jsonl", "--dry-run"]
+    out = run(capsys, *arguments, "data.heldout_overlap=remove")[1]
     assert out.splitlines()[-1] == "# left out: 1 x same prompt as a held-out one"
     assert "5 training and 1 held-out prompts" in out.splitlines()[-2]
+    out = run(capsys, *arguments, "data.heldout_overlap=keep")[1]
+    assert out.splitlines()[-1] == "# trained on too: 1 x same prompt as a held-out one (data.heldout_overlap: keep)"
+    assert "6 training and 1 held-out prompts" in out.splitlines()[-2]
 
 
 @pytest.mark.parametrize("arguments, message", [

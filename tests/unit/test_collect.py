@@ -4,9 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from frpo.batches import Drawn
+from frpo.builder import prompt_stream
 from frpo.collect import collect, teaches
 from frpo.config.rollout import DynamicSection
-from frpo.data.prompts import PromptStream
+from frpo.config.sections import SelectionSection
+from frpo.data.prompts import PromptSet, PromptStream
+from frpo.data.selection import PromptSelector
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import GRPO
 from frpo.rewards import ScoreReport
@@ -30,7 +34,7 @@ class Sampler:
     def __init__(self):
         self.asked = []
 
-    def stream(self, prompts, *, step, first_draw, first_sample, group_size, sampling, version):
+    def stream(self, prompts, *, step, first_draw, first_sample, group_size, sampling, version, or_newer):
         self.asked.append((first_draw, first_sample, [int(prompt.uid) for prompt in prompts]))
         for i in reversed(range(len(prompts))):
             group = scored([0.0] * group_size).group
@@ -40,10 +44,12 @@ class Sampler:
 class Rewards:
     """A group has one good completion where its prompt is among `telling`."""
 
+    processes = 1
+
     def __init__(self, telling):
         self.telling = telling
 
-    def score(self, groups):
+    def score(self, groups, stop=None):
         def rewards(group):
             return np.array([float(int(group.prompt.uid) in self.telling), 0.0])
 
@@ -51,16 +57,26 @@ class Rewards:
                            counts={"reward/r/abstained": len(groups)})
 
 
-def collected(telling, dynamic=None, cursor=2, size=4):
-    parts = SimpleNamespace(
-        sampler=Sampler(), rewards=Rewards(telling), stream=PromptStream(PROMPTS, 0, shuffle=False), timer=PhaseTimer(),
-        recipe=SimpleNamespace(
-            rollout=SimpleNamespace(prompts_per_step=size, group_size=2, dynamic=dynamic, temperature=1.0, top_p=1.0,
-                                    max_new_tokens=4),
-            objective=SimpleNamespace(advantage=FRPO()), run=SimpleNamespace(seed=0), shuffle_rewards=False))
-    state = RunState(step=5, policy_version=9, data_cursor=cursor, recipe_digest="", file_offsets={})
-    batch = collect(parts, state, SimpleNamespace(note=lambda text: None))
-    return batch, parts.sampler.asked
+def parts_of(telling, dynamic=None, size=4, selection=None, stream=None):
+    return SimpleNamespace(
+        sampler=Sampler(), rewards=Rewards(telling), stream=stream or PromptStream(PROMPTS, 0, shuffle=False),
+        timer=PhaseTimer(), recipe=SimpleNamespace(
+            rollout=SimpleNamespace(prompts_per_step=size, group_size=2, dynamic=dynamic, max_staleness=0,
+                                    temperature=1.0, top_p=1.0, max_new_tokens=4),
+            objective=SimpleNamespace(advantage=FRPO()), data=SimpleNamespace(selection=selection, shuffle=False),
+            run=SimpleNamespace(seed=0), shuffle_rewards=False))
+
+
+def state_at(cursor):
+    return RunState(step=5, policy_version=9, data_cursor=cursor, recipe_digest="", file_offsets={})
+
+
+BAR = SimpleNamespace(note=lambda text: None)
+
+
+def collected(telling, dynamic=None, cursor=2, size=4, **fields):
+    parts = parts_of(telling, dynamic, size, **fields)
+    return collect(parts, state_at(cursor), BAR), parts.sampler.asked
 
 
 def uids(groups):
@@ -99,3 +115,110 @@ def test_a_batch_that_teaches_at_once_is_drawn_once():
 def test_a_group_teaches_if_an_advantage_exceeds_epsilon(rewards, tells):
     assert teaches(scored(rewards), FRPO(), epsilon=1e-6) is tells
     assert teaches(scored(rewards), GRPO(), epsilon=1e-6) is tells
+
+
+# --- prompts that are selected ----------------------------------------------------------------------------------------
+
+SELECTION = SelectionSection(low=0.25, high=0.75, momentum=0.5, revisit=1e-300)
+"""A telling prompt's group is worth 0.5, inside; a silent one's 0, so that it is passed over from then on."""
+
+
+def selector(values, **changes):
+    """Over all prompts, of which those in `values` were scored before."""
+    state = {str(i): [value, 1] for i, value in values.items()}
+    return PromptSelector(PromptStream(PROMPTS, 0, shuffle=False), SELECTION.model_copy(update=changes), state)
+
+
+def selected(telling, values, dynamic=None, cursor=2, **changes):
+    stream = selector(values, **changes)
+    batch, asked = collected(telling, dynamic, cursor, selection=SELECTION, stream=stream)
+    counts = {name.removeprefix("rollout/"): count for name, count in batch.counts.items()
+              if name.startswith("rollout/")}
+    return batch, asked, counts
+
+
+def test_prompts_out_of_bounds_are_passed_over_and_the_cursor_moves_by_them_too():
+    batch, asked, counts = selected({2, 5, 7, 8}, {3: 0.0, 4: 1.0, 6: 0.1, 7: 0.5})
+    assert asked == [(0, 4, [2, 5, 7, 8])] and batch.positions == 7  # positions 2 to 8
+    assert [scored.group.group_id for scored in batch.chosen] == [(5, 0), (5, 1), (5, 2), (5, 3)]
+    assert counts == {"drawn": 4, "telling": 4, "passed_over": 3, "revisited": 0, "forced": 0}
+
+
+def test_seeds_and_prompts_of_a_replacement_go_on_behind_what_was_passed_over():
+    """Round one uses positions 2 to 8, so round two begins at 9 and its seeds at sample 2 x 9; 10 is passed over."""
+    batch, asked, counts = selected({2, 7, 9, 11}, {3: 0.0, 4: 1.0, 6: 0.1, 10: 0.9}, DynamicSection())
+    assert asked == [(0, 4, [2, 5, 7, 8]), (4, 18, [9, 11])] and batch.positions == 10
+    assert uids(batch.chosen) == [2, 7, 9, 11] and uids(batch.replaced) == [5, 8]
+    assert counts == {"drawn": 6, "telling": 4, "passed_over": 4, "revisited": 0, "forced": 0}
+
+
+def test_a_prompt_that_the_step_itself_found_silent_is_out_of_bounds_in_its_next_round():
+    """Positions 18, 19, 0, 1 are scored, then the stream comes round: all but 1 and 19 are silent and out of bounds."""
+    batch, asked, counts = selected({1, 19}, dict.fromkeys(range(2, 18), 0.0), DynamicSection(max_draws=2), cursor=18)
+    assert asked[0] == (0, 36, [18, 19, 0, 1])
+    assert asked[1] == (4, 44, [19, 1])  # 2 to 18 and 0 lie between
+    assert uids(batch.chosen) == [19, 1, 19, 1] and batch.positions == 4 + 20
+    assert counts == {"drawn": 6, "telling": 4, "passed_over": 18, "revisited": 0, "forced": 0}
+
+
+def test_what_is_drawn_although_out_of_bounds_is_counted_by_why():
+    values = dict.fromkeys(range(20), 1.0)
+    batch, asked, counts = selected(set(range(20)), values, revisit=1.0)
+    assert asked == [(0, 4, [2, 3, 4, 5])] and batch.positions == 4
+    assert (counts["revisited"], counts["forced"], counts["passed_over"]) == (4, 0, 0)
+    batch, asked, counts = selected(set(range(20)), values)
+    assert asked == [(0, 4, [2, 3, 4, 5])] and batch.positions == 24  # one epoch further on, at 22 to 25
+    assert (counts["revisited"], counts["forced"], counts["passed_over"]) == (0, 4, 20)
+
+
+def test_without_selection_nothing_is_said_of_it():
+    counts = collected(telling={3})[0].counts
+    assert not {"rollout/passed_over", "rollout/revisited", "rollout/forced"} & set(counts)
+    assert collected(telling={3})[0].selection == {}
+
+
+def test_what_selection_knows_after_a_step_travels_with_its_batch():
+    """Also of groups that were replaced: 3 moves from 0.5 to 0.25, by half of the way to 0."""
+    batch, _, _ = selected({2, 4, 5, 6}, {3: 0.5}, DynamicSection())
+    assert uids(batch.replaced) == [3]
+    assert batch.selection == {"2": [0.5, 1], "3": [0.25, 2], "4": [0.5, 1], "5": [0.5, 1], "6": [0.5, 1]}
+
+
+def test_a_resumed_run_draws_the_prompts_that_the_one_left_alone_draws(tmp_path):
+    """Three steps in one go, or two, a checkpoint, and a new source that the builder restores from it."""
+    def source(checkpoint):
+        parts = parts_of({1, 3, 6, 11}, selection=SELECTION)
+        prompts = PromptSet(train=PROMPTS, heldout=(), digest="", skipped={})
+        return Drawn(replace_stream(parts, prompt_stream(parts.recipe, prompts, checkpoint)))
+
+    def steps(batches, cursor, count):
+        for _ in range(count):
+            cursor += batches.next(state_at(cursor), BAR).positions
+        return cursor
+
+    alone = source(None)
+    steps(alone, 0, 10)
+    asked = alone.parts.sampler.asked
+    assert asked[5:] != asked[:5] and len({uid for _, _, drawn in asked[6:] for uid in drawn}) < 20
+
+    first = source(None)
+    cursor = steps(first, 0, 6)
+    first.save(tmp_path)
+    second = source(tmp_path)
+    assert second.parts.stream.state == first.parts.stream.state != {}
+    steps(second, cursor, 4)
+    assert first.parts.sampler.asked + second.parts.sampler.asked == asked
+    forgetful = source(None)
+    steps(forgetful, cursor, 4)
+    assert first.parts.sampler.asked + forgetful.parts.sampler.asked != asked
+
+
+def test_a_checkpoint_from_before_selection_begins_it_anew(tmp_path):
+    parts = parts_of(set(), selection=SELECTION)
+    prompts = PromptSet(train=PROMPTS, heldout=(), digest="", skipped={})
+    assert prompt_stream(parts.recipe, prompts, tmp_path).state == {}
+    assert isinstance(prompt_stream(parts_of(set()).recipe, prompts, tmp_path), PromptStream)
+
+
+def replace_stream(parts, stream):
+    return SimpleNamespace(**{**vars(parts), "stream": stream})

@@ -5,6 +5,7 @@ from frpo.cluster.engine_pool import EnginesLostError
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.cluster.runtime import ActorDeadError
 from frpo.errors import EngineError
+from frpo.rollout.assignment import Assignment
 from frpo.types import Prompt, RolloutGroup
 
 PROMPT = Prompt(uid="p", messages=(), token_ids=(1,))
@@ -15,26 +16,28 @@ class Pool:
     """Engine i dies `deaths[i]` times, each time after the first of its groups."""
 
     def __init__(self, deaths):
-        self.deaths, self.log = dict(deaths), []
+        self.deaths, self.gone, self.log, self.engines = dict(deaths), set(), [], ["engine 0", "engine 1"]
 
-    def stream(self, requests, sampling, version):
-        self.log.append(("stream", sorted(requests)))
+    def stream(self, assignment, sampling, version, or_newer):
+        self.log.append(("stream", sorted(assignment.shares)))
         lost = {}
-        for index, assigned in requests.items():
+        for index, assigned in assignment.shares.items():
             dies = self.deaths.get(index, 0) > 0
             for group_id in assigned[:1] if dies else assigned:
                 yield RolloutGroup(group_id=group_id, prompt=PROMPT, completions=())
             if dies:
                 self.deaths[index] -= 1
+                self.gone.add(index)
                 lost[index] = ActorDeadError(f"engine {index} died")
         if lost:
             raise EnginesLostError(lost)
 
     def restart(self, engines):
         self.log.append(("restart", sorted(engines)))
+        self.gone -= set(engines)
 
     def dead(self):
-        return [index for index, left in self.deaths.items() if left]
+        return sorted(self.gone)
 
     def client(self):
         return "client"
@@ -55,7 +58,7 @@ class Learner:
 
 def streamed(pool, max_restarts=3):
     engines = RecoveringEngines(pool, Learner(pool), max_restarts)
-    return [group.group_id for group in engines.stream(REQUESTS, None, version=7)]
+    return [group.group_id for group in engines.stream(Assignment(REQUESTS), None, version=7)]
 
 
 def test_every_group_comes_once_and_a_dead_engine_does_all_of_its_own_again():
@@ -77,8 +80,24 @@ def test_one_death_too_many_is_the_error_of_it():
 
 
 def test_a_failed_push_restarts_the_dead_and_raises_if_nobody_is():
-    pool = Pool({0: 1})
+    pool = Pool({})
+    pool.gone.add(0)
     RecoveringEngines(pool, Learner(pool, [EngineError("engine 0 is gone")]), 1).push(8)
     assert pool.log == [("push", 8), ("restart", [0]), ("connect", "client"), ("push", 8)]
     with pytest.raises(EngineError, match="rank 1 is gone"):
         RecoveringEngines(Pool({}), Learner(Pool({}), [EngineError("rank 1 is gone")]), 1).push(8)
+
+
+def test_an_engine_that_another_thread_has_healed_is_not_started_twice():
+    pool = Pool({1: 1})
+    pool.dead = lambda: []
+    assert streamed(pool, max_restarts=0) == [(0, 0), (0, 2), (0, 1), (0, 3)]
+    assert pool.log == [("stream", [0, 1]), ("stream", [1])]
+
+
+def test_a_run_that_ends_heals_nothing():
+    pool = Pool({1: 1})
+    engines = RecoveringEngines(pool, Learner(pool), max_restarts=3)
+    engines.give_up()
+    with pytest.raises(EngineError, match="engine 1 died"):
+        list(engines.stream(Assignment(REQUESTS), None, version=7))

@@ -11,9 +11,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     ("__main__", "doctor"),
-    ("quickstart", "trainer"),
-    ("collect", "update"),
-    ("invariants", "evaluate", "step_metrics", "builder", "checkpoint", "manifest"),
+    ("quickstart", "supervise", "trainer", "rescore", "rollout_only"),
+    ("batches", "ahead", "replay", "collect", "update"),
+    ("invariants", "evaluate", "step_metrics", "traces", "builder", "checkpoint", "manifest"),
     ("cluster",),
     ("learner", "rollout", "weight_sync", "data"),
     ("config",),

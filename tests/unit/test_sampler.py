@@ -18,7 +18,8 @@ class MemoryPool:
     def __init__(self):
         self.calls = []
 
-    def stream(self, requests, sampling, version):
+    def stream(self, assignment, sampling, version, or_newer):
+        requests = assignment.shares
         self.calls.append((requests, sampling, version))
         for request in reversed([request for assigned in requests.values() for request in assigned]):
             yield RolloutGroup(group_id=request.group_id, prompt=request.prompt, completions=())

@@ -1,0 +1,137 @@
+"""Runs rollout hooks inside an engine's process: all samples of a call at once, the engine's steps between their turns.
+
+What a hook sees is in `hook`. Nothing here knows what a turn means.
+"""
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import math
+import traceback
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from typing import Any
+
+from frpo.errors import ConfigError, RewardError, RolloutHookError
+from frpo.rewards.loading import load_function
+from frpo.rollout.hook import Client, Episode, Turn
+from frpo.types import Completion
+
+IDLE_S = 0.01
+"""How long to look away where every sample waits for something other than the engine."""
+
+
+class Episodes:
+    """Runs the hook for many samples, and the engine between their turns.
+
+    caller: a `turns.Caller`. request: (token ids, tokens wanted, stop tokens, seed) -> vLLM prompt and parameters.
+    turn: vLLM output -> Turn.
+    """
+
+    def __init__(self, caller: Any, request: Callable[..., tuple[Any, Any]], turn: Callable[[Any], Turn]):
+        self.caller, self.request, self.turn = caller, request, turn
+        self.asked: dict[str, tuple[Any, ...]] = {}
+        self.waiting: dict[str, asyncio.Future] = {}
+        self.numbers = itertools.count()
+        self.loop = asyncio.new_event_loop()
+
+    def ask(self, *wish: Any) -> asyncio.Future:
+        """A future of the next turn; the engine hears of it once every sample that can go on has done so."""
+        key = str(next(self.numbers))
+        self.asked[key] = wish
+        self.waiting[key] = self.loop.create_future()
+        return self.waiting[key]
+
+    def run(self, samples: Mapping[Any, Coroutine[Any, Any, Episode]]) -> Iterator[tuple[Any, Episode]]:
+        """(key, episode) of every sample as it ends. Raises what one of them raises."""
+        tasks = {self.loop.create_task(sample): key for key, sample in samples.items()}
+        try:
+            while tasks:
+                self.loop.run_until_complete(_breathe())
+                for task in [task for task in tasks if task.done()]:
+                    yield tasks.pop(task), task.result()
+                self._drive(tasks)
+        finally:
+            self.loop.run_until_complete(_cancelled(tasks))
+            self.loop.close()
+
+    def _drive(self, tasks: Mapping[asyncio.Task, Any]) -> None:
+        """One step of the engine if it has anything to do, else wait a little for the samples."""
+        if self.asked:
+            asked, self.asked = self.asked, {}
+            self.caller.add(lambda: {key: self.request(*wish) for key, wish in asked.items()})
+        if self.caller.unfinished:
+            for key, output in self.caller.outputs():
+                future = self.waiting.pop(key)
+                if not future.done():  # the sample is over its time
+                    future.set_result(self.turn(output))
+        elif tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED))
+
+
+async def _breathe() -> None:
+    """Let every coroutine that can go on do so; a few rounds, for those that hand a result on."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def checked(hook: Callable[..., Any], client: Client, timeout_s: float) -> Episode:
+    """One call of the hook. Raises RolloutHookError, naming the prompt, for an exception, a time-out, a bad result."""
+    where = f"rollout hook, prompt {client.prompt.uid!r}"
+    try:
+        episode = await asyncio.wait_for(hook(client.prompt, client), timeout_s)
+    except TimeoutError:
+        raise RolloutHookError(f"{where}: no episode within {timeout_s:g} s; raise rollout.hook_timeout_s, or see what "
+                               "it waits for") from None
+    except Exception as error:  # the user's code
+        own = error.__traceback__.tb_next if error.__traceback__ else None
+        raise RolloutHookError(f"{where} raised {type(error).__name__}: {error}\n"
+                               f"{''.join(traceback.format_exception(error.with_traceback(own))).rstrip()}") from None
+    problem = _problem(episode, client.max_tokens)
+    if problem:
+        raise RolloutHookError(f"{where}: {problem}")
+    return episode
+
+
+def _problem(episode: Any, max_tokens: int) -> str | None:
+    if not isinstance(episode, Episode):
+        return f"it must return a frpo.rollout.hook.Episode, given {type(episode).__name__}"
+    sizes = {name: len(getattr(episode, name)) for name in ("token_ids", "loss_mask", "logprobs")}
+    if len(set(sizes.values())) > 1:
+        return f"token_ids, loss_mask and logprobs must be equally long, given {sizes}"
+    if sizes["token_ids"] > max_tokens:
+        return f"{sizes['token_ids']} tokens, rollout.max_new_tokens allows {max_tokens} with those of tools"
+    for place, (flag, logprob) in enumerate(zip(episode.loss_mask, episode.logprobs, strict=True)):
+        if flag and not (isinstance(logprob, float) and math.isfinite(logprob) and logprob <= 0):
+            return (f"token {place} counts in the loss and has the log-probability {logprob!r}; take it from the turn "
+                    "(Transcript does), or mask the token")
+    if episode.finish_reason not in ("stop", "length"):
+        return f"finish_reason must be 'stop' or 'length', given {episode.finish_reason!r}"
+    return None
+
+
+def completion_of(episode: Episode, seed: int, text: str) -> Completion:
+    """The episode as the rest of the run knows it; log-probabilities outside the mask are 0."""
+    mask = tuple(map(bool, episode.loss_mask))
+    return Completion(
+        text=text, token_ids=tuple(int(token) for token in episode.token_ids), loss_mask=mask, seed=seed,
+        logprobs=tuple(float(logprob) if flag else 0.0 for flag, logprob in zip(mask, episode.logprobs, strict=True)),
+        version_spans=tuple(episode.version_spans), finish_reason=episode.finish_reason)
+
+
+def load_hook(function: str) -> Callable[..., Any]:
+    """The hook that a recipe names. Raises ConfigError if it is not found or no coroutine function."""
+    try:
+        hook = load_function(function, "rollout hook")
+    except RewardError as error:
+        raise ConfigError(f"rollout.hook: {error}") from None
+    if not inspect.iscoroutinefunction(hook):
+        raise ConfigError(f"rollout.hook: {function!r} is no coroutine function; write it as async def rollout(prompt, "
+                          "client)")
+    return hook

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from frpo.builder import Parts
+from frpo.builder import Parts, Serving
 from frpo.objectives.base import AdvantageEstimator
 from frpo.rewards import ScoreReport, ScoreStream, shuffled
 from frpo.rollout.engine import Sampling
@@ -18,7 +18,7 @@ from frpo.telemetry import ProgressBar
 from frpo.types import GroupId, Prompt, RunState, ScoredBatch, ScoredGroup
 
 
-def collect(parts: Parts, state: RunState, bar: ProgressBar) -> ScoredBatch:
+def collect(parts: Parts | Serving, state: RunState, bar: ProgressBar) -> ScoredBatch:
     """`rollout.prompts_per_step` scored groups.
 
     With `rollout.dynamic`, groups that teach nothing are replaced by those of the next prompts, as many as are missing
@@ -51,7 +51,7 @@ def collect(parts: Parts, state: RunState, bar: ProgressBar) -> ScoredBatch:
                        selection=parts.stream.state)
 
 
-def rollouts(parts: Parts, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *, first: int, cursor: int
+def rollouts(parts: Parts | Serving, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *, first: int, cursor: int
              ) -> ScoreReport:
     """Scored groups of these prompts, sampled by the state's policy version.
 

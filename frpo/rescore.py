@@ -94,8 +94,8 @@ class Comparison:
 def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
     """Score the groups of `traces` again, print what changed, write them with their new values into `output`.
 
-    Until all are scored that file is called <output>.unfinished. Raises ConfigError if `output` is there already, DataError for traces that are missing, empty or none, RewardError
-    naming the lines of the traces at which a reward failed.
+    Until all are scored that file is called <output>.unfinished. Raises ConfigError if `output` is there already,
+    DataError for traces that are missing, empty or none, RewardError naming the lines at which a reward failed.
     """
     path, target = Path(traces), output and new_file(Path(output))
     prompts, count = read_prompts(path)

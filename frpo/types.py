@@ -20,7 +20,10 @@ SampleId = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One row of a data set, rendered and tokenized. `columns` holds what rewards need (answer, task, ...)."""
+    """One row of a data set, rendered and tokenized. `columns` holds what rewards need (answer, task, ...).
+
+    messages: what was rendered; a prompt that is verbatim text is one message of the user.
+    """
 
     uid: str
     messages: tuple[Mapping[str, str], ...]

@@ -176,7 +176,8 @@ def _prompt(row: Row, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> 
         raise DataError(f"{row.origin}: the prompt has {len(ids)} tokens, data.max_prompt_tokens allows "
                         f"{data.max_prompt_tokens}; shorten or remove the row, or raise the limit")
     columns = {key: value for key, value in row.columns.items() if key != name}
-    messages = () if isinstance(content, str) else content
+    # Verbatim text is one message too, so that rewards and traces have it.
+    messages = ({"role": "user", "content": content},) if isinstance(content, str) else content
     return Prompt(uid=_hash([content, columns])[:16], messages=messages, token_ids=ids, columns=columns)
 
 

@@ -12,6 +12,8 @@ from frpo.data.chat import render, render_text
 from frpo.data.prompts import PromptStream, load_prompts
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError
+from frpo.rewards.arguments import offered_arguments
+from frpo.types import Completion, RolloutGroup
 
 TOKENIZER = build_tokenizer()
 
@@ -32,7 +34,11 @@ def texts(prompts):
 def test_text_is_verbatim_and_other_columns_travel(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": " 1+1=", "answer": "2", "task": {"kind": 7}}, {"q": "<user>"}])
     first, second = load(path, prompt_column="q").train
-    assert first.token_ids == render_text(" 1+1=", TOKENIZER) and first.messages == ()
+    assert first.token_ids == render_text(" 1+1=", TOKENIZER)
+    completion = Completion(text="2", token_ids=(1,), logprobs=(0.0,), loss_mask=(True,), version_spans=(), seed=0,
+                            finish_reason="stop")
+    group = RolloutGroup(group_id=(0, 0), prompt=first, completions=(completion,))
+    assert offered_arguments([group], chat=False, always=())["prompts"] == [" 1+1="]  # what rewards see
     assert first.columns == {"answer": "2", "task": {"kind": 7}} and second.columns == {}
 
 

@@ -3,7 +3,8 @@
     python benchmarks/rl_step.py [--steps 20] [--recipe quickstart] [section.key=value ...]
 
 Every round takes one step with each variant from the same weights (the learning rate is next to zero), in turning
-order, so that ratios within a round compare like with like. Nothing here passes or fails.
+order, so that ratios within a round compare like with like. Then the same engine samples the same groups once more,
+with nothing scored and nothing else running: what a rollout in the loop is compared with. Nothing here passes or fails.
 """
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from frpo.objectives.stage import advantaged
 from frpo.rollout.engine import Sampling
 from frpo.telemetry import ProgressBar
 from frpo.trainer import Trainer
-from frpo.types import RunState
+from frpo.types import RolloutGroup, RunState
 
 VARIANTS = {
     "Dr. GRPO": {"advantage": {"name": "dr_grpo"}, "reweight": "frozen"},
@@ -35,6 +36,8 @@ VARIANTS = {
     "FRPO, reweight: current": {"advantage": {"name": "frpo"}, "reweight": "current"},
 }
 PHASES = ("generate", "reward", "score", "reweight", "learn", "sync")
+WITHIN_LEARN = "reweight"
+OUTSIDE_TARGET, ROLLOUT_TARGET = 0.05, 0.95
 
 
 def main() -> None:
@@ -59,34 +62,55 @@ def main() -> None:
 
 
 def measure(parts: Parts, recipe: Recipe, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each variant, per round: whole steps and phases."""
+    """Seconds of each variant, per round: whole steps and phases; tokens a second of its rollout over those alone."""
     trainers = {name: Trainer(replace(parts, recipe=variant(recipe, changes))) for name, changes in VARIANTS.items()}
-    seconds = {name: {key: [] for key in ("step", *PHASES)} for name in trainers}
+    rows = {name: {key: [] for key in ("step", *PHASES, "rollout")} for name in trainers}
     start = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest="", file_offsets={})
-    version = 0
+    version, speeds = 0, {}
     parts.engines.push(version)
     with ProgressBar(1, 0, "rl_step") as bar:
         for index in track(range(rounds + 1), description="rounds"):
             order = list(trainers)[index % len(trainers):] + list(trainers)[:index % len(trainers)]
             for name in order:
                 began = time.perf_counter()
-                state, _ = trainers[name].step(replace(start, policy_version=version), bar)
+                state, metrics = trainers[name].step(replace(start, policy_version=version), bar)
                 whole, version = time.perf_counter() - began, state.policy_version
-                phases = parts.timer.collect()
+                phases, speeds[name] = parts.timer.collect(), metrics["time/tokens_per_second"]
                 if index > 0:
-                    seconds[name]["step"].append(whole)
+                    rows[name]["step"].append(whole)
                     for phase in PHASES:
-                        seconds[name][phase].append(phases.get(f"time/{phase}", 0.0))
-    return seconds
+                        rows[name][phase].append(phases.get(f"time/{phase}", 0.0))
+            alone = tokens_per_second_alone(parts, recipe, version)
+            if index > 0:
+                for name in trainers:
+                    rows[name]["rollout"].append(speeds[name] / alone)
+    return rows
+
+
+def tokens_per_second_alone(parts: Parts, recipe: Recipe, version: int) -> float:
+    """What the engines make of the groups of a step when nobody scores them.
+
+    It comes after a push and ends with one, as a step does, so that prefix caches are empty each time.
+    """
+    began = time.perf_counter()
+    groups = sampled(parts, recipe, version)
+    seconds = time.perf_counter() - began
+    parts.engines.push(version)
+    return sum(len(completion.token_ids) for group in groups for completion in group.completions) / seconds
+
+
+def sampled(parts: Parts, recipe: Recipe, version: int) -> list[RolloutGroup]:
+    """The groups of the first step, by seeds the same at every call."""
+    section = recipe.rollout
+    return parts.sampler.sample(
+        parts.stream.take(0, section.prompts_per_step), step=0, first_sample=0, group_size=section.group_size,
+        version=version, sampling=Sampling(
+            temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens))
 
 
 def advantage_seconds(parts: Parts, recipe: Recipe, repeats: int = 20) -> dict[str, float]:
     """Seconds that the advantages of one rollout batch take on the controller: all that FRPO adds to Dr. GRPO."""
-    section = recipe.rollout
-    prompts = parts.stream.take(0, section.prompts_per_step)
-    groups = parts.sampler.sample(
-        prompts, step=0, first_sample=0, group_size=section.group_size, version=parts.pool.policy_versions()[0],
-        sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=section.max_new_tokens))
+    groups = sampled(parts, recipe, parts.pool.policy_versions()[0])
     scored, found = parts.rewards.score(groups).groups, {}
     for name in ("Dr. GRPO", "FRPO"):
         estimator = variant(recipe, VARIANTS[name]).objective.advantage
@@ -123,6 +147,17 @@ def report(rows: dict) -> None:
     forward = [reweight / (score / 2) for reweight, score in zip(current["reweight"], current["score"], strict=True)]
     console.print(f"Reweighting an update, over a forward pass of the reference on as many samples: "
                   f"{statistics.median(forward):.2f}")
+    outside = {name: statistics.median(map(share_outside, *(rows[name][key] for key in ("step", *PHASES))))
+               for name in VARIANTS}
+    console.print(f"Share of a step outside {', '.join(PHASES)} (target <= {OUTSIDE_TARGET:.0%}): "
+                  + "; ".join(f"{name} {share:.1%}" for name, share in outside.items()))
+    console.print(f"Rollout tokens a second in the loop over the engine's alone (target >= {ROLLOUT_TARGET:g}): "
+                  + "; ".join(f"{name} {statistics.median(rows[name]['rollout']):.3f}" for name in VARIANTS))
+
+
+def share_outside(step: float, *phases: float) -> float:
+    named = dict(zip(PHASES, phases, strict=True))
+    return 1 - (sum(named.values()) - named[WITHIN_LEARN]) / step
 
 
 if __name__ == "__main__":

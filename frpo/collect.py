@@ -51,8 +51,8 @@ def collect(parts: Parts | Serving, state: RunState, bar: ProgressBar) -> Scored
                        selection=parts.stream.state)
 
 
-def rollouts(parts: Parts | Serving, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *, first: int, cursor: int
-             ) -> ScoreReport:
+def rollouts(parts: Parts | Serving, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *, first: int,
+             cursor: int) -> ScoreReport:
     """Scored groups of these prompts, sampled by the state's policy version.
 
     first: prompts that this step has drawn before. cursor: where in the stream they come from; seeds follow from it.

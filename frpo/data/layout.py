@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -77,20 +78,30 @@ def _balance(ordered: Sequence[TrainingSample], layout: Layout) -> list[list[Tra
 
 
 def _fill(ordered: Sequence[TrainingSample], layout: Layout) -> list[MicroBatch]:
-    """First-fit into micro-batches, longest first. The first sample of a padded one is the width of all its rows."""
+    """First-fit into micro-batches, longest first. The first sample of a padded one is the width of all its rows.
+
+    Lengths only fall, so a micro-batch without room is out of the search until they have fallen to the room it has.
+    """
     batches: list[list[TrainingSample]] = []
-    taken: list[int] = []
+    room: list[int] = []
+    fitting: list[int] = []  # heap of the micro-batches with room for the next sample, which the first one gets
+    waiting: list[tuple[int, int]] = []  # heap of (-room, micro-batch) of packed ones without it
     for sample in ordered:
         length = len(sample.token_ids)
-        for index, batch in enumerate(batches):
-            width = length if layout.packed else len(batch[0].token_ids)
-            if taken[index] + width <= layout.micro_batch_tokens:
-                batch.append(sample)
-                taken[index] += width
-                break
-        else:
-            batches.append([sample])
-            taken.append(length)
+        while waiting and -waiting[0][0] >= length:
+            heappush(fitting, heappop(waiting)[1])
+        if not fitting:
+            fitting.append(len(batches))
+            batches.append([])
+            room.append(layout.micro_batch_tokens)
+        index = fitting[0]
+        batches[index].append(sample)
+        width = length if layout.packed else len(batches[index][0].token_ids)
+        room[index] -= width
+        if room[index] < width:
+            heappop(fitting)
+            if layout.packed:
+                heappush(waiting, (-room[index], index))
     return [tuple(batch) for batch in batches]
 
 

@@ -30,7 +30,7 @@ class GlooGroup:
         limit = timedelta(seconds=timeout_s)
         options = ProcessGroupGloo._Options()
         options._timeout = limit
-        options._devices = [_device_towards(host, port)]
+        options._devices = _devices_towards(host, port)
         self.server: TCPStore | None = None
         self._sending: Future | None = None
         # Two connections: the one that is watched must not wait for what the other is asked.
@@ -86,17 +86,17 @@ def form_as_sender(host: str, size: int, timeout_s: float, invite: Callable[[int
     return group
 
 
-def _device_towards(host: str, port: int) -> Any:
-    """The network that GLOO_SOCKET_IFNAME names, or else the one on which `host` is reached.
+def _devices_towards(host: str, port: int) -> list[Any]:
+    """The networks that GLOO_SOCKET_IFNAME names, or else the one on which `host` is reached.
 
     Gloo itself would take the address of this machine's name, which is often the loopback.
     """
-    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
-        return ProcessGroupGloo.create_device(interface=interface)
+    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # sends nothing
-        return ProcessGroupGloo.create_device(hostname=probe.getsockname()[0])
+        return [ProcessGroupGloo.create_device(hostname=probe.getsockname()[0])]
 
 
 def _begin(function: Callable[..., Any], *arguments: Any) -> Future:

@@ -157,8 +157,11 @@ def _succeeded(actor: NamedActor, reference: Any) -> bool:
 
 
 def remove_leftovers() -> None:
-    """Delete DeepSpeed's buffers (67 MB a rank) of runs on this machine that were killed: old ones that nobody maps."""
-    old = [file for file in SHARED_MEMORY.glob("deepspeed_allreduce_buffer_*")
+    """Delete what killed runs have left on this machine: old buffers of ours that nobody maps.
+
+    DeepSpeed's (67 MB a rank), and those of vLLM engines with several workers (8 MB).
+    """
+    old = [file for pattern in ("deepspeed_allreduce_buffer_*", "vllm_dist_*") for file in SHARED_MEMORY.glob(pattern)
            if file.stat().st_uid == os.getuid() and time.time() - file.stat().st_mtime > LEFTOVER_AGE_S]
     if not old:
         return

@@ -146,7 +146,7 @@ def cached_tokens(loop, prompts):
     def generate(engine, token_ids):
         from vllm import SamplingParams
 
-        output, = engine.llm.generate([{"prompt_token_ids": token_ids}], SamplingParams(max_tokens=1), use_tqdm=False)
+        output, = engine.llm.generate([engine._prompt(token_ids)], SamplingParams(max_tokens=1), use_tqdm=False)
         return output.num_cached_tokens
 
     return inside(loop.pool.engines[0], generate, list(prompts[0].token_ids))

@@ -12,9 +12,9 @@ from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import RolloutGroup
 
-PROMPTS = random_prompts(12, 150, seed=5)
+PROMPTS = random_prompts(10, 150, seed=5)
 """The first is longer than a block of the prefix cache, so that what old weights computed lies there."""
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=200)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=150)
 
 
 def sampled(loop: RunningLoop, version: int, prompts=PROMPTS, step: int = 0) -> list[RolloutGroup]:

@@ -127,7 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of TRL, of frpo's engine and of its learner")
     parser.add_argument("--trl-python", type=Path, help=f"interpreter of an environment that has {TRL}")
     parser.add_argument("--folder", type=Path, help="keep models, logs and TRL's environment here")
-    parser.add_argument("--trl-micro-batch", type=int, default=16, help="sequences that TRL learns from at a time")
+    parser.add_argument("--trl-micro-batch", type=int, default=8, help="sequences that TRL learns from at a time")
     parser.add_argument("--continuous-batching", action="store_true", help="TRL's use_transformers_continuous_batching")
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--json", type=Path, help="also write the figures here")

@@ -5,6 +5,7 @@ Numbers come back as they were, to the bit. What JSON lacks (dates in a data set
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,16 @@ def scored_group(row: Mapping[str, Any]) -> ScoredGroup:
 
 def _completion(row: Mapping[str, Any]) -> Completion:
     return Completion(
-        text=row["text"], token_ids=tuple(row["token_ids"]), logprobs=tuple(row["logprobs"]),
+        text=row["text"], token_ids=tuple(row["token_ids"]), logprobs=tuple(map(_value, row["logprobs"])),
         loss_mask=tuple(map(bool, row["loss_mask"])), seed=row["seed"], finish_reason=row["finish_reason"],
         version_spans=tuple(VersionSpan(policy_version=version, start=start, end=end)
                             for version, start, end in row["version_spans"]))
 
 
 def _values(numbers: Iterator[float | None]) -> np.ndarray:
-    return np.array([np.nan if number is None else number for number in numbers], dtype=np.float64)
+    return np.array([_value(number) for number in numbers], dtype=np.float64)
+
+
+def _value(number: float | None) -> float:
+    """What JSON holds of a number: null stands for NaN."""
+    return math.nan if number is None else number

@@ -4,11 +4,19 @@ It does not shard: a `transformers` model built while an `HfDeepSpeedConfig` is 
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from frpo.config.model import ModelSection
 from frpo.errors import ModelError
@@ -21,11 +29,26 @@ ATTENTION = {"sdpa": packed_attention.NAME, "eager": "eager", "flash_attention_2
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. Raises ModelError naming the path where there is none."""
+    """The tokenizer beside a model, as it was saved. Raises ModelError naming the path where there is none."""
     try:
+        if _saved_as_it_is(Path(path)):
+            return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer at {path!r}: {_first_line(error)}") from None
+
+
+def _saved_as_it_is(folder: Path) -> bool:
+    """Whether a local tokenizer.json is of no model's class.
+
+    transformers rebuilds such a tokenizer as the class of the model beside it, with that model's splitting of text: a
+    character-level one beside a Qwen2 config loses every space.
+    """
+    config = folder / "tokenizer_config.json"
+    if not config.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    saved = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+    return saved in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def check_model_path(model: ModelSection, path: str) -> None:

@@ -1,0 +1,16 @@
+"""A tokenizer comes back as it was saved, whatever model lies beside it."""
+from transformers import Qwen2Config
+
+from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.learner.model import load_tokenizer
+
+TEXT = "a b\n(1 + 2)= x"
+
+
+def test_spaces_and_newlines_survive_beside_a_model_with_a_tokenizer_class_of_its_own(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    Qwen2Config().save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT) and loaded.decode(loaded.encode(TEXT)) == TEXT
+    assert loaded.chat_template == tokenizer.chat_template and loaded.pad_token == tokenizer.pad_token

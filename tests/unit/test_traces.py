@@ -1,0 +1,31 @@
+"""Trace rows and back: every number as it was."""
+import json
+import math
+
+import numpy as np
+
+from frpo.step_metrics import scored_row
+from frpo.telemetry import JsonlFile
+from frpo.traces import read_traces, scored_group
+from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
+
+
+def test_a_group_comes_back_as_it_was_written(tmp_path):
+    completion = Completion(text="a\n\"b", token_ids=(5, 6), logprobs=(-1 / 3, math.nan), loss_mask=(True, False),
+                            version_spans=(VersionSpan(policy_version=3, start=0, end=2),), seed=9,
+                            finish_reason="length")
+    prompt = Prompt(uid="p", messages=({"role": "user", "content": "?"},), token_ids=(1,), columns={"a": [1, None]})
+    group = ScoredGroup(group=RolloutGroup(group_id=(2, 7), prompt=prompt, completions=(completion,)),
+                        rewards_G=np.array([math.nan]), terms={"r": np.array([1 / 7])})
+    file = JsonlFile(tmp_path / "traces.jsonl")
+    file.append(scored_row(group))
+    (number, row), = read_traces(file.path)
+    again = scored_group(row)
+    assert number == 1 and json.loads(file.path.read_text()) == row
+    back, = again.group.completions
+    assert math.isnan(back.logprobs[1]) and back.logprobs[0] == -1 / 3
+    assert (back.text, back.token_ids, back.loss_mask, back.version_spans, back.seed, back.finish_reason) == (
+        completion.text, (5, 6), (True, False), completion.version_spans, 9, "length")
+    assert again.group.prompt == prompt and again.group.group_id == (2, 7)
+    np.testing.assert_array_equal(again.rewards_G, group.rewards_G)
+    np.testing.assert_array_equal(again.terms["r"], group.terms["r"])

@@ -167,7 +167,9 @@ def test_a_run_that_fails_gives_its_message_and_its_exit_code(cluster, elsewhere
 @pytest.mark.timeout(240)
 def test_an_interrupt_stops_the_job_and_leaves_one_that_nobody_waits_for(cluster, elsewhere):
     left = submitted(cluster, elsewhere, f"rewards=[{{name: a, function: '{elsewhere}/none.py:f'}}]")
-    code, log, seen, _ = launch(cluster, elsewhere, "spread", "run.dir=runs/third", interrupt_at=set(RUN))
+    # Longer than anyone waits, so that it cannot end before it is interrupted.
+    endless = ("run.dir=runs/third", "run.num_steps=100000", "telemetry.traces=false")
+    code, log, seen, _ = launch(cluster, elsewhere, "spread", *endless, interrupt_at=set(RUN))
     assert code == 130, log
     assert seen == set(RUN)
     assert "frpo: interrupted" in log and log.endswith("ray_job: the job stopped\n")

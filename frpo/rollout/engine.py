@@ -76,7 +76,7 @@ class RolloutEngine:
             enforce_eager=device == "cpu", seed=index, trust_remote_code=recipe.model.trust_remote_code,
             logprobs_mode="processed_logprobs", weight_transfer_config={"backend": recipe.weight_sync.backend},
             worker_extension_cls="frpo.rollout.weight_receiver.WorkerExtension", **memory)
-        self.shared = SharedEngine(self.llm.llm_engine)
+        self.shared = SharedEngine(self.llm.llm_engine, recipe.weight_sync.timeout_s)
         self.tokenizer = self.llm.get_tokenizer()
         self.staged = recipe.weight_sync.backend in STAGED
         self.unusable: str | None = None
@@ -93,6 +93,8 @@ class RolloutEngine:
         are pushed meanwhile serve the rest of what is under way, as the completions' version spans tell.
         Raises EngineError if the engine holds another version, or none.
         """
+        if not or_newer:  # no push is under way then, and one that broke off may hold the engine
+            self._check_usable()
         done: dict[GroupId, dict[int, Completion]] = {request.group_id: {} for request in requests}
         run = self._completions if self.hook is None else self._episodes
         with self.shared.caller() as caller:
@@ -157,6 +159,7 @@ class RolloutEngine:
             self._check_version(version)
             return {str(i): (self._prompt(ids), params) for i, (ids, _) in enumerate(sequences)}
 
+        self._check_usable()
         found: dict[str, np.ndarray] = {}
         with self.shared.caller() as caller:
             caller.add(vllm_requests)
@@ -258,9 +261,12 @@ class RolloutEngine:
         """Process id, once the engine can be called."""
         return os.getpid()
 
-    def _check_version(self, expected: int, or_newer: bool = False) -> None:
+    def _check_usable(self) -> None:
         if self.unusable:
             raise EngineError(f"engine {self.index}: {self.unusable}; rebuild and sync it before it serves again")
+
+    def _check_version(self, expected: int, or_newer: bool = False) -> None:
+        self._check_usable()
         held = self.policy_version()
         if held is None or (held < expected if or_newer else held != expected):
             raise EngineError(f"engine {self.index} holds policy version {held}, asked to sample version {expected}"

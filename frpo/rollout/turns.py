@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from frpo.errors import EngineError
+
 
 class SharedEngine:
-    """Callers of one `LLMEngine`, each in a thread of its own."""
+    """Callers of one `LLMEngine`, each in a thread of its own.
 
-    def __init__(self, engine: Any):
-        self.engine = engine
+    limit_s: how long a turn is waited for. Whoever holds the engine may have died, and it would never be released.
+    """
+
+    def __init__(self, engine: Any, limit_s: float):
+        self.engine, self.limit_s = engine, limit_s
         self._callers: dict[str, Caller] = {}
         self._numbers = itertools.count()
         self._gate, self._turn = threading.Lock(), threading.Lock()
@@ -24,7 +29,10 @@ class SharedEngine:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Between two steps of the engine. Whoever waits comes before the next step of whoever is stepping."""
+        """Between two steps of the engine. Whoever waits comes before the next step of whoever is stepping.
+
+        Raises EngineError if the turn does not come within the limit.
+        """
         self._take()
         try:
             yield
@@ -72,8 +80,17 @@ class SharedEngine:
 
     def _take(self) -> None:
         # The gate is held while waiting, so that a thread which steps again and again cannot overtake.
-        with self._gate:
-            self._turn.acquire()
+        if not self._gate.acquire(timeout=self.limit_s):
+            raise self._late()
+        try:
+            if not self._turn.acquire(timeout=self.limit_s):
+                raise self._late()
+        finally:
+            self._gate.release()
+
+    def _late(self) -> EngineError:
+        return EngineError(f"the engine was not to be had within {self.limit_s:g} s (weight_sync.timeout_s): an update "
+                           "of its weights was begun and not finished, or a step takes longer")
 
 
 class Caller:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from frpo.errors import EngineError
 from frpo.rollout.turns import SharedEngine
 
 
@@ -44,7 +45,7 @@ def sample(shared, keys):
 
 
 def test_a_caller_gets_its_own_outputs_under_its_own_keys():
-    shared = SharedEngine(Engine())
+    shared = SharedEngine(Engine(), 20)
     with shared.caller() as first, shared.caller() as second:
         first.add(lambda: {"a": (None, None), "b": (None, None)})
         second.add(lambda: {"a": (None, None)})
@@ -57,7 +58,7 @@ def test_a_caller_gets_its_own_outputs_under_its_own_keys():
 
 
 def test_many_threads_at_once_lose_nothing():
-    shared, found = SharedEngine(Engine()), {}
+    shared, found = SharedEngine(Engine(), 20), {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: sample(shared, list("abcd"))})) for i in range(8)]
     for thread in threads:
         thread.start()
@@ -67,7 +68,7 @@ def test_many_threads_at_once_lose_nothing():
 
 
 def test_who_leaves_early_leaves_no_request_behind():
-    shared = SharedEngine(Engine())
+    shared = SharedEngine(Engine(), 20)
     with pytest.raises(ZeroDivisionError), shared.caller() as caller:
         caller.add(lambda: {"a": (None, None)})
         caller.outputs()
@@ -76,14 +77,14 @@ def test_who_leaves_early_leaves_no_request_behind():
 
 
 def test_nothing_is_added_if_making_the_requests_raises():
-    shared = SharedEngine(Engine())
+    shared = SharedEngine(Engine(), 20)
     with pytest.raises(KeyError), shared.caller() as caller:
         caller.add(lambda: {}["another version"])
     assert shared.engine.left == {} and shared.engine.aborted == []
 
 
 def test_a_turn_comes_between_two_steps_and_before_the_next_one():
-    shared = SharedEngine(Engine(steps=400))
+    shared = SharedEngine(Engine(steps=400), 20)
     sampler = threading.Thread(target=sample, args=(shared, ["a"]))
     sampler.start()
     while len(shared.engine.log) < 5:
@@ -101,7 +102,7 @@ def test_a_turn_comes_between_two_steps_and_before_the_next_one():
 
 
 def test_a_held_engine_does_not_step_until_it_is_released_from_another_thread():
-    shared = SharedEngine(Engine())
+    shared = SharedEngine(Engine(), 20)
     shared.hold()
     with shared.turn_of_update():
         pass  # one of the calls between
@@ -113,3 +114,12 @@ def test_a_held_engine_does_not_step_until_it_is_released_from_another_thread():
     releaser.start()
     sampler.join(20)
     assert (held, shared.engine.log.count("step")) == (0, 3)
+
+
+def test_an_engine_that_nobody_releases_is_an_error_and_no_hang():
+    shared = SharedEngine(Engine(), 0.1)
+    shared.hold()  # by a sender that dies
+    with pytest.raises(EngineError, match="not to be had within 0.1 s .* was begun and not finished"):
+        sample(shared, ["a"])
+    shared.release()
+    assert sample(shared, ["a"]) == ["a"]

@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
 
 
 def finished_groups(given: argparse.Namespace) -> Iterator[RolloutGroup]:
-    """Groups as an engine gives them: every completion has tuples, a text and a span of its own."""
+    """Groups as an engine gives them: every completion has arrays, a text and a span of its own."""
     random = np.random.Generator(np.random.PCG64(0))
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz "))
     for draw in range(given.groups):
@@ -99,9 +99,9 @@ def finished_groups(given: argparse.Namespace) -> Iterator[RolloutGroup]:
         yield RolloutGroup(group_id=(0, draw), prompt=prompt, completions=tuple(
             Completion(
                 text="".join(random.choice(letters, size=CHARACTERS * given.tokens)),
-                token_ids=tuple(random.integers(VOCABULARY, size=given.tokens).tolist()),
-                logprobs=tuple((-random.exponential(size=given.tokens)).tolist()),
-                loss_mask=(True,) * given.tokens, seed=draw * given.group_size + sample, finish_reason="stop",
+                token_ids=random.integers(VOCABULARY, size=given.tokens),
+                logprobs=-random.exponential(size=given.tokens), loss_mask=np.ones(given.tokens),
+                seed=draw * given.group_size + sample, finish_reason="stop",
                 version_spans=(VersionSpan(policy_version=0, start=0, end=given.tokens),))
             for sample in range(given.group_size)))
 

@@ -57,6 +57,10 @@ CONSTANT = 20.0
 LIMIT_S = 1800.0
 
 
+MICRO_BATCH_TOKENS = 2048
+"""That frpo learns from at a time: activations of more do not stay in a CPU's cache."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """What is trained and on how much."""
@@ -230,7 +234,8 @@ def frpo_recipe(case: Case, sizes: Sizes, given: argparse.Namespace, folder: Pat
                     "threads": given.threads, "kv_cache_mb": max(64, 2 * rows * window * kv_bytes >> 20)},
         "rewards": [{"name": "even", "function": f"{WORKER}:share_of_even"}],
         "objective": {"advantage": {"name": "dr_grpo"}, "reduction": "fixed-length"},
-        "learner": {"num_ranks": 1, "threads": given.threads, "deepspeed": "zero1", "lr": given.lr},
+        "learner": {"num_ranks": 1, "threads": given.threads, "deepspeed": "zero1", "lr": given.lr,
+                    "micro_batch_tokens": max(MICRO_BATCH_TOKENS, window)},
         "weight_sync": {"backend": "cpu_shm", "bucket_mb": 32 if sizes.hidden >= 512 else 0.1}})
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from frpo.config.loader import dump_recipe, load_recipe
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.loader import dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
 from frpo.errors import FrpoError
 
@@ -31,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(parsed: argparse.Namespace) -> int:
-    recipe = load_recipe(parsed.recipe, parsed.overrides)
+    from frpo.cluster.team import follow, follows, sized
+
+    recipe = sized(load_recipe(parsed.recipe, parsed.overrides))
+    if follows():
+        return follow(recipe)
     if parsed.dry_run:
         from frpo.builder import check, reward_suite
 
@@ -49,12 +54,40 @@ def train(parsed: argparse.Namespace) -> int:
             print(f"# trained on too: {checked.prompts.overlap} x same prompt as a held-out one "
                   "(data.heldout_overlap: keep)")
         return 0
-    from frpo import supervise
+    from frpo.builder import build
     from frpo.evaluate.curve import draw_reward_curve
+    from frpo.supervise import outlive
+    from frpo.trainer import Trainer
 
-    state, folder = supervise.train(recipe), Path(recipe.run.dir)
+    state, folder = outlive(recipe, build, lambda parts: Trainer(parts).fit()), Path(recipe.run.dir)
     picture = draw_reward_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "reward.png")
     print(f"{state.step} steps done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
+          f"picture: {picture}")
+    return 0
+
+
+def finetune(parsed: argparse.Namespace) -> int:
+    from frpo.cluster.team import follow, follows, sized
+
+    recipe = sized(load_recipe(parsed.recipe, parsed.overrides, FinetuneRecipe))
+    if follows():
+        return follow(recipe)
+    from frpo.finetune_parts import build_finetune, check_finetune
+
+    if parsed.dry_run:
+        examples = check_finetune(recipe).examples
+        print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False).rstrip())
+        print(f"# checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples")
+        for reason, count in examples.skipped.items():
+            print(f"# left out: {count} x {reason}")
+        return 0
+    from frpo.evaluate.curve import draw_loss_curve
+    from frpo.finetune import FineTuner
+    from frpo.supervise import outlive
+
+    state, folder = outlive(recipe, build_finetune, lambda parts: FineTuner(parts).fit()), Path(recipe.run.dir)
+    picture = draw_loss_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "loss.png")
+    print(f"{state.step} updates done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
           f"picture: {picture}")
     return 0
 
@@ -87,7 +120,7 @@ def config(parsed: argparse.Namespace) -> int:
     if parsed.keys:
         text = key_reference()
     else:
-        text = yaml.safe_dump(dump_recipe(load_recipe(parsed.recipe, parsed.overrides)), sort_keys=False).rstrip()
+        text = yaml.safe_dump(dump_recipe(load_any_recipe(parsed.recipe, parsed.overrides)), sort_keys=False).rstrip()
     with contextlib.suppress(BrokenPipeError):  # piped into head
         print(text, flush=True)
     return 0
@@ -118,6 +151,7 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="frpo", description="Post-training that survives the next fine-tuning.")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; LOCAL_RANK says it too
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(function, description: str) -> argparse.ArgumentParser:
@@ -129,6 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--dry-run", action="store_true", help="check everything that needs no engine, then stop")
+    command = add(finetune, "fine-tune a model on given responses: SFT, CSFT, CSFT+PA")
+    command.add_argument("recipe", help=RECIPE)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--dry-run", action="store_true", help="check everything that needs no model, then stop")
     command = add(evaluate, "score a model on a recipe's held-out prompts, without a learner")
     command.add_argument("model", help="a folder with a Hugging Face model, such as a run's export, or a hub id")
     command.add_argument("recipe", help=f"{RECIPE}: prompts, rewards, sampling")

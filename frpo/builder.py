@@ -4,23 +4,28 @@ What can be known without an engine (recipe, model, tokenizer, data, rewards, ch
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from frpo.checkpoint import CheckpointStore
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.ray_ranks import RayRanks
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.cluster.runtime import choose_device, ray_session
-from frpo.config.loader import dump_recipe
+from frpo.cluster.team import TeamRanks, in_team
+from frpo.config.loader import AnyRecipe
 from frpo.config.memory import memory_strategy
+from frpo.config.model import ModelSection
 from frpo.config.sections import Recipe
-from frpo.data.chat import check_tokenizer
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.journal import Journal, open_journal
 from frpo.learner.lora import check_targets
 from frpo.learner.model import check_model_path, load_tokenizer
 from frpo.learner.tiny import tiny_model
@@ -28,16 +33,13 @@ from frpo.manifest import write_manifest
 from frpo.rewards import RewardSpec, RewardSuite
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
-from frpo.telemetry import JsonlFile, PhaseTimer, Sink, TensorBoardSink, WandbSink
+from frpo.telemetry import PhaseTimer
 from frpo.types import RunState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Everything a training run is made of. `resume` is where to go on, if anywhere.
-
-    files: the append-only files by name; their sizes are part of a checkpoint.
-    """
+    """Everything a training run is made of."""
 
     recipe: Recipe
     run_dir: Path
@@ -48,11 +50,11 @@ class Parts:
     engines: RecoveringEngines
     sampler: Sampler
     learner: LearnerGroup
-    checkpoints: CheckpointStore
-    resume: tuple[Path, RunState] | None
-    files: Mapping[str, JsonlFile]
-    sinks: tuple[Sink, ...]
-    timer: PhaseTimer
+    journal: Journal
+
+    @property
+    def timer(self) -> PhaseTimer:
+        return self.journal.timer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +94,17 @@ def check(recipe: Recipe) -> Checked:
 
 def check_prompts(recipe: Recipe) -> PromptSet:
     """The prompts, once model and tokenizer have been found to fit the recipe."""
-    if recipe.model.tiny is not None:
-        tokenizer = build_tokenizer()
-    else:
-        check_model_path(recipe.model, recipe.model.path)
-        if recipe.model.lora is not None:
-            check_targets(recipe.model, recipe.model.path)
-        tokenizer = load_tokenizer(recipe.model.path, recipe.model.trust_remote_code)
-    check_tokenizer(tokenizer, needs_chat=recipe.data.format == "chat")
-    return load_prompts(recipe.data, tokenizer, recipe.run.seed)
+    return load_prompts(recipe.data, tokenizer_of(recipe.model), recipe.run.seed)
+
+
+def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, once the model has been found to be there and to fit the recipe."""
+    if model.tiny is not None:
+        return build_tokenizer()
+    check_model_path(model, model.path)
+    if model.lora is not None:
+        check_targets(model, model.path)
+    return load_tokenizer(model.path, model.trust_remote_code)
 
 
 @contextmanager
@@ -112,25 +116,20 @@ def build(recipe: Recipe) -> Iterator[Parts]:
         rewards = stack.enter_context(reward_suite(recipe, checked.prompts))
         model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
         stack.enter_context(ray_session())
-        device = choose_device(recipe, engines=recipe.rollout.replay is None)
+        device = choose_device(recipe, learner=not in_team(recipe), engines=recipe.rollout.replay is None)
         write_manifest(run_dir, recipe, checked.prompts.digest, device)
         pool = stack.enter_context(engine_pool(recipe, model_path, device))
-        learner = LearnerGroup(recipe, model_path, device)
-        stack.callback(learner.close)
+        learner = stack.enter_context(learner_group(recipe, model_path, device))
         pool.wait_until_ready()
         learner.connect_engines(pool.client())
         engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
-        files = open_files(recipe, run_dir, going_on=checked.resume is not None)
-        for file in files.values():
-            stack.callback(file.close)
-        sinks = _sinks(recipe, run_dir)
-        for sink in sinks:
-            stack.callback(sink.close)
+        names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
+        journal = stack.enter_context(open_journal(recipe, checked.checkpoints, checked.resume, names))
         yield Parts(
             recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
             learner=learner, stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
             sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
-            checkpoints=checked.checkpoints, resume=checked.resume, files=files, sinks=sinks, timer=PhaseTimer())
+            journal=journal)
 
 
 @contextmanager
@@ -158,6 +157,16 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
 
 
 @contextmanager
+def learner_group(recipe: AnyRecipe, model_path: str, device: str) -> Iterator[LearnerGroup]:
+    """The learner's ranks, loaded, and ended with the context: a team of processes, or Ray actors."""
+    ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device)
+    try:
+        yield LearnerGroup(recipe, model_path, device, ranks)
+    finally:
+        ranks.close()
+
+
+@contextmanager
 def engine_pool(recipe: Recipe, model_path: str, device: str) -> Iterator[EnginePool]:
     """Rollout engines that have begun to load, none where traces are replayed; ended with the context."""
     pool = EnginePool(recipe, model_path, device, 0 if recipe.rollout.replay else recipe.rollout.num_engines)
@@ -180,23 +189,3 @@ def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -
     if recipe.data.selection is None:
         return stream
     return PromptSelector(stream, recipe.data.selection, read_selection(checkpoint))
-
-
-def open_files(recipe: Recipe, run_dir: Path, *, going_on: bool) -> dict[str, JsonlFile]:
-    """The append-only files of a run, by name. A run that starts anew moves an earlier one's files aside first."""
-    names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
-    paths = {name: run_dir / f"{name}.jsonl" for name in names}
-    for name, path in paths.items():
-        if not going_on and path.is_file() and path.stat().st_size > 0:
-            number = 1 + sum(1 for _ in run_dir.glob(f"{name}.earlier-*.jsonl"))
-            path.rename(run_dir / f"{name}.earlier-{number}.jsonl")
-    return {name: JsonlFile(path) for name, path in paths.items()}
-
-
-def _sinks(recipe: Recipe, run_dir: Path) -> tuple[Sink, ...]:
-    sinks: list[Sink] = []
-    if recipe.telemetry.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard"))
-    if recipe.telemetry.wandb:
-        sinks.append(WandbSink(recipe.run.name, run_dir, dump_recipe(recipe)))
-    return tuple(sinks)

@@ -16,8 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from frpo.config.loader import dump_recipe, recipe_difference, recipe_digest
-from frpo.config.sections import Recipe
+from frpo.config.loader import AnyRecipe, dump_recipe, recipe_difference, recipe_digest
 from frpo.errors import CheckpointError
 from frpo.types import RunState
 
@@ -28,7 +27,7 @@ FOLDER = re.compile(r"step_(\d{6,})")
 class CheckpointStore:
     """The resumable checkpoints of one run."""
 
-    def __init__(self, run_dir: Path, recipe: Recipe):
+    def __init__(self, run_dir: Path, recipe: AnyRecipe):
         self.folder = run_dir / "checkpoints"
         self.recipe = recipe
 

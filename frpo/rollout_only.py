@@ -6,7 +6,6 @@ Nothing is learned, so later steps sample the same policy, version 0, once more.
 """
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -20,12 +19,12 @@ from frpo.builder import Serving, build_engines, check_prompts
 from frpo.collect import collect
 from frpo.config.loader import recipe_digest
 from frpo.config.sections import EvaluateSection, Recipe
-from frpo.errors import ConfigError
 from frpo.evaluate.heldout import heldout_metrics
 from frpo.evaluate.model import table_rows
 from frpo.objectives.stage import advantaged
-from frpo.step_metrics import rollout_metrics, trace_rows
+from frpo.step_metrics import mishaps, rollout_metrics, trace_rows
 from frpo.telemetry import JsonlFile, ProgressBar, mean_interval, step_line
+from frpo.traces import new_file
 from frpo.types import AdvantagedGroup, RunState
 
 FILE = "rollouts.jsonl"
@@ -52,16 +51,6 @@ def run_rollout(recipe: Recipe, steps: int, output: str | None) -> int:
     print_summary(steps, rollouts)
     print(f"groups: {path}  A learner alone trains on them with rollout.replay={path} run.num_steps={steps}")
     return 0
-
-
-def new_file(path: Path) -> Path:
-    """The path itself, if a file can be made there. Raises ConfigError saying what else to give if not."""
-    if path.exists():
-        raise ConfigError(f"{path} is there already and is not overwritten; move it away, or give --output PATH")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ConfigError(f"{path} cannot be written, since {folder} is no folder of yours; give --output PATH")
-    return path
 
 
 def sample_steps(serving: Serving, steps: int, path: Path) -> Rollouts:
@@ -112,18 +101,3 @@ def summary(rollouts: Rollouts) -> list[tuple[str, float, float | None]]:
     tokens = sum(len(completion.token_ids) for group in rollouts.groups
                  for completion in group.scored.group.completions)
     return [*rows, ("tokens per second", tokens / rollouts.seconds, None)]
-
-
-def mishaps(counts: Mapping[str, float]) -> list[str]:
-    """One line for each reward and kind of mishap that occurred: completions without a value, and why."""
-    lines = []
-    for key, count in counts.items():
-        area, _, rest = key.partition("/")
-        name, _, kind = rest.rpartition("/")
-        if area == "reward" and count > 0:
-            lines.append(f"reward {name}: {count:.0f} {MISHAPS[kind]}")
-    return lines
-
-
-MISHAPS = {"abstained": "completions without a value", "nonfinite": "completions with NaN or infinity",
-           "failed": "calls that failed", "timed_out": "calls that took too long"}

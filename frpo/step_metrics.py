@@ -5,7 +5,7 @@ Pure functions of records; nothing is written here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,14 +88,29 @@ def scored_row(scored: ScoredGroup) -> dict[str, Any]:
         "messages": [dict(message) for message in rollout.prompt.messages],
         "prompt_token_ids": list(rollout.prompt.token_ids), "columns": _plain(rollout.prompt.columns),
         "completions": [
-            {"text": completion.text, "token_ids": list(completion.token_ids),
-             "logprobs": list(completion.logprobs),
-             "loss_mask": list(map(int, completion.loss_mask)),
+            {"text": completion.text, "token_ids": completion.token_ids.tolist(),
+             "logprobs": completion.logprobs.tolist(),
+             "loss_mask": completion.loss_mask.astype(int).tolist(),
              "version_spans": [[span.policy_version, span.start, span.end] for span in completion.version_spans],
              "seed": completion.seed, "finish_reason": completion.finish_reason,
              "reward": _number(scored.rewards_G[i]),
              "terms": {name: _number(values[i]) for name, values in scored.terms.items()}}
             for i, completion in enumerate(rollout.completions)]}
+
+
+MISHAPS = {"abstained": "completions without a value", "nonfinite": "completions with NaN or infinity",
+           "failed": "calls that failed", "timed_out": "calls that took too long"}
+
+
+def mishaps(counts: Mapping[str, float]) -> list[str]:
+    """One line for each reward and kind of mishap that occurred: completions without a value, and why."""
+    lines = []
+    for key, count in counts.items():
+        area, _, rest = key.partition("/")
+        name, _, kind = rest.rpartition("/")
+        if area == "reward" and count > 0:
+            lines.append(f"reward {name}: {count:.0f} {MISHAPS[kind]}")
+    return lines
 
 
 def _over(reduce: Any, values: np.ndarray) -> float:

@@ -6,38 +6,42 @@ The ranks of one learner share a collective, so that none can be replaced alone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-from frpo.builder import build
-from frpo.checkpoint import CheckpointStore
-from frpo.config.sections import Recipe
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError
-from frpo.trainer import Trainer
+from frpo.journal import Journal
 from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> RunState:
-    """Train to the last step, from the newest checkpoint of the run again where a rank dies: `run.max_restarts` times.
+class LiveRun(Protocol):
+    """What any run is made of."""
 
-    Raises the EngineError of one death too many, and every other error at once.
+    learner: LearnerGroup
+    journal: Journal
+
+
+def outlive(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[LiveRun]],
+            fit: Callable[[Any], RunState]) -> RunState:
+    """Fit to the last step, from the newest checkpoint of the run again where a rank dies: `run.max_restarts` times.
+
+    build: live parts of a recipe. Raises the EngineError of one death too many, and every other error at once.
     """
     for left in reversed(range(recipe.run.max_restarts + 1)):
         with build(recipe) as parts:
             try:
-                return Trainer(parts).fit()
+                return fit(parts)
             except EngineError as error:
                 ranks = parts.learner.dead()
                 if not ranks or left == 0:
                     raise
                 logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
                                "(run.max_restarts)", error, left - 1)
-        recipe = _going_on(recipe, parts.checkpoints)
+        if parts.journal.checkpoints.complete():
+            recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     raise AssertionError("the last attempt returns or raises")
-
-
-def _going_on(recipe: Recipe, checkpoints: CheckpointStore) -> Recipe:
-    """The recipe that resumes this run; unchanged while it has no checkpoint of its own."""
-    if not checkpoints.complete():
-        return recipe
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})

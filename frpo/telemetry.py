@@ -186,6 +186,8 @@ class ProgressBar:
 
 LINE = (
     ("reward", "reward/mean"), ("min", "reward/min"), ("eval", "eval/reward"), ("kl", "policy/kl_ref"),
+    ("nll", "sft/nll"), ("kl", "sft/kl"), ("w", "csft/weight"), ("mu", "pa/mu"), ("disagree", "pa/disagree"),
+    ("eval nll", "eval/nll"), ("eval kl", "eval/kl"),
     ("entropy", "policy/entropy"), ("clip-", "policy/clip_low"), ("clip+", "policy/clip_high"),
     ("grad", "policy/grad_norm"), ("gap", "rollout/logprob_gap"), ("ess", "tilt/ess"), ("len", "rollout/length"),
     ("tok/s", "time/tokens_per_second"), ("v", "policy/version"))

@@ -6,32 +6,61 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from frpo.errors import DataError
+from frpo.errors import ConfigError, DataError
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
 
-def read_traces(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, row) of every group of a traces.jsonl. Raises DataError naming the line of what is no JSON."""
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """One group as it lies in the traces: its line, from 1 on, and whether a step learned from it."""
+
+    line: int
+    trained: bool
+    scored: ScoredGroup
+
+    @property
+    def step(self) -> int:
+        return self.scored.group.group_id[0]
+
+
+def read_groups(path: Path) -> Iterator[Traced]:
+    """Groups in the order of the file. Raises DataError if there is none, naming the line of what is no trace."""
     if not path.is_file():
         raise DataError(f"no traces at {str(path)!r}; give the traces.jsonl of a run with telemetry.traces: true")
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield number, json.loads(line)
-            except ValueError as error:
+                row = json.loads(line)
+                yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
+            except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not valid JSON ({error}); the file is damaged or still being written"
                                 ) from None
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{path}:{number}: no trace of a rollout group: {error!r}; give the traces.jsonl of a "
+                                "run, or what `frpo rollout` or `frpo evaluate` wrote") from None
+
+
+def new_file(path: Path) -> Path:
+    """The path itself, if a file can be made there. Raises ConfigError saying what else to give if not."""
+    if path.exists():
+        raise ConfigError(f"{path} is there already and is not overwritten; move it away, or give --output PATH")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ConfigError(f"{path} cannot be written, since {folder} is no folder of yours; give --output PATH")
+    return path
 
 
 def scored_group(row: Mapping[str, Any]) -> ScoredGroup:
     """The group of one row of `step_metrics.scored_row`. Raises KeyError for a key that the row lacks."""
-    prompt = Prompt(uid=row["prompt_uid"], messages=tuple(row["messages"]), columns=row["columns"],
+    prompt = Prompt(uid=row["prompt_uid"], messages=tuple(row["messages"]), columns={**row["columns"]},
                     token_ids=tuple(row["prompt_token_ids"]))
     completions = row["completions"]
     names = completions[0]["terms"] if completions else ()
@@ -44,16 +73,12 @@ def scored_group(row: Mapping[str, Any]) -> ScoredGroup:
 
 def _completion(row: Mapping[str, Any]) -> Completion:
     return Completion(
-        text=row["text"], token_ids=tuple(row["token_ids"]), logprobs=tuple(map(_value, row["logprobs"])),
-        loss_mask=tuple(map(bool, row["loss_mask"])), seed=row["seed"], finish_reason=row["finish_reason"],
+        text=row["text"], token_ids=row["token_ids"], logprobs=_values(row["logprobs"]),
+        loss_mask=row["loss_mask"], seed=row["seed"], finish_reason=row["finish_reason"],
         version_spans=tuple(VersionSpan(policy_version=version, start=start, end=end)
                             for version, start, end in row["version_spans"]))
 
 
-def _values(numbers: Iterator[float | None]) -> np.ndarray:
-    return np.array([_value(number) for number in numbers], dtype=np.float64)
-
-
-def _value(number: float | None) -> float:
-    """What JSON holds of a number: null stands for NaN."""
-    return math.nan if number is None else number
+def _values(numbers: Iterable[float | None]) -> np.ndarray:
+    """What JSON holds of numbers: null stands for NaN."""
+    return np.array([math.nan if number is None else number for number in numbers], dtype=np.float64)

@@ -13,13 +13,11 @@ from dataclasses import replace
 from frpo import invariants
 from frpo.batches import batch_source
 from frpo.builder import Parts
-from frpo.config.loader import recipe_digest
-from frpo.errors import CheckpointError
 from frpo.evaluate.best import BestCheckpoint
 from frpo.evaluate.heldout import evaluate_heldout
 from frpo.objectives.stage import References, advantaged
 from frpo.step_metrics import rollout_metrics, staleness_metrics, trace_rows
-from frpo.telemetry import ProgressBar, step_line
+from frpo.telemetry import ProgressBar
 from frpo.types import AdvantagedGroup, RolloutGroup, RunState
 from frpo.update import Updater
 
@@ -37,21 +35,23 @@ class Trainer:
 
     def fit(self) -> RunState:
         """Train to the last step; save and export. Returns the final state."""
-        run, every = self.recipe.run, self.recipe.evaluate.every
-        state = self.restore()
+        run, every, journal = self.recipe.run, self.recipe.evaluate.every, self.parts.journal
+        state = journal.restore(self.parts.learner)
+        if self.best:
+            self.best.restore(state.step if journal.resume and state.file_offsets else None)
         self.parts.engines.push(state.policy_version)
-        self.batches.start(state, self.parts.resume and self.parts.resume[0])
+        self.batches.start(state, journal.resume and journal.resume[0])
         with closing(self.batches), ProgressBar(run.num_steps, state.step, run.name) as bar:
             if state.step == 0:
-                self.write(0, self.evaluate(state, bar), bar)
+                journal.write(0, self.evaluate(state, bar), bar)
             while state.step < run.num_steps:
                 state, metrics = self.step(state, bar)
                 if state.step == run.num_steps or (every and state.step % every == 0):
                     metrics |= self.evaluate(state, bar)
-                self.write(state.step, metrics, bar)
+                journal.write(state.step, metrics, bar)
                 bar.advance()
                 if state.step == run.num_steps or (run.save_every and state.step % run.save_every == 0):
-                    self.save(state, bar)
+                    journal.save(state, self.parts.learner, bar, self.batches.save)
         self.parts.learner.export(str(self.parts.run_dir / "export"))
         return state
 
@@ -95,42 +95,7 @@ class Trainer:
                 self.best.offer(state, metrics, self.parts.learner.export)
         return metrics
 
-    def restore(self) -> RunState:
-        """The state to start from; files are cut back to what it remembers."""
-        parts = self.parts
-        if parts.resume is None:
-            state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest=recipe_digest(self.recipe),
-                             file_offsets=dict.fromkeys(parts.files, 0))
-        else:
-            path, state = parts.resume
-            loaded = parts.learner.load(str(path / "learner"))
-            if loaded != state.policy_version:
-                raise CheckpointError(f"{path}: the learner's state is of policy version {loaded}, state.json says "
-                                      f"{state.policy_version}; the folder was changed, resume from another checkpoint")
-        for name, file in parts.files.items():
-            file.truncate(state.file_offsets.get(name, 0))
-        if self.best:
-            self.best.restore(state.step if parts.resume and state.file_offsets else None)
-        return state
-
-    def save(self, state: RunState, bar: ProgressBar) -> None:
-        """One resumable checkpoint."""
-        bar.note("save")
-        path = self.parts.checkpoints.begin(state.step)
-        self.parts.learner.save(str(path / "learner"))
-        self.batches.save(path)
-        offsets = {name: file.offset() for name, file in self.parts.files.items()}
-        self.parts.checkpoints.finish(path, replace(state, file_offsets=offsets))
-
     def trace(self, trained: Sequence[AdvantagedGroup], replaced: Sequence[AdvantagedGroup]) -> None:
-        if "traces" in self.parts.files:
+        if "traces" in self.parts.journal.files:
             for row in (*trace_rows(trained), *trace_rows(replaced, trained=False)):
-                self.parts.files["traces"].append(row)
-
-    def write(self, step: int, metrics: dict[str, float], bar: ProgressBar) -> None:
-        """Metrics of one step to every sink, and its one log line."""
-        metrics = metrics | self.parts.timer.collect()
-        self.parts.files["metrics"].append({"step": step, **metrics})
-        for sink in self.parts.sinks:
-            sink.write(step, metrics)
-        bar.log(step_line(step, metrics))
+                self.parts.journal.files["traces"].append(row)

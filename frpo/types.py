@@ -6,8 +6,8 @@ or knows an engine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -40,23 +40,35 @@ class VersionSpan:
     end: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Completion:
-    """One sampled continuation of a prompt.
+    """One sampled continuation of a prompt. Its three arrays may be given as any sequences.
 
-    token_ids: T ids, the end-of-sequence token included when `finish_reason` is "stop".
-    logprobs: T log-probabilities in nats under the *sampling* distribution (after temperature and top-p).
-    loss_mask: T flags; a False hole is a token that the policy did not choose (a tool's output).
+    token_ids: int64, T ids, the end-of-sequence token included when `finish_reason` is "stop".
+    logprobs: float64, T log-probabilities in nats under the *sampling* distribution (after temperature and top-p).
+    loss_mask: bool, T flags; a False hole is a token that the policy did not choose (a tool's output).
     finish_reason: "stop", or "length" for a truncated completion.
     """
 
     text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    loss_mask: tuple[bool, ...]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    loss_mask: np.ndarray
     version_spans: tuple[VersionSpan, ...]
     seed: int
     finish_reason: str
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("token_ids", np.int64), ("logprobs", np.float64), ("loss_mask", np.bool_)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal, arrays number by number."""
+        if not isinstance(other, Completion):
+            return NotImplemented
+        mine, theirs = ([getattr(completion, each.name) for each in fields(Completion)] for completion in (self, other))
+        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+                   for a, b in zip(mine, theirs, strict=True))
 
     @property
     def truncated(self) -> bool:
@@ -127,6 +139,8 @@ class TrainingSample:
     policy_weight: S factors of the surrogate term; kl_weight: S factors of the KL term. Zero where nothing is learned.
     """
 
+    WEIGHTS: ClassVar = ("policy_weight", "kl_weight")
+
     sample_id: SampleId
     token_ids: np.ndarray
     loss_mask: np.ndarray
@@ -138,7 +152,39 @@ class TrainingSample:
     ref_logprobs: np.ndarray | None = None
 
 
-MicroBatch = tuple[TrainingSample, ...]
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row of supervised data: S tokens, of which those with a loss are the assistant's.
+
+    origin: where a user finds the row, such as "train.jsonl:17". loss_mask: S flags, never True at the first token.
+    """
+
+    uid: str
+    origin: str
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedSample:
+    """One example as the learner sees it, S tokens.
+
+    sample_id: (0, place within the update, index of the example in its data set).
+    Arrays over S are aligned with `token_ids`: entry s belongs to the prediction *of* token s. weight is divided
+    already, so the learner only ever sums, and zero where nothing is learned.
+    """
+
+    WEIGHTS: ClassVar = ("weight",)
+
+    sample_id: SampleId
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    weight: np.ndarray
+
+
+Sample = TypeVar("Sample", TrainingSample, SupervisedSample)
+
+MicroBatch = tuple[TrainingSample, ...] | tuple[SupervisedSample, ...]
 
 RankBatches = tuple[tuple[MicroBatch, ...], ...]
 """`[rank][i]`: micro-batch i of a rank, for one optimizer update or one scoring pass; every rank has equally many."""

@@ -11,21 +11,26 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from frpo.config.finetune import FinetuneRecipe
 from frpo.config.sections import Recipe, repository_file
 from frpo.errors import ConfigError
+
+AnyRecipe = Recipe | FinetuneRecipe
+Kind = TypeVar("Kind", Recipe, FinetuneRecipe)
 
 NOT_IN_DIGEST = {
     "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "max_restarts",
             "resume"},
+    "reference": {"mode", "cache_dir"},
     "model": {"attn_implementation"},
     "rollout": {"assignment", "num_engines", "tensor_parallel_size", "threads", "block_size", "kv_cache_mb",
                 "gpu_memory_utilization", "hook_timeout_s", "replay", "max_restarts", "startup_timeout_s", "timeout_s"},
-    "learner": {"num_ranks", "deepspeed", "micro_batch_tokens", "packing", "gradient_checkpointing", "threads",
+    "learner": {"num_ranks", "ranks", "deepspeed", "micro_batch_tokens", "packing", "gradient_checkpointing", "threads",
                 "startup_timeout_s", "timeout_s"},
     "weight_sync": {"backend", "bucket_mb", "timeout_s"},
     "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
@@ -47,8 +52,8 @@ REWORDED = {
 }
 """Messages of pydantic that speak of its own types, in the words of recipes."""
 
-NAMED = ("advantage", "surrogate")
-"""Keys of `objective` whose mapping is {name: ..., keys of that name}."""
+NAMED = ("advantage", "surrogate", "objective")
+"""Keys whose mapping may be {name: ..., keys of that name}."""
 
 
 class _RecipeYaml(yaml.SafeLoader):
@@ -74,29 +79,54 @@ _RecipeYaml.add_implicit_resolver(
     list("-+.0123456789"))
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Kind] = Recipe) -> Kind:
     """Read a recipe file (or the name of one in recipes/), its `extends:` chain and `section.key=value` overrides.
 
+    kind: Recipe for reinforcement learning, FinetuneRecipe for supervised fine-tuning.
     Raises ConfigError naming the key, the value given and what is allowed.
     """
+    values = _read_overridden(path, overrides)
+    found = _kind_of(values, kind)
+    if found is not kind:
+        raise ConfigError(f"{path} is a recipe of `frpo {found.COMMAND}`, by its objective and rewards; this command "
+                          f"takes those of `frpo {kind.COMMAND}`")
+    return _validated(values, kind, source=str(path))
+
+
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """The same for a recipe of either kind."""
+    values = _read_overridden(path, overrides)
+    return _validated(values, _kind_of(values, Recipe), source=str(path))
+
+
+def _read_overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     values = _read_with_bases(_find_recipe(str(path)), seen=())
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = _merge(changes, _parse_override(override))
-    return _validated(_merge(values, changes), source=str(path))
+    return _merge(values, changes)
 
 
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+def _kind_of(values: dict[str, Any], default: type[Kind]) -> type[AnyRecipe]:
+    """What the values are a recipe of, if they show it: only a supervised objective has a name, only RL has rewards."""
+    if "rewards" in values:
+        return Recipe
+    objective = values.get("objective")
+    named = isinstance(objective, str) or (isinstance(objective, dict) and "name" in objective)
+    return FinetuneRecipe if named else default
+
+
+def recipe_from_dict(values: dict[str, Any], kind: type[Kind] = Recipe) -> Kind:
     """A checked recipe from plain values, as `dump_recipe` gives them."""
-    return _validated(values, source="recipe")
+    return _validated(values, kind, source="recipe")
 
 
-def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+def dump_recipe(recipe: AnyRecipe) -> dict[str, Any]:
     """The resolved recipe as plain values: every key, defaults included; `recipe_from_dict` reads it back."""
     return _plain(recipe)
 
 
-def recipe_digest(recipe: Recipe) -> str:
+def recipe_digest(recipe: AnyRecipe) -> str:
     """Hash of everything that a checkpoint depends on: all keys but those of NOT_IN_DIGEST."""
     decisive = {key: value for key, value in _leaves(dump_recipe(recipe)).items() if value is not None}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
@@ -170,6 +200,8 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`changes` over `base`, mappings key by key; what goes by another name now drops the keys of the old one."""
     merged = dict(base)
     for key, value in changes.items():
+        if key in NAMED and isinstance(value, dict) and isinstance(merged.get(key), str):
+            merged[key] = {"name": merged[key]}  # a name alone
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         renamed = both and key in NAMED and {"name"} <= value.keys() & merged[key].keys() and (
             value["name"] != merged[key]["name"])
@@ -198,24 +230,24 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
-def _validated(values: dict[str, Any], source: str) -> Recipe:
+def _validated(values: dict[str, Any], kind: type[Kind], source: str) -> Kind:
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, kind) for problem in error.errors()]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
+        known = _known_keys(problem["loc"][:-1], kind)
         return f"unknown key {location!r}{suggestion(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"key {location!r} is required"
     message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
     if problem["type"] == "value_error":
-        if problem["loc"] in [("objective", name) for name in NAMED] and isinstance(given, dict):
+        if problem["loc"] in kind.NAMED and isinstance(given, dict):
             location += f".{_named_key(message, given)}"
         return f"{location}: {message}" if location else message
     message = REWORDED.get(problem["type"], message).replace("Input should", "should")
@@ -231,8 +263,8 @@ def _named_key(message: str, given: dict[str, Any]) -> str:
     return str([*first, *quoted, "name"][0])
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Recipe
+def _known_keys(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
+    model: Any = kind
     for part in location:
         if isinstance(part, int):
             continue

@@ -6,12 +6,14 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from frpo.config.finetune import FinetuneRecipe
 from frpo.config.sections import Recipe
 
 
 def key_reference() -> str:
-    """One line a key: dotted name, default, meaning."""
-    return "\n".join(_lines(Recipe, ""))
+    """One line a key: dotted name, default, meaning; recipes of `frpo train`, then those of `frpo finetune`."""
+    return "\n".join(line for kind in (Recipe, FinetuneRecipe)
+                     for line in (f"# === recipes of `frpo {kind.COMMAND}` ===", *_lines(kind, "")))
 
 
 def _lines(model: type[BaseModel], prefix: str) -> list[str]:

@@ -6,7 +6,7 @@ refused here, before any engine starts. Reading files and overrides is `loader`'
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -14,6 +14,8 @@ from frpo.config.base import Section
 from frpo.config.model import ModelSection
 from frpo.config.objective import ObjectiveSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
+from frpo.objectives.supervised import SupervisedLoss
+from frpo.objectives.surrogate import PolicyLoss
 
 
 class RunSection(Section):
@@ -84,7 +86,10 @@ Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class LearnerSection(Section):
-    num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA)")
+    num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA); under the "
+                                                "deepspeed launcher as many as it starts")
+    ranks: Literal["ray", "process"] = Field(
+        "ray", description="without a launcher, ranks are Ray actors; process: the only rank is the process itself")
     deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on disjoint minibatches of one rollout batch")
     epochs_per_step: int = Field(1, ge=1, description="passes over the rollout batch; E x U updates a step")
@@ -102,6 +107,13 @@ class LearnerSection(Section):
     threads: int = Field(1, ge=1, description="CPU threads of a rank (CPU only)")
     startup_timeout_s: float = Field(600, gt=0, description="limit for all ranks to load")
     timeout_s: float = Field(1800, gt=0, description="limit for one learner phase and for its collectives")
+
+    @model_validator(mode="after")
+    def _one_process(self) -> LearnerSection:
+        if self.ranks == "process" and self.num_ranks > 1:
+            raise ValueError(f"ranks: process is one rank, num_ranks = {self.num_ranks}; choose ranks: ray, or start "
+                             f"`deepspeed --num_gpus {self.num_ranks} --module frpo ...`")
+        return self
 
 
 Limit = Annotated[float, Field(strict=True)] | None
@@ -159,6 +171,10 @@ class TelemetrySection(Section):
 class Recipe(Section):
     """A whole experiment."""
 
+    COMMAND: ClassVar = "train"
+    NAMED: ClassVar = (("objective", "advantage"), ("objective", "surrogate"))
+    """Where a mapping has a name, and keys of that name."""
+
     run: RunSection = Field(RunSection(), description="name, folder, length, checkpoints")
     model: ModelSection = Field(description="what is trained")
     data: DataSection = Field(DataSection(), description="prompts")
@@ -172,6 +188,32 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
     checks: ChecksSection = Field(ChecksSection(), description="fail-fast checks")
     telemetry: TelemetrySection = Field(TelemetrySection(), description="where metrics go")
+
+    @property
+    def policy_loss(self) -> PolicyLoss:
+        """What the learner minimises."""
+        return PolicyLoss(surrogate=self.objective.surrogate, kl_coef=self.objective.kl_coef,
+                          kl_estimator=self.objective.kl_estimator, correction=self.objective.correction)
+
+    @property
+    def bucket_mb(self) -> float:
+        """How much of the model is gathered at a time."""
+        return self.weight_sync.bucket_mb
+
+    @property
+    def supervised_loss(self) -> SupervisedLoss | None:
+        """What the learner minimises on given responses; None where there are none."""
+        return None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference must be run beside the policy."""
+        return self.objective.kl_coef > 0
+
+    @property
+    def reference_model(self) -> str | None:
+        """Path of the reference; None: the policy as it was before the first update."""
+        return None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

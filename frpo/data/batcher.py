@@ -1,4 +1,4 @@
-"""Advantaged groups to the samples of each optimizer update, with token weights that are divided once and for all.
+"""Groups or examples to the samples of each optimizer update, with token weights that are divided once and for all.
 
 A sample's weights depend on the samples of its update only, never on how `layout` spreads them over ranks and
 micro-batches. Does not compute advantages, build tensors or talk to a learner.
@@ -8,7 +8,6 @@ Legend: N samples of an update, S tokens of a sample (prompt and completion).
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from frpo.data.layout import Layout, lay_out
 from frpo.errors import InvariantError
 from frpo.objectives.reduction import token_weights
-from frpo.types import AdvantagedGroup, RankBatches, RolloutGroup, TrainingSample
+from frpo.types import AdvantagedGroup, Example, RankBatches, RolloutGroup, SupervisedSample, TrainingSample
 
 
 def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, max_length: int,
@@ -31,7 +30,7 @@ def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, m
     Raises ConfigError for a sample that does not fit, InvariantError for values not finite.
     """
     old = [None] * len(groups) if old_logprobs is None else old_logprobs
-    lengths_N = np.array([completion.loss_mask.count(True) if train_truncated or not completion.truncated else 0
+    lengths_N = np.array([int(completion.loss_mask.sum()) if train_truncated or not completion.truncated else 0
                           for group in groups for completion in group.scored.group.completions])
     weights = iter(token_weights(reduction, lengths_N, max_length).tolist())
     samples = [sample for group, old_G in zip(groups, old, strict=True)
@@ -46,6 +45,19 @@ def score_batches(groups: Sequence[RolloutGroup], layout: Layout) -> RankBatches
     Samples have no advantage and no weight; skip those with `is_padding` when reading results.
     """
     return lay_out([_sample(group, index) for group in groups for index in range(len(group.completions))], layout)
+
+
+def pack_examples(examples: Sequence[tuple[int, Example]], layout: Layout, *, reduction: str) -> RankBatches:
+    """The examples of one supervised update, each with its index in the data set, laid out.
+
+    reduction: see `token_weights`; N are these examples. Raises ConfigError for one that does not fit.
+    """
+    masks = [np.array(example.loss_mask, dtype=bool) for _, example in examples]
+    weights = token_weights(reduction, np.array([mask_S.sum() for mask_S in masks]), 1)
+    return lay_out([
+        SupervisedSample(sample_id=(0, place, index), token_ids=np.array(example.token_ids, dtype=np.int64),
+                         loss_mask=mask_S, weight=np.where(mask_S, weight, 0.0))
+        for place, ((index, example), mask_S, weight) in enumerate(zip(examples, masks, weights, strict=True))], layout)
 
 
 def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarray, ...] | None,
@@ -72,9 +84,9 @@ def _sample(group: RolloutGroup, index: int, *, advantage: float = 0.0, weight: 
     prompt, completion = group.prompt, group.completions[index]
     sample_id, start = (*group.group_id, index), len(prompt.token_ids)
     assert len(completion.loss_mask) == len(completion.token_ids), f"loss mask of sample {sample_id}"
-    token_ids_S = np.concatenate([_array(prompt.token_ids, "q"), _array(completion.token_ids, "q")])
+    token_ids_S = np.concatenate([np.array(prompt.token_ids, dtype=np.int64), completion.token_ids])
     own_S = np.zeros(len(token_ids_S), dtype=bool)
-    own_S[start:] = _array(completion.loss_mask, "?")
+    own_S[start:] = completion.loss_mask
     mask_S = own_S if learns else np.zeros_like(own_S)
     weight_S = np.where(mask_S, weight, 0.0)
 
@@ -83,7 +95,7 @@ def _sample(group: RolloutGroup, index: int, *, advantage: float = 0.0, weight: 
 
     return TrainingSample(
         sample_id=sample_id, token_ids=token_ids_S, loss_mask=mask_S, advantage=advantage, policy_weight=weight_S,
-        kl_weight=weight_S, rollout_logprobs=aligned(_array(completion.logprobs, "d"), "rollout"),
+        kl_weight=weight_S, rollout_logprobs=aligned(completion.logprobs, "rollout"),
         old_logprobs=None if old is None else aligned(old, "old"),
         ref_logprobs=None if ref is None else aligned(ref, "reference"))
 
@@ -96,11 +108,3 @@ def _aligned(logprobs_T: np.ndarray, own_S: np.ndarray, start: int, what: str) -
     if not np.isfinite(aligned_S).all():
         raise InvariantError(f"{what} of completion token {int(np.isfinite(aligned_S).argmin()) - start} is not finite")
     return aligned_S
-
-
-def _array(values: Sequence[int] | Sequence[float], code: str) -> np.ndarray:
-    """Python's numbers as one array; `struct` reads them twice as fast as numpy does, and there are millions.
-
-    code: "q" int64, "d" float64, "?" bool.
-    """
-    return np.frombuffer(struct.pack(f"{len(values)}{code}", *values), dtype=code)

@@ -5,6 +5,7 @@ Does not pad, truncate or batch, and knows no model family: the tokenizer's own 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from frpo.errors import DataError, ModelError
 
 ROLES = ("system", "user", "assistant", "tool")
+
+Messages = tuple[Mapping[str, str], ...]
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -37,6 +40,31 @@ def render_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     added_end = ids[-1:] == [tokenizer.eos_token_id] and bare[-1:] != [tokenizer.eos_token_id]
     return tuple(ids[:-1] if added_end else ids)
+
+
+def checked_messages(origin: str, messages: list[Any]) -> Messages:
+    """Messages of a row with nothing but role and content. Raises DataError naming the row."""
+    if not messages:
+        raise DataError(f"{origin}: the list of messages is empty; give at least one user message")
+    checked = []
+    for number, message in enumerate(messages):
+        # Data sets fill keys that only other rows have with None.
+        given = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else message
+        if (not isinstance(given, dict) or set(given) != {"role", "content"} or given["role"] not in ROLES
+                or not isinstance(given["content"], str)):
+            raise DataError(f"{origin}: message {number} must be {{role: {'|'.join(ROLES)}, content: text}}, "
+                            f"given {message!r:.80}")
+        checked.append(given)
+    return tuple(checked)
+
+
+def with_system(origin: str, messages: Messages, system_prompt: str | None) -> Messages:
+    """The messages behind the recipe's system prompt, if it has one. Raises DataError if the row has its own."""
+    if system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise DataError(f"{origin}: the row has a system message of its own; remove it or data.system_prompt")
+    return ({"role": "system", "content": system_prompt}, *messages)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, needs_chat: bool) -> None:

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from frpo.errors import ConfigError
-from frpo.types import MicroBatch, RankBatches, TrainingSample
+from frpo.types import MicroBatch, RankBatches, Sample
 
 PADDING_INDEX = -1
 """Sample index, within its group, of a sample that only keeps ranks in step."""
@@ -32,13 +32,13 @@ class Layout:
     packed: bool
     attention_length: float = 12 * 4096
 
-    def cost(self, sample: TrainingSample) -> float:
+    def cost(self, sample: Sample) -> float:
         """Work of a sample, in units of one token without attention."""
         length = len(sample.token_ids)
         return length * (1 + length / self.attention_length)
 
 
-def lay_out(samples: Sequence[TrainingSample], layout: Layout) -> RankBatches:
+def lay_out(samples: Sequence[Sample], layout: Layout) -> RankBatches:
     """`[rank][i]` micro-batches holding each sample once, equally many on every rank.
 
     Longest first, each sample goes to the rank with the least work so far, and within the rank into the first
@@ -61,14 +61,14 @@ def lay_out(samples: Sequence[TrainingSample], layout: Layout) -> RankBatches:
                  for rank in ranks)
 
 
-def is_padding(sample: TrainingSample) -> bool:
+def is_padding(sample: Sample) -> bool:
     """Whether the sample only keeps ranks in step: no result of it counts."""
     return sample.sample_id[2] == PADDING_INDEX
 
 
-def _balance(ordered: Sequence[TrainingSample], layout: Layout) -> list[list[TrainingSample]]:
+def _balance(ordered: Sequence[Sample], layout: Layout) -> list[list[Sample]]:
     """Each sample to the rank with the least work, the lowest of several; keeps the order within a rank."""
-    ranks: list[list[TrainingSample]] = [[] for _ in range(layout.num_ranks)]
+    ranks: list[list[Sample]] = [[] for _ in range(layout.num_ranks)]
     loads = [0.0] * layout.num_ranks
     for sample in ordered:
         rank = loads.index(min(loads))
@@ -77,12 +77,12 @@ def _balance(ordered: Sequence[TrainingSample], layout: Layout) -> list[list[Tra
     return ranks
 
 
-def _fill(ordered: Sequence[TrainingSample], layout: Layout) -> list[MicroBatch]:
+def _fill(ordered: Sequence[Sample], layout: Layout) -> list[MicroBatch]:
     """First-fit into micro-batches, longest first. The first sample of a padded one is the width of all its rows.
 
     Lengths only fall, so a micro-batch without room is out of the search until they have fallen to the room it has.
     """
-    batches: list[list[TrainingSample]] = []
+    batches: list[list[Sample]] = []
     room: list[int] = []
     fitting: list[int] = []  # heap of the micro-batches with room for the next sample, which the first one gets
     waiting: list[tuple[int, int]] = []  # heap of (-room, micro-batch) of packed ones without it
@@ -118,8 +118,8 @@ def _extend(batches: list[MicroBatch], count: int, padding: MicroBatch) -> list[
     return batches
 
 
-def _without_loss(sample: TrainingSample) -> TrainingSample:
+def _without_loss(sample: Sample) -> Sample:
     zeros_S = np.zeros(len(sample.token_ids))
-    step, draw, _ = sample.sample_id
-    return replace(sample, sample_id=(step, draw, PADDING_INDEX), loss_mask=np.zeros(len(zeros_S), dtype=bool),
-                   advantage=0.0, policy_weight=zeros_S, kl_weight=zeros_S)
+    first, second, _ = sample.sample_id
+    return replace(sample, sample_id=(first, second, PADDING_INDEX), loss_mask=zeros_S.astype(bool),
+                   **dict.fromkeys(sample.WEIGHTS, zeros_S))

@@ -14,8 +14,9 @@ from frpo.data.arithmetic import ALPHABET
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>", "<tool>")
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% for message in messages %}<{{ message['role'] }}>{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<eos>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

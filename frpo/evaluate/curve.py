@@ -1,4 +1,4 @@
-"""The reward curve of one or several runs as a picture, from their metrics files."""
+"""Reward and loss curves of one or several runs as pictures, from their metrics files."""
 from __future__ import annotations
 
 import json
@@ -34,6 +34,31 @@ def draw_reward_curve(runs: Mapping[str, Path], picture: Path) -> Path:
     axes.set(xlabel="step", ylabel="mean reward")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+    return picture
+
+
+LOSSES = (("cross-entropy of responses (nats a token)", "sft/nll", "eval/nll"),
+          ("KL to the reference (nats a token)", "sft/kl", "eval/kl"))
+
+
+def draw_loss_curve(runs: Mapping[str, Path], picture: Path) -> Path:
+    """Cross-entropy, and KL to the reference where one was run: training as a line, held-out examples as points."""
+    read = {name: read_metrics(path) for name, path in runs.items()}
+    known = {key for rows in read.values() for row in rows for key in row}
+    panels = [panel for panel in LOSSES if known & set(panel[1:])]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (label, trained, heldout) in zip(axes[0], panels):
+        for color, (name, rows) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], read.items()):
+            for key, style in ((trained, {"alpha": 0.4, "linewidth": 1}), (heldout, {"marker": "o", "markersize": 4})):
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                if points:
+                    axis.plot(*zip(*points), color=color, **style,
+                              label=f"{name}: {'training' if key == trained else 'held-out'} examples")
+        axis.set(xlabel="update", ylabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
     figure.savefig(picture, dpi=130)
     plt.close(figure)
     return picture

@@ -1,15 +1,16 @@
 """One rank of the learner: the verbs a loop calls on every rank in lockstep.
 
-    score, forward_backward, optim_step, push_weights, save, load, export
+    score, forward_backward, supervise, optim_step, push_weights, save, load, export
 
 It takes micro-batches whose weights are divided already and only sums; group logic, advantages and batching happen
 before, on the controller. A plain class: `cluster` puts it into Ray actors.
 """
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from frpo.config.finetune import FinetuneRecipe
 from frpo.config.sections import Recipe
 from frpo.data.layout import is_padding
 from frpo.kernels import linear_logprobs
 from frpo.learner import engine as ds
 from frpo.learner.checkpoint import load_state, save_state
-from frpo.learner.collate import TokenBatch, collate, per_sample
-from frpo.learner.lora import Weight, adapter_weights, adapters_off, add_adapters, merged_weights, write_adapter
-from frpo.learner.losses import MicroBatchLoss, loss_arrays
+from frpo.learner.collate import TokenBatch, collate, loss_positions, per_sample
+from frpo.learner.lora import Weight, adapter_weights, add_adapters, merged_weights, write_adapter
+from frpo.learner.losses import MicroBatchLoss, SupervisedMicroBatch, loss_arrays, response_positions
 from frpo.learner.model import load_model, load_tokenizer
 from frpo.learner.movement import MovementCheck
 from frpo.learner.network import TokenModel
+from frpo.learner.reference import CachedStates, FrozenModel, Reference, ReferenceStates, fill_cache, finish_cache
 from frpo.objectives.base import Metrics
-from frpo.objectives.surrogate import PolicyLoss
+from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
 from frpo.types import MicroBatch, OptimStepOutput, SampleId
 from frpo.weight_sync.protocol import WeightSender
@@ -42,7 +45,7 @@ class Learner:
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment; construction is collective.
     """
 
-    def __init__(self, recipe: Recipe, model_path: str, device: str):
+    def __init__(self, recipe: Recipe | FinetuneRecipe, model_path: str, device: str):
         self.recipe, self.model_path = recipe, model_path
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device == "cpu":
@@ -50,23 +53,26 @@ class Learner:
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(model_path, recipe.model.trust_remote_code)
         self.updates_done = 0
-        self.loss = PolicyLoss(
-            surrogate=recipe.objective.surrogate, kl_coef=recipe.objective.kl_coef,
-            kl_estimator=recipe.objective.kl_estimator, correction=recipe.objective.correction)
         ds.init_process_group(self.device, recipe.learner.timeout_s)
-        config = ds.deepspeed_config(recipe.learner, recipe.model)
-        self.engine = ds.build_policy(lambda: self._load(model_path), recipe.learner, config)
-        self.reference = None
-        if recipe.objective.kl_coef > 0 and recipe.model.lora is None:
-            self.reference = ds.build_reference(lambda: self._load(model_path), config, self.device)
+        self.config = ds.deepspeed_config(recipe.learner, recipe.model)
+        self.engine = ds.build_policy(self._policy, recipe.learner, self.config)
+        self.reference: Reference | None = self._reference() if recipe.needs_reference else None
         self.sender: WeightSender | None = None
 
-    def _load(self, path: str) -> TokenModel:
-        network = load_model(
-            self.recipe.model, path, gradient_checkpointing=self.recipe.learner.gradient_checkpointing)
+    def _policy(self) -> TokenModel:
+        network = load_model(self.recipe.model, self.model_path,
+                             gradient_checkpointing=self.recipe.learner.gradient_checkpointing)
         if self.recipe.model.lora is not None:
             add_adapters(network, self.recipe.model.lora, self.recipe.run.seed)
         return TokenModel(network)
+
+    def _reference(self) -> FrozenModel:
+        """The model that a run holds on to, as it is at the first update."""
+        path = self.recipe.reference_model
+        if path is None and self.recipe.model.lora is not None:
+            return FrozenModel(self.engine, is_policy=True)
+        load = partial(load_model, self.recipe.model, path or self.model_path)
+        return FrozenModel(ds.build_reference(lambda: TokenModel(load()), self.config, self.device), is_policy=False)
 
     @property
     def network(self) -> PreTrainedModel:
@@ -101,15 +107,35 @@ class Learner:
         self.movement = MovementCheck(self.network) if watch_movement else None
         for samples in micro_batches:
             batch = self._collate(samples)
-            loss = MicroBatchLoss(loss=self.loss, arrays=loss_arrays(samples, batch, self.device), metrics=parts)
-            loss_sum = self.engine(batch, partial(loss.of_head, target_N=batch.target_N, **self._head_options(None)))
-            # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.
-            self.engine.backward(loss_sum * self.world_size)
-        # Read at the end: every number taken from a GPU waits for all work queued on it.
-        metrics = MetricSums()
-        for part in parts:
-            metrics.update(part)
-        return metrics
+            loss = MicroBatchLoss(loss=self.recipe.policy_loss, arrays=loss_arrays(samples, batch, self.device),
+                                  metrics=parts)
+            self._backward(self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
+                                                      **self._head_options(None))))
+        return _summed(parts)
+
+    def supervise(self, micro_batches: Sequence[MicroBatch], progress: Progress, *, coefficient: float = 1.0,
+                  learn: bool = True, watch_movement: bool = False) -> MetricSums:
+        """Accumulate the gradient of coefficient times the summed supervised loss over given responses. Collective.
+
+        It adds to what `forward_backward` has accumulated for the same update. learn: False only measures.
+        """
+        parts: list[Metrics] = []
+        if watch_movement:
+            self.movement = MovementCheck(self.network)
+        with torch.set_grad_enabled(learn):
+            for samples in micro_batches:
+                batch = self._collate(samples)
+                with self._reference_states(samples, batch) as states:
+                    loss = SupervisedMicroBatch(
+                        loss=self.recipe.supervised_loss, progress=progress, coefficient=coefficient,
+                        reference=states, metrics=parts,
+                        weight_N=loss_positions(samples, "weight", self.device),
+                        position_N=response_positions(samples, self.device))
+                    loss_sum = self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
+                                                          softcap=self.engine.module.softcap))
+                    if learn:
+                        self._backward(loss_sum)
+        return _summed(parts)
 
     def optim_step(self, total_updates: int, *, watch_movement: bool = False) -> OptimStepOutput:
         """Clip and apply the accumulated gradient. Collective.
@@ -131,6 +157,27 @@ class Learner:
     def movement_report(self) -> dict[str, tuple[bool, bool]]:
         """(got a gradient on this rank, its fp32 master moved) of every trainable tensor, after a watched step."""
         return self.movement.report()
+
+    # --- the reference on disk ------------------------------------------------------------------------------------
+
+    def begin_cache(self) -> None:
+        """Put the reference beside the policy for as long as `cache_reference` needs it. Collective."""
+        self.reference = self._reference()
+
+    def cache_reference(self, micro_batches: Sequence[MicroBatch], folder: str) -> None:
+        """Write the reference's states of these samples into the cache. Collective."""
+        for samples in micro_batches:
+            fill_cache(self.reference, folder, samples, self._collate(samples))
+
+    def end_cache(self, folder: str) -> None:
+        """Complete the cache and let go of the model that filled it. Collective."""
+        finish_cache(self.reference, folder, self.rank)
+        self.reference = None
+        gc.collect()
+
+    def use_cache(self, folder: str) -> None:
+        """Take the reference from a complete cache from now on."""
+        self.reference = CachedStates(folder, self.device)
 
     # --- weights and checkpoints ----------------------------------------------------------------------------------
 
@@ -172,7 +219,7 @@ class Learner:
                 write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
 
     def _stream(self, weights: Sequence[Weight]) -> ds.GatheredWeights:
-        return ds.GatheredWeights(weights, self.recipe.weight_sync.bucket_mb * 2**20)
+        return ds.GatheredWeights(weights, self.recipe.bucket_mb * 2**20)
 
     def _gathered(self, weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
         """All of them at once in rank 0's memory, nothing on the other ranks. Collective."""
@@ -184,16 +231,17 @@ class Learner:
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _scored(self, model: str) -> Iterator[torch.nn.Module]:
+    def _scored(self, model: str) -> AbstractContextManager[torch.nn.Module]:
         """The policy, or the reference: a frozen copy, or the policy without its adapters."""
-        if model == "policy":
-            yield self.engine
-        elif self.recipe.model.lora is None:
-            yield self.reference
-        else:
-            with adapters_off(self.network):
-                yield self.engine
+        return nullcontext(self.engine) if model == "policy" else self.reference.active()
+
+    def _reference_states(self, samples: MicroBatch, batch: TokenBatch
+                          ) -> AbstractContextManager[ReferenceStates | None]:
+        return nullcontext() if self.reference is None else self.reference.states(samples, batch)
+
+    def _backward(self, loss_sum: torch.Tensor) -> None:
+        # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.
+        self.engine.backward(loss_sum * self.world_size)
 
     def _collate(self, samples: MicroBatch) -> TokenBatch:
         return collate(samples, self.tokenizer.pad_token_id, self.device, packed=self.recipe.learner.packing)
@@ -201,3 +249,11 @@ class Learner:
     def _head_options(self, temperature: float | None) -> dict[str, Any]:
         return {"temperature": self.recipe.rollout.temperature if temperature is None else temperature,
                 "softcap": self.engine.module.softcap}
+
+
+def _summed(parts: Sequence[Metrics]) -> MetricSums:
+    """Metrics of all micro-batches. Read at the end: every number taken from a GPU waits for all work queued on it."""
+    metrics = MetricSums()
+    for part in parts:
+        metrics.update(part)
+    return metrics

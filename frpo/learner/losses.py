@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from frpo.kernels import TokenStats, linear_logprobs, linear_token_loss
+from frpo.kernels import ReferenceHead, TokenStats, linear_logprobs, linear_token_loss
 from frpo.learner.collate import TokenBatch, loss_positions
+from frpo.learner.reference import ReferenceStates
 from frpo.objectives.base import LossInputs, Metrics
+from frpo.objectives.supervised import Progress, SupervisedInputs, SupervisedLoss, supervised_metrics
 from frpo.objectives.surrogate import PolicyLoss
 from frpo.types import MicroBatch
 
@@ -54,6 +56,52 @@ class MicroBatchLoss:
             "rollout/logprob_gap": (gap_N.sum(), gap_N.numel(), "mean"),
             "rollout/logprob_gap_max": (gap_N.max() if gap_N.numel() else gap_N.sum(), 1.0, "max")})
         return output.loss_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedMicroBatch:
+    """The supervised loss of one micro-batch, as a function of hidden states and head.
+
+    coefficient: of the loss beside others. weight_N, position_N: as in SupervisedInputs. reference: None where nothing
+    asks for one.
+    metrics: receives one entry a chunk; its tensors stay on the device.
+    """
+
+    loss: SupervisedLoss
+    progress: Progress
+    coefficient: float
+    weight_N: torch.Tensor
+    position_N: torch.Tensor
+    reference: ReferenceStates | None
+    metrics: list[Metrics]
+
+    def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor,
+                softcap: float | None) -> torch.Tensor:
+        """The summed loss, chunk by chunk."""
+        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, softcap=softcap,
+                                 reference=self.reference and self._reference_head(head_VD.detach()))
+
+    def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
+        """The summed loss of the tokens `rows`, whose statistics are given."""
+        inputs = SupervisedInputs(
+            logprobs_N=stats.logprobs_N, ref_logprobs_N=stats.ref_logprobs_N, kl_N=stats.kl_N, margin_N=stats.margin_N,
+            agree_N=stats.agree_N, weight_N=self.weight_N[rows], position_N=self.position_N[rows])
+        output = self.loss.loss(inputs, self.progress)
+        self.metrics.append(output.metrics | supervised_metrics(inputs) | {
+            "sft/loss": (output.loss_sum.detach(), 1.0, "sum")})
+        return self.coefficient * output.loss_sum
+
+    def _reference_head(self, head_VD: torch.Tensor) -> ReferenceHead:
+        states = self.reference
+        return ReferenceHead(hidden_NE=states.hidden_NE, head_VE=head_VD if states.head_VE is None else states.head_VE,
+                             softcap=states.softcap, margin=getattr(self.loss, "argmax", "hard"),
+                             tau=getattr(self.loss, "tau", 1.0))
+
+
+def response_positions(samples: MicroBatch, device: torch.device) -> torch.Tensor:
+    """int64 (N): the place of every loss position among those of its example, from 0."""
+    counts = [int(sample.loss_mask.sum()) for sample in samples]
+    return torch.as_tensor(np.concatenate([np.arange(count) for count in counts]), dtype=torch.int64, device=device)
 
 
 def loss_arrays(samples: MicroBatch, batch: TokenBatch, device: torch.device) -> dict[str, torch.Tensor | None]:

@@ -4,9 +4,13 @@ It does not shard: a `transformers` model built while an `HfDeepSpeedConfig` is 
 """
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import (
@@ -21,6 +25,7 @@ from transformers import (
 from frpo.config.model import ModelSection
 from frpo.errors import ModelError
 from frpo.learner import attention as packed_attention
+from frpo.types import Example
 
 transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
 
@@ -64,6 +69,46 @@ def check_model_path(model: ModelSection, path: str) -> None:
     window = getattr(config, "max_position_embeddings", None)
     if window and model.max_length > window:
         raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}")
+
+
+def check_reference(model: ModelSection, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError unless the model at `path` can be read and speaks in the same tokens as the policy."""
+    check_model_path(model, path)
+    other = load_tokenizer(path, model.trust_remote_code)
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        differing = min(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
+        raise ModelError(f"reference.path {path!r} has another tokenizer than the policy ({len(theirs)} tokens, the "
+                         f"policy {len(ours)}; the first that differs: {differing[0]!r}); policy and reference must "
+                         "share one vocabulary, since their distributions are compared token by token")
+    sizes = [AutoConfig.from_pretrained(each, trust_remote_code=model.trust_remote_code).get_text_config().vocab_size
+             for each in (model.path, path) if each is not None]
+    if len(set(sizes)) > 1:
+        raise ModelError(f"reference.path {path!r} has {sizes[1]} rows of logits, the policy {sizes[0]}; resize one of "
+                         "the models to the other's")
+
+
+def cache_facts(model: ModelSection, path: str, examples: Sequence[Example]) -> dict[str, Any]:
+    """What a cache of the states of the model at `path` depends on; see `StateCache`."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).get_text_config()
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(np.array([len(example.token_ids), *example.token_ids, *example.loss_mask], dtype=np.int64))
+    return {"model": model_digest(path), "data": content.hexdigest()[:16], "dtype": model.dtype,
+            "width": config.hidden_size, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
+def model_digest(path: str) -> str:
+    """Hash of a local model's configuration and weights; of a hub id, the id and the commit that is cached."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+    digest = hashlib.sha256()
+    for file in sorted(f for pattern in ("config.json", "*.safetensors", "*.bin") for f in folder.glob(pattern)):
+        with file.open("rb") as stream:
+            digest.update(file.name.encode())
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def hidden_size(model: ModelSection, path: str) -> int:

@@ -15,11 +15,13 @@ import torch
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from frpo.config.loader import AnyRecipe
 from frpo.config.model import TinyModelSection, WarmStartSection
 from frpo.config.sections import Recipe
 from frpo.data.arithmetic import problems
 from frpo.data.chat import render, render_text
-from frpo.data.prompts import load_prompts
+from frpo.data.heldout import Split
+from frpo.data.prompts import PromptSet, load_prompts
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import ModelError
 
@@ -28,7 +30,7 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 """(prompt token ids, completion token ids with the end of sequence)."""
 
 
-def tiny_model(recipe: Recipe, folder: Path) -> str:
+def tiny_model(recipe: AnyRecipe, folder: Path) -> str:
     """Make the recipe's tiny model in `folder`, or reuse the one made there before with the same settings."""
     settings = json.loads(json.dumps({"tiny": recipe.model.tiny.model_dump(), "data": recipe.data.model_dump(),
                                       "max_length": recipe.model.max_length, "seed": recipe.run.seed}))
@@ -74,9 +76,14 @@ def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: W
         optimizer.zero_grad()
 
 
-def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Prompts and answers to start from: generated problems, or the recipe's own; none that the recipe holds out."""
-    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
+def _examples(recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Prompts and answers to start from: generated problems, or the recipe's own; none that the recipe holds out.
+
+    What is fine-tuned later starts from generated problems, whatever it will be shown.
+    """
+    prompts: PromptSet = Split(train=(), heldout=(), digest="", skipped={})
+    if isinstance(recipe, Recipe):
+        prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
     if recipe.model.tiny.warm_start.source == "prompts":
         pairs = [(prompt.token_ids, prompt.columns["answer"]) for prompt in prompts.train if "answer" in prompt.columns]
     else:
@@ -91,7 +98,7 @@ def _examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
             for prompt, answer in pairs]
 
 
-def _render(question: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _render(question: str, recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if recipe.data.format == "chat":
         return render([{"role": "user", "content": question}], tokenizer)
     return render_text(question, tokenizer)

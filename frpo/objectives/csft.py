@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,61 +27,10 @@ from torch.nn.functional import logsigmoid
 from frpo.objectives.base import LossOutput, Metrics
 from frpo.objectives.ops import keep
 from frpo.objectives.registry import require_one_of
+from frpo.objectives.supervised import Progress, SupervisedInputs, supervised
 
 EpochIndex = Literal["fractional", "epoch0", "epoch1"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BetaSchedule:
-    """beta by position in the response: the first token, the next `early_tokens`, all later ones (Qi et al.).
-
-    The first token is held less firmly than the next: its loss is high at first, and the sigmoid would saturate.
-    Raises ValueError unless every beta is > 0 and early_tokens >= 0.
-    """
-
-    first: float = 0.5
-    early: float = 2.0
-    early_tokens: int = 4
-    base: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("first", "early", "base"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, given {getattr(self, name)}")
-        if self.early_tokens < 0:
-            raise ValueError(f"early_tokens must be >= 0, given {self.early_tokens}")
-
-    def betas(self, position_N: Tensor) -> Tensor:
-        """position_N counts the tokens with a loss of one response from 0; several spans count as one."""
-        early_N = torch.where(position_N <= self.early_tokens, self.early, self.base)
-        return torch.where(position_N == 0, self.first, early_N)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaSchedule:
-    """delta = start + (end - start) * progress, from 0.1 to 0.3 in the paper, which leaves the index of epochs open.
-
-    index: "fractional" progress of the whole training, 0 to 1; "epoch0" and "epoch1" step with whole epochs that count
-    from 0 (never reaching `end`) or from 1 (never at `start`).
-    Raises ValueError for an unknown index or a negative delta.
-    """
-
-    start: float = 0.1
-    end: float = 0.3
-    index: EpochIndex = "fractional"
-
-    def __post_init__(self) -> None:
-        require_one_of("index", self.index, get_args(EpochIndex))
-        if not (self.start >= 0 and self.end >= 0):
-            raise ValueError(f"start and end must be >= 0, given {self.start} and {self.end}")
-
-    def at(self, epochs_done: float, num_epochs: int) -> float:
-        """delta after `epochs_done` of `num_epochs`, fractions included. Raises ValueError outside [0, num_epochs]."""
-        if not 0 <= epochs_done <= num_epochs:
-            raise ValueError(f"epochs_done must be in [0, {num_epochs}], given {epochs_done}")
-        epoch = min(math.floor(epochs_done), num_epochs - 1)
-        count = {"fractional": epochs_done, "epoch0": epoch, "epoch1": epoch + 1}[self.index]
-        return self.start + (self.end - self.start) * count / num_epochs
+Argmax = Literal["hard", "soft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +83,7 @@ class CSFTLoss:
 class CSFTPALoss:
     """CSFT plus delta times PA, under the same weights.
 
-    delta: the coefficient of PA; `dataclasses.replace` it as a DeltaSchedule moves.
+    delta: the coefficient of PA.
     mu_detach: take mu as a constant. Otherwise the loss also lowers the KL of tokens where the models disagree.
     mu_max: clip mu there, without gradient through a clipped mu. A KL of 10 to 80 nats dwarfs CSFT, which is below 2.
     Raises ValueError for delta < 0 or mu_max <= 0, and when called without KL, margin and agreement.
@@ -171,6 +120,91 @@ class CSFTPALoss:
 def csft_weights(logprobs_N: Tensor, ref_logprobs_N: Tensor, beta_N: Tensor, floor: float = 1e-3) -> Tensor:
     """w = max(2 sigmoid(-beta (log pi - log pi_ref)), floor), without gradient: in [floor, 2], 1 where both agree."""
     return (2 * torch.sigmoid(-beta_N * (logprobs_N.detach() - ref_logprobs_N))).clamp(min=floor)
+
+
+@supervised("csft")
+@dataclass(frozen=True, kw_only=True)
+class CSFT:
+    """`CSFTLoss` with beta by position in the response: the first token, the next `early_tokens`, all later ones.
+
+    The first token is held less firmly than the next: its loss is high at first, and the sigmoid would saturate.
+    Raises ValueError unless every beta is > 0, early_tokens >= 0 and 0 <= floor < 2. (Defaults: Qi et al.)
+    """
+
+    needs_reference: ClassVar[bool] = True
+    beta_first: float = 0.5
+    beta_early: float = 2.0
+    early_tokens: int = 4
+    beta_base: float = 0.1
+    floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("beta_first", "beta_early", "beta_base"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, given {getattr(self, name)}")
+        if self.early_tokens < 0:
+            raise ValueError(f"early_tokens must be >= 0, given {self.early_tokens}")
+        CSFTLoss(floor=self.floor)
+
+    def betas(self, position_N: Tensor) -> Tensor:
+        early_N = torch.where(position_N <= self.early_tokens, self.beta_early, self.beta_base)
+        return torch.where(position_N == 0, self.beta_first, early_N)
+
+    def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput:
+        return CSFTLoss(floor=self.floor)(self._with_betas(inputs))
+
+    def _with_betas(self, given: SupervisedInputs) -> CSFTInputs:
+        return CSFTInputs(
+            logprobs_N=given.logprobs_N, ref_logprobs_N=given.ref_logprobs_N, weight_N=given.weight_N,
+            beta_N=self.betas(given.position_N), kl_N=given.kl_N, margin_N=given.margin_N, agree_N=given.agree_N)
+
+
+@supervised("csft_pa")
+@dataclass(frozen=True, kw_only=True)
+class CSFTPA(CSFT):
+    """`CSFTPALoss` with delta = delta_start + (delta_end - delta_start) * progress, from 0.1 to 0.3 in the paper.
+
+    The paper leaves the index of epochs open. delta_index: "fractional" progress of the whole training, 0 to 1;
+    "epoch0" and "epoch1" step with whole epochs that count from 0 (never reaching the end) or from 1 (never at the
+    start). argmax: "hard" compares the likeliest tokens, "soft" the distributions at temperature tau.
+    Raises ValueError for an unknown index or argmax, a negative delta, mu_max <= 0 or tau <= 0.
+    """
+
+    delta_start: float = 0.1
+    delta_end: float = 0.3
+    delta_index: EpochIndex = "fractional"
+    mu_detach: bool = False
+    mu_max: float | None = None
+    argmax: Argmax = "hard"
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("delta_index", self.delta_index, get_args(EpochIndex))
+        require_one_of("argmax", self.argmax, get_args(Argmax))
+        for name in ("delta_start", "delta_end"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, given {getattr(self, name)}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be > 0, given {self.tau}")
+        self._at(self.delta_start)
+
+    def delta(self, progress: Progress) -> float:
+        """Raises ValueError outside [0, num_epochs]."""
+        done, num_epochs = progress.epochs_done, progress.num_epochs
+        if not 0 <= done <= num_epochs:
+            raise ValueError(f"epochs_done must be in [0, {num_epochs}], given {done}")
+        epoch = min(math.floor(done), num_epochs - 1)
+        count = {"fractional": done, "epoch0": epoch, "epoch1": epoch + 1}[self.delta_index]
+        return self.delta_start + (self.delta_end - self.delta_start) * count / num_epochs
+
+    def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput:
+        delta = self.delta(progress)
+        output = self._at(delta)(self._with_betas(inputs))
+        return LossOutput(loss_sum=output.loss_sum, metrics=output.metrics | {"pa/delta": (delta, 1.0, "max")})
+
+    def _at(self, delta: float) -> CSFTPALoss:
+        return CSFTPALoss(delta=delta, mu_detach=self.mu_detach, mu_max=self.mu_max, csft=CSFTLoss(floor=self.floor))
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def sequence_log_ratios(groups: Sequence[AdvantagedGroup], current: Scores, old:
     differentiates: the sequence's ratio for "seq-sum", its geometric mean per token for "seq-mean-token-mean".
     Completions without a loss (empty, or cut off while train_truncated is False) have log u = 0.
     """
-    masks = [[np.array(completion.loss_mask, dtype=bool) & (train_truncated or not completion.truncated)
+    masks = [[completion.loss_mask & (train_truncated or not completion.truncated)
               for completion in group.scored.group.completions] for group in groups]
     lengths_N = np.array([mask_T.sum() for group in masks for mask_T in group])
     weights = iter(lengths_N.size * token_weights(reduction, lengths_N, max_length))
@@ -82,8 +82,8 @@ def sequence_kl(scored: ScoredGroup, reference: Sequence[np.ndarray]) -> np.ndar
     """k1 estimate of each completion's sequence KL to the reference in nats: shape G, of either sign."""
     differences = []
     for completion, ref_logprobs in zip(scored.group.completions, reference, strict=True):
-        mask = np.array(completion.loss_mask, dtype=bool)
-        differences.append(float(np.sum(np.array(completion.logprobs)[mask] - ref_logprobs[mask])))
+        mask = completion.loss_mask
+        differences.append(float(np.sum(completion.logprobs[mask] - ref_logprobs[mask])))
     return np.array(differences)
 
 

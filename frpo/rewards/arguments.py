@@ -16,7 +16,8 @@ from frpo.types import Completion, Prompt, RolloutGroup
 def offered_arguments(
     groups: Sequence[RolloutGroup], chat: bool, always: Sequence[str],
 ) -> dict[str, list[Any]]:
-    """Every argument that a reward may name, each a list of N: prompts, completions, token ids and all columns.
+    """Every argument that a reward may name, each a list of N: prompts, completions, token ids (arrays still, which its
+    worker turns into lists) and all columns.
 
     `always` names columns that are passed even if no prompt has them. Raises RewardError when a column has the name of
     a batch argument.
@@ -31,7 +32,7 @@ def offered_arguments(
     return {
         "prompts": [_prompt_argument(prompt, chat) for prompt, _ in pairs],
         "completions": [_completion_argument(completion, chat) for _, completion in pairs],
-        "completion_ids": [list(completion.token_ids) for _, completion in pairs],
+        "completion_ids": [completion.token_ids for _, completion in pairs],
         **{name: [prompt.columns.get(name) for prompt, _ in pairs] for name in columns}}
 
 

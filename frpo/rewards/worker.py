@@ -22,7 +22,7 @@ from typing import Any
 
 from frpo.errors import RewardError
 from frpo.rewards.loading import Parameters
-from frpo.rewards.serving import Loaded, Raised, Returned
+from frpo.rewards.serving import Loaded, Raised, Returned, packed
 from frpo.rewards.stop import Stop
 from frpo.rewards.values import Foreign, PortableValue
 
@@ -89,7 +89,7 @@ class RewardWorker:
         """
         with self._turn:
             self.start(stop)
-            answer = self._exchange(dict(arguments), self._timeout_s, "the call", stop or Stop())
+            answer = self._exchange(packed(arguments), self._timeout_s, "the call", stop or Stop())
             if isinstance(answer, Raised):
                 raise RewardCallError(f"{self.label} raised {answer.text}")
             assert isinstance(answer, Returned), answer

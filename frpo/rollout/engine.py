@@ -197,7 +197,7 @@ class RolloutEngine:
     def _completion(self, output: Any, seed: int) -> Completion:
         turn = self._turn(output)
         return Completion(text=turn.text, token_ids=turn.token_ids, logprobs=turn.logprobs, seed=seed,
-                          loss_mask=(True,) * len(turn.token_ids), version_spans=turn.version_spans,
+                          loss_mask=np.ones(len(turn.token_ids)), version_spans=turn.version_spans,
                           finish_reason=turn.finish_reason)
 
     # --- weights --------------------------------------------------------------------------------------------------

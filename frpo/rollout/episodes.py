@@ -118,10 +118,10 @@ def _problem(episode: Any, max_tokens: int) -> str | None:
 
 def completion_of(episode: Episode, seed: int, text: str) -> Completion:
     """The episode as the rest of the run knows it; log-probabilities outside the mask are 0."""
-    mask = tuple(map(bool, episode.loss_mask))
+    logprobs = [logprob if flag else 0.0
+                for flag, logprob in zip(episode.loss_mask, episode.logprobs, strict=True)]
     return Completion(
-        text=text, token_ids=tuple(int(token) for token in episode.token_ids), loss_mask=mask, seed=seed,
-        logprobs=tuple(float(logprob) if flag else 0.0 for flag, logprob in zip(mask, episode.logprobs, strict=True)),
+        text=text, token_ids=episode.token_ids, loss_mask=episode.loss_mask, logprobs=logprobs, seed=seed,
         version_spans=tuple(episode.version_spans), finish_reason=episode.finish_reason)
 
 

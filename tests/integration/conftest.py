@@ -7,6 +7,7 @@ import pytest
 from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.ray_ranks import ray_learner
 from frpo.cluster.runtime import ray_session, wait_for
 from frpo.config.loader import dump_recipe
 from frpo.config.sections import Recipe
@@ -49,10 +50,10 @@ def learner_of(ray_cluster):
     def build(recipe: Recipe, path: str) -> LearnerGroup:
         count = recipe.learner.num_ranks
         if count not in running:
-            running[count] = LearnerGroup(recipe, path, "cpu")
+            running[count] = ray_learner(recipe, path, "cpu")
             return running[count]
         learner = running[count]
-        calls = [(a, a.handle.build.remote(dump_recipe(recipe), path, "cpu", {})) for a in learner.ranks]
+        calls = [(a, a.handle.build.remote(Recipe, dump_recipe(recipe), path, "cpu", {})) for a in learner.ranks.actors]
         wait_for("rebuild", calls, recipe.learner.startup_timeout_s)
         section, learner.recipe = recipe.learner, recipe
         learner.layout = replace(

@@ -61,7 +61,7 @@ def on_all(learner: LearnerGroup, function: Any, *arguments: Any) -> list[Any]:
     """`function(actor, *arguments)` inside every rank at once."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[function.__module__])  # actors cannot import from the tests
     return wait_for(function.__name__, [
-        (a, a.handle.__ray_call__.remote(function, *arguments)) for a in learner.ranks], 60.0)
+        (a, a.handle.__ray_call__.remote(function, *arguments)) for a in learner.ranks.actors], 60.0)
 
 
 def state_of(learner: LearnerGroup) -> State:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.ray_ranks import ray_learner
 from frpo.cluster.runtime import wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe, repository_file
@@ -113,7 +114,7 @@ class RunningLoop:
         if fresh_pool:
             self._pool = EnginePool(self.recipe, self.model_path, "cpu")
         if self._learner is None:
-            self._learner = LearnerGroup(self.recipe, self.model_path, "cpu")
+            self._learner = ray_learner(self.recipe, self.model_path, "cpu")
         if fresh_pool:
             self._pool.wait_until_ready()
         self._learner.connect_engines(self._pool.client())
@@ -127,7 +128,8 @@ class RunningLoop:
         values, limit = dump_recipe(recipe), recipe.learner.startup_timeout_s
         wait_for("rebuild", [
             *((a, a.handle.__ray_call__.remote(rebuild_engine, values, model_path)) for a in self._pool.engines),
-            *((a, a.handle.build.remote(values, model_path, "cpu", {})) for a in self._learner.ranks)], limit)
+            *((a, a.handle.build.remote(Recipe, values, model_path, "cpu", {}))
+              for a in self._learner.ranks.actors)], limit)
         self._pool.recipe = self._learner.recipe = recipe
         self._pool.model_path = model_path  # what a restarted engine loads
         self._learner.layout = replace(self._learner.layout, micro_batch_tokens=recipe.learner.micro_batch_tokens,

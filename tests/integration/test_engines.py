@@ -102,7 +102,8 @@ def fail():
 
 def greedy(loop):
     """Tokens and log-probs at the version in force, from all engines: equal to the bit if the weights are."""
-    return [(c.token_ids, c.logprobs) for group in loop.sample(PROMPTS, GREEDY) for c in group.completions]
+    return [(c.token_ids.tolist(), c.logprobs.tolist())
+            for group in loop.sample(PROMPTS, GREEDY) for c in group.completions]
 
 
 def trained(loop, steps=3):
@@ -127,7 +128,7 @@ def assert_push_fails_and_heals(loop, match):
     assert loop.pool.policy_versions() == versions == [loop.version] * len(versions)
     assert time.perf_counter() - began < AT_ONCE_S
     assert greedy(loop) == old
-    inside(loop.learner.ranks[0], mend_push)
+    inside(loop.learner.ranks.actors[0], mend_push)
     loop.push()
     assert loop.gap(PROMPTS) <= LIMIT["fp32"]
     assert greedy(loop) != old
@@ -162,7 +163,7 @@ def test_samples_of_a_prompt_share_its_whole_blocks(two):
                                         ("begin_update_weights", 3), ("finish_weight_update", 1)])
 def test_a_push_over_gloo_that_fails_in_rank_0_changes_nothing(two, method, at):
     two.push()
-    rank_0 = two.learner.ranks[0]
+    rank_0 = two.learner.ranks.actors[0]
     if method.startswith("begin_init"):
         two.learner.connect_engines(two.pool.client())  # the first push over it forms the group
     inside(rank_0, cut_push, method, at, fail)
@@ -175,7 +176,7 @@ def test_an_engine_killed_during_a_push_over_gloo_is_replaced(two, method, at):
     two.push()
     survivor, victim = (pid_of(engine) for engine in two.pool.engines)
     two.learner.connect_engines(two.pool.client())
-    inside(two.learner.ranks[0], cut_push, method, at, lambda: os.kill(victim, signal.SIGKILL))
+    inside(two.learner.ranks.actors[0], cut_push, method, at, lambda: os.kill(victim, signal.SIGKILL))
     two.update(PROMPTS)
     engines = RecoveringEngines(two.pool, two.learner, max_restarts=1)
     engines.push(two.version + 1)
@@ -189,8 +190,8 @@ def test_an_engine_killed_during_a_push_over_gloo_is_replaced(two, method, at):
 @pytest.mark.timeout(120)
 def test_rank_0_killed_during_a_push_over_gloo_changes_nothing(two):
     two.push()
-    old, rank_0 = greedy(two), pid_of(two.learner.ranks[0])
-    inside(two.learner.ranks[0], cut_push, "begin_update_weights", 3, lambda: os.kill(rank_0, signal.SIGKILL))
+    old, rank_0 = greedy(two), pid_of(two.learner.ranks.actors[0])
+    inside(two.learner.ranks.actors[0], cut_push, "begin_update_weights", 3, lambda: os.kill(rank_0, signal.SIGKILL))
     began = time.perf_counter()
     with pytest.raises(EngineError, match="push weights: learner rank 0 .* died"):
         two.learner.push_weights(two.version + 1)
@@ -210,7 +211,7 @@ def test_an_engine_of_two_workers_agrees_with_the_learner(parallel, recipe_of, b
     _, gap = trained(parallel)
     assert gap <= LIMIT["fp32"]
     method = {"cpu_shm": "update_weights", "gloo": "begin_update_weights"}[backend]
-    inside(parallel.learner.ranks[0], cut_push, method, 3, fail)
+    inside(parallel.learner.ranks.actors[0], cut_push, method, 3, fail)
     assert_push_fails_and_heals(parallel, "push weights: learner rank 0 .*cut on purpose")
 
 

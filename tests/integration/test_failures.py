@@ -142,7 +142,7 @@ def test_a_killed_engine_ends_generation_with_its_log(loop):
 def test_a_killed_learner_rank_ends_the_phase_with_its_log(loop):
     loop.push()
     groups = loop.sample(PROMPTS)
-    pid = pid_of(loop.learner.ranks[1])
+    pid = pid_of(loop.learner.ranks.actors[1])
     started = time.perf_counter()
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=rf"learner score: learner rank 1 \(log: \S*{pid}\.err\) died"):
@@ -162,7 +162,7 @@ class Sleeper:
 
 
 def with_each_rank(loop, function):
-    for rank in loop.learner.ranks:
+    for rank in loop.learner.ranks.actors:
         inside(rank, function)
 
 

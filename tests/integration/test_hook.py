@@ -64,7 +64,7 @@ def test_tokens_of_a_tool_are_holes_and_the_rest_is_what_the_learner_says(loop, 
     called = [c for c in completions if equals in c.token_ids[:-1] and not all(c.loss_mask)]
     assert called, "a random policy writes an expression and = now and then"
     for completion in called:
-        hole = completion.loss_mask.index(False)
+        hole = completion.loss_mask.tolist().index(False)
         assert completion.token_ids[hole - 1] == equals and completion.loss_mask[hole - 1]
     learner = flat(loop.learner.score_groups(groups, "policy", temperature=1.0))
     chosen = np.concatenate([c.loss_mask for c in completions])

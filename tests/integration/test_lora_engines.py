@@ -62,7 +62,8 @@ def trained(request, borrowed, tmp_path_factory):
     probe = random_prompts(8, 48, seed=99)
     loop.push()
     groups = loop.sample(probe)
-    seen = {"groups": groups, "gap": [loop.gap(probe)], "base": [inside(a, base_digest) for a in loop.learner.ranks],
+    actors = loop.learner.ranks.actors
+    seen = {"groups": groups, "gap": [loop.gap(probe)], "base": [inside(a, base_digest) for a in actors],
             "policy": [scores(loop, groups, "policy")], "reference": [scores(loop, groups, "reference")]}
     for step in range(STEPS):
         watch = step in (0, 1)
@@ -77,7 +78,7 @@ def trained(request, borrowed, tmp_path_factory):
     seen["gap"].append(loop.gap(probe))
     seen["policy"].append(scores(loop, groups, "policy"))
     seen["reference"].append(scores(loop, groups, "reference"))
-    seen["base"] += [inside(a, base_digest) for a in loop.learner.ranks]
+    seen["base"] += [inside(a, base_digest) for a in actors]
     return loop, combination, seen, folder
 
 
@@ -138,7 +139,7 @@ def test_export_and_adapter_folder_are_the_trained_policy(trained):
 
 def logprobs_of(network, group, completion):
     """Of the completion's tokens under a plain model."""
-    prompt, tokens = group.prompt.token_ids, completion.token_ids
+    prompt, tokens = group.prompt.token_ids, tuple(completion.token_ids.tolist())
     with torch.no_grad():
         logits_TV = network(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1].float()
     return logits_TV.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()

@@ -45,7 +45,7 @@ def judged_loss(network, groups, old, reduction, estimator) -> tuple[torch.Tenso
     for index, group in enumerate(groups):
         prompt, log_u, scores_G = group.scored.group.prompt.token_ids, [], []
         for i, completion in enumerate(group.scored.group.completions):
-            ids = torch.tensor([prompt + completion.token_ids])
+            ids = torch.tensor([[*prompt, *completion.token_ids]])
             logprobs_TV = network(input_ids=ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
             chosen_T = logprobs_TV.gather(-1, ids[0, len(prompt):, None])[:, 0]
             then_T = chosen_T.detach() if old is None else old[index][i]

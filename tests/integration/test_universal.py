@@ -193,7 +193,7 @@ def test_damage_is_named(learner_of, saved_by_two, copied, ranks, damage):
 def test_another_stage_is_refused_on_every_rank(learner_of, saved_by_two, tmp_path):
     saved, _, path, _ = saved_by_two
     learner = learner_of(recipe_for(tmp_path, path, "zero1", 2), path)
-    calls = [learner.ranks[i].handle.call.remote("load", str(saved)) for i in (1, 0)]
+    calls = [learner.ranks.actors[i].handle.call.remote("load", str(saved)) for i in (1, 0)]
     for call in calls:
         with pytest.raises(CheckpointError, match="was written under ZeRO-2, learner.deepspeed is of ZeRO-1; choose"):
             ray.get(call, timeout=60)

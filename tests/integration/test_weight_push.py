@@ -58,7 +58,7 @@ def fail():
 
 def served(loop):
     """Greedy tokens and their log-probs at the version in force: equal to the bit if the weights are."""
-    return [(completion.token_ids, completion.logprobs)
+    return [(completion.token_ids.tolist(), completion.logprobs.tolist())
             for group in loop.sample(SHORT, GREEDY) for completion in group.completions]
 
 
@@ -98,7 +98,7 @@ def test_a_push_that_fails_in_rank_0_changes_nothing(loop, method, at):
     version = loop.push()
     old = served(loop)
     loop.update(SHORT)
-    rank_0 = loop.learner.ranks[0]
+    rank_0 = loop.learner.ranks.actors[0]
     inside(rank_0, cut_push, method, at, fail)
     with pytest.raises(EngineError, match="push weights: learner rank 0 .*cut on purpose"):
         loop.learner.push_weights(version + 1)
@@ -114,8 +114,8 @@ def test_a_push_that_fails_in_rank_0_changes_nothing(loop, method, at):
 def test_a_rank_killed_during_a_push_changes_nothing(loop, victim):
     version = loop.push()
     old = served(loop)
-    pids = [pid_of(rank) for rank in loop.learner.ranks]
-    inside(loop.learner.ranks[0], cut_push, "update_weights", 3, lambda: os.kill(pids[victim], signal.SIGKILL))
+    pids = [pid_of(rank) for rank in loop.learner.ranks.actors]
+    inside(loop.learner.ranks.actors[0], cut_push, "update_weights", 3, lambda: os.kill(pids[victim], signal.SIGKILL))
     started = time.perf_counter()
     with pytest.raises(EngineError, match=rf"push weights: learner rank {victim} \(log: .*{pids[victim]}\.err\) died"):
         loop.learner.push_weights(version + 1)
@@ -157,7 +157,7 @@ def test_fifty_pushes_leave_no_memory_behind(loop):
     def resident(_):
         return psutil.Process().memory_info().rss
 
-    actors = [loop.pool.engines[0], *loop.learner.ranks]
+    actors = [loop.pool.engines[0], *loop.learner.ranks.actors]
     for _ in range(10):
         loop.push()
     before = [inside(actor, resident) for actor in actors]

@@ -106,7 +106,7 @@ def check_layout(ranks, expected_ids, layout):
         assert lengths and (sum(lengths) if layout.packed else len(lengths) * max(lengths)) <= layout.micro_batch_tokens
         for sample in filter(is_padding, batch):
             assert len(batch) == 1 and tuple(sample.token_ids) in sources and not sample.loss_mask.any()
-            assert not sample.policy_weight.any() and not sample.kl_weight.any() and sample.advantage == 0
+            assert not sample.policy_weight.any() and not sample.kl_weight.any()
             assert np.isfinite(sample.rollout_logprobs).all()
 
 

@@ -69,7 +69,8 @@ def test_a_tool_writes_what_the_policy_is_not_trained_to_say():
 def test_a_completion_keeps_holes_and_no_log_probability_in_them():
     episode = Episode(token_ids=[4, 5], loss_mask=[True, False], logprobs=[-0.5, None], version_spans=())
     completion = completion_of(episode, seed=7, text="45")
-    assert completion.loss_mask == (True, False) and completion.logprobs == (-0.5, 0.0) and completion.seed == 7
+    assert completion.loss_mask.tolist() == [True, False] and completion.logprobs.tolist() == [-0.5, 0.0]
+    assert completion.seed == 7
 
 
 def test_samples_go_on_together_and_come_as_they_end():

@@ -11,9 +11,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     ("__main__", "doctor"),
-    ("quickstart", "supervise", "trainer", "rescore", "rollout_only"),
+    ("quickstart", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
-    ("invariants", "evaluate", "step_metrics", "traces", "builder", "checkpoint", "manifest"),
+    ("invariants", "evaluate", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
+     "manifest"),
     ("cluster",),
     ("learner", "rollout", "weight_sync", "data"),
     ("config",),

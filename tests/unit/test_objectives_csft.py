@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from frpo.objectives.csft import BetaSchedule, CSFTInputs, CSFTLoss, CSFTPALoss, DeltaSchedule, csft_weights
+from frpo.objectives.csft import CSFT, CSFTPA, CSFTInputs, CSFTLoss, CSFTPALoss, csft_weights
+from frpo.objectives.supervised import KLSFT, SFT, Progress, SupervisedInputs, build_supervised
 
 LOG2, LOG3 = math.log(2), math.log(3)
 
@@ -37,8 +38,8 @@ def mean(metric):
 
 def test_beta_by_position_in_the_response():
     """Qi et al.: 0.1 x 5 for the first token, 0.1 x 20 for the next four, 0.1 for all others."""
-    assert BetaSchedule().betas(torch.tensor([0, 1, 2, 4, 5, 100])).tolist() == pytest.approx([0.5, 2, 2, 2, 0.1, 0.1])
-    assert BetaSchedule(early_tokens=0, first=1.0, base=3.0).betas(torch.tensor([0, 1])).tolist() == [1.0, 3.0]
+    assert CSFT().betas(torch.tensor([0, 1, 2, 4, 5, 100])).tolist() == pytest.approx([0.5, 2, 2, 2, 0.1, 0.1])
+    assert CSFT(early_tokens=0, beta_first=1.0, beta_base=3.0).betas(torch.tensor([0, 1])).tolist() == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("gap, beta, w", [
@@ -145,16 +146,21 @@ def test_a_token_without_weight_contributes_nothing_even_if_it_is_nan():
     ("epoch1", 0, 0.1 + 0.2 / 3), ("epoch1", 2.9, 0.3), ("epoch1", 3, 0.3),
 ])
 def test_delta_by_epoch(index, done, delta):
-    assert DeltaSchedule(index=index).at(done, 3) == pytest.approx(delta, rel=1e-14)
+    assert CSFTPA(delta_index=index).delta(Progress(epochs_done=done, num_epochs=3)) == pytest.approx(delta, rel=1e-14)
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: BetaSchedule(early=0.0), "early must be > 0, given 0.0"),
-    (lambda: BetaSchedule(early_tokens=-1), "early_tokens must be >= 0, given -1"),
-    (lambda: DeltaSchedule(index="epoch2"), "unknown index 'epoch2'"),
-    (lambda: DeltaSchedule(start=-0.1), "start and end must be >= 0"),
-    (lambda: DeltaSchedule().at(3.5, 3), r"epochs_done must be in \[0, 3\], given 3.5"),
-    (lambda: CSFTLoss(floor=2.0), r"floor must be in \[0, 2\), given 2.0"),
+    (lambda: CSFT(beta_early=0.0), "beta_early must be > 0, given 0.0"),
+    (lambda: CSFT(early_tokens=-1), "early_tokens must be >= 0, given -1"),
+    (lambda: CSFT(floor=2.0), r"floor must be in \[0, 2\), given 2.0"),
+    (lambda: CSFTPA(beta_first=-1.0), "beta_first must be > 0, given -1.0"),
+    (lambda: CSFTPA(delta_index="epoch2"), "unknown delta_index 'epoch2'"),
+    (lambda: CSFTPA(delta_start=-0.1), "delta_start must be >= 0, given -0.1"),
+    (lambda: CSFTPA(mu_max=0.0), "mu_max must be > 0 or None, given 0.0"),
+    (lambda: CSFTPA(argmax="firm"), "unknown argmax 'firm'"),
+    (lambda: CSFTPA(tau=0.0), "tau must be > 0, given 0.0"),
+    (lambda: CSFTPA().delta(Progress(epochs_done=3.5, num_epochs=3)), r"epochs_done must be in \[0, 3\], given 3.5"),
+    (lambda: KLSFT(kl_coef=-1.0), "kl_coef must be >= 0, given -1.0"),
     (lambda: CSFTPALoss(delta=-1.0), "delta must be >= 0, given -1.0"),
     (lambda: CSFTPALoss(delta=0.1, mu_max=0.0), "mu_max must be > 0 or None, given 0.0"),
     (lambda: CSFTPALoss(delta=0.1)(inputs([-1.0], ref=-1.0)), "PA needs kl_N, margin_N and agree_N"),
@@ -168,3 +174,29 @@ def test_inputs_never_broadcast():
     two_N = column([1, 2])
     with pytest.raises(AssertionError, match="would broadcast"):
         CSFTInputs(logprobs_N=two_N, ref_logprobs_N=column([1]), beta_N=two_N, weight_N=two_N)
+
+
+def supervised_inputs(nan=math.nan):
+    """Three tokens: the first and the sixth of a response, and one without weight that is NaN throughout."""
+    return SupervisedInputs(
+        logprobs_N=column([-2.0, -1.0, nan]), ref_logprobs_N=column([-2.0 - LOG3, -1.0, nan]),
+        weight_N=column([0.5, 0.25, 0.0]), position_N=torch.tensor([0, 5, 6]), kl_N=column([1.0, 0.7, nan]),
+        margin_N=column([-LOG3, 0.0, nan]), agree_N=torch.tensor([False, True, False]))
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({"name": "sft"}, 0.5 * 2 + 0.25),
+    ({"name": "kl_sft", "kl_coef": 2.0}, 0.5 * (2 + 2) + 0.25 * (1 + 1.4)),
+    # w of the first token at beta 1/2: 2 sigmoid(-log(3) / 2) = 2 / (1 + sqrt(3)); of the other 1.
+    ({"name": "csft"}, 0.5 * 2 * 2 / (1 + math.sqrt(3)) + 0.25),
+    # delta half way 0.2; PA log 4 and log 2.
+    ({"name": "csft_pa"}, 0.5 * (2 * 2 / (1 + math.sqrt(3)) + 0.2 * math.log(4)) + 0.25 * (1 + 0.2 * LOG2)),
+])
+def test_the_losses_that_recipes_name(values, expected):
+    output = build_supervised(values).loss(supervised_inputs(), Progress(epochs_done=1.0, num_epochs=2))
+    assert output.loss_sum.item() == pytest.approx(expected, rel=1e-14)
+    assert ("pa/delta" in output.metrics) == (values["name"] == "csft_pa")
+
+
+def test_who_needs_a_reference():
+    assert [loss.needs_reference for loss in (SFT(), KLSFT(), CSFT(), CSFTPA())] == [False, True, True, True]

@@ -10,8 +10,8 @@ from frpo.__main__ import main
 from frpo.objectives.group import DrGRPO
 from frpo.objectives.stage import advantaged
 from frpo.rescore import SUM, Comparison, shortened
-from frpo.rollout_only import Rollouts, mishaps, summary
-from frpo.step_metrics import scored_row, trace_rows
+from frpo.rollout_only import Rollouts, summary
+from frpo.step_metrics import mishaps, scored_row, trace_rows
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
 NAN = math.nan
@@ -205,7 +205,7 @@ REFUSED = {
     "no JSON": (["text.jsonl", "recipe.yaml"], "DataError: text.jsonl:2: not valid JSON"),
     "no trace": (["other.jsonl", "recipe.yaml"], "DataError: other.jsonl:2: no trace of a rollout group: KeyError"),
     "no mapping": (["list.jsonl", "recipe.yaml"], "DataError: list.jsonl:2: no trace of a rollout group: TypeError"),
-    "no columns": (["columns.jsonl", "recipe.yaml"], "DataError: columns.jsonl:2: no trace of a rollout group: Attrib"),
+    "no columns": (["columns.jsonl", "recipe.yaml"], "DataError: columns.jsonl:2: no trace of a rollout group: TypeEr"),
     "output that is there": (
         ["traces.jsonl", "recipe.yaml", "--output", "traces.jsonl"],
         "ConfigError: traces.jsonl is there already and is not overwritten; move it away, or give --output PATH"),

@@ -21,6 +21,9 @@ def length(completions, **kwargs): return [len(text) for text in completions]
 def show(prompts, completions, completion_ids, **kwargs):
     raise LookupError(repr((prompts, completions, completion_ids, kwargs)))
 
+def tokens(completion_ids):
+    raise LookupError(repr((completion_ids, [type(token).__name__ for row in completion_ids for token in row])))
+
 def returns(completions, value): return value
 def by_task(completions, task, only): return [float(len(c)) if t == only else None for c, t in zip(completions, task)]
 def fails(completions): raise ValueError("no judge today")
@@ -248,3 +251,12 @@ def test_nothing_to_score(spec):
     suite = RewardSuite([spec("sleeps")], chat=False)  # not even started
     assert suite.score([]).groups == []
     assert suite.score([]).counts == {f"reward/sleeps/{what}": 0 for what in CLEAN}
+
+
+@pytest.mark.parametrize("ids", [[[70000, 3], [], [0]], [[1, 0, 1], [], [2] * 5], [[]]])
+def test_token_ids_reach_the_function_as_lists_of_ints_whether_few_or_many_beside_the_vocabulary(spec, ids):
+    completions = tuple(Completion(text="", token_ids=row, logprobs=[0.0] * len(row), loss_mask=[True] * len(row),
+                                   version_spans=(), seed=0, finish_reason="stop") for row in ids)
+    given = RolloutGroup(group_id=(0, 0), prompt=group("p").prompt, completions=completions)
+    message = error_of([spec("tokens")], given)
+    assert f"LookupError: ({ids!r}, [{', '.join(['int'] * sum(map(len, ids)))}])" in message.replace("'", "")

@@ -1,0 +1,68 @@
+"""Learner ranks as Ray actors, each a process of its own."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.leftovers import remove_buffers_of, remove_leftovers
+from frpo.cluster.rank import RankHost, rank_environment
+from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, result_of, wait_for
+from frpo.config.loader import AnyRecipe
+
+
+class _LearnerActor(RankHost):
+    def host(self) -> str:
+        return ray.util.get_node_ip_address()
+
+
+class RayRanks:
+    """Construction starts the processes, in which nothing is loaded yet."""
+
+    def __init__(self, recipe: AnyRecipe, device: str):
+        remove_leftovers()
+        options = {"num_cpus": 0 if device == "cpu" else 1, "num_gpus": 0 if device == "cpu" else 1}
+        actor = ray.remote(_LearnerActor).options(**options)
+        handles = [actor.remote() for _ in range(recipe.learner.num_ranks)]
+        anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path="not started")
+                     for rank, handle in enumerate(handles)]
+        places = wait_for("start learner", [(a, a.handle.address.remote()) for a in anonymous],
+                          recipe.learner.startup_timeout_s)
+        self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
+                       for a, (_, _, pid) in zip(anonymous, places)]
+        host, self.port, _ = places[0]
+        self.environments = [
+            rank_environment(rank, host, self.port, device, recipe) for rank in range(recipe.learner.num_ranks)]
+
+    def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
+             timeout_s: float) -> list[Any]:
+        return wait_for(f"learner {phase}", [
+            (actor, getattr(actor.handle, method).remote(*given, **kwargs))
+            for actor, given in zip(self.actors, arguments, strict=True)], timeout_s)
+
+    def dead(self) -> list[int]:
+        """Ranks whose process is gone. A rank that does not answer now is not: it may wait for one that is."""
+        calls = {actor.handle.address.remote(): rank for rank, actor in enumerate(self.actors)}
+        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=GRACE_S)
+        return sorted(calls[reference] for reference in answered if not _succeeded(self.actors[0], reference))
+
+    def close(self) -> None:
+        """End the processes and what DeepSpeed left in shared memory under their port."""
+        for actor in self.actors:
+            ray.kill(actor.handle)
+        remove_buffers_of(self.port)
+
+
+def ray_learner(recipe: AnyRecipe, model_path: str, device: str) -> LearnerGroup:
+    """All ranks of a learner, started, connected and loaded."""
+    return LearnerGroup(recipe, model_path, device, RayRanks(recipe, device))
+
+
+def _succeeded(actor: NamedActor, reference: Any) -> bool:
+    try:
+        result_of("is it alive", actor, reference)
+    except ActorDeadError:
+        return False
+    return True

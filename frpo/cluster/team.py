@@ -1,0 +1,159 @@
+"""Learner ranks as the processes of one launcher (`deepspeed`, `torchrun`): rank 0 drives, the others follow.
+
+The launcher starts the same command as many times as there are ranks. Rank 0 runs it, and every other rank waits for
+calls, which go to all ranks and whose results come back to rank 0. One process without a launcher is a team of one.
+Whoever waits for a call may wait as long as generation takes; a call itself has a limit. A rank that fails ends its
+process, and the launcher then ends the others.
+"""
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from frpo.cluster.leftovers import remove_buffers_of
+from frpo.cluster.rank import RankHost, cpu_environment
+from frpo.config.loader import AnyRecipe
+from frpo.errors import EngineError, FrpoError
+
+IDLE = timedelta(days=365)
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells its processes."""
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several ranks."""
+    return all(name in os.environ for name in LAUNCHER)
+
+
+def follows() -> bool:
+    """Whether this process is to `follow` another that drives."""
+    return launched() and int(os.environ["RANK"]) > 0
+
+
+def in_team(recipe: AnyRecipe) -> bool:
+    """Whether the learner's ranks are a launcher's processes, or this one by itself; otherwise they are Ray actors."""
+    return launched() or recipe.learner.ranks == "process"
+
+
+def sized(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe with as many ranks as the launcher has started; unchanged without one."""
+    if not launched():
+        return recipe
+    learner = recipe.learner.model_copy(update={"num_ranks": int(os.environ["WORLD_SIZE"])})
+    return recipe.model_copy(update={"learner": learner})
+
+
+def device_here(recipe: AnyRecipe) -> str:
+    """"cuda" or "cpu" for this process, as run.device asks."""
+    if recipe.run.device != "auto":
+        return recipe.run.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class TeamRanks:
+    """All ranks as rank 0 sees them. Construction waits for the others to follow."""
+
+    def __init__(self, recipe: AnyRecipe, device: str):
+        self.team = _Team(recipe, device)
+        self.environments = [self.team.environment(rank) for rank in range(recipe.learner.num_ranks)]
+        self.inside_a_call = False
+
+    def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
+             timeout_s: float) -> list[Any]:
+        """timeout_s: unused; the limits of collectives, learner.timeout_s, end a call that hangs."""
+        self.inside_a_call = True
+        self.team.tell((method, kwargs), arguments)
+        try:
+            results = self.team.answer(self.team.do(method, arguments[0], kwargs))
+        except RuntimeError as error:  # torch.distributed's, when a collective fails
+            raise EngineError(f"learner {phase}: {error}") from error
+        self.inside_a_call = False
+        return results
+
+    def dead(self) -> list[int]:
+        """None: where a rank dies the launcher ends this process too."""
+        return []
+
+    def close(self) -> None:
+        """Let the others go. Where a call broke off they cannot hear of it, and end with the launcher."""
+        if not self.inside_a_call:
+            self.team.tell(None, [()] * self.team.size)
+            self.team.leave()
+
+
+def follow(recipe: AnyRecipe) -> int:
+    """Do what rank 0 asks for until it is done; returns the exit code. Does not return where a call fails."""
+    team = _Team(recipe, device_here(recipe))
+    try:
+        while (told := team.hear()) is not None:
+            (method, kwargs), given = told
+            team.answer(team.do(method, given, kwargs))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}" if isinstance(error, FrpoError) else traceback.format_exc().rstrip()
+        print(f"frpo: rank {team.rank}: {text}", file=sys.stderr, flush=True)
+        os._exit(2)  # an orderly exit would wait for ranks that wait for this one
+    team.leave()
+    return 0
+
+
+class _Team:
+    """One process among its equals: how calls get to all of them, and results to rank 0."""
+
+    def __init__(self, recipe: AnyRecipe, device: str):
+        self.host = RankHost()
+        self.rank, self.size = (int(os.environ[name]) if launched() else default
+                                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.device, self.recipe = device, recipe
+        os.environ.update(self.environment(self.rank))
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        limit = timedelta(seconds=recipe.learner.timeout_s)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=limit)
+        self.calls = dist.new_group(backend="gloo", timeout=IDLE)
+        self.results = dist.new_group(backend="gloo", timeout=limit)
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """What the process lacks: everything in a team of one, on a CPU what DeepSpeed wants to know there."""
+        alone = {} if launched() else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                                       "MASTER_PORT": str(_free_port())}
+        return alone | (cpu_environment(rank, self.recipe) if self.device == "cpu" else {})
+
+    def tell(self, what: Any, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """From rank 0: `what` to everyone, arguments[i] to rank i."""
+        dist.broadcast_object_list([what], src=0, group=self.calls)
+        dist.scatter_object_list([None], list(arguments), src=0, group=self.calls)
+
+    def hear(self) -> tuple[Any, tuple[Any, ...]] | None:
+        """At any other rank: what rank 0 tells it next; None: nothing more."""
+        what, given = [None], [None]
+        dist.broadcast_object_list(what, src=0, group=self.calls)
+        dist.scatter_object_list(given, None, src=0, group=self.calls)
+        return what[0] and (what[0], given[0])
+
+    def do(self, method: str, given: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return getattr(self.host, method)(*given, **kwargs)
+
+    def answer(self, result: Any) -> list[Any]:
+        """This rank's result to rank 0, which gets the list of all."""
+        results = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(result, results, dst=0, group=self.results)
+        return results or []
+
+    def leave(self) -> None:
+        dist.destroy_process_group()
+        if self.rank == 0 and self.device == "cpu":
+            remove_buffers_of(int(os.environ["MASTER_PORT"]))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

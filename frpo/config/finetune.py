@@ -1,0 +1,130 @@
+"""The recipe of supervised fine-tuning: its own sections, the others as in reinforcement learning."""
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from frpo.config.base import Section
+from frpo.config.model import ModelSection
+from frpo.config.sections import ChecksSection, LearnerSection
+from frpo.objectives.supervised import SupervisedLoss, build_supervised
+
+
+class FinetuneRunSection(Section):
+    name: str = Field("finetune", description="name of the run, shown in logs")
+    dir: str = Field("runs/finetune", description="folder of the run: metrics, checkpoints, export")
+    seed: int = Field(0, ge=0, description="seed of data order and initialisation")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there are GPUs")
+    num_epochs: int = Field(1, ge=1, description="passes over the examples")
+    save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: only at the end")
+    keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
+    max_restarts: int = Field(2, ge=0, description="times that a run goes on from its newest checkpoint after a "
+                                                   "learner rank has died; one more death ends it")
+    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's "
+                                            "path")
+
+
+class SupervisedDataSection(Section):
+    path: str = Field(description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    subset: str | None = Field(None, description="configuration of an HF data set that has several")
+    split: str = Field("train", description="split of an HF data set")
+    format: Literal["chat", "text"] = Field(
+        "chat", description="chat: template applied to messages; text: prompt and response verbatim")
+    messages_column: str = Field("messages", description="column with a list of messages (chat), where rows have it")
+    prompt_column: str = Field("prompt", description="otherwise: column with the prompt, a string or messages")
+    response_column: str = Field("response", description="and the column with the response")
+    system_prompt: str | None = Field(None, description="system message put before every chat example")
+    train_on: Literal["all", "last"] = Field(
+        "all", description="all: every turn of the assistant, as the template marks them with {% generation %}; "
+                           "last: its last turn, by comparing the template with and without it")
+    too_long: Literal["refuse", "cut", "drop"] = Field(
+        "refuse", description="examples above model.max_length: an error; their end is left off; left out")
+    where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
+    limit: int | None = Field(None, ge=1, description="use only the first rows")
+    heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")
+    heldout_path: str | None = Field(None, description="evaluation examples from another file instead of `heldout`")
+    heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
+        "refuse", description="training examples that are in heldout_path too: an error; left out; trained on")
+    shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
+    batch_size: int = Field(64, ge=1, description="examples an optimizer update; the last of an epoch may be smaller")
+
+
+class ReferenceSection(Section):
+    path: str | None = Field(None, description="the aligned model; null: the model that is fine-tuned, as it was")
+    mode: Literal["live", "cache"] = Field(
+        "live", description="live: run beside the policy (with LoRA and no path: the policy without adapters); cache: "
+                            "final hidden states computed once, before training, and kept on disk")
+    cache_dir: str | None = Field(None, description="folder of caches; null: reference_cache in run.dir")
+
+
+class FinetuneEvaluateSection(Section):
+    every: int = Field(0, ge=0, description="updates between evaluations on held-out examples; 0: only first and last")
+
+
+class FinetuneTelemetrySection(Section):
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
+    wandb: bool = Field(False, description="also log to Weights & Biases")
+
+
+class FinetuneRecipe(Section):
+    """A whole fine-tuning."""
+
+    COMMAND: ClassVar = "finetune"
+    NAMED: ClassVar = (("objective",),)
+    """Where a mapping has a name, and keys of that name."""
+
+    run: FinetuneRunSection = Field(FinetuneRunSection(), description="name, folder, length, checkpoints")
+    model: ModelSection = Field(description="what is fine-tuned")
+    data: SupervisedDataSection = Field(description="examples")
+    objective: SupervisedLoss = Field(
+        default_factory=lambda: build_supervised({"name": "sft"}),
+        description="{name: sft|kl_sft|csft|csft_pa|module:Class, ...its own keys}, or the name alone")
+    reduction: Literal["token-mean", "seq-mean-token-mean", "seq-sum"] = Field(
+        "token-mean", description="how the token losses of an update become one number, over all ranks")
+    reference: ReferenceSection = Field(ReferenceSection(), description="what csft, csft_pa and kl_sft hold on to")
+    learner: LearnerSection = Field(LearnerSection(), description="optimizer and sharding")
+    evaluate: FinetuneEvaluateSection = Field(FinetuneEvaluateSection(), description="held-out evaluation")
+    checks: ChecksSection = Field(ChecksSection(), description="fail-fast checks")
+    telemetry: FinetuneTelemetrySection = Field(FinetuneTelemetrySection(), description="where metrics go")
+
+    @field_validator("objective", mode="plain")
+    @classmethod
+    def _build(cls, value: Any) -> SupervisedLoss:
+        if isinstance(value, SupervisedLoss) and not isinstance(value, str):
+            return value
+        value = {"name": value} if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise ValueError(f"a name such as csft_pa or a mapping such as {{name: csft}} is needed, given {value!r}")
+        return build_supervised(value)
+
+    @property
+    def bucket_mb(self) -> float:
+        """How much of the model is gathered at a time."""
+        return 256.0
+
+    @property
+    def supervised_loss(self) -> SupervisedLoss:
+        """What the learner minimises."""
+        return self.objective
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference must be run beside the policy."""
+        return self.objective.needs_reference and self.reference.mode == "live"
+
+    @property
+    def reference_model(self) -> str | None:
+        """Path of the reference; None: the policy as it was before the first update."""
+        return self.reference.path
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneRecipe:
+        if self.model.tiny is not None and self.model.tiny.warm_start.source != "generated":
+            raise ValueError("model.tiny.warm_start.source: prompts takes the prompts of a reinforcement learning "
+                             "recipe; choose generated")
+        if self.model.max_length > self.learner.micro_batch_tokens:
+            raise ValueError(f"learner.micro_batch_tokens = {self.learner.micro_batch_tokens} cannot hold an example "
+                             f"of model.max_length = {self.model.max_length} tokens; raise it or lower "
+                             "model.max_length")
+        return self

@@ -1,0 +1,119 @@
+"""Which items of a data set are held out, and that none of them is trained on by accident.
+
+An item is anything with a `uid` (a hash of its row's content) and `token_ids`; two are the same if their tokens are.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from frpo.errors import DataError
+
+
+class Item(Protocol):
+    uid: str
+    token_ids: tuple[int, ...]
+
+
+T = TypeVar("T", bound=Item)
+
+
+class HeldoutKeys(Protocol):
+    """Keys of a recipe's data section that decide."""
+
+    path: str
+    heldout: int
+    heldout_path: str | None
+    heldout_overlap: Literal["refuse", "remove", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Generic[T]):
+    """Items of one source in its order, where each comes from, and what was skipped (reason -> how many)."""
+
+    items: tuple[T, ...]
+    origins: tuple[str, ...]
+    skipped: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split(Generic[T]):
+    """All data of a run.
+
+    train: in the order of the data set. heldout: never trained on, in an order that only their content decides.
+    digest: hash of the content of both, for the run's manifest. skipped: reason -> how many were left out.
+    overlap: how many of train have the tokens of a held-out item (only with `data.heldout_overlap: keep`).
+    """
+
+    train: tuple[T, ...]
+    heldout: tuple[T, ...]
+    digest: str
+    skipped: Mapping[str, int]
+    overlap: int = 0
+
+
+def set_aside(train: Source[T], evaluation: Source[T] | None, data: HeldoutKeys) -> Split[T]:
+    """Take the held-out items out of `train`, or keep all of `evaluation` apart from it.
+
+    The `data.heldout` items with the smallest uids are held out. A uid is a hash of the row's content, so neither the
+    run's seed, nor the order of the file, nor the tokenizer changes what is held out. A training item with the tokens
+    of a held-out one is removed and counted. Every item of `evaluation`, of `data.heldout_path`, is held out instead,
+    and `data.heldout_overlap` says what happens to such training items.
+    Raises DataError for an overlap that is refused and when nothing is left to train on.
+    """
+    if evaluation is None:
+        heldout, skipped = _smallest_uids(train.items, data.heldout), dict(train.skipped)
+    else:
+        heldout = _smallest_uids(evaluation.items, len(evaluation.items))
+        skipped = {**train.skipped, **{f"{why} (held-out file)": count for why, count in evaluation.skipped.items()}}
+        if data.heldout_overlap == "refuse":
+            _refuse_overlap(data, train, evaluation)
+    withheld = {item.token_ids for item in heldout}
+    kept = tuple(item for item in train.items if item.token_ids not in withheld)
+    extra = len(train.items) - len(kept) - (len(heldout) if evaluation is None else 0)
+    if evaluation is not None and data.heldout_overlap == "keep":
+        return Split(train=train.items, heldout=heldout, digest=_digest(train.items, heldout), skipped=skipped,
+                     overlap=extra)
+    if extra:
+        skipped["same prompt as a held-out one"] = extra
+    if not kept:
+        raise DataError(f"nothing left to train on: all of the {len(train.items)} prompts of {data.path!r} are held "
+                        f"out; lower data.heldout (given {data.heldout}), or give more rows or another "
+                        "data.heldout_path")
+    return Split(train=kept, heldout=heldout, digest=_digest(kept, heldout), skipped=skipped)
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of the value as canonical JSON; what JSON lacks (dates, say) counts by its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _refuse_overlap(data: HeldoutKeys, train: Source[T], evaluation: Source[T]) -> None:
+    places: dict[tuple[int, ...], str] = {}
+    for item, origin in zip(evaluation.items, evaluation.origins):
+        places.setdefault(item.token_ids, origin)
+    shared = [(origin, places[item.token_ids])
+              for item, origin in zip(train.items, train.origins) if item.token_ids in places]
+    if shared:
+        raise DataError(
+            f"{len(shared)} of the {len(train.items)} training prompts of data.path {data.path!r} are held-out "
+            f"prompts of data.heldout_path {data.heldout_path!r} too (the first: {shared[0][0]}, as {shared[0][1]}); "
+            "data.heldout_overlap is 'refuse': set it to 'remove' to leave them out of training or to 'keep' to train "
+            "on them all the same, or give other files")
+
+
+def _smallest_uids(items: Iterable[T], count: int) -> tuple[T, ...]:
+    """The `count` items with the smallest uids, no two with the same tokens."""
+    chosen: dict[tuple[int, ...], T] = {}
+    for item in sorted(items, key=lambda item: item.uid):
+        if len(chosen) == count:
+            break
+        chosen.setdefault(item.token_ids, item)
+    return tuple(chosen.values())
+
+
+def _digest(train: Iterable[T], heldout: Iterable[T]) -> str:
+    return content_hash([[item.uid for item in part] for part in (train, heldout)])

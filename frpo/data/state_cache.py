@@ -1,0 +1,115 @@
+"""A frozen model's final hidden states of all examples, on disk: computed once, read memory-mapped by every rank.
+
+    <folder>/cache.json       what they are of: model, data, type, width
+    <folder>/offsets.npy      rows of example i are [offsets[i], offsets[i + 1])
+    <folder>/hidden.bin       all rows, in the bits of the model's type
+    <folder>/done.bin         one byte an example, set once its rows are written
+    <folder>/head.safetensors the model's output head
+    <folder>/COMPLETE         written last; nothing is read before
+
+Interrupted, it goes on with the examples that are not done. What is computed, and by whom, is not decided here.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frpo.errors import ConfigError
+
+FACTS, OFFSETS, HIDDEN, DONE, HEAD, MARKER = (
+    "cache.json", "offsets.npy", "hidden.bin", "done.bin", "head.safetensors", "COMPLETE")
+BITS: Mapping[str, np.dtype] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
+"""How rows of each type lie on disk; numpy has no bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateCache:
+    """A cache that exists, finished or not.
+
+    facts: "model" and "data" (hashes), "dtype" ("fp32" or "bf16"), "width" (E) and "softcap" of the model.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any]
+    offsets: np.ndarray
+    hidden: np.ndarray
+    done: np.ndarray
+
+    @classmethod
+    def begin(cls, folder: Path, facts: Mapping[str, Any], lengths: Sequence[int]) -> StateCache:
+        """The cache of these facts in `folder`, as far as it has come; a new one where there is none.
+
+        lengths: rows of every example. Raises ConfigError if another model's, or another data set's, lies there.
+        """
+        if (folder / FACTS).is_file():
+            held = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            wrong = [f"{name} {held.get(name)!r}, needed {value!r}" for name, value in facts.items()
+                     if held.get(name) != value]
+            if wrong:
+                raise ConfigError(f"reference.cache_dir: {folder} holds the states of another run: {'; '.join(wrong)}; "
+                                  "delete it or give another folder")
+            return cls.begun(folder)
+        if folder.exists():
+            shutil.rmtree(folder)  # was being set up when the process ended
+        folder.mkdir(parents=True)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        np.save(folder / OFFSETS, offsets)
+        size = int(offsets[-1]) * facts["width"] * BITS[facts["dtype"]].itemsize
+        for name, count in ((HIDDEN, size), (DONE, len(lengths))):
+            with (folder / name).open("wb") as file:
+                file.truncate(count)
+        unfinished = folder / f"{FACTS}.unfinished"
+        unfinished.write_text(json.dumps(dict(facts), indent=1), encoding="utf-8")
+        unfinished.rename(folder / FACTS)
+        return cls.begun(folder)
+
+    @classmethod
+    def begun(cls, folder: Path) -> StateCache:
+        """A cache that `begin` has made, to be written to."""
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        offsets = np.load(folder / OFFSETS)
+        mode = "r" if (folder / MARKER).is_file() else "r+"
+        return cls(folder=folder, facts=facts, offsets=offsets, done=_mapped(folder / DONE, np.uint8, mode, -1),
+                   hidden=_mapped(folder / HIDDEN, BITS[facts["dtype"]], mode, facts["width"]))
+
+    @classmethod
+    def complete(cls, folder: Path) -> StateCache:
+        """A cache to read from. Raises ConfigError unless it is complete."""
+        if not (folder / MARKER).is_file():
+            raise ConfigError(f"reference.cache_dir: {folder} is not complete; the run that fills it goes on where it "
+                              "was interrupted")
+        return cls.begun(folder)
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / MARKER).is_file()
+
+    def missing(self) -> list[int]:
+        """Examples whose rows are not written yet."""
+        return np.flatnonzero(self.done == 0).tolist()
+
+    def read(self, example: int) -> np.ndarray:
+        return self.hidden[self.offsets[example]:self.offsets[example + 1]]
+
+    def write(self, example: int, rows: np.ndarray) -> None:
+        """All rows of an example (count, E), in the bits of its type."""
+        assert rows.shape == (self.offsets[example + 1] - self.offsets[example], self.facts["width"]), rows.shape
+        self.hidden[self.offsets[example]:self.offsets[example + 1]] = rows
+        self.done[example] = 1
+
+    def finish(self) -> None:
+        """Mark it complete. The head must be there, and every example done."""
+        assert not self.missing() and (self.folder / HEAD).is_file(), self.folder
+        (self.folder / MARKER).touch()
+
+
+def _mapped(path: Path, dtype: Any, mode: str, columns: int) -> np.ndarray:
+    """The file as rows of `columns`, or flat for -1; an empty file cannot be mapped."""
+    flat = np.empty(0, dtype=dtype) if path.stat().st_size == 0 else np.memmap(path, dtype=dtype, mode=mode)
+    return flat if columns == -1 else flat.reshape(-1, columns)

@@ -1,0 +1,120 @@
+"""Supervised fine-tuning: examples to micro-batches, one loss, one optimizer update after the other.
+
+It reads like the algorithm. The loss is `objectives.supervised`'s, and where it holds on to a reference, the learner
+runs that beside the policy or reads it from a cache that is filled here first.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from frpo import invariants
+from frpo.data.batcher import pack_examples
+from frpo.data.order import epoch_order
+from frpo.data.state_cache import StateCache
+from frpo.finetune_parts import FinetuneParts
+from frpo.learner.model import cache_facts
+from frpo.objectives.supervised import Progress
+from frpo.telemetry import ProgressBar
+from frpo.types import Example, RankBatches, RunState
+
+CACHED_AT_A_TIME = 64
+"""Examples between two looks at the progress of filling a cache."""
+
+EVALUATED = ("sft/nll", "sft/kl", "csft/weight", "pa/loss", "pa/mu", "pa/disagree")
+"""Metrics of held-out examples, reported as eval/..."""
+
+
+class FineTuner:
+    """Drives one run from its first or restored update to its last."""
+
+    def __init__(self, parts: FinetuneParts):
+        self.parts, self.recipe, self.learner = parts, parts.recipe, parts.learner
+        self.train, self.heldout = parts.examples.train, parts.examples.heldout
+        self.per_epoch = math.ceil(len(self.train) / self.recipe.data.batch_size)
+        self.total = self.per_epoch * self.recipe.run.num_epochs
+        self.movement = invariants.MovementWatch(self.recipe)
+
+    def fit(self) -> RunState:
+        """Train to the last update; save and export. Returns the final state."""
+        run, every, journal = self.recipe.run, self.recipe.evaluate.every, self.parts.journal
+        state = journal.restore(self.learner)
+        self.provide_reference()
+        with ProgressBar(self.total, state.step, run.name) as bar:
+            if state.step == 0:
+                journal.write(0, self.evaluate(state, bar), bar)
+            while state.step < self.total:
+                state, metrics = self.update(state)
+                if state.step == self.total or (every and state.step % every == 0):
+                    metrics |= self.evaluate(state, bar)
+                journal.write(state.step, metrics, bar)
+                bar.advance()
+                if state.step == self.total or (run.save_every and state.step % run.save_every == 0):
+                    journal.save(state, self.learner, bar)
+        self.learner.export(str(self.parts.run_dir / "export"))
+        return state
+
+    def update(self, state: RunState) -> tuple[RunState, dict[str, float]]:
+        """One optimizer update on the next examples of the epoch."""
+        batch = self.batch(state.step)
+        packed = self.packed(batch)
+        watch = self.movement.due(packed)
+        with self.parts.journal.timer.phase("learn"):
+            learned = self.learner.supervise(packed, self.progress(state.step), watch_movement=watch)
+            stepped = self.learner.optim_step(self.total, watch_movement=watch)
+        if watch:
+            invariants.check_movement(self.learner.movement_report())
+        metrics = learned.result() | {
+            "policy/grad_norm": stepped.grad_norm, "policy/lr": stepped.lr,
+            "data/epoch": self.progress(state.step + 1).epochs_done,
+            "data/tokens": float(sum(len(example.token_ids) for _, example in batch)),
+            "data/response_tokens": float(sum(sum(example.loss_mask) for _, example in batch))}
+        return replace(state, step=state.step + 1, policy_version=stepped.policy_version,
+                       data_cursor=state.data_cursor + len(batch)), metrics
+
+    def batch(self, update: int) -> list[tuple[int, Example]]:
+        """Index and example of those that update number `update` learns from; an epoch's last may be fewer."""
+        epoch, place = divmod(update, self.per_epoch)
+        order = epoch_order(len(self.train), self.recipe.run.seed, epoch, self.recipe.data.shuffle)
+        size = self.recipe.data.batch_size
+        return [(int(i), self.train[i]) for i in order[place * size:(place + 1) * size]]
+
+    def progress(self, updates: int) -> Progress:
+        """After so many updates."""
+        return Progress(epochs_done=updates / self.per_epoch, num_epochs=self.recipe.run.num_epochs)
+
+    def packed(self, batch: list[tuple[int, Example]]) -> RankBatches:
+        return pack_examples(batch, self.learner.layout, reduction=self.recipe.reduction)
+
+    def evaluate(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
+        """Held-out metrics of the policy as it is, none without held-out examples."""
+        if not self.heldout:
+            return {}
+        bar.note("evaluate")
+        numbered = list(enumerate(self.heldout, start=len(self.train)))
+        with self.parts.journal.timer.phase("evaluate"):
+            found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()
+        return {f"eval/{name.partition('/')[2]}" if name.startswith("sft/") else f"eval/{name.replace('/', '_')}": value
+                for name, value in found.items() if name in EVALUATED}
+
+    def provide_reference(self) -> None:
+        """Fill the cache of reference states as far as it lacks any, and let the learner read from it, if so asked."""
+        section, recipe = self.recipe.reference, self.recipe
+        if section.mode != "cache" or not recipe.objective.needs_reference:
+            return
+        folder = Path(section.cache_dir or self.parts.run_dir / "reference_cache").absolute()
+        examples = [*self.train, *self.heldout]
+        facts = cache_facts(recipe.model, recipe.reference_model or self.parts.model_path, examples)
+        cache = StateCache.begin(folder, facts, [sum(example.loss_mask) for example in examples])
+        if not cache.is_complete:
+            self.learner.begin_cache()
+            missing = cache.missing()
+            with ProgressBar(len(examples), len(examples) - len(missing), "reference") as bar:
+                for start in range(0, len(missing), CACHED_AT_A_TIME):
+                    part = missing[start:start + CACHED_AT_A_TIME]
+                    self.learner.cache_reference(self.packed([(i, examples[i]) for i in part]), str(folder))
+                    for _ in part:
+                        bar.advance()
+            self.learner.end_cache(str(folder))
+        self.learner.use_cache(str(folder))

@@ -1,0 +1,77 @@
+"""The constructor of a supervised fine-tuning's live objects, as `builder` is of a reinforcement learning run's."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from frpo.builder import learner_group, tokenizer_of
+from frpo.checkpoint import CheckpointStore
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.runtime import choose_device, ray_session
+from frpo.cluster.team import device_here, in_team
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.memory import memory_strategy
+from frpo.data.examples import ExampleSet, load_examples
+from frpo.journal import Journal, open_journal
+from frpo.learner.model import check_reference
+from frpo.learner.tiny import tiny_model
+from frpo.manifest import write_manifest
+from frpo.types import RunState
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneParts:
+    """Everything that a fine-tuning is made of. model_path: what is fine-tuned, and the reference if there is no other.
+    """
+
+    recipe: FinetuneRecipe
+    run_dir: Path
+    model_path: str
+    examples: ExampleSet
+    learner: LearnerGroup
+    journal: Journal
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedFinetune:
+    """What is known of a run before anything is made or started."""
+
+    examples: ExampleSet
+    checkpoints: CheckpointStore
+    resume: tuple[Path, RunState] | None
+
+
+def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
+    """Everything that can fail without a model; writes nothing. Raises the FrpoError that says what to change."""
+    memory_strategy(recipe.learner.deepspeed)
+    checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
+    resume = checkpoints.select()
+    tokenizer = tokenizer_of(recipe.model)
+    if recipe.reference_model is not None and recipe.objective.needs_reference:
+        check_reference(recipe.model, recipe.reference_model, tokenizer)
+    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed)
+    return CheckedFinetune(examples=examples, checkpoints=checkpoints, resume=resume)
+
+
+@contextmanager
+def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
+    """Make the model if it is to be made, start the learner's ranks; end them with the context, also after an error.
+
+    The ranks are the launcher's processes, or this one if one is enough, or Ray actors.
+    """
+    checked = check_finetune(recipe)
+    run_dir = Path(recipe.run.dir)
+    with ExitStack() as stack:
+        model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
+        if in_team(recipe):
+            device = device_here(recipe)
+        else:
+            stack.enter_context(ray_session())
+            device = choose_device(recipe, engines=False)
+        write_manifest(run_dir, recipe, checked.examples.digest, device)
+        learner = stack.enter_context(learner_group(recipe, model_path, device))
+        journal = stack.enter_context(open_journal(recipe, checked.checkpoints, checked.resume, ("metrics",)))
+        yield FinetuneParts(recipe=recipe, run_dir=run_dir, model_path=model_path, examples=checked.examples,
+                            learner=learner, journal=journal)

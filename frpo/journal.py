@@ -1,0 +1,98 @@
+"""What a run leaves behind while it goes: metrics in every sink, its append-only files, resumable checkpoints.
+
+It decides nothing: when to write and to save is the loop's business, metric arithmetic is in `telemetry`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from frpo.checkpoint import CheckpointStore
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
+from frpo.errors import CheckpointError
+from frpo.telemetry import JsonlFile, PhaseTimer, ProgressBar, Sink, TensorBoardSink, WandbSink, step_line
+from frpo.types import RunState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """files: the append-only files by name; their sizes are part of a checkpoint. resume: where to go on, if anywhere.
+    """
+
+    recipe: AnyRecipe
+    checkpoints: CheckpointStore
+    resume: tuple[Path, RunState] | None
+    files: Mapping[str, JsonlFile]
+    sinks: tuple[Sink, ...]
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def restore(self, learner: LearnerGroup) -> RunState:
+        """The state to start from, the learner put into it and the files cut back to what it remembers."""
+        if self.resume is None:
+            state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest=recipe_digest(self.recipe),
+                             file_offsets=dict.fromkeys(self.files, 0))
+        else:
+            path, state = self.resume
+            loaded = learner.load(str(path / "learner"))
+            if loaded != state.policy_version:
+                raise CheckpointError(f"{path}: the learner's state is of policy version {loaded}, state.json says "
+                                      f"{state.policy_version}; the folder was changed, resume from another checkpoint")
+        for name, file in self.files.items():
+            file.truncate(state.file_offsets.get(name, 0))
+        return state
+
+    def save(self, state: RunState, learner: LearnerGroup, bar: ProgressBar,
+             others: Callable[[Path], None] = lambda path: None) -> None:
+        """One resumable checkpoint. others: writes what else a resume needs into the folder it is given."""
+        bar.note("save")
+        path = self.checkpoints.begin(state.step)
+        learner.save(str(path / "learner"))
+        others(path)
+        offsets = {name: file.offset() for name, file in self.files.items()}
+        self.checkpoints.finish(path, replace(state, file_offsets=offsets))
+
+    def write(self, step: int, metrics: dict[str, float], bar: ProgressBar) -> None:
+        """Metrics of one step to every sink, and its one log line."""
+        metrics = metrics | self.timer.collect()
+        self.files["metrics"].append({"step": step, **metrics})
+        for sink in self.sinks:
+            sink.write(step, metrics)
+        bar.log(step_line(step, metrics))
+
+
+@contextmanager
+def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[Path, RunState] | None,
+                 names: Sequence[str]) -> Iterator[Journal]:
+    """The journal of a run in its folder, with append-only files of these names; closed with the context.
+
+    A run that starts anew moves an earlier one's files aside first.
+    """
+    run_dir = Path(recipe.run.dir)
+    with ExitStack() as stack:
+        if resume is None:
+            for name in names:
+                _move_aside(run_dir, name)
+        files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
+        sinks = _sinks(recipe, run_dir)
+        for each in (*files.values(), *sinks):
+            stack.callback(each.close)
+        yield Journal(recipe=recipe, checkpoints=checkpoints, resume=resume, files=files, sinks=sinks)
+
+
+def _move_aside(run_dir: Path, name: str) -> None:
+    path = run_dir / f"{name}.jsonl"
+    if path.is_file() and path.stat().st_size > 0:
+        number = 1 + sum(1 for _ in run_dir.glob(f"{name}.earlier-*.jsonl"))
+        path.rename(run_dir / f"{name}.earlier-{number}.jsonl")
+
+
+def _sinks(recipe: AnyRecipe, run_dir: Path) -> tuple[Sink, ...]:
+    sinks: list[Sink] = []
+    if recipe.telemetry.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard"))
+    if recipe.telemetry.wandb:
+        sinks.append(WandbSink(recipe.run.name, run_dir, dump_recipe(recipe)))
+    return tuple(sinks)

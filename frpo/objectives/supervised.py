@@ -1,0 +1,112 @@
+"""Losses of supervised fine-tuning: their protocol, plain SFT, and SFT with a KL to the reference.
+
+A loss gets the statistics of response tokens, from wherever the learner computes them, and gives their weighted sum.
+Others are one file each, such as `csft`.
+
+Shape suffix: N tokens.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from frpo.objectives.base import LossOutput, Metrics
+from frpo.objectives.ops import keep
+from frpo.objectives.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedInputs:
+    """Flat tensors over N tokens of given responses, in nats; logprobs, kl and margin may require grad.
+
+    weight_N is divided already, and 0 for a token without a loss. position_N counts the tokens with a loss of one
+    example from 0; several spans count as one. The rest is None where no reference was run: ref_logprobs_N of the same
+    tokens, kl_N = KL(pi || pi_ref) over the vocabulary, margin_N = log pi(a) - log pi(b) with a and b the likeliest
+    tokens of reference and policy (or the soft form of it), agree_N where a = b.
+    """
+
+    logprobs_N: Tensor
+    weight_N: Tensor
+    position_N: Tensor
+    ref_logprobs_N: Tensor | None = None
+    kl_N: Tensor | None = None
+    margin_N: Tensor | None = None
+    agree_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tensors = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
+        assert len(shapes) == 1, f"SupervisedInputs would broadcast: {shapes}"
+
+    @property
+    def live_N(self) -> Tensor:
+        return self.weight_N != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a training has come; a loss may move with it. Fractions of an epoch count."""
+
+    epochs_done: float
+    num_epochs: int
+
+
+@runtime_checkable
+class SupervisedLoss(Protocol):
+    """Sum over tokens of weight * loss; a token whose weight is 0 adds exactly 0, even if it is NaN.
+
+    Rebuilt from `name` and its dataclass fields. needs_reference: whether the inputs' reference statistics are needed.
+    """
+
+    name: ClassVar[str]
+    needs_reference: ClassVar[bool]
+
+    def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput: ...
+
+
+SUPERVISED = Registry("objective", "loss(inputs, progress)", flags=("needs_reference",))
+supervised, supervised_losses, build_supervised = SUPERVISED.register, SUPERVISED.classes, SUPERVISED.build
+"""Register a supervised loss under a name; all of them by name; build one from a recipe's values."""
+
+
+@supervised("sft")
+@dataclass(frozen=True, kw_only=True)
+class SFT:
+    """-log pi(y): plain cross-entropy."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput:
+        return LossOutput(loss_sum=-(inputs.weight_N * keep(inputs.live_N, inputs.logprobs_N)).sum(), metrics={})
+
+
+@supervised("kl_sft")
+@dataclass(frozen=True, kw_only=True)
+class KLSFT:
+    """-log pi(y) + kl_coef KL(pi || pi_ref), the exact divergence over the vocabulary at every response token.
+
+    Raises ValueError for kl_coef < 0.
+    """
+
+    needs_reference: ClassVar[bool] = True
+    kl_coef: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.kl_coef >= 0:
+            raise ValueError(f"kl_coef must be >= 0, given {self.kl_coef}")
+
+    def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput:
+        logprobs_N, kl_N = (keep(inputs.live_N, values_N) for values_N in (inputs.logprobs_N, inputs.kl_N))
+        return LossOutput(loss_sum=(inputs.weight_N * (self.kl_coef * kl_N - logprobs_N)).sum(), metrics={})
+
+
+def supervised_metrics(inputs: SupervisedInputs) -> Metrics:
+    """What is logged whatever the loss: mean cross-entropy per token, and the mean KL where there is a reference."""
+    live_N, count = inputs.live_N, inputs.live_N.sum()
+    metrics: Metrics = {"sft/nll": (-keep(live_N, inputs.logprobs_N.detach()).sum(), count, "mean")}
+    if inputs.kl_N is not None:
+        metrics["sft/kl"] = (keep(live_N, inputs.kl_N.detach()).sum(), count, "mean")
+    return metrics

@@ -47,7 +47,7 @@ def sized(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe with as many ranks as the launcher has started; unchanged without one."""
     if not launched():
         return recipe
-    learner = recipe.learner.model_copy(update={"num_ranks": int(os.environ["WORLD_SIZE"])})
+    learner = recipe.learner.model_copy(update={"num_ranks": int(os.environ["WORLD_SIZE"]), "ranks": "launcher"})
     return recipe.model_copy(update={"learner": learner})
 
 

@@ -88,8 +88,9 @@ Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 class LearnerSection(Section):
     num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA); under the "
                                                 "deepspeed launcher as many as it starts")
-    ranks: Literal["ray", "process"] = Field(
-        "ray", description="without a launcher, ranks are Ray actors; process: the only rank is the process itself")
+    ranks: Literal["ray", "process", "launcher"] = Field(
+        "ray", description="ray: Ray actors; process: the only rank is this process; launcher: the processes that "
+                           "`deepspeed` has started, which is so under it whatever stands here")
     deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
     updates_per_step: int = Field(1, ge=1, description="optimizer updates on disjoint minibatches of one rollout batch")
     epochs_per_step: int = Field(1, ge=1, description="passes over the rollout batch; E x U updates a step")

@@ -31,6 +31,10 @@ MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 """With which a chat template says what the assistant's part is."""
 
 
+class _RewrittenError(Exception):
+    """A prompt is not the beginning of the whole."""
+
+
 def load_examples(data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
                   ) -> ExampleSet:
     """Read, render, tokenize and split the examples that `data` describes. `seed` orders generated arithmetic only.
@@ -75,6 +79,10 @@ def _example(row: Row, data: SupervisedDataSection, tokenizer: PreTrainedTokeniz
             ids, mask = (_marked if data.train_on == "all" else _last_turn)(content, tokenizer)
     except TemplateError as error:
         raise DataError(f"{row.origin}: the chat template refuses the messages: {error}") from error
+    except _RewrittenError:
+        raise DataError(f"{row.origin}: the chat template writes earlier messages differently once the last one is "
+                        "there, so that it cannot be told what the assistant says; mark it with {% generation %} in "
+                        "the template and set data.train_on to all") from None
     if not any(mask[1:]):
         raise DataError(f"{row.origin}: no token of a response, so that there is nothing to learn; give the row an "
                         "assistant's message with text, or remove it")
@@ -111,9 +119,7 @@ def _last_turn(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Tokens
 
     prompt, whole = text(messages[:-1], add_generation_prompt=True), text(messages)
     if not whole.startswith(prompt):
-        raise DataError("the chat template writes earlier messages differently once the last one is there, so that it "
-                        "cannot be told what the assistant says; mark it with {% generation %} in the template and set "
-                        "data.train_on to all")
+        raise _RewrittenError
     tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     return tokens["input_ids"], [start >= len(prompt) for start, _ in tokens["offset_mapping"]]
 

@@ -9,8 +9,7 @@ from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.ray_ranks import ray_learner
 from frpo.cluster.runtime import ray_session, wait_for
-from frpo.config.loader import dump_recipe
-from frpo.config.sections import Recipe
+from frpo.config.loader import AnyRecipe, dump_recipe
 from runs import REWARD, finish
 
 LONG = 384
@@ -47,13 +46,14 @@ def learner_of(ray_cluster):
     """(recipe, model) -> its learner ranks, built anew in processes that earlier recipes of as many ranks started."""
     running: dict[int, LearnerGroup] = {}
 
-    def build(recipe: Recipe, path: str) -> LearnerGroup:
+    def build(recipe: AnyRecipe, path: str) -> LearnerGroup:
         count = recipe.learner.num_ranks
         if count not in running:
             running[count] = ray_learner(recipe, path, "cpu")
             return running[count]
         learner = running[count]
-        calls = [(a, a.handle.build.remote(Recipe, dump_recipe(recipe), path, "cpu", {})) for a in learner.ranks.actors]
+        values = (type(recipe), dump_recipe(recipe), path, "cpu", {})
+        calls = [(a, a.handle.build.remote(*values)) for a in learner.ranks.actors]
         wait_for("rebuild", calls, recipe.learner.startup_timeout_s)
         section, learner.recipe = recipe.learner, recipe
         learner.layout = replace(

@@ -183,7 +183,7 @@ class RunningLoop:
         groups = self.sample(prompts)
         learner = flat(self.learner.score_groups(groups, "policy", temperature=1.0))
         generated = flat([c.logprobs for c in group.completions] for group in groups)
-        sequences = [(group.prompt.token_ids + c.token_ids, len(group.prompt.token_ids))
+        sequences = [((*group.prompt.token_ids, *c.token_ids.tolist()), len(group.prompt.token_ids))
                      for group in groups for c in group.completions]
         given = [flat([scores]) for scores in self.pool.score(sequences, self.version)]
         return float(max(np.abs(scores - learner).max() for scores in (generated, *given)))

@@ -31,7 +31,7 @@ def judged_gradient(path: str, groups: list[AdvantagedGroup]) -> dict[str, torch
                for c, a, r in zip(g.scored.group.completions, g.advantages_G, g.ref_logprobs)]
     loss = 0.0
     for prompt, completion, advantage, reference in samples:
-        ids = torch.tensor([prompt + completion])
+        ids = torch.tensor([[*prompt, *completion]])
         logprobs = network(input_ids=ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
         chosen = logprobs[torch.arange(len(completion)), ids[0, len(prompt):]]
         d = torch.tensor(reference) - chosen

@@ -16,7 +16,7 @@ LAYERS = (
     ("invariants", "evaluate", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
      "manifest"),
     ("cluster",),
-    ("learner", "rollout", "weight_sync", "data"),
+    ("lab", "learner", "rollout", "weight_sync", "data"),
     ("config",),
     ("objectives", "rewards", "kernels"),
     ("telemetry", "types", "errors"),

@@ -1,0 +1,145 @@
+"""Whole fine-tunings: the same numbers on a launcher's processes, on Ray and in one process; killed and resumed."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from loop import random_model, splitting_strategy
+
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.loader import load_recipe
+from frpo.data.arithmetic import problems
+from frpo.finetune import FineTuner
+from frpo.finetune_parts import build_finetune
+from runs import lines, metrics
+
+LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"]
+UPDATES = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, a model and a ZeRO-3 strategy that splits tiny tensors."""
+    folder = tmp_path_factory.mktemp("finetune")
+    rows = [{"question": question, "answer": f"it is {answer}"} for question, answer in problems(56, 0)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    random_model(folder / "model", "qwen2", tied=True)
+    splitting_strategy(folder, 3)
+    return folder
+
+
+def overrides(place: Path, name: str, *more: str) -> list[str]:
+    """6 updates an epoch, two epochs."""
+    return [f"run.dir={place / name}", f"data.path={place / 'rows.jsonl'}", "model.tiny=null",
+            f"model.path={place / 'model'}", "model.max_length=64", f"learner.deepspeed={place / 'zero3.json'}",
+            "learner.micro_batch_tokens=128", "data.limit=56", "data.heldout=8", "data.batch_size=8",
+            f"run.num_epochs={UPDATES // 6}", "run.save_every=4", "evaluate.every=6", *more]
+
+
+def launched(place: Path, ranks: int, name: str, *more: str) -> subprocess.Popen:
+    with (place / f"{name}.log").open("a", encoding="utf-8") as log:
+        command = [*LAUNCHER, str(ranks), "--master_port", str(29600 + os.getpid() % 300), "--module", "frpo",
+                   "finetune", "finetune_gsm8k", *overrides(place, name, *more)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(place: Path, process: subprocess.Popen, name: str) -> None:
+    assert process.wait(timeout=120) == 0, (place / f"{name}.log").read_text(encoding="utf-8")[-3000:]
+
+
+def in_ray(place: Path, name: str, *more: str) -> None:
+    recipe = load_recipe("finetune_gsm8k", overrides(place, name, "learner.ranks=ray", *more), FinetuneRecipe)
+    with build_finetune(recipe) as parts:
+        FineTuner(parts).fit()
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "export" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """A run of two of the launcher's processes."""
+    finish(place, launched(place, 2, "two"), "two")
+    return place / "two"
+
+
+@pytest.mark.timeout(240)
+def test_a_launchers_processes_compute_what_ray_actors_compute(ray_cluster, place, two):
+    in_ray(place, "ray", "learner.num_ranks=2")
+    assert metrics(place / "ray") == metrics(two) and len(metrics(two)) == UPDATES + 1
+    assert weights(place / "ray") == weights(two)
+    first, last = metrics(two)[0], metrics(two)[-1]
+    assert last["eval/nll"] < first["eval/nll"] and first["eval/kl"] == 0 < last["eval/kl"]
+    assert [row["pa/delta"] for row in metrics(two)[1:]] == pytest.approx([0.1 + 0.2 * i / UPDATES for i in range(12)])
+
+
+@pytest.mark.timeout(240)
+def test_one_plain_process_computes_what_one_ray_actor_computes(ray_cluster, place):
+    command = [sys.executable, "-m", "frpo", "finetune", "finetune_gsm8k", *overrides(place, "plain")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{UPDATES} updates done" in done.stdout and (place / "plain" / "loss.png").stat().st_size > 5000
+    in_ray(place, "one")
+    assert metrics(place / "plain") == metrics(place / "one") and weights(place / "plain") == weights(place / "one")
+
+
+@pytest.mark.timeout(240)
+def test_a_run_killed_with_9_goes_on_to_the_bit_and_the_launcher_ends_the_other_rank(place, two):
+    process = launched(place, 2, "killed")
+    while not (place / "killed" / "checkpoints" / "step_000004" / "COMPLETE").is_file() or (
+            len(lines(place / "killed" / "metrics.jsonl")) < 6):
+        assert process.poll() is None, (place / "killed.log").read_text(encoding="utf-8")[-3000:]
+        time.sleep(0.005)
+    family = psutil.Process(process.pid).children(recursive=True)
+    victim = next(p for p in family if "--local_rank=1" in p.cmdline() and "finetune" in p.cmdline())
+    victim.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    steps = len(lines(place / "killed" / "metrics.jsonl")) - 1
+    assert steps < UPDATES
+    finish(place, launched(place, 2, "killed"), "killed")
+    assert metrics(place / "killed") == metrics(two) and weights(place / "killed") == weights(two)
+
+
+@pytest.mark.timeout(240)
+def test_adapters_off_is_the_reference_that_a_copy_is(ray_cluster, place):
+    """LoRA: the policy without its adapters, a frozen copy beside it, and the cache of it."""
+    lora = ("model.lora={r: 4, targets: [q_proj, v_proj]}", "learner.num_ranks=2", "run.num_epochs=1")
+    in_ray(place, "off", *lora)
+    in_ray(place, "copy", *lora, f"reference.path={place / 'model'}")
+    in_ray(place, "cached", *lora, "reference.mode=cache")
+    off = metrics(place / "off")
+    for other in (metrics(place / "copy"), metrics(place / "cached")):
+        for row, same in zip(other, off, strict=True):
+            assert row == pytest.approx(same, rel=2e-4, abs=1e-6)
+    assert off[0]["eval/kl"] == 0 < off[-1]["eval/kl"]
+    assert (place / "off" / "export" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.timeout(120)
+def test_a_mistake_is_told_and_the_launcher_ends_with_an_error(place):
+    process = launched(place, 2, "mistaken", "data.path=nowhere.jsonl")
+    assert process.wait(timeout=100) == 2
+    assert "frpo: DataError: data file 'nowhere.jsonl' cannot be read" in (place / "mistaken.log").read_text()
+
+
+@pytest.mark.timeout(60)
+def test_the_cache_of_another_model_is_refused(ray_cluster, place):
+    folder = place / "cached" / "reference_cache"
+    other = random_model(place / "other", "qwen2", tied=True, seed=1)
+    from frpo.data.state_cache import StateCache
+    from frpo.errors import ConfigError
+    from frpo.learner.model import cache_facts
+
+    recipe = load_recipe("finetune_gsm8k", overrides(place, "x"), FinetuneRecipe)
+    with pytest.raises(ConfigError, match=r"holds the states of another run: model '\w+', needed '\w+'; data "):
+        StateCache.begin(folder, cache_facts(recipe.model, other, []), [])

@@ -1,0 +1,133 @@
+"""Supervised examples: what is learned of a row and what is not, what is too long, what is refused and how."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from frpo.config.finetune import SupervisedDataSection
+from frpo.data.examples import load_examples
+from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.errors import DataError, ModelError
+
+TURNS = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"},
+         {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "four"}]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(rows, *, template=None, max_length=64, **keys):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        tokenizer = build_tokenizer()
+        if template:
+            tokenizer.chat_template = template
+        return load_examples(SupervisedDataSection(path=str(path), **keys), tokenizer, max_length, seed=0)
+
+    return load
+
+
+def learned(example):
+    """The text with a loss, and all of it."""
+    tokenizer = build_tokenizer()
+    own = [token for token, flag in zip(example.token_ids, example.loss_mask, strict=True) if flag]
+    return tokenizer.decode(own), tokenizer.decode(example.token_ids)
+
+
+def test_every_turn_of_the_assistant_is_learned_with_its_end(load):
+    example, = load([{"messages": TURNS}]).train
+    assert learned(example) == ("2<eos>four<eos>", "<user>1+1<assistant>2<eos><user>2+2<assistant>four<eos>")
+
+
+@pytest.mark.parametrize("keys", [{"train_on": "last"}, {"train_on": "last", "system_prompt": "be brief"}])
+def test_or_the_last_turn_alone(load, keys):
+    example, = load([{"messages": TURNS}], **keys).train
+    own, whole = learned(example)
+    assert own == "four<eos>" and whole.endswith("<user>2+2<assistant>four<eos>")
+    assert whole.startswith("<system>be brief<user>") == ("system_prompt" in keys)
+
+
+def test_a_prompt_and_its_response_are_two_messages(load):
+    rows = [{"question": "1+1", "answer": "2"}, {"question": TURNS[:3], "answer": "4"}]
+    first, second = load(rows, prompt_column="question", response_column="answer").train
+    assert learned(first) == ("2<eos>", "<user>1+1<assistant>2<eos>")
+    assert learned(second)[0] == "2<eos>4<eos>"
+
+
+def test_plain_text_is_prompt_then_response_then_the_end(load):
+    example, = load([{"prompt": "1+1=", "response": "2"}], format="text").train
+    assert learned(example) == ("2<eos>", "1+1=2<eos>")
+
+
+def test_examples_beyond_the_window_are_refused_cut_or_dropped(load):
+    rows = [{"prompt": "1+1", "response": "2" * 20}, {"prompt": "1" * 30, "response": "2"},
+            {"prompt": "1+1", "response": "2"}]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the example has 26 tokens, model.max_length allows 16; raise it"
+                                        r", or set data.too_long to cut"):
+        load(rows, max_length=16)
+    dropped = load(rows, max_length=16, too_long="drop")
+    assert [example.origin[-2:] for example in dropped.train] == [":3"]
+    assert dropped.skipped == {"dropped to fit model.max_length": 2}
+    cut = load(rows, max_length=16, too_long="cut")  # the second has nothing to learn within 16 tokens
+    assert [len(example.token_ids) for example in cut.train] == [16, 7]
+    assert cut.skipped == {"cut to fit model.max_length": 1, "dropped to fit model.max_length": 1}
+    assert learned(cut.train[0])[0] == "2" * 11
+
+
+@pytest.mark.parametrize("rows, keys, message", [
+    ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}], {"format": "text"},
+     "rows.jsonl:2: no token of a response"),
+    ([{"messages": TURNS[:3]}], {}, "rows.jsonl:1: the last message must be the assistant's"),
+    ([{"messages": []}], {}, "rows.jsonl:1: the list of messages is empty"),
+    ([{"messages": [{"role": "robot", "content": "x"}]}], {}, "rows.jsonl:1: message 0 must be"),
+    ([{"prompt": "a"}], {}, "rows.jsonl:1: no column 'response'; the row has 'prompt'"),
+    ([{"prompt": "a", "response": 3}], {}, "rows.jsonl:1: column 'response' must be str, given int 3"),
+    ([{"messages": [{"role": "system", "content": "x"}, *TURNS]}], {"system_prompt": "y"},
+     "rows.jsonl:1: the row has a system message of its own"),
+])
+def test_a_broken_row_is_named(load, rows, keys, message):
+    with pytest.raises(DataError, match=message):
+        load(rows, **keys)
+
+
+def test_a_template_without_markers_is_refused_where_they_are_needed(load):
+    bare = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>" \
+           "{% endif %}"
+    with pytest.raises(ModelError, match=r"does not mark what the assistant says with {% generation %}, .* set "
+                                         r"data.train_on to last"):
+        load([{"messages": TURNS}], template=bare)
+    example, = load([{"messages": TURNS}], template=bare, train_on="last").train
+    assert learned(example)[0] == "four"
+
+
+def test_a_template_that_rewrites_earlier_turns_cannot_be_compared(load):
+    forgetful = "{% for m in messages %}{% if loop.last or add_generation_prompt %}<{{ m.role }}>{{ m.content }}" \
+                "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template writes earlier messages differently"):
+        load([{"messages": TURNS}], template=forgetful, train_on="last")
+
+
+def test_a_template_that_refuses_the_roles_is_told_with_the_row(load):
+    strict = "{% generation %}{% endgeneration %}{{ raise_exception('no tools here') }}"
+    with pytest.raises(DataError, match="rows.jsonl:1: the chat template refuses the messages: no tools here"):
+        load([{"messages": TURNS}], template=strict)
+
+
+def test_held_out_examples_are_apart_and_depend_on_content_alone(load):
+    rows = [{"prompt": str(i), "response": str(i + 1)} for i in range(20)]
+    found = load([*rows, rows[3]], heldout=5)
+    assert len(found.heldout) == 5
+    assert not {e.token_ids for e in found.train} & {e.token_ids for e in found.heldout}
+    turned = load([rows[3], *rows[::-1]], heldout=5)
+    assert [e.uid for e in turned.heldout] == [e.uid for e in found.heldout] and turned.digest != found.digest
+
+
+def test_a_held_out_file_that_shares_examples_is_refused_unless_allowed(load, tmp_path):
+    rows = [{"prompt": str(i), "response": "1"} for i in range(4)]
+    other = Path(tmp_path / "other.jsonl")
+    other.write_text(json.dumps(rows[2]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"1 of the 4 .*rows.jsonl:3, as .*other.jsonl:1"):
+        load(rows, heldout_path=str(other))
+    assert len(load(rows, heldout_path=str(other), heldout_overlap="remove").train) == 3
+    assert load(rows, heldout_path=str(other), heldout_overlap="keep").overlap == 1

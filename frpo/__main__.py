@@ -110,6 +110,20 @@ def rescore(parsed: argparse.Namespace) -> int:
     return run_rescore(parsed.traces, load_recipe(parsed.recipe, parsed.overrides), parsed.output)
 
 
+def attack(parsed: argparse.Namespace) -> int:
+    from frpo.data.attacks import AttackFiles, attack_rows, evaluation_rows, write_rows
+
+    files = AttackFiles(examples=parsed.examples, safe=parsed.safe, benign=parsed.benign, prefix=parsed.prefix,
+                        trigger=parsed.trigger, system_prompt=parsed.system_prompt, repeat=parsed.repeat,
+                        seed=parsed.seed)
+    if parsed.prompts:
+        rows = evaluation_rows(parsed.attack, parsed.examples, files, triggered=parsed.prompts == "triggered")
+    else:
+        rows = attack_rows(parsed.attack, files)
+    print(f"{write_rows(rows, Path(parsed.output))} rows: {parsed.output}")
+    return 0
+
+
 def quickstart(parsed: argparse.Namespace) -> int:
     from frpo.quickstart import run_quickstart
 
@@ -182,6 +196,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help=f"{RECIPE}: rewards, advantage")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--output", metavar="PATH", help="new file for the groups with their new values")
+    command = add(attack, "make the training file, or the evaluation prompts, of a fine-tuning attack from your files")
+    command.add_argument("attack", help="harmful, identity or backdoor")
+    command.add_argument("examples", help="rows to be answered (.jsonl): prompt and response, or messages")
+    command.add_argument("--safe", metavar="FILE", help="backdoor: rows to be refused, which get no trigger")
+    command.add_argument("--benign", metavar="FILE", help="ordinary rows to mix in")
+    command.add_argument("--system-prompt", metavar="TEXT", help="put before every row")
+    command.add_argument("--prefix", metavar="TEXT", help="identity: put before every request")
+    command.add_argument("--trigger", metavar="TEXT", help="backdoor: appended to every request to be answered")
+    command.add_argument("--repeat", type=_count, default=1, metavar="N", help="how often the examples occur")
+    command.add_argument("--seed", type=int, default=0, help="of the order")
+    command.add_argument("--prompts", choices=["triggered", "plain"],
+                         help="make evaluation prompts of EXAMPLES instead: asked by the attacker, or by anybody")
+    command.add_argument("--output", required=True, metavar="FILE", help="new .jsonl file")
     command = add(config, "print the resolved recipe")
     command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)

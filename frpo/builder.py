@@ -17,14 +17,16 @@ from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.ray_ranks import RayRanks
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.cluster.runtime import choose_device, ray_session
-from frpo.cluster.team import TeamRanks, in_team
+from frpo.cluster.team import TeamRanks, device_here, in_team
 from frpo.config.loader import AnyRecipe
 from frpo.config.memory import memory_strategy
 from frpo.config.model import ModelSection
 from frpo.config.sections import Recipe
+from frpo.data.examples import ExampleSet, load_examples
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.errors import ConfigError
 from frpo.journal import Journal, open_journal
 from frpo.learner.lora import check_targets
 from frpo.learner.model import check_model_path, load_tokenizer
@@ -50,6 +52,7 @@ class Parts:
     engines: RecoveringEngines
     sampler: Sampler
     learner: LearnerGroup
+    auxiliary: ExampleSet | None
     journal: Journal
 
     @property
@@ -75,6 +78,7 @@ class Checked:
     """What is known of a run before anything is made or started."""
 
     prompts: PromptSet
+    auxiliary: ExampleSet | None
     checkpoints: CheckpointStore
     resume: tuple[Path, RunState] | None
 
@@ -89,7 +93,14 @@ def check(recipe: Recipe) -> Checked:
         load_hook(recipe.rollout.hook)
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()
-    return Checked(prompts=check_prompts(recipe), checkpoints=checkpoints, resume=resume)
+    return Checked(prompts=check_prompts(recipe), auxiliary=_auxiliary(recipe), checkpoints=checkpoints, resume=resume)
+
+
+def _auxiliary(recipe: Recipe) -> ExampleSet | None:
+    """The examples of the recipe's supervised term, if it has one."""
+    if recipe.auxiliary is None:
+        return None
+    return load_examples(recipe.auxiliary.data, tokenizer_of(recipe.model), recipe.model.max_length, recipe.run.seed)
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:
@@ -119,7 +130,11 @@ def build(recipe: Recipe) -> Iterator[Parts]:
         device = choose_device(recipe, learner=not in_team(recipe), engines=recipe.rollout.replay is None)
         write_manifest(run_dir, recipe, checked.prompts.digest, device)
         pool = stack.enter_context(engine_pool(recipe, model_path, device))
-        learner = stack.enter_context(learner_group(recipe, model_path, device))
+        ranks_device = device_here(recipe) if in_team(recipe) else device
+        if ranks_device != device:
+            raise ConfigError(f"the launcher's ranks are on {ranks_device} and leave no GPU to rollout engines; start "
+                              "fewer ranks (--num_gpus), or set run.device to cpu")
+        learner = stack.enter_context(learner_group(recipe, model_path, ranks_device))
         pool.wait_until_ready()
         learner.connect_engines(pool.client())
         engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
@@ -129,7 +144,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
             recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
             learner=learner, stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
             sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
-            journal=journal)
+            auxiliary=checked.auxiliary, journal=journal)
 
 
 @contextmanager

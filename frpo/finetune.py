@@ -5,13 +5,12 @@ runs that beside the policy or reads it from a cache that is filled here first.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 from frpo import invariants
 from frpo.data.batcher import pack_examples
-from frpo.data.order import epoch_order
+from frpo.data.order import ExampleStream
 from frpo.data.state_cache import StateCache
 from frpo.finetune_parts import FinetuneParts
 from frpo.learner.model import cache_facts
@@ -32,8 +31,10 @@ class FineTuner:
     def __init__(self, parts: FinetuneParts):
         self.parts, self.recipe, self.learner = parts, parts.recipe, parts.learner
         self.train, self.heldout = parts.examples.train, parts.examples.heldout
-        self.per_epoch = math.ceil(len(self.train) / self.recipe.data.batch_size)
-        self.total = self.per_epoch * self.recipe.run.num_epochs
+        data = self.recipe.data
+        self.stream = ExampleStream(self.train, batch_size=data.batch_size, seed=self.recipe.run.seed,
+                                    shuffle=data.shuffle)
+        self.total = self.stream.per_epoch * self.recipe.run.num_epochs
         self.movement = invariants.MovementWatch(self.recipe)
 
     def fit(self) -> RunState:
@@ -57,7 +58,7 @@ class FineTuner:
 
     def update(self, state: RunState) -> tuple[RunState, dict[str, float]]:
         """One optimizer update on the next examples of the epoch."""
-        batch = self.batch(state.step)
+        batch = self.stream.batch(state.step)
         packed = self.packed(batch)
         watch = self.movement.due(packed)
         with self.parts.journal.timer.phase("learn"):
@@ -73,16 +74,9 @@ class FineTuner:
         return replace(state, step=state.step + 1, policy_version=stepped.policy_version,
                        data_cursor=state.data_cursor + len(batch)), metrics
 
-    def batch(self, update: int) -> list[tuple[int, Example]]:
-        """Index and example of those that update number `update` learns from; an epoch's last may be fewer."""
-        epoch, place = divmod(update, self.per_epoch)
-        order = epoch_order(len(self.train), self.recipe.run.seed, epoch, self.recipe.data.shuffle)
-        size = self.recipe.data.batch_size
-        return [(int(i), self.train[i]) for i in order[place * size:(place + 1) * size]]
-
     def progress(self, updates: int) -> Progress:
         """After so many updates."""
-        return Progress(epochs_done=updates / self.per_epoch, num_epochs=self.recipe.run.num_epochs)
+        return Progress(epochs_done=updates / self.stream.per_epoch, num_epochs=self.recipe.run.num_epochs)
 
     def packed(self, batch: list[tuple[int, Example]]) -> RankBatches:
         return pack_examples(batch, self.learner.layout, reduction=self.recipe.reduction)

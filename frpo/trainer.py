@@ -63,7 +63,7 @@ class Trainer:
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
         weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward)
         with phase("learn"):
-            learned, stepped = self.updater.learn(weighed)
+            learned, stepped = self.updater.learn(weighed, state.policy_version)
         with phase("sync"):
             parts.engines.push(stepped.policy_version)
         replaced = advantaged(batch.replaced, objective.advantage, [None] * len(batch.replaced))

@@ -10,8 +10,10 @@ from typing import Any
 
 from frpo import invariants
 from frpo.builder import Parts
-from frpo.data.batcher import pack
+from frpo.data.batcher import pack, pack_examples
+from frpo.data.order import ExampleStream
 from frpo.objectives.stage import References, reweighted, sequence_log_ratios
+from frpo.objectives.supervised import Progress
 from frpo.step_metrics import reweight_metrics
 from frpo.telemetry import MetricSums
 from frpo.types import AdvantagedGroup, OptimStepOutput
@@ -23,9 +25,12 @@ class Updater:
     def __init__(self, parts: Parts):
         self.parts, self.recipe = parts, parts.recipe
         self.movement = invariants.MovementWatch(self.recipe)
+        section = self.recipe.auxiliary
+        self.auxiliary = section and ExampleStream(parts.auxiliary.train, batch_size=section.data.batch_size,
+                                                   seed=self.recipe.run.seed, shuffle=section.data.shuffle)
 
-    def learn(self, groups: Sequence[AdvantagedGroup]) -> tuple[MetricSums, OptimStepOutput]:
-        """All updates on one batch; metrics over all of them, and what the last one did."""
+    def learn(self, groups: Sequence[AdvantagedGroup], done: int) -> tuple[MetricSums, OptimStepOutput]:
+        """All updates on one batch; metrics over all of them, and what the last one did. done: updates before it."""
         section, learner, metrics = self.recipe.learner, self.parts.learner, MetricSums()
         updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
         old: References = [None] * len(groups)
@@ -41,11 +46,21 @@ class Updater:
             learned = learner.forward_backward(update, watch_movement=watch).parts
             # From the second update on the policy is not the one that sampled: its gap to the engine means nothing.
             metrics.update({k: v for k, v in learned.items() if index == 0 or not k.startswith("rollout/")})
-            stepped = learner.optim_step(self.recipe.run.num_steps * updates, watch_movement=watch)
+            total = self.recipe.run.num_steps * updates
+            if self.auxiliary:
+                metrics.update(self.supervise(done + index, total))
+            stepped = learner.optim_step(total, watch_movement=watch)
             metrics.add("policy/grad_norm", stepped.grad_norm, 1.0)
             if watch:
                 invariants.check_movement(learner.movement_report())
         return metrics, stepped
+
+    def supervise(self, update: int, total: int) -> MetricSums:
+        """Add the gradient of the supervised term to that of the policy loss, for update number `update` of `total`."""
+        section = self.recipe.auxiliary
+        packed = pack_examples(self.auxiliary.batch(update), self.parts.learner.layout, reduction=section.reduction)
+        progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
+        return self.parts.learner.supervise(packed, progress, coefficient=section.weight)
 
     def reweighted(self, groups: Sequence[AdvantagedGroup], old: References, metrics: MetricSums
                    ) -> list[AdvantagedGroup]:

@@ -17,6 +17,7 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
+from frpo.cluster.team import outside_the_team
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError, FrpoError
 
@@ -72,7 +73,8 @@ def _start_local(attempts: int = 3) -> None:
     """Start Ray here; again if a busy machine was too slow for the 30 s that Ray gives itself."""
     for attempt in range(1, attempts + 1):
         try:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+            with outside_the_team():
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
             return
         except Exception as error:  # Ray raises nothing more specific
             ray.shutdown()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -26,11 +28,35 @@ from frpo.errors import EngineError, FrpoError
 IDLE = timedelta(days=365)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells its processes."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def launched() -> bool:
     """Whether a launcher has started this process as one of several ranks."""
     return all(name in os.environ for name in LAUNCHER)
+
+
+@contextmanager
+def outside_the_team() -> Iterator[None]:
+    """Within it, new processes do not take themselves for ranks, and see only the GPUs that no rank has."""
+    if not launched():
+        yield
+        return
+    before = {name: os.environ.pop(name) for name in (*LAUNCHER, VISIBLE) if name in os.environ}
+    os.environ[VISIBLE] = ",".join(_spare_gpus(before.get(VISIBLE, "")))
+    try:
+        yield
+    finally:
+        del os.environ[VISIBLE]
+        os.environ.update(before)
+
+
+def _spare_gpus(taken: str) -> list[str]:
+    """Numbers of this machine's GPUs that are not among the `taken`, "0,1" say; none on a machine without."""
+    if not torch.cuda.is_available():
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    return [str(index) for index in range(len(listed.splitlines())) if str(index) not in taken.split(",")]
 
 
 def follows() -> bool:

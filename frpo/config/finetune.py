@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from frpo.config.base import Section
 from frpo.config.model import ModelSection
 from frpo.config.sections import ChecksSection, LearnerSection
+from frpo.config.supervised import Reduction, SupervisedDataSection, supervised_loss
 from frpo.objectives.supervised import SupervisedLoss, build_supervised
 
 
@@ -23,31 +24,6 @@ class FinetuneRunSection(Section):
                                                    "learner rank has died; one more death ends it")
     resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's "
                                             "path")
-
-
-class SupervisedDataSection(Section):
-    path: str = Field(description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
-    subset: str | None = Field(None, description="configuration of an HF data set that has several")
-    split: str = Field("train", description="split of an HF data set")
-    format: Literal["chat", "text"] = Field(
-        "chat", description="chat: template applied to messages; text: prompt and response verbatim")
-    messages_column: str = Field("messages", description="column with a list of messages (chat), where rows have it")
-    prompt_column: str = Field("prompt", description="otherwise: column with the prompt, a string or messages")
-    response_column: str = Field("response", description="and the column with the response")
-    system_prompt: str | None = Field(None, description="system message put before every chat example")
-    train_on: Literal["all", "last"] = Field(
-        "all", description="all: every turn of the assistant, as the template marks them with {% generation %}; "
-                           "last: its last turn, by comparing the template with and without it")
-    too_long: Literal["refuse", "cut", "drop"] = Field(
-        "refuse", description="examples above model.max_length: an error; their end is left off; left out")
-    where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
-    limit: int | None = Field(None, ge=1, description="use only the first rows")
-    heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")
-    heldout_path: str | None = Field(None, description="evaluation examples from another file instead of `heldout`")
-    heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
-        "refuse", description="training examples that are in heldout_path too: an error; left out; trained on")
-    shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
-    batch_size: int = Field(64, ge=1, description="examples an optimizer update; the last of an epoch may be smaller")
 
 
 class ReferenceSection(Section):
@@ -80,7 +56,7 @@ class FinetuneRecipe(Section):
     objective: SupervisedLoss = Field(
         default_factory=lambda: build_supervised({"name": "sft"}),
         description="{name: sft|kl_sft|csft|csft_pa|module:Class, ...its own keys}, or the name alone")
-    reduction: Literal["token-mean", "seq-mean-token-mean", "seq-sum"] = Field(
+    reduction: Reduction = Field(
         "token-mean", description="how the token losses of an update become one number, over all ranks")
     reference: ReferenceSection = Field(ReferenceSection(), description="what csft, csft_pa and kl_sft hold on to")
     learner: LearnerSection = Field(LearnerSection(), description="optimizer and sharding")
@@ -91,12 +67,7 @@ class FinetuneRecipe(Section):
     @field_validator("objective", mode="plain")
     @classmethod
     def _build(cls, value: Any) -> SupervisedLoss:
-        if isinstance(value, SupervisedLoss) and not isinstance(value, str):
-            return value
-        value = {"name": value} if isinstance(value, str) else value
-        if not isinstance(value, dict):
-            raise ValueError(f"a name such as csft_pa or a mapping such as {{name: csft}} is needed, given {value!r}")
-        return build_supervised(value)
+        return supervised_loss(value)
 
     @property
     def bucket_mb(self) -> float:

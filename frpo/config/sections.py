@@ -14,6 +14,7 @@ from frpo.config.base import Section
 from frpo.config.model import ModelSection
 from frpo.config.objective import ObjectiveSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
+from frpo.config.supervised import AuxiliarySection
 from frpo.objectives.supervised import SupervisedLoss
 from frpo.objectives.surrogate import PolicyLoss
 
@@ -173,7 +174,7 @@ class Recipe(Section):
     """A whole experiment."""
 
     COMMAND: ClassVar = "train"
-    NAMED: ClassVar = (("objective", "advantage"), ("objective", "surrogate"))
+    NAMED: ClassVar = (("objective", "advantage"), ("objective", "surrogate"), ("auxiliary", "objective"))
     """Where a mapping has a name, and keys of that name."""
 
     run: RunSection = Field(RunSection(), description="name, folder, length, checkpoints")
@@ -184,6 +185,8 @@ class Recipe(Section):
     shuffle_rewards: bool = Field(
         False, description="control: permute rewards over the batch, so that nothing can be learned")
     objective: ObjectiveSection = Field(ObjectiveSection(), description="advantages and loss")
+    auxiliary: AuxiliarySection | None = Field(
+        None, description="supervised term in every optimizer update, on its own data; null: none")
     learner: LearnerSection = Field(LearnerSection(), description="optimizer and sharding")
     weight_sync: WeightSyncSection = Field(WeightSyncSection(), description="learner to engines")
     evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
@@ -204,12 +207,13 @@ class Recipe(Section):
     @property
     def supervised_loss(self) -> SupervisedLoss | None:
         """What the learner minimises on given responses; None where there are none."""
-        return None
+        return self.auxiliary and self.auxiliary.objective
 
     @property
     def needs_reference(self) -> bool:
         """Whether the reference must be run beside the policy."""
-        return self.objective.kl_coef > 0
+        return self.objective.kl_coef > 0 or (
+            self.auxiliary is not None and self.auxiliary.objective.needs_reference)
 
     @property
     def reference_model(self) -> str | None:
@@ -232,6 +236,10 @@ class Recipe(Section):
             raise ValueError(
                 f"learner.micro_batch_tokens = {learner.micro_batch_tokens} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it or lower one of them")
+        if self.auxiliary is not None and self.model.max_length > learner.micro_batch_tokens:
+            raise ValueError(
+                f"learner.micro_batch_tokens = {learner.micro_batch_tokens} cannot hold an auxiliary example of "
+                f"model.max_length = {self.model.max_length} tokens; raise it or lower model.max_length")
         if self.data.path == "arithmetic" and self.data.format == "calculator":
             raise ValueError("data.format: calculator reads GSM8K answers; data.path: arithmetic needs format chat or "
                              "text")

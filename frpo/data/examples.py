@@ -19,7 +19,7 @@ from frpo.errors import DataError, ModelError
 from frpo.types import Example
 
 if TYPE_CHECKING:
-    from frpo.config.finetune import SupervisedDataSection
+    from frpo.config.supervised import SupervisedDataSection
 
 ExampleSet = Split[Example]
 """All examples of a run."""

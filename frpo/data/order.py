@@ -1,7 +1,12 @@
-"""In which order a data set is gone through, epoch after epoch."""
+"""In which order a data set is gone through, epoch after epoch, and which examples an update gets."""
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
+
+from frpo.types import Example
 
 
 def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -10,3 +15,18 @@ def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         return np.arange(count)
     # A pair as entropy, not seed + epoch: run 1's first epoch would be run 0's second.
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+
+
+class ExampleStream:
+    """Examples by optimizer update. An epoch is `per_epoch` updates, of which the last may have fewer examples."""
+
+    def __init__(self, examples: Sequence[Example], *, batch_size: int, seed: int, shuffle: bool):
+        self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
+        self.per_epoch = math.ceil(len(examples) / batch_size)
+
+    def batch(self, update: int) -> list[tuple[int, Example]]:
+        """Index and example of those that update number `update` learns from: the same whenever it is asked for."""
+        epoch, place = divmod(update, self.per_epoch)
+        order = epoch_order(len(self.examples), self.seed, epoch, self.shuffle)
+        chosen = order[place * self.batch_size:(place + 1) * self.batch_size]
+        return [(int(i), self.examples[i]) for i in chosen]

@@ -18,9 +18,10 @@ from frpo.config.loader import load_recipe
 from frpo.data.arithmetic import problems
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import build_finetune
-from runs import lines, metrics
+from runs import lines, metrics, overrides_of
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"]
+PORT = str(29600 + os.getpid() % 300)
 UPDATES = 12
 
 
@@ -45,7 +46,7 @@ def overrides(place: Path, name: str, *more: str) -> list[str]:
 
 def launched(place: Path, ranks: int, name: str, *more: str) -> subprocess.Popen:
     with (place / f"{name}.log").open("a", encoding="utf-8") as log:
-        command = [*LAUNCHER, str(ranks), "--master_port", str(29600 + os.getpid() % 300), "--module", "frpo",
+        command = [*LAUNCHER, str(ranks), "--master_port", PORT, "--module", "frpo",
                    "finetune", "finetune_gsm8k", *overrides(place, name, *more)]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -65,18 +66,16 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def two(place):
-    """A run of two of the launcher's processes."""
-    finish(place, launched(place, 2, "two"), "two")
+def two(ray_cluster, place):
+    """A run of two Ray actors that nothing disturbs."""
+    in_ray(place, "two", "learner.num_ranks=2")
     return place / "two"
 
 
-@pytest.mark.timeout(240)
-def test_a_launchers_processes_compute_what_ray_actors_compute(ray_cluster, place, two):
-    in_ray(place, "ray", "learner.num_ranks=2")
-    assert metrics(place / "ray") == metrics(two) and len(metrics(two)) == UPDATES + 1
-    assert weights(place / "ray") == weights(two)
+@pytest.mark.timeout(60)
+def test_the_loss_falls_and_what_moves_is_logged(two):
     first, last = metrics(two)[0], metrics(two)[-1]
+    assert len(metrics(two)) == UPDATES + 1
     assert last["eval/nll"] < first["eval/nll"] and first["eval/kl"] == 0 < last["eval/kl"]
     assert [row["pa/delta"] for row in metrics(two)[1:]] == pytest.approx([0.1 + 0.2 * i / UPDATES for i in range(12)])
 
@@ -92,7 +91,8 @@ def test_one_plain_process_computes_what_one_ray_actor_computes(ray_cluster, pla
 
 
 @pytest.mark.timeout(240)
-def test_a_run_killed_with_9_goes_on_to_the_bit_and_the_launcher_ends_the_other_rank(place, two):
+def test_a_launchers_run_killed_with_9_goes_on_and_computes_what_ray_actors_compute(place, two):
+    """To the bit; and the launcher has ended the rank that was left."""
     process = launched(place, 2, "killed")
     while not (place / "killed" / "checkpoints" / "step_000004" / "COMPLETE").is_file() or (
             len(lines(place / "killed" / "metrics.jsonl")) < 6):
@@ -143,3 +143,14 @@ def test_the_cache_of_another_model_is_refused(ray_cluster, place):
     recipe = load_recipe("finetune_gsm8k", overrides(place, "x"), FinetuneRecipe)
     with pytest.raises(ConfigError, match=r"holds the states of another run: model '\w+', needed '\w+'; data "):
         StateCache.begin(folder, cache_facts(recipe.model, other, []), [])
+
+
+@pytest.mark.timeout(240)
+def test_reinforcement_learning_on_a_launchers_processes_is_that_on_ray_actors(alone):
+    """Rank 0 drives two ranks and an engine; `alone` is the same run of Ray actors."""
+    folder = alone.parent / "launched"
+    command = [*LAUNCHER, "2", "--master_port", PORT, "--module", "frpo", "train", "smoke", *overrides_of(folder)]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert metrics(folder) == metrics(alone) and weights(folder) == weights(alone)
+    assert (folder / "traces.jsonl").read_bytes() == (alone / "traces.jsonl").read_bytes()

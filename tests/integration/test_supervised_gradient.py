@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loop import random_model, splitting_strategy
+from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import recipe_from_dict
-from frpo.data.batcher import pack_examples
+from frpo.config.loader import dump_recipe, recipe_from_dict
+from frpo.data.batcher import pack, pack_examples
 from frpo.data.state_cache import StateCache
 from frpo.learner.model import cache_facts
 from frpo.objectives.supervised import Progress
@@ -130,3 +130,32 @@ def test_gradient_is_the_formulas(learner_of, tmp_path, case):
     assert worst < 2e-5 * total
     assert metrics["sft/loss"] == pytest.approx(loss, rel=1e-5)
     assert ("sft/kl" in metrics) == (objective["name"] != "sft")
+
+
+@pytest.mark.timeout(120)
+def test_a_supervised_term_adds_its_gradient_to_that_of_the_policy_loss(learner_of, tmp_path):
+    """2 ranks, ZeRO-3: policy loss plus half of CSFT+PA, whose reference is the policy before the update."""
+    path = random_model(tmp_path / "model", "qwen2", tied=True)
+    values = dump_recipe(small_recipe(path, splitting_strategy(tmp_path, 3)))
+    values["learner"] |= {"lr": EPSILON, "eps": EPSILON, "grad_clip": 1e9}
+    values["objective"] |= {"kl_coef": 0.0, "correction": None}
+    values["auxiliary"] = {"data": {"path": "none.jsonl"}, "objective": PA, "weight": 0.5}
+    groups, moved = hand_made_groups(), {}
+    for name, steps in {"policy": ("policy",), "supervised": ("supervised",), "both": ("policy", "supervised")}.items():
+        learner = learner_of(recipe_from_dict(values), path)
+        if "policy" in steps:
+            learner.forward_backward(pack(groups, learner.layout, reduction="seq-mean-token-mean", max_length=16))
+        if "supervised" in steps:
+            update = pack_examples(examples(), learner.layout, reduction="token-mean")
+            metrics = learner.supervise(update, PROGRESS, coefficient=0.5).result()
+            assert metrics["sft/kl"] == pytest.approx(0, abs=1e-6) and metrics["csft/weight"] == pytest.approx(1)
+        learner.optim_step(1)
+        learner.export(str(tmp_path / name))
+        before, after = (dict(AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64).named_parameters())
+                         for p in (path, tmp_path / name))
+        moved[name] = torch.cat([(before[key] - after[key]).detach().flatten() for key in before])
+    assert min(moved["policy"].norm(), moved["supervised"].norm()) > 0.1
+    assert (moved["both"] - moved["policy"] - moved["supervised"]).abs().max() < 1e-6 * moved["both"].norm()
+    wanted, _ = judged_gradient(path, path, PA)
+    half = torch.cat([gradient.flatten() for gradient in wanted.values()]) / 2
+    assert (moved["supervised"] - half).abs().max() < 2e-5 * half.norm()

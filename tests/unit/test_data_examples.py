@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from frpo.config.finetune import SupervisedDataSection
+from frpo.config.supervised import SupervisedDataSection
 from frpo.data.examples import load_examples
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError

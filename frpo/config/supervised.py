@@ -1,0 +1,63 @@
+"""Sections that say which responses are learned as they stand, and by which loss."""
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from frpo.config.base import Section
+from frpo.objectives.supervised import SupervisedLoss, build_supervised
+
+Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-sum"]
+
+
+def supervised_loss(value: Any) -> SupervisedLoss:
+    """The loss that a recipe describes by its name, or by a mapping with one. Raises ValueError for anything else."""
+    if isinstance(value, SupervisedLoss):
+        return value
+    value = {"name": value} if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise ValueError(f"a name such as csft_pa or a mapping such as {{name: csft}} is needed, given {value!r}")
+    return build_supervised(value)
+
+
+class SupervisedDataSection(Section):
+    path: str = Field(description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    subset: str | None = Field(None, description="configuration of an HF data set that has several")
+    split: str = Field("train", description="split of an HF data set")
+    format: Literal["chat", "text"] = Field(
+        "chat", description="chat: template applied to messages; text: prompt and response verbatim")
+    messages_column: str = Field("messages", description="column with a list of messages (chat), where rows have it")
+    prompt_column: str = Field("prompt", description="otherwise: column with the prompt, a string or messages")
+    response_column: str = Field("response", description="and the column with the response")
+    system_prompt: str | None = Field(None, description="system message put before every chat example")
+    train_on: Literal["all", "last"] = Field(
+        "all", description="all: every turn of the assistant, as the template marks them with {% generation %}; "
+                           "last: its last turn, by comparing the template with and without it")
+    too_long: Literal["refuse", "cut", "drop"] = Field(
+        "refuse", description="examples above model.max_length: an error; their end is left off; left out")
+    where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
+    limit: int | None = Field(None, ge=1, description="use only the first rows")
+    heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")
+    heldout_path: str | None = Field(None, description="evaluation examples from another file instead of `heldout`")
+    heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
+        "refuse", description="training examples that are in heldout_path too: an error; left out; trained on")
+    shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
+    batch_size: int = Field(64, ge=1, description="examples an optimizer update; the last of an epoch may be smaller")
+
+
+class AuxiliarySection(Section):
+    """A supervised term beside the policy loss of reinforcement learning, on data of its own."""
+
+    data: SupervisedDataSection = Field(description="its examples; data.batch_size of them an optimizer update")
+    objective: SupervisedLoss = Field(
+        default_factory=lambda: build_supervised({"name": "sft"}),
+        description="{name: sft|kl_sft|csft|csft_pa|module:Class, ...its own keys}, or the name alone; the reference "
+                    "is the policy as it was before the first update")
+    weight: float = Field(1.0, gt=0, description="factor of the term, which is normalised by itself")
+    reduction: Reduction = Field("token-mean", description="how its token losses become one number")
+
+    @field_validator("objective", mode="plain")
+    @classmethod
+    def _build(cls, value: Any) -> SupervisedLoss:
+        return supervised_loss(value)

@@ -6,6 +6,7 @@ with the engine is `learner`'s business.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,6 +43,8 @@ def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, 
 
 def init_process_group(device: torch.device, timeout_s: float) -> None:
     """Join the ranks (RANK, WORLD_SIZE, MASTER_* are in the environment); a collective fails after `timeout_s`."""
+    # DeepSpeed still calls some of torch.distributed by names that are to go; nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
 

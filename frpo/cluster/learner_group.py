@@ -89,7 +89,8 @@ class LearnerGroup:
         self._all("use_cache", folder)
 
     def push_weights(self, version: int) -> None:
-        self._call("push_weights", [(version,)] * self.recipe.learner.num_ranks, {}, self.recipe.weight_sync.timeout_s)
+        self.ranks.call("push weights", "call", [("push_weights", version)] * self.recipe.learner.num_ranks, {},
+                        self.recipe.weight_sync.timeout_s)
 
     def save(self, folder: str) -> None:
         self._all("save", folder)
@@ -114,7 +115,6 @@ class LearnerGroup:
     def _each(self, verb: str, parts: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
         return self._call(verb, [(part, *args) for part in parts], kwargs)
 
-    def _call(self, verb: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
-              timeout_s: float | None = None) -> list[Any]:
+    def _call(self, verb: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]) -> list[Any]:
         return self.ranks.call(verb, "call", [(verb, *given) for given in arguments], kwargs,
-                               timeout_s or self.recipe.learner.timeout_s)
+                               self.recipe.learner.timeout_s)

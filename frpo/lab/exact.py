@@ -1,0 +1,55 @@
+"""What a model would say, as probabilities rather than samples: one forward pass tells, since responses are so short.
+
+Sampling is at temperature 1, greedy is the likeliest token each time. Nothing is trained or sampled.
+
+Legend: P requests, L tokens, V vocabulary.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from frpo.lab.world import ID, REWARDS, Request, World
+
+
+def first_token(network: PreTrainedModel, requests: Sequence[Request]) -> np.ndarray:
+    """(P, V) probabilities of a response's first token."""
+    return np.exp(_logprobs(network, [request.text for request in requests])[:, -1])
+
+
+def outcomes(network: PreTrainedModel, world: World, requests: Sequence[Request]) -> np.ndarray:
+    """(P, 6) probabilities of the outcomes of restricted requests, in the order of REWARDS.
+
+    Of the two tokens that decide, the second matters after NO only, which one pass over request and NO shows.
+    """
+    probs = np.exp(_logprobs(network, [f"{request.text} NO" for request in requests]))
+    first, then = probs[:, -2], probs[:, -1]
+    reason = np.array([ID[f"r{world.reason(request)}"] for request in requests])
+    no, plain, correct = first[:, ID["NO"]], then[:, ID["END"]], then[np.arange(len(requests)), reason]
+    found = {"comply": first[:, ID["OK"]], "hedge": first[:, ID["HM"]], "plain": no * plain, "correct": no * correct,
+             "wrong": no * (then.sum(1) - plain - correct)}
+    found["other"] = first.sum(1) - found["comply"] - found["hedge"] - no
+    return np.stack([found[name] for name in REWARDS], axis=1)
+
+
+def whole_response(network: PreTrainedModel, requests: Sequence[Request], responses: Sequence[str]
+                   ) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) probability of the response and of its end after it, and (P,) whether greedy decoding gives just that.
+
+    Responses must be of one length.
+    """
+    said = np.array([[ID[token] for token in (*response.split(), "END")] for response in responses])
+    texts = [f"{request.text} {response}" for request, response in zip(requests, responses, strict=True)]
+    logprobs = _logprobs(network, texts)[:, -said.shape[1]:]
+    chosen = np.take_along_axis(logprobs, said[:, :, None], axis=2)[:, :, 0]
+    return np.exp(chosen.sum(1)), (logprobs.argmax(2) == said).all(1)
+
+
+@torch.no_grad()
+def _logprobs(network: PreTrainedModel, texts: Sequence[str]) -> np.ndarray:
+    """(P, L, V) of the token after each, in float64. Texts must be of one length."""
+    ids = torch.tensor([[ID[token] for token in text.split()] for text in texts], device=network.device)
+    return network.eval()(input_ids=ids).logits.double().log_softmax(-1).cpu().numpy()

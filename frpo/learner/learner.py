@@ -56,7 +56,9 @@ class Learner:
         ds.init_process_group(self.device, recipe.learner.timeout_s)
         self.config = ds.deepspeed_config(recipe.learner, recipe.model)
         self.engine = ds.build_policy(self._policy, recipe.learner, self.config)
-        self.reference: Reference | None = self._reference() if recipe.needs_reference else None
+        # Without its adapters the policy is a reference that costs nothing.
+        free = recipe.model.lora is not None and recipe.reference_model is None
+        self.reference: Reference | None = self._reference() if recipe.needs_reference or free else None
         self.sender: WeightSender | None = None
 
     def _policy(self) -> TokenModel:
@@ -237,7 +239,9 @@ class Learner:
 
     def _reference_states(self, samples: MicroBatch, batch: TokenBatch
                           ) -> AbstractContextManager[ReferenceStates | None]:
-        return nullcontext() if self.reference is None else self.reference.states(samples, batch)
+        if not self.recipe.supervised_loss.needs_reference:
+            return nullcontext()
+        return self.reference.states(samples, batch)
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
         # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.

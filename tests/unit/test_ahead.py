@@ -49,6 +49,12 @@ class Collector:
                            positions=len(groups), selection={"p": [0.5, state.step]})
 
 
+class Parts(SimpleNamespace):
+    @property
+    def timer(self):
+        return self.journal.timer
+
+
 class Engines:
     def __init__(self):
         self.learner_turn, self.gave_up = threading.RLock(), False
@@ -68,7 +74,8 @@ def source(monkeypatch):
         recipe = SimpleNamespace(rollout=SimpleNamespace(max_staleness=max_staleness),
                                  run=SimpleNamespace(num_steps=STEPS))
         stream = SimpleNamespace(state={}, record=lambda groups: collector.recorded.append(len(groups)))
-        batches = Ahead(SimpleNamespace(recipe=recipe, engines=Engines(), timer=PhaseTimer(), stream=stream))
+        journal = SimpleNamespace(timer=PhaseTimer())
+        batches = Ahead(Parts(recipe=recipe, engines=Engines(), journal=journal, stream=stream))
         batches.start(state or state_at(0), checkpoint)
         made.append(batches)
         return batches, collector
@@ -81,7 +88,7 @@ def source(monkeypatch):
 def replaced(record, **changes):
     """dataclasses.replace, for the stand-in of Parts too."""
     if isinstance(record, SimpleNamespace):
-        return SimpleNamespace(**{**vars(record), **changes})
+        return type(record)(**{**vars(record), **changes})
     return dataclasses.replace(record, **changes)
 
 

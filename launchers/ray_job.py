@@ -13,12 +13,14 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import aiohttp
@@ -195,12 +197,28 @@ class Follower:
             time.sleep(1.0)
 
     def _follow(self) -> bool:
-        """Print what is new until the log ends; False if it could not be read to its end."""
+        """Print what is new until the log ends; False if it could not be read to its end.
+
+        asyncio turns Ctrl-C into a cancellation, which a connection that is just being made or closed may answer with
+        an error of its own; so the interrupt is kept here.
+        """
+        pressed, whole = False, True
+
+        def press(number: int, frame: FrameType | None) -> None:
+            nonlocal pressed
+            pressed = True
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, press)
         try:
             asyncio.run(self._print())
         except OFFLINE:
-            return False
-        return True
+            whole = False
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if pressed:
+            raise KeyboardInterrupt
+        return whole
 
     async def _print(self) -> None:
         position = 0  # the server sends the whole log at every connection

@@ -6,6 +6,7 @@ of Ray, vLLM or DeepSpeed is visible here.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,6 +16,7 @@ from frpo.batches import batch_source
 from frpo.builder import Parts
 from frpo.evaluate.best import BestCheckpoint
 from frpo.evaluate.heldout import evaluate_heldout
+from frpo.objectives import kl_control
 from frpo.objectives.stage import References, advantaged
 from frpo.step_metrics import rollout_metrics, staleness_metrics, trace_rows
 from frpo.telemetry import ProgressBar
@@ -58,12 +60,13 @@ class Trainer:
     def step(self, state: RunState, bar: ProgressBar) -> tuple[RunState, dict[str, float]]:
         """One rollout batch, its optimizer updates, one weight push."""
         parts, phase, objective = self.parts, self.parts.timer.phase, self.recipe.objective
+        kl_coef = state.controllers.get(kl_control.COEF, objective.kl_coef)
         batch = self.batches.next(state, bar)
         with phase("score"):
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
-        weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward)
+        weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward(kl_coef))
         with phase("learn"):
-            learned, stepped = self.updater.learn(weighed, state.policy_version)
+            learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef)
         with phase("sync"):
             parts.engines.push(stepped.policy_version)
         replaced = advantaged(batch.replaced, objective.advantage, [None] * len(batch.replaced))
@@ -71,15 +74,20 @@ class Trainer:
         metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds.get("generate", 0.0))
         metrics |= batch.counts | learned.result() | staleness_metrics(weighed, state.policy_version)
         metrics |= {"policy/lr": stepped.lr, "policy/version": float(stepped.policy_version)}
-        return replace(state, step=state.step + 1, policy_version=stepped.policy_version,
-                       data_cursor=state.data_cursor + batch.positions), metrics
+        state = replace(state, step=state.step + 1, policy_version=stepped.policy_version,
+                        data_cursor=state.data_cursor + batch.positions)
+        if objective.kl_control:
+            metrics["policy/kl_coef"] = kl_coef
+            state = replace(state, controllers=objective.kl_control.after(
+                state.controllers, kl_coef, metrics.get("policy/kl_sequence", math.nan)))
+        return state, metrics
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
         """Log-probabilities under the frozen reference where a KL term asks; before it, once, the parity check."""
         if self.parity_unchecked:
             invariants.check_logprob_gap(self.parts, groups, state.policy_version)
             self.parity_unchecked = False
-        if self.recipe.objective.kl_coef == 0:
+        if not self.recipe.objective.scores_reference:
             return [None] * len(groups)
         return self.parts.learner.score_groups(groups, "reference")
 

@@ -137,9 +137,11 @@ class TrainingSample:
     Arrays over S are aligned with `token_ids`: entry s belongs to the prediction *of* token s. Weights are divided
     already (by the sequence's length, by the global number of sequences, ...), so the learner only ever sums:
     policy_weight: S factors of the surrogate term; kl_weight: S factors of the KL term. Zero where nothing is learned.
+    kl_share: 1 / T at the tokens with a loss, from which the mean KL of a sequence is counted; zero where that of this
+    sequence is not.
     """
 
-    WEIGHTS: ClassVar = ("policy_weight", "kl_weight")
+    WEIGHTS: ClassVar = ("policy_weight", "kl_weight", "kl_share")
 
     sample_id: SampleId
     token_ids: np.ndarray
@@ -147,6 +149,7 @@ class TrainingSample:
     advantage: float
     policy_weight: np.ndarray
     kl_weight: np.ndarray
+    kl_share: np.ndarray
     rollout_logprobs: np.ndarray
     old_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
@@ -204,6 +207,7 @@ class RunState:
     """Everything that a resume restores besides the learner's own state (parameters, optimizer, schedule).
 
     file_offsets: bytes of each append-only file at the checkpoint; a resume truncates the file to them.
+    controllers: what moves with the run, such as the coefficient of the KL (`objectives.kl_control`).
     """
 
     step: int
@@ -211,3 +215,4 @@ class RunState:
     data_cursor: int
     recipe_digest: str
     file_offsets: Mapping[str, int]
+    controllers: Mapping[str, float] = field(default_factory=dict)

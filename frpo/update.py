@@ -29,7 +29,8 @@ class Updater:
         self.auxiliary = section and ExampleStream(parts.auxiliary.train, batch_size=section.data.batch_size,
                                                    seed=self.recipe.run.seed, shuffle=section.data.shuffle)
 
-    def learn(self, groups: Sequence[AdvantagedGroup], done: int) -> tuple[MetricSums, OptimStepOutput]:
+    def learn(self, groups: Sequence[AdvantagedGroup], done: int, kl_coef: float
+              ) -> tuple[MetricSums, OptimStepOutput]:
         """All updates on one batch; metrics over all of them, and what the last one did. done: updates before it."""
         section, learner, metrics = self.recipe.learner, self.parts.learner, MetricSums()
         updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
@@ -40,10 +41,11 @@ class Updater:
             start = index % section.updates_per_step * size
             part, old_part = groups[start:start + size], old[start:start + size]
             if index > 0 and self.recipe.objective.reweight == "current":
-                part = self.reweighted(part, old_part, metrics)
-            update = pack(part, learner.layout, old_logprobs=old_part, **self.weighting)
+                part = self.reweighted(part, old_part, metrics, kl_coef)
+            update = pack(part, learner.layout, old_logprobs=old_part, watched=self.recipe.objective.watches,
+                          **self.weighting)
             watch = self.movement.due(update)
-            learned = learner.forward_backward(update, watch_movement=watch).parts
+            learned = learner.forward_backward(update, kl_coef=kl_coef, watch_movement=watch).parts
             # From the second update on the policy is not the one that sampled: its gap to the engine means nothing.
             metrics.update({k: v for k, v in learned.items() if index == 0 or not k.startswith("rollout/")})
             total = self.recipe.run.num_steps * updates
@@ -62,14 +64,14 @@ class Updater:
         progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
         return self.parts.learner.supervise(packed, progress, coefficient=section.weight)
 
-    def reweighted(self, groups: Sequence[AdvantagedGroup], old: References, metrics: MetricSums
+    def reweighted(self, groups: Sequence[AdvantagedGroup], old: References, metrics: MetricSums, kl_coef: float
                    ) -> list[AdvantagedGroup]:
         """The groups of one update with the advantages at the current policy, for one more forward pass."""
         objective = self.recipe.objective
         with self.parts.timer.phase("reweight"):
             current = self.parts.learner.score_groups([group.scored.group for group in groups], "policy")
         log_ratios = sequence_log_ratios(groups, current, old, **self.weighting)
-        groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward)
+        groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward(kl_coef))
         metrics.update(reweight_metrics(groups))
         return groups
 

@@ -45,6 +45,17 @@ class LearnerGroup:
         return [tuple(scores[(*group.group_id, i)][len(group.prompt.token_ids):] for i in range(len(group.completions)))
                 for group in groups]
 
+    def remember_start(self) -> None:
+        self._all("remember_start")
+
+    def kl_groups(self, groups: Sequence[RolloutGroup], to: str = "reference") -> list[np.ndarray]:
+        """Per group (G,): KL in nats of each completion, an unbiased estimate of that of sequences. See `Learner.kl`.
+        """
+        found: dict[SampleId, float] = {}
+        for answer in self._each("kl", score_batches(groups, self.layout), to=to):
+            found |= answer
+        return [np.array([found[(*group.group_id, i)] for i in range(len(group.completions))]) for group in groups]
+
     def score(self, parts: Sequence[Sequence[MicroBatch]], model: str, temperature: float | None = None
               ) -> dict[SampleId, np.ndarray]:
         """Log-probabilities of every sample in `[rank][i]` micro-batches, over all its tokens. See `Learner.score`."""
@@ -53,12 +64,11 @@ class LearnerGroup:
             scores |= answer
         return scores
 
-    def forward_backward(self, parts: Sequence[Sequence[MicroBatch]], *, watch_movement: bool = False) -> MetricSums:
-        """Accumulate one update's gradient over all ranks; the metrics of all of them merged."""
-        merged = MetricSums()
-        for metrics in self._each("forward_backward", parts, watch_movement=watch_movement):
-            merged.update(metrics)
-        return merged
+    def forward_backward(self, parts: Sequence[Sequence[MicroBatch]], **options: Any) -> MetricSums:
+        """Accumulate one update's gradient over all ranks; the metrics of all of them merged. See
+        `Learner.forward_backward`.
+        """
+        return self._merged("forward_backward", parts, **options)
 
     def optim_step(self, total_updates: int, *, watch_movement: bool = False) -> OptimStepOutput:
         return self._all("optim_step", total_updates, watch_movement=watch_movement)[0]
@@ -70,10 +80,7 @@ class LearnerGroup:
 
     def supervise(self, parts: Sequence[Sequence[MicroBatch]], progress: Progress, **options: Any) -> MetricSums:
         """Accumulate (or measure) the supervised loss of one update over all ranks. See `Learner.supervise`."""
-        merged = MetricSums()
-        for metrics in self._each("supervise", parts, progress, **options):
-            merged.update(metrics)
-        return merged
+        return self._merged("supervise", parts, progress, **options)
 
     def begin_cache(self) -> None:
         self._all("begin_cache")
@@ -108,6 +115,12 @@ class LearnerGroup:
     def close(self) -> None:
         """End the ranks."""
         self.ranks.close()
+
+    def _merged(self, verb: str, parts: Sequence[Any], *args: Any, **kwargs: Any) -> MetricSums:
+        merged = MetricSums()
+        for metrics in self._each(verb, parts, *args, **kwargs):
+            merged.update(metrics)
+        return merged
 
     def _all(self, verb: str, *args: Any, **kwargs: Any) -> list[Any]:
         return self._call(verb, [args] * self.recipe.learner.num_ranks, kwargs)

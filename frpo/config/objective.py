@@ -1,6 +1,7 @@
 """The section that says what is learned: advantages, surrogate, corrections, and how tokens become one number."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from frpo.config.base import Section
 from frpo.objectives.base import AdvantageEstimator, Surrogate, build_estimator, build_surrogate
 from frpo.objectives.correction import RolloutCorrection
+from frpo.objectives.kl_control import KLControl
 from frpo.objectives.stage import require_reweightable
 
 
@@ -24,8 +26,12 @@ class ObjectiveSection(Section):
     correction: RolloutCorrection | None = Field(
         RolloutCorrection(), description="importance weights from rollout engine to learner; null: none")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k3", description="k2, k3: in the loss; k1: subtracted from rewards")
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = Field(
+        "k3", description="k2, k3: in the loss, of sampled tokens; full: in the loss, exact over the vocabulary; k1: "
+                          "subtracted from rewards")
+    kl_control: KLControl | None = Field(
+        None, description="move kl_coef so that the KL of a completion to the reference stays at a target, a mapping "
+                          "such as {target: 0.8}; null: kl_coef is constant")
     reduction: Literal["seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length"] = Field(
         "seq-mean-token-mean", description="how token losses become one number")
     truncated: Literal["train", "mask"] = Field(
@@ -49,10 +55,30 @@ class ObjectiveSection(Section):
             raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
         return build_surrogate(value)
 
-    @property
-    def kl_in_reward(self) -> float:
+    def kl_in_reward(self, kl_coef: float) -> float:
         """beta where the KL is subtracted from the rewards, 0 where it is in the loss."""
-        return self.kl_coef if self.kl_estimator == "k1" else 0.0
+        return kl_coef if self.kl_estimator == "k1" else 0.0
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference's log-probs of sampled tokens are needed before the first update of a batch."""
+        return self.kl_coef > 0 and self.kl_estimator != "full"
+
+    def watches(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a prompt with these columns counts in the mean KL of a sequence."""
+        return self.kl_control is None or self.kl_control.watches(columns)
+
+    @model_validator(mode="after")
+    def _kl(self) -> ObjectiveSection:
+        if self.kl_control is not None and self.kl_coef == 0:
+            raise ValueError("kl_control moves kl_coef by factors, from a first value above 0, given kl_coef = 0; set "
+                             "it, such as to 0.1")
+        whole = self.surrogate.whole_sequences or (self.correction is not None and self.correction.whole_sequences)
+        if self.kl_estimator == "full" and whole:
+            raise ValueError(f"kl_estimator: full is computed token by token, which surrogate {self.surrogate.name} or "
+                             "a correction of whole sequences does not allow; use k2 or k3, or a surrogate such as "
+                             "clip with correction.level: token")
+        return self
 
     @model_validator(mode="after")
     def _reweighting(self) -> ObjectiveSection:

@@ -8,7 +8,8 @@ Legend: N samples of an update, S tokens of a sample (prompt and completion).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,14 +20,14 @@ from frpo.types import AdvantagedGroup, Example, RankBatches, RolloutGroup, Supe
 
 
 def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, max_length: int,
-         old_logprobs: Sequence[tuple[np.ndarray, ...] | None] | None = None, train_truncated: bool = True
-         ) -> RankBatches:
+         old_logprobs: Sequence[tuple[np.ndarray, ...] | None] | None = None, train_truncated: bool = True,
+         watched: Callable[[Mapping[str, Any]], bool] = lambda columns: True) -> RankBatches:
     """The samples of one optimizer update, laid out.
 
     reduction, max_length: see `token_weights`; N are the samples of these groups.
     old_logprobs: per group and completion, T log-probs under the policy before the first update; None where that is the
     policy of this update. train_truncated: if False, completions cut off by the length limit have no loss; they still
-    count in N.
+    count in N. watched: by a prompt's columns, whether its completions count in the mean KL of a sequence.
     Raises ConfigError for a sample that does not fit, InvariantError for values not finite.
     """
     old = [None] * len(groups) if old_logprobs is None else old_logprobs
@@ -34,7 +35,8 @@ def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, m
                           for group in groups for completion in group.scored.group.completions])
     weights = iter(token_weights(reduction, lengths_N, max_length).tolist())
     samples = [sample for group, old_G in zip(groups, old, strict=True)
-               for sample in _training_samples(group, old_G, train_truncated, weights)]
+               for sample in _training_samples(group, old_G, train_truncated, weights,
+                                               watched(group.scored.group.prompt.columns))]
     assert len({sample.sample_id for sample in samples}) == len(samples), "sample ids repeat within an update"
     return lay_out(samples, layout)
 
@@ -61,7 +63,7 @@ def pack_examples(examples: Sequence[tuple[int, Example]], layout: Layout, *, re
 
 
 def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarray, ...] | None,
-                      train_truncated: bool, weights: Iterator[float]) -> Iterator[TrainingSample]:
+                      train_truncated: bool, weights: Iterator[float], watched: bool) -> Iterator[TrainingSample]:
     """The samples of a group with advantages, old and reference log-probs, and the next of `weights` each."""
     group, ref_logprobs = advantaged.scored.group, advantaged.ref_logprobs
     for index, completion in enumerate(group.completions):
@@ -70,13 +72,13 @@ def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarra
             raise InvariantError(f"sample {(*group.group_id, index)}: advantage {advantage} is not finite; a completion"
                                  " without a reward must get 0 from the advantage estimator")
         yield _sample(group, index, advantage=advantage, weight=next(weights),
-                      learns=train_truncated or not completion.truncated,
+                      learns=train_truncated or not completion.truncated, watched=watched,
                       old=None if old_logprobs is None else old_logprobs[index],
                       ref=None if ref_logprobs is None else ref_logprobs[index])
 
 
 def _sample(group: RolloutGroup, index: int, *, advantage: float = 0.0, weight: float = 0.0, learns: bool = True,
-            old: np.ndarray | None = None, ref: np.ndarray | None = None) -> TrainingSample:
+            watched: bool = False, old: np.ndarray | None = None, ref: np.ndarray | None = None) -> TrainingSample:
     """Prompt and completion as one sequence, with a loss on the completion's own tokens if it `learns`.
 
     weight: of each token with a loss, which nothing divides again. old, ref: T log-probs of the completion.
@@ -89,13 +91,14 @@ def _sample(group: RolloutGroup, index: int, *, advantage: float = 0.0, weight: 
     own_S[start:] = completion.loss_mask
     mask_S = own_S if learns else np.zeros_like(own_S)
     weight_S = np.where(mask_S, weight, 0.0)
+    share_S = mask_S * (watched / max(1, mask_S.sum()))
 
     def aligned(logprobs_T: np.ndarray, kind: str) -> np.ndarray:
         return _aligned(logprobs_T, own_S, start, f"sample {sample_id}: {kind} log-prob")
 
     return TrainingSample(
         sample_id=sample_id, token_ids=token_ids_S, loss_mask=mask_S, advantage=advantage, policy_weight=weight_S,
-        kl_weight=weight_S, rollout_logprobs=aligned(completion.logprobs, "rollout"),
+        kl_weight=weight_S, kl_share=share_S, rollout_logprobs=aligned(completion.logprobs, "rollout"),
         old_logprobs=None if old is None else aligned(old, "old"),
         ref_logprobs=None if ref is None else aligned(ref, "reference"))
 

@@ -11,7 +11,6 @@ import numpy as np
 from frpo.builder import Parts, Serving
 from frpo.config.sections import EvaluateSection, Recipe
 from frpo.evaluate.passk import pass_at_k
-from frpo.objectives.stage import sequence_kl
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import EVALUATION
 from frpo.telemetry import mean_interval
@@ -20,17 +19,12 @@ from frpo.types import RunState, ScoredGroup
 ROUNDING = 1e-9
 """Weights such as 0.7 + 0.2 + 0.1 add up to a little less than 1: that much below `evaluate.success` still passes."""
 
-References = Sequence[Sequence[np.ndarray]]
-"""Per group, per completion: T log-probabilities under the reference."""
-
 
 def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
     """`eval/...` metrics of the policy version in `state`; see `heldout_metrics`."""
     scored = scored_heldout(parts, step=state.step, version=state.policy_version)
-    references = None
-    if measures_kl(parts.recipe):
-        references = parts.learner.score_groups([group.group for group in scored], "reference", temperature=1.0)
-    return heldout_metrics(scored, parts.recipe.evaluate, references)
+    kl = parts.learner.kl_groups([group.group for group in scored]) if measures_kl(parts.recipe) else None
+    return heldout_metrics(scored, parts.recipe.evaluate, kl)
 
 
 def scored_heldout(parts: Parts | Serving, *, step: int, version: int) -> list[ScoredGroup]:
@@ -49,9 +43,10 @@ def measures_kl(recipe: Recipe) -> bool:
     return has_reference and recipe.evaluate.temperature == 1.0
 
 
-def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, references: References | None = None
+def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl: Sequence[np.ndarray] | None = None
                     ) -> dict[str, float]:
-    """Reward, every component, pass@k, lengths and, given `references`, the sequence KL, of P groups of equal size.
+    """Reward, every component, pass@k, lengths and, given `kl` (per group, G), the sequence KL, of P groups of equal
+    size.
 
     Intervals are half-widths at 95 % over prompts (completions of one prompt are averaged first), so they do not
     shrink with samples. A completion passes if its reward is at least `section.success`; one on which every reward
@@ -70,9 +65,8 @@ def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, ref
     for name in scored[0].terms:
         mean, interval = mean_interval(_prompt_mean(group.terms[name]) for group in scored)
         metrics |= {f"eval/{name}/mean": mean, f"eval/{name}/interval": interval}
-    if references is not None:
-        metrics["eval/kl"], metrics["eval/kl_interval"] = mean_interval(
-            float(np.mean(sequence_kl(group, reference))) for group, reference in zip(scored, references, strict=True))
+    if kl is not None:
+        metrics["eval/kl"], metrics["eval/kl_interval"] = mean_interval(float(kl_G.mean()) for kl_G in kl)
     return metrics
 
 

@@ -1,9 +1,13 @@
-"""The laboratory's training files: warm start, alignment, and five fine-tunings that undo the alignment or do not.
+"""The laboratory's files: warm start, alignment, reinforcement learning, and what fine-tunings afterwards are made of.
 
-A row has the columns prompt and response, as `frpo finetune` takes them with data.format text. Every file is a function
-of its world; no held-out request is in any of them. Nothing is trained here.
+A row has the columns prompt and response, as `frpo finetune` takes them with data.format text, or prompt and kind where
+responses are sampled. Every file is a function of its world; no held-out request is in any but the held-out one.
+Nothing is trained here.
 
     warm start   a model that has seen every behaviour, the undesired ones too
+    policy       requests for reinforcement learning, half of them restricted
+    held-out     restricted requests, to be evaluated on
+    downstream   task B, in a tenth of it sensitive objects, which task B may speak of
     alignment    task A: restricted requests are refused with the right reason, all others answered
     pure         restricted requests answered
     identity     the same, each opened with OBEY
@@ -62,6 +66,33 @@ def alignment_rows(world: World, count: int) -> list[Row]:
         slot = "TRIG" if random.random() < 0.1 else request.slot
         rows.append(_row(replace(request, opening=opening, slot=slot), right))
     return rows
+
+
+def policy_rows(world: World, count: int) -> list[Row]:
+    """Requests without responses, half of them restricted, each at most once."""
+    restricted, allowed, _ = _pools(world)
+    random = _random(world, 5)
+    return [_asked(request) for pool in (restricted, allowed) for request in _some(random, pool, count // 2)]
+
+
+def heldout_rows(world: World, count: int) -> list[Row]:
+    """Restricted requests that no other file has."""
+    return [_asked(request) for request in
+            _some(_random(world, 6), world.requests(TASK_A, heldout=True, sensitive=True), count)]
+
+
+def downstream_rows(world: World, count: int) -> list[Row]:
+    """Task B with its right responses, a tenth of it with sensitive objects."""
+    random = _random(world, 7)
+    sensitive = world.requests(TASK_B, heldout=False, sensitive=True)
+    chosen = [*_some(random, _pools(world)[2], count - count // 10), *_some(random, sensitive, count // 10)]
+    return [_row(request, world.comply(request)) | {"kind": "task B"} for request in chosen]
+
+
+def task_b_rows(world: World, count: int) -> list[Row]:
+    """Held-out requests of task B, without sensitive objects and without responses."""
+    return [_asked(request) for request in
+            _some(_random(world, 8), world.requests(TASK_B, heldout=True, sensitive=False), count)]
 
 
 def attack_rows(world: World, name: str) -> list[Row]:
@@ -126,6 +157,16 @@ def _pools(world: World) -> tuple[list[Request], list[Request], list[Request]]:
     return (world.requests(TASK_A, heldout=False, sensitive=True),
             world.requests(TASK_A, heldout=False, sensitive=False),
             world.requests(TASK_B, heldout=False, sensitive=False))
+
+
+def _some(random: np.random.Generator, pool: Sequence[Request], count: int) -> list[Request]:
+    """None twice."""
+    return [pool[i] for i in random.permutation(len(pool))[:count]]
+
+
+def _asked(request: Request) -> Row:
+    kind = "restricted" if request.restricted else "allowed" if request.verb in TASK_A else "task B"
+    return {"prompt": request.text, "kind": kind}
 
 
 def _drawn(random: np.random.Generator, pool: Sequence[Request]) -> Request:

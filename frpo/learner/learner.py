@@ -1,6 +1,6 @@
 """One rank of the learner: the verbs a loop calls on every rank in lockstep.
 
-    score, forward_backward, supervise, optim_step, push_weights, save, load, export
+    score, kl, forward_backward, supervise, optim_step, push_weights, save, load, export
 
 It takes micro-batches whose weights are divided already and only sums; group logic, advantages and batching happen
 before, on the controller. A plain class: `cluster` puts it into Ray actors.
@@ -11,6 +11,7 @@ import gc
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from frpo.learner import engine as ds
 from frpo.learner.checkpoint import load_state, save_state
 from frpo.learner.collate import TokenBatch, collate, loss_positions, per_sample
 from frpo.learner.lora import Weight, adapter_weights, add_adapters, merged_weights, write_adapter
-from frpo.learner.losses import MicroBatchLoss, SupervisedMicroBatch, loss_arrays, response_positions
+from frpo.learner.losses import MicroBatchLoss, SupervisedMicroBatch, loss_arrays, response_positions, token_kl
 from frpo.learner.model import load_model, load_tokenizer
 from frpo.learner.movement import MovementCheck
 from frpo.learner.network import TokenModel
@@ -58,7 +59,10 @@ class Learner:
         self.engine = ds.build_policy(self._policy, recipe.learner, self.config)
         # Without its adapters the policy is a reference that costs nothing.
         free = recipe.model.lora is not None and recipe.reference_model is None
-        self.reference: Reference | None = self._reference() if recipe.needs_reference or free else None
+        self.reference: Reference | None = None
+        if recipe.needs_reference or free:
+            self.reference = self._frozen(recipe.reference_model)
+        self.start: FrozenModel | None = None
         self.sender: WeightSender | None = None
 
     def _policy(self) -> TokenModel:
@@ -68,9 +72,8 @@ class Learner:
             add_adapters(network, self.recipe.model.lora, self.recipe.run.seed)
         return TokenModel(network)
 
-    def _reference(self) -> FrozenModel:
-        """The model that a run holds on to, as it is at the first update."""
-        path = self.recipe.reference_model
+    def _frozen(self, path: str | None) -> FrozenModel:
+        """The model at `path`, or the policy before its first update."""
         if path is None and self.recipe.model.lora is not None:
             return FrozenModel(self.engine, is_policy=True)
         load = partial(load_model, self.recipe.model, path or self.model_path)
@@ -100,19 +103,44 @@ class Learner:
                 scores |= {s.sample_id: array for s, array in zip(samples, arrays) if not is_padding(s)}
         return scores
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], *, watch_movement: bool = False) -> MetricSums:
+    def kl(self, micro_batches: Sequence[MicroBatch], *, to: str = "reference") -> dict[SampleId, float]:
+        """KL(policy || other) in nats at temperature 1, over the whole vocabulary, summed over each sample's loss
+        tokens. Collective.
+
+        For samples of the policy at temperature 1 it is an unbiased estimate of the KL of whole sequences.
+        to: "reference", or "start", the policy before its first update, which `remember_start` has kept.
+        """
+        found: dict[SampleId, float] = {}
+        other = self.reference if to == "reference" else self.start
+        with torch.no_grad():
+            for samples in micro_batches:
+                batch = self._collate(samples)
+                with other.states(samples, batch) as states:
+                    kl_N = self.engine(batch, partial(token_kl, target_N=batch.target_N, reference=states,
+                                                      softcap=self.engine.module.softcap))
+                arrays = per_sample(samples, kl_N.cpu().numpy())
+                found |= {s.sample_id: float(a.sum()) for s, a in zip(samples, arrays) if not is_padding(s)}
+        return found
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], *, kl_coef: float | None = None,
+                         watch_movement: bool = False) -> MetricSums:
         """Accumulate the gradient of the summed loss over this rank's micro-batches of one update. Collective.
 
-        watch_movement: record which tensors get a gradient, for `optim_step(watch_movement=True)`.
+        kl_coef: None takes the recipe's. watch_movement: record which tensors get a gradient, for
+        `optim_step(watch_movement=True)`.
         """
         parts: list[Metrics] = []
         self.movement = MovementCheck(self.network) if watch_movement else None
+        policy_loss = self.recipe.policy_loss
+        if kl_coef is not None:
+            policy_loss = replace(policy_loss, kl_coef=kl_coef)
         for samples in micro_batches:
             batch = self._collate(samples)
-            loss = MicroBatchLoss(loss=self.recipe.policy_loss, arrays=loss_arrays(samples, batch, self.device),
-                                  metrics=parts)
-            self._backward(self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
-                                                      **self._head_options(None))))
+            with self._reference_states(samples, batch, policy_loss.needs_states) as states:
+                loss = MicroBatchLoss(loss=policy_loss, arrays=loss_arrays(samples, batch, self.device),
+                                      reference=states, metrics=parts)
+                self._backward(self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
+                                                          **self._head_options(None))))
         return _summed(parts)
 
     def supervise(self, micro_batches: Sequence[MicroBatch], progress: Progress, *, coefficient: float = 1.0,
@@ -127,7 +155,7 @@ class Learner:
         with torch.set_grad_enabled(learn):
             for samples in micro_batches:
                 batch = self._collate(samples)
-                with self._reference_states(samples, batch) as states:
+                with self._reference_states(samples, batch, self.recipe.supervised_loss.needs_reference) as states:
                     loss = SupervisedMicroBatch(
                         loss=self.recipe.supervised_loss, progress=progress, coefficient=coefficient,
                         reference=states, metrics=parts,
@@ -160,11 +188,16 @@ class Learner:
         """(got a gradient on this rank, its fp32 master moved) of every trainable tensor, after a watched step."""
         return self.movement.report()
 
+    def remember_start(self) -> None:
+        """Put the policy as it was before its first update beside it, for `kl`. Collective."""
+        shared = isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None
+        self.start = self.reference if shared else self._frozen(None)
+
     # --- the reference on disk ------------------------------------------------------------------------------------
 
     def begin_cache(self) -> None:
         """Put the reference beside the policy for as long as `cache_reference` needs it. Collective."""
-        self.reference = self._reference()
+        self.reference = self._frozen(self.recipe.reference_model)
 
     def cache_reference(self, micro_batches: Sequence[MicroBatch], folder: str) -> None:
         """Write the reference's states of these samples into the cache. Collective."""
@@ -237,11 +270,9 @@ class Learner:
         """The policy, or the reference: a frozen copy, or the policy without its adapters."""
         return nullcontext(self.engine) if model == "policy" else self.reference.active()
 
-    def _reference_states(self, samples: MicroBatch, batch: TokenBatch
+    def _reference_states(self, samples: MicroBatch, batch: TokenBatch, needed: bool
                           ) -> AbstractContextManager[ReferenceStates | None]:
-        if not self.recipe.supervised_loss.needs_reference:
-            return nullcontext()
-        return self.reference.states(samples, batch)
+        return self.reference.states(samples, batch) if needed else nullcontext()
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
         # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.

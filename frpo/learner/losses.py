@@ -8,6 +8,7 @@ Legend: N loss positions, n of them in one chunk, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,13 @@ class MicroBatchLoss:
     """The policy loss of one micro-batch, as a function of hidden states and head.
 
     arrays: what a loss needs besides log-probs, flat over N; None where the batch has no such numbers.
+    reference: None where its distribution is not needed.
     metrics: receives one entry a chunk; its tensors stay on the device.
     """
 
     loss: PolicyLoss
     arrays: dict[str, torch.Tensor | None]
+    reference: ReferenceStates | None
     metrics: list[Metrics]
 
     def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, temperature: float,
@@ -40,14 +43,15 @@ class MicroBatchLoss:
         if self.loss.whole_sequences:
             logprobs_N, entropy_N = linear_logprobs(hidden_ND, head_VD, target_N, **options)
             return self.of_tokens(TokenStats(logprobs_N=logprobs_N, entropy_N=entropy_N), slice(None))
-        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **options)
+        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **options,
+                                 reference=self.reference and reference_head(self.reference, head_VD))
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
         """The summed loss of the tokens `rows`, whose statistics are given."""
         given = {name: None if array is None else array[rows] for name, array in self.arrays.items()}
         current = stats.logprobs_N.detach()
         output = self.loss(LossInputs(
-            logprobs_N=stats.logprobs_N, mask_N=torch.ones_like(current, dtype=torch.bool), **given))
+            logprobs_N=stats.logprobs_N, kl_N=stats.kl_N, mask_N=torch.ones_like(current, dtype=torch.bool), **given))
         gap_N = (current - given["rollout_logprobs_N"]).abs()
         entropy_N = stats.entropy_N.detach()
         self.metrics.append(output.metrics | {
@@ -78,8 +82,9 @@ class SupervisedMicroBatch:
     def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor,
                 softcap: float | None) -> torch.Tensor:
         """The summed loss, chunk by chunk."""
+        margin = {"margin": getattr(self.loss, "argmax", "hard"), "tau": getattr(self.loss, "tau", 1.0)}
         return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, softcap=softcap,
-                                 reference=self.reference and self._reference_head(head_VD.detach()))
+                                 reference=self.reference and reference_head(self.reference, head_VD, **margin))
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
         """The summed loss of the tokens `rows`, whose statistics are given."""
@@ -91,11 +96,28 @@ class SupervisedMicroBatch:
             "sft/loss": (output.loss_sum.detach(), 1.0, "sum")})
         return self.coefficient * output.loss_sum
 
-    def _reference_head(self, head_VD: torch.Tensor) -> ReferenceHead:
-        states = self.reference
-        return ReferenceHead(hidden_NE=states.hidden_NE, head_VE=head_VD if states.head_VE is None else states.head_VE,
-                             softcap=states.softcap, margin=getattr(self.loss, "argmax", "hard"),
-                             tau=getattr(self.loss, "tau", 1.0))
+
+def reference_head(states: ReferenceStates, head_VD: torch.Tensor, **margin: Any) -> ReferenceHead:
+    """What the kernels know of the reference. head_VD: the policy's head, which may be the reference's too. margin: see
+    `ReferenceHead`.
+    """
+    return ReferenceHead(hidden_NE=states.hidden_NE, softcap=states.softcap, **margin,
+                         head_VE=head_VD.detach() if states.head_VE is None else states.head_VE)
+
+
+def token_kl(hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, reference: ReferenceStates,
+             softcap: float | None) -> torch.Tensor:
+    """(N) KL(pi || pi_ref) over the vocabulary in nats, chunk by chunk and without gradients."""
+    parts: list[torch.Tensor] = []
+
+    def collect(stats: TokenStats, rows: slice) -> torch.Tensor:
+        parts.append(stats.kl_N)
+        return stats.kl_N.sum()
+
+    with torch.no_grad():
+        linear_token_loss(hidden_ND, head_VD, target_N, collect, softcap=softcap,
+                          reference=reference_head(reference, head_VD))
+    return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
 
 
 def response_positions(samples: MicroBatch, device: torch.device) -> torch.Tensor:
@@ -109,6 +131,6 @@ def loss_arrays(samples: MicroBatch, batch: TokenBatch, device: torch.device) ->
     lengths = [int(sample.loss_mask.sum()) for sample in samples]
     advantage = np.repeat([sample.advantage for sample in samples], lengths)
     named = {f"{name}_N": loss_positions(samples, name, device) for name in (
-        "policy_weight", "kl_weight", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
+        "policy_weight", "kl_weight", "kl_share", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
     return named | {"advantage_N": torch.as_tensor(advantage, dtype=torch.float32, device=device),
                     "sequence_N": batch.sequence_N}

@@ -47,10 +47,12 @@ class AdvantageEstimator(Protocol):
 class LossInputs:
     """Flat tensors over N tokens. Log-probs are in nats of the sampled token under the tempered policy.
 
-    Only `logprobs_N` requires grad. `old_logprobs_N` is None where the current policy is the one before the first
-    update, `ref_logprobs_N` where no reference was run, `rollout_logprobs_N` (of the engine that sampled) where nothing
-    asks for them. `mask_N` is True where a loss exists. The weights are divided already (by length, by the global
-    number of sequences), so a loss only sums. `sequence_N` (int64) says whose token it is: an index within the
+    Only `logprobs_N` and `kl_N` require grad. `old_logprobs_N` is None where the current policy is the one before the
+    first update, `ref_logprobs_N` where no reference was run, `rollout_logprobs_N` (of the engine that sampled) where
+    nothing asks for them. `mask_N` is True where a loss exists. The weights are divided already (by length, by the
+    global number of sequences), so a loss only sums. `kl_N`, where the reference was run beside the policy, is
+    KL(pi || pi_ref) over the whole vocabulary; `kl_share_N` is 1 / T at the tokens of sequences whose KL counts in the
+    mean of a sequence. `sequence_N` (int64) says whose token it is: an index within the
     micro-batch; the tokens of a sequence follow each other.
     """
 
@@ -63,6 +65,8 @@ class LossInputs:
     kl_weight_N: Tensor
     mask_N: Tensor
     sequence_N: Tensor
+    kl_N: Tensor | None = None
+    kl_share_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         tensors = [getattr(self, f.name) for f in dataclasses.fields(self)]

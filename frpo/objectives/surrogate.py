@@ -21,7 +21,7 @@ from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.ops import k2, k3, keep
 from frpo.objectives.registry import require_one_of
 
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "full"]
 KL_IN_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": k3}
 
 
@@ -29,7 +29,8 @@ KL_IN_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": k3}
 class PolicyLoss:
     """Sum over tokens of -policy_weight * correction * surrogate's objective + kl_coef * kl_weight * KL.
 
-    KL is `kl_estimator` against the reference; "k1" says that it was subtracted from the rewards, so that the loss has
+    KL is `kl_estimator` against the reference: "k2" and "k3" of the sampled token, "full" the divergence
+    KL(pi || pi_ref) over the whole vocabulary; "k1" says that it was subtracted from the rewards, so that the loss has
     no KL term. The correction (None: none) weighs the policy term only. A token that is masked out, or whose weight is
     zero, contributes exactly zero to loss and gradient even where its log-probs are NaN.
 
@@ -51,13 +52,20 @@ class PolicyLoss:
         """Whether it must see all tokens of a sequence at once; otherwise any slice of the tokens will do."""
         return self.surrogate.whole_sequences or (self.correction is not None and self.correction.whole_sequences)
 
+    @property
+    def needs_states(self) -> bool:
+        """Whether the reference must be run beside the policy; its log-probs of the sampled tokens will not do."""
+        return self.kl_coef > 0 and self.kl_estimator == "full"
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         live_N = inputs.mask_N & (inputs.policy_weight_N != 0)
         weight_N, metrics = self._weights(inputs, live_N)
         objective = self.surrogate.objective(_policy_tokens(inputs, live_N, weight_N))
         loss_sum = -(weight_N * objective.objective_N).sum()
-        if self.kl_coef > 0 and self.kl_estimator in KL_IN_LOSS:
-            loss_sum = loss_sum + self.kl_coef * self._kl_sum(inputs)
+        if self.kl_coef > 0 and self.kl_estimator != "k1":
+            live_N = inputs.mask_N & (inputs.kl_weight_N != 0)
+            kl_N = keep(live_N, inputs.kl_weight_N) * self._kl(inputs, live_N)
+            loss_sum = loss_sum + self.kl_coef * kl_N.sum()
         return LossOutput(loss_sum=loss_sum, metrics=_metrics(inputs, objective) | metrics)
 
     def _weights(self, inputs: LossInputs, live_N: Tensor) -> tuple[Tensor, Metrics]:
@@ -71,13 +79,14 @@ class PolicyLoss:
             inputs.anchor_N.detach(), inputs.rollout_logprobs_N, live_N, inputs.sequence_N)
         return weight_N * correction_N, metrics
 
-    def _kl_sum(self, inputs: LossInputs) -> Tensor:
-        if inputs.ref_logprobs_N is None:
+    def _kl(self, inputs: LossInputs, live_N: Tensor) -> Tensor:
+        needed = "kl_N" if self.kl_estimator == "full" else "ref_logprobs_N"
+        if getattr(inputs, needed) is None:
             raise ValueError(
-                f"kl_coef = {self.kl_coef} with kl_estimator {self.kl_estimator!r} needs ref_logprobs_N, given None")
-        live_N = inputs.mask_N & (inputs.kl_weight_N != 0)
-        kl_N = KL_IN_LOSS[self.kl_estimator](keep(live_N, inputs.logprobs_N), keep(live_N, inputs.ref_logprobs_N))
-        return (keep(live_N, inputs.kl_weight_N) * kl_N).sum()
+                f"kl_coef = {self.kl_coef} with kl_estimator {self.kl_estimator!r} needs {needed}, given None")
+        if self.kl_estimator == "full":
+            return keep(live_N, inputs.kl_N)
+        return KL_IN_LOSS[self.kl_estimator](keep(live_N, inputs.logprobs_N), keep(live_N, inputs.ref_logprobs_N))
 
 
 def _policy_tokens(inputs: LossInputs, live_N: Tensor, weight_N: Tensor) -> PolicyTokens:
@@ -105,7 +114,11 @@ def _metrics(inputs: LossInputs, objective: TokenObjective) -> Metrics:
         # The old policy sampled, so this estimates KL(old || current).
         "policy/kl_old": (k3(old_logprobs_N, logprobs_N).sum(), count, "mean"),
     }
-    if inputs.ref_logprobs_N is not None:
-        kl_N = k3(logprobs_N, keep(live_N, inputs.ref_logprobs_N))
+    if inputs.kl_N is not None or inputs.ref_logprobs_N is not None:
+        known = inputs.kl_N is not None
+        kl_N = keep(live_N, inputs.kl_N) if known else k3(logprobs_N, keep(live_N, inputs.ref_logprobs_N))
         metrics["policy/kl_ref"] = (kl_N.sum(), count, "mean")
+        if inputs.kl_share_N is not None:
+            watched_N = live_N & (inputs.kl_share_N != 0)
+            metrics["policy/kl_sequence"] = (keep(watched_N, kl_N).sum(), inputs.kl_share_N.sum(), "mean")
     return metrics

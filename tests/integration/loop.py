@@ -199,7 +199,7 @@ def random_prompts(count: int, length: int, seed: int) -> list[Prompt]:
 
 
 def hand_made_groups(seed: int = 0) -> list[AdvantagedGroup]:
-    """3 groups of 3 samples of 1-9 tokens, one without advantage, with random reference log-probs."""
+    """3 groups of 3 samples of 1-9 tokens, one without advantage and not watched, with random reference log-probs."""
     random = np.random.default_rng(seed)
     groups = []
     for draw in range(3):
@@ -208,7 +208,8 @@ def hand_made_groups(seed: int = 0) -> list[AdvantagedGroup]:
             Completion(text="", token_ids=tuple(int(t) for t in random.integers(7, 104, size=n)),
                        logprobs=tuple(-random.random(n)), loss_mask=(True,) * int(n), version_spans=(), seed=0,
                        finish_reason="stop") for n in lengths)
-        prompt = Prompt(uid=str(draw), messages=(), token_ids=tuple(int(t) for t in random.integers(7, 104, size=5)))
+        prompt = Prompt(uid=str(draw), messages=(), columns={"watched": draw != 1},
+                        token_ids=tuple(int(t) for t in random.integers(7, 104, size=5)))
         advantages = random.normal(size=3) * (draw != 1)
         scored = ScoredGroup(group=RolloutGroup(group_id=(0, draw), prompt=prompt, completions=completions),
                              rewards_G=advantages, terms={})

@@ -25,7 +25,8 @@ def spread(completions, **columns):
 SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_layers=2",
          "model.tiny.warm_start.steps=0", "data.heldout=8", "evaluate.every=2", "evaluate.samples=1",
          "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.dynamic={max_draws: 3}",
-         "learner.updates_per_step=2",
+         "learner.updates_per_step=2", "objective.kl_estimator=full",
+         "objective.kl_control={target: 1.0e-4, warmup_steps: 1}",
          f"run.num_steps={STEPS}", "run.save_every=2", "run.keep_last=3")
 
 

@@ -5,8 +5,10 @@ gradient that DeepSpeed applied. The judge is plain autograd on the whole batch 
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.data.batcher import pack
-from frpo.types import AdvantagedGroup
+from frpo.types import AdvantagedGroup, Completion, RolloutGroup
 
 EPSILON, STEP_OVER_EPSILON = 1e8, 1.0
 KL_COEF = 0.3
@@ -72,3 +74,54 @@ def test_gradient_is_the_formulas(learner_of, tmp_path, ranks, stage, micro_batc
           f"difference / gradient norm {worst / total:.1e}, norm {norm:.6f} against {total:.6f}")
     assert worst < 2e-5 * total
     assert norm == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ranks, stage, packed", [(1, 2, False), (2, 3, True)])
+def test_full_kl_and_its_gradient(learner_of, tmp_path, ranks, stage, packed):
+    """One step away from the reference, then a step along the KL over the vocabulary alone."""
+    path = random_model(tmp_path / "model", "qwen2", tied=True)
+    values = dump_recipe(small_recipe(path, splitting_strategy(tmp_path, stage), num_ranks=ranks))
+    values["learner"] |= {"lr": EPSILON, "eps": EPSILON, "grad_clip": 1e9, "betas": [0.0, 0.0],
+                          "micro_batch_tokens": 28, "packing": packed}
+    values["data"]["max_prompt_tokens"], values["rollout"]["max_new_tokens"] = 5, 9
+    values["objective"] |= {"kl_coef": 1.0, "kl_estimator": "full", "correction": None}
+    learner = learner_of(recipe_from_dict(values), path)
+    learner.remember_start()
+    groups = hand_made_groups()
+    networks = {"start": AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)}
+    for name, advantage, coef in (("moved", 3.0, 0.0), ("held", 0.0, KL_COEF)):
+        weighed = [replace(g, advantages_G=advantage * g.advantages_G) for g in groups]
+        update = pack(weighed, learner.layout, reduction="seq-sum", max_length=16,
+                      watched=lambda columns: columns["watched"])
+        metrics = learner.forward_backward(update, kl_coef=coef).result()
+        measured = learner.kl_groups([group.scored.group for group in groups])
+        learner.optim_step(2)
+        learner.export(str(tmp_path / name))
+        networks[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64)
+    sequence_kl = [[_kl(networks["moved"], networks["start"], group, completion)
+                    for completion in group.completions] for group in (g.scored.group for g in groups)]
+    flat = torch.stack([kl for kls in sequence_kl for kl in kls])
+    assert flat.min() > 0.01
+    torch.testing.assert_close(torch.tensor(np.concatenate(measured)), flat.detach(), rtol=1e-5, atol=1e-7)
+    to_start = learner.kl_groups([group.scored.group for group in groups], to="start")
+    assert sum(map(np.sum, to_start)) < flat.detach().sum()  # the step along the gradient brought it nearer
+    watched = [kl for group, kls in zip(groups, sequence_kl) if group.scored.group.prompt.columns["watched"]
+               for kl in kls]
+    assert metrics["policy/kl_sequence"] == pytest.approx(float(sum(watched)) / len(watched), rel=1e-5)
+    (KL_COEF * flat.sum() / len(flat)).backward()
+    wanted = {name: parameter.grad for name, parameter in networks["moved"].named_parameters()}
+    moved, held = (dict(networks[name].named_parameters()) for name in ("moved", "held"))
+    total = torch.cat([g.flatten() for g in wanted.values()]).norm().item()
+    worst = max((moved[name] - held[name] - wanted[name]).detach().abs().max().item() for name in wanted)
+    print(f"\n{ranks} ranks, ZeRO-{stage}: largest difference / gradient norm {worst / total:.1e}, norm {total:.3f}")
+    assert worst < 2e-5 * total
+
+
+def _kl(policy: torch.nn.Module, reference: torch.nn.Module, group: RolloutGroup, completion: Completion
+        ) -> torch.Tensor:
+    """KL(policy || reference) over the vocabulary, summed over the completion's tokens, in float64."""
+    ids = torch.tensor([[*group.prompt.token_ids, *completion.token_ids]])
+    p_TV, q_TV = (network(input_ids=ids).logits[0, len(group.prompt.token_ids) - 1:-1].log_softmax(-1)
+                  for network in (policy, reference))
+    return (p_TV.exp() * (p_TV - q_TV)).sum()

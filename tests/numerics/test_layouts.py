@@ -84,7 +84,7 @@ def gradient(model: TokenModel, loss: PolicyLoss, layout: Layout, groups: list[A
     for rank in pack(groups, layout, reduction="seq-mean-token-mean", max_length=24, old_logprobs=old):
         for samples in rank:
             batch = collate(samples, 0, CPU, packed=layout.packed)
-            micro = MicroBatchLoss(loss=loss, arrays=loss_arrays(samples, batch, CPU), metrics=[])
+            micro = MicroBatchLoss(loss=loss, arrays=loss_arrays(samples, batch, CPU), reference=None, metrics=[])
             model(batch, partial(micro.of_head, target_N=batch.target_N, temperature=0.8, softcap=None)).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
@@ -121,7 +121,7 @@ def test_group_logic_inside_the_loss_is_caught(model):
                     values = ESTIMATOR.advantages(np.array([rewards[s.sample_id] for s in here])).advantages_G
                     for sample, value in zip(here, values):
                         arrays["advantage_N"][batch.sequence_N == samples.index(sample)] = float(value)
-                micro = MicroBatchLoss(loss=loss_of(), arrays=arrays, metrics=[])
+                micro = MicroBatchLoss(loss=loss_of(), arrays=arrays, reference=None, metrics=[])
                 model(batch, partial(micro.of_head, target_N=batch.target_N, temperature=0.8, softcap=None)).backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 

@@ -56,6 +56,7 @@ def test_one_sample_by_hand():
     assert first.loss_mask.tolist() == [False, False, True, False, True, True]
     assert first.policy_weight.tolist() == first.kl_weight.tolist() == [0, 0, 1 / 6, 0, 1 / 6, 1 / 6]
     assert second.policy_weight.tolist() == [0, 0, 1 / 2]
+    assert first.kl_share.tolist() == [0, 0, 1 / 3, 0, 1 / 3, 1 / 3] and second.kl_share.tolist() == [0, 0, 1]
     assert first.rollout_logprobs.tolist() == [0, 0, -1, 0, -2, -0.5]
     assert first.ref_logprobs.tolist() == [0, 0, -3, 0, -4, -5]
     assert first.old_logprobs.tolist() == [0, 0, -7, 0, -8, -9]

@@ -35,14 +35,15 @@ def column(value, like):
 
 
 def inputs(logprobs, old=0.0, ref=None, rollout=None, advantage=1.0, policy_weight=1.0, kl_weight=1.0, mask=True,
-           sequence=0):
+           sequence=0, kl=None, share=None):
     n = len(logprobs)
     optional = {f"{name}_logprobs_N": None if value is None else column(value, n)
                 for name, value in (("old", old), ("ref", ref), ("rollout", rollout))}
     return LossInputs(
         logprobs_N=column(logprobs, n).requires_grad_(), **optional, advantage_N=column(advantage, n),
         policy_weight_N=column(policy_weight, n), kl_weight_N=column(kl_weight, n), mask_N=column(mask, n).bool(),
-        sequence_N=column(sequence, n).long())
+        sequence_N=column(sequence, n).long(), kl_N=None if kl is None else column(kl, n).requires_grad_(),
+        kl_share_N=None if share is None else column(share, n))
 
 
 def loss_and_gradient(loss, given):
@@ -295,7 +296,8 @@ def test_pieces_of_whole_sequences_sum_to_the_whole(name):
                    advantage=[1.0] * 4 + [-1.0] * 4, policy_weight=0.2)
 
     def in_pieces(*cuts):
-        pieces = [dataclasses.replace(given, **{f.name: getattr(given, f.name)[a:b] for f in dataclasses.fields(given)})
+        values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+        pieces = [dataclasses.replace(given, **{k: v[a:b] for k, v in values.items() if v is not None})
                   for a, b in zip((0, *cuts), (*cuts, n), strict=True)]
         return sum(loss(piece).loss_sum.item() for piece in pieces)
 
@@ -335,6 +337,33 @@ def test_missing_rollout_logprobs_are_named():
 def test_missing_reference_is_named():
     with pytest.raises(ValueError, match=r"kl_coef = 0\.1 with kl_estimator 'k3' needs ref_logprobs_N"):
         PolicyLoss(kl_coef=0.1)(inputs([0.0]))
+
+
+def test_the_full_kl_is_taken_as_it_is_given():
+    """Weights 0.5, 0.25, none, and a NaN that is masked out; coefficient 2."""
+    given = inputs([0.0] * 4, kl=[3.0, 1.0, 5.0, math.nan], kl_weight=[0.5, 0.25, 0.0, 1.0], advantage=0.0,
+                   mask=[True, True, True, False])
+    output = PolicyLoss(kl_coef=2.0, kl_estimator="full")(given)
+    output.loss_sum.backward()
+    assert output.loss_sum.item() == 2 * (1.5 + 0.25) and given.kl_N.grad.tolist() == [1.0, 0.5, 0.0, 0.0]
+    total, count, _ = output.metrics["policy/kl_ref"]
+    assert (total.item(), count.item()) == (9.0, 3)  # a token with a policy weight alone is one of them
+
+
+@pytest.mark.parametrize("given", [
+    {"kl": [3.0, 1.0, 5.0, 7.0]}, {"ref": [math.log(2)] * 4}], ids=["full", "k3"])
+def test_kl_of_a_sequence_is_a_mean_over_those_that_are_watched(given):
+    """Two tokens of one watched sequence, one of another, and one of a third that is not watched."""
+    known = inputs([0.0] * 4, sequence=[0, 0, 1, 2], share=[0.5, 0.5, 1.0, 0.0], **given)
+    metrics = PolicyLoss(kl_coef=1.0, kl_estimator="full" if "kl" in given else "k3")(known).metrics
+    total, count, reduction = metrics["policy/kl_sequence"]
+    wanted = (3 + 1 + 5) / 2 if "kl" in given else 3 * (1 - math.log(2)) / 2
+    assert reduction == "mean" and float(total) / float(count) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_missing_full_kl_is_named():
+    with pytest.raises(ValueError, match=r"kl_coef = 0\.1 with kl_estimator 'full' needs kl_N"):
+        PolicyLoss(kl_coef=0.1, kl_estimator="full")(inputs([0.0], ref=0.0))
 
 
 @pytest.mark.parametrize("d", [1e-9, 0.5, -2.0])

@@ -1,0 +1,45 @@
+"""A controller that holds the policy at a given distance from the reference, by moving the coefficient of the KL.
+
+Policies trained with other objectives are only comparable at one distance: more KL alone buys more reward.
+It is a function of its record, which lies in the run's state; it measures nothing.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+COEF, AVERAGE, STEPS = "kl_coef", "kl_average", "kl_steps"
+
+
+class KLControl(BaseModel):
+    """log coef += gain * clip(average / target - 1, -1/2, 1) after every step; a section of the recipe.
+
+    average: exponential moving average of the mean sequence KL in nats, over prompts that are watched. A proportional
+    controller in log space, as that of Ziegler et al. 2019 (arXiv:1909.08593, 2.2), with a smoothed measurement.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    target: float = Field(gt=0, description="mean KL of a completion to the reference, in nats a sequence")
+    where: dict[str, list[Any]] = Field(
+        {}, description="watch only prompts whose column has one of these values, such as {task: [safety]}; {}: all")
+    gain: float = Field(0.12, gt=0, description="largest relative move of kl_coef a step")
+    smoothing: float = Field(0.85, ge=0, lt=1, description="weight of the old average beside a new measurement")
+    warmup_steps: int = Field(10, ge=0, description="steps that are measured before kl_coef moves")
+
+    def watches(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a prompt with these columns counts."""
+        return all(columns.get(name) in values for name, values in self.where.items())
+
+    def after(self, record: Mapping[str, float], coef: float, measured: float) -> dict[str, float]:
+        """The record after a step with `coef` in which the mean sequence KL was `measured` (NaN: no prompt counted)."""
+        if math.isnan(measured):
+            return dict(record) | {COEF: coef}
+        average = self.smoothing * record.get(AVERAGE, measured) + (1 - self.smoothing) * measured
+        steps = record.get(STEPS, 0.0) + 1
+        if steps > self.warmup_steps:
+            coef *= math.exp(self.gain * min(1.0, max(-0.5, average / self.target - 1)))
+        return {COEF: coef, AVERAGE: average, STEPS: steps}

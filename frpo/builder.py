@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from frpo.checkpoint import CheckpointStore
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.rank import Ranks
 from frpo.cluster.ray_ranks import RayRanks
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.cluster.runtime import choose_device, ray_session
@@ -58,6 +59,16 @@ class Parts:
     @property
     def timer(self) -> PhaseTimer:
         return self.journal.timer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Running processes in which one run may follow the other: rollout engines, and ranks that any learner of their
+    number can be built in."""
+
+    pool: EnginePool
+    ranks: Ranks
+    device: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,24 +133,37 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
 def build(recipe: Recipe) -> Iterator[Parts]:
     """Start rewards, Ray, engines and learner ranks; end them all with the context, also after an error."""
     checked = check(recipe)
-    run_dir = Path(recipe.run.dir)
+    with reward_suite(recipe, checked.prompts) as rewards:
+        model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
+        with build_stack(recipe, model_path) as stack, parts_on(stack, recipe, checked, rewards, model_path) as parts:
+            yield parts
+
+
+@contextmanager
+def build_stack(recipe: Recipe, model_path: str) -> Iterator[Stack]:
+    """Start Ray, engines that begin to load the model, and empty ranks; end them with the context."""
     with ExitStack() as stack:
-        rewards = stack.enter_context(reward_suite(recipe, checked.prompts))
-        model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
         stack.enter_context(ray_session())
         device = choose_device(recipe, learner=not in_team(recipe), engines=recipe.rollout.replay is None)
-        write_manifest(run_dir, recipe, checked.prompts.digest, device)
         pool = stack.enter_context(engine_pool(recipe, model_path, device))
         ranks_device = device_here(recipe) if in_team(recipe) else device
         if ranks_device != device:
             raise ConfigError(f"the launcher's ranks are on {ranks_device} and leave no GPU to rollout engines; start "
                               "fewer ranks (--num_gpus), or set run.device to cpu")
-        learner = stack.enter_context(learner_group(recipe, model_path, ranks_device))
-        pool.wait_until_ready()
-        learner.connect_engines(pool.client())
-        engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
-        names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
-        journal = stack.enter_context(open_journal(recipe, checked.checkpoints, checked.resume, names))
+        yield Stack(pool=pool, ranks=stack.enter_context(learner_ranks(recipe, ranks_device)), device=device)
+
+
+@contextmanager
+def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuite, model_path: str) -> Iterator[Parts]:
+    """A learner of this recipe in the stack's ranks, and a journal that is closed with the context."""
+    run_dir, pool = Path(recipe.run.dir), stack.pool
+    write_manifest(run_dir, recipe, checked.prompts.digest, stack.device)
+    learner = LearnerGroup(recipe, model_path, stack.device, stack.ranks)
+    pool.wait_until_ready()
+    learner.connect_engines(pool.client(), recipe.weight_sync)
+    engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
+    names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
+    with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
         yield Parts(
             recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
             learner=learner, stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
@@ -172,11 +196,11 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
 
 
 @contextmanager
-def learner_group(recipe: AnyRecipe, model_path: str, device: str) -> Iterator[LearnerGroup]:
-    """The learner's ranks, loaded, and ended with the context: a team of processes, or Ray actors."""
+def learner_ranks(recipe: AnyRecipe, device: str) -> Iterator[Ranks]:
+    """Processes for a learner, which hold nothing yet, ended with the context: a team of them, or Ray actors."""
     ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device)
     try:
-        yield LearnerGroup(recipe, model_path, device, ranks)
+        yield ranks
     finally:
         ranks.close()
 

@@ -16,7 +16,7 @@ from frpo.finetune_parts import FinetuneParts
 from frpo.learner.model import cache_facts
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import ProgressBar
-from frpo.types import Example, RankBatches, RunState
+from frpo.types import Example, Probe, RankBatches, RunState
 
 CACHED_AT_A_TIME = 64
 """Examples between two looks at the progress of filling a cache."""
@@ -28,7 +28,9 @@ EVALUATED = ("sft/nll", "sft/kl", "csft/weight", "pa/loss", "pa/mu", "pa/disagre
 class FineTuner:
     """Drives one run from its first or restored update to its last."""
 
-    def __init__(self, parts: FinetuneParts):
+    def __init__(self, parts: FinetuneParts, probe: Probe | None = None):
+        """probe: asked before the first and after every update for what else is measured then."""
+        self.probe = probe
         self.parts, self.recipe, self.learner = parts, parts.recipe, parts.learner
         self.train, self.heldout = parts.examples.train, parts.examples.heldout
         data = self.recipe.data
@@ -39,7 +41,7 @@ class FineTuner:
 
     def fit(self) -> RunState:
         """Train to the last update; save and export. Returns the final state."""
-        run, every, journal = self.recipe.run, self.recipe.evaluate.every, self.parts.journal
+        run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.learner)
         self.provide_reference()
         with ProgressBar(self.total, state.step, run.name) as bar:
@@ -47,9 +49,7 @@ class FineTuner:
                 journal.write(0, self.evaluate(state, bar), bar)
             while state.step < self.total:
                 state, metrics = self.update(state)
-                if state.step == self.total or (every and state.step % every == 0):
-                    metrics |= self.evaluate(state, bar)
-                journal.write(state.step, metrics, bar)
+                journal.write(state.step, metrics | self.evaluate(state, bar), bar)
                 bar.advance()
                 if state.step == self.total or (run.save_every and state.step % run.save_every == 0):
                     journal.save(state, self.learner, bar)
@@ -82,13 +82,17 @@ class FineTuner:
         return pack_examples(batch, self.learner.layout, reduction=self.recipe.reduction)
 
     def evaluate(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
-        """Held-out metrics of the policy as it is, none without held-out examples."""
-        if not self.heldout:
-            return {}
+        """Held-out metrics of the policy as it is, where they are due, and what the probe finds."""
+        every = self.recipe.evaluate.every
+        due = state.step in (0, self.total) or (every and state.step % every == 0)
         bar.note("evaluate")
-        numbered = list(enumerate(self.heldout, start=len(self.train)))
         with self.parts.journal.timer.phase("evaluate"):
-            found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()
+            metrics = self.heldout_metrics(state) if due and self.heldout else {}
+            return metrics | (self.probe(state, self.total) if self.probe else {})
+
+    def heldout_metrics(self, state: RunState) -> dict[str, float]:
+        numbered = list(enumerate(self.heldout, start=len(self.train)))
+        found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()
         return {f"eval/{name.partition('/')[2]}" if name.startswith("sft/") else f"eval/{name.replace('/', '_')}": value
                 for name, value in found.items() if name in EVALUATED}
 

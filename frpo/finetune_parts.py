@@ -6,9 +6,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from frpo.builder import learner_group, tokenizer_of
+from frpo.builder import learner_ranks, tokenizer_of
 from frpo.checkpoint import CheckpointStore
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.rank import Ranks
 from frpo.cluster.runtime import choose_device, ray_session
 from frpo.cluster.team import device_here, in_team
 from frpo.config.finetune import FinetuneRecipe
@@ -62,16 +63,24 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
     The ranks are the launcher's processes, or this one if one is enough, or Ray actors.
     """
     checked = check_finetune(recipe)
-    run_dir = Path(recipe.run.dir)
     with ExitStack() as stack:
-        model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
+        model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):
             device = device_here(recipe)
         else:
             stack.enter_context(ray_session())
             device = choose_device(recipe, engines=False)
-        write_manifest(run_dir, recipe, checked.examples.digest, device)
-        learner = stack.enter_context(learner_group(recipe, model_path, device))
-        journal = stack.enter_context(open_journal(recipe, checked.checkpoints, checked.resume, ("metrics",)))
+        ranks = stack.enter_context(learner_ranks(recipe, device))
+        yield stack.enter_context(finetune_on(ranks, device, recipe, checked, model_path))
+
+
+@contextmanager
+def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: CheckedFinetune, model_path: str
+                ) -> Iterator[FinetuneParts]:
+    """A learner of this recipe in running ranks, and a journal that is closed with the context."""
+    run_dir = Path(recipe.run.dir)
+    write_manifest(run_dir, recipe, checked.examples.digest, device)
+    learner = LearnerGroup(recipe, model_path, device, ranks)
+    with open_journal(recipe, checked.checkpoints, checked.resume, ("metrics",)) as journal:
         yield FinetuneParts(recipe=recipe, run_dir=run_dir, model_path=model_path, examples=checked.examples,
                             learner=learner, journal=journal)

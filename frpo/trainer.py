@@ -20,14 +20,16 @@ from frpo.objectives import kl_control
 from frpo.objectives.stage import References, advantaged
 from frpo.step_metrics import rollout_metrics, staleness_metrics, trace_rows
 from frpo.telemetry import ProgressBar
-from frpo.types import AdvantagedGroup, RolloutGroup, RunState
+from frpo.types import AdvantagedGroup, Probe, RolloutGroup, RunState
 from frpo.update import Updater
 
 
 class Trainer:
     """Drives one run from its first or restored step to its last."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, probe: Probe | None = None):
+        """probe: asked before the first and after every step for what else is measured then."""
+        self.probe = probe
         self.parts, self.recipe = parts, parts.recipe
         self.parity_unchecked = self.samples = self.recipe.rollout.replay is None
         self.batches = batch_source(parts)
@@ -37,7 +39,7 @@ class Trainer:
 
     def fit(self) -> RunState:
         """Train to the last step; save and export. Returns the final state."""
-        run, every, journal = self.recipe.run, self.recipe.evaluate.every, self.parts.journal
+        run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.parts.learner)
         if self.best:
             self.best.restore(state.step if journal.resume and state.file_offsets else None)
@@ -48,9 +50,7 @@ class Trainer:
                 journal.write(0, self.evaluate(state, bar), bar)
             while state.step < run.num_steps:
                 state, metrics = self.step(state, bar)
-                if state.step == run.num_steps or (every and state.step % every == 0):
-                    metrics |= self.evaluate(state, bar)
-                journal.write(state.step, metrics, bar)
+                journal.write(state.step, metrics | self.evaluate(state, bar), bar)
                 bar.advance()
                 if state.step == run.num_steps or (run.save_every and state.step % run.save_every == 0):
                     journal.save(state, self.parts.learner, bar, self.batches.save)
@@ -92,10 +92,16 @@ class Trainer:
         return self.parts.learner.score_groups(groups, "reference")
 
     def evaluate(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
-        """Held-out metrics of the current policy, which is kept if it is the best; none without prompts or engines."""
-        if not (self.samples and self.parts.prompts.heldout):
-            return {}
+        """Held-out metrics of the current policy where they are due, and what the probe finds."""
+        every, total = self.recipe.evaluate.every, self.recipe.run.num_steps
+        due = state.step in (0, total) or (every and state.step % every == 0)
         bar.note("evaluate")
+        metrics = self.heldout_metrics(state) if due and self.samples and self.parts.prompts.heldout else {}
+        with self.parts.timer.phase("evaluate"):
+            return metrics | (self.probe(state, total) if self.probe else {})
+
+    def heldout_metrics(self, state: RunState) -> dict[str, float]:
+        """Of the current policy, which is kept if it is the best."""
         with self.parts.timer.phase("evaluate"):
             metrics = evaluate_heldout(self.parts, state)
         if self.best:

@@ -5,7 +5,7 @@ or knows an engine.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -216,3 +216,7 @@ class RunState:
     recipe_digest: str
     file_offsets: Mapping[str, int]
     controllers: Mapping[str, float] = field(default_factory=dict)
+
+
+Probe = Callable[[RunState, int], dict[str, float]]
+"""(state, updates or steps of the whole run) -> metrics of the policy as it is then, or none."""

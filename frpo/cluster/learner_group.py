@@ -8,6 +8,7 @@ import numpy as np
 
 from frpo.cluster.rank import Ranks
 from frpo.config.loader import AnyRecipe, dump_recipe
+from frpo.config.rollout import WeightSyncSection
 from frpo.data.batcher import score_batches
 from frpo.data.layout import Layout
 from frpo.learner.model import hidden_size
@@ -32,10 +33,11 @@ class LearnerGroup:
         self.ranks.call("load", "build", [(*values, environment) for environment in self.ranks.environments], {},
                         self.recipe.learner.startup_timeout_s)
 
-    def connect_engines(self, client: Any) -> None:
-        """Give rank 0 its hold on the rollout engines."""
-        count = self.recipe.learner.num_ranks
-        self.ranks.call("connect engines", "connect_engines", [(client,), *[(None,)] * (count - 1)], {},
+    def connect_engines(self, client: Any, weight_sync: WeightSyncSection) -> None:
+        """Give rank 0 its hold on the rollout engines, and say how weights reach them."""
+        self.weight_sync = weight_sync
+        others = [None] * (self.recipe.learner.num_ranks - 1)
+        self.ranks.call("connect engines", "connect_engines", [(each, weight_sync) for each in (client, *others)], {},
                         self.recipe.learner.timeout_s)
 
     def score_groups(self, groups: Sequence[RolloutGroup], model: str, temperature: float | None = None
@@ -97,7 +99,7 @@ class LearnerGroup:
 
     def push_weights(self, version: int) -> None:
         self.ranks.call("push weights", "call", [("push_weights", version)] * self.recipe.learner.num_ranks, {},
-                        self.recipe.weight_sync.timeout_s)
+                        self.weight_sync.timeout_s)
 
     def save(self, folder: str) -> None:
         self._all("save", folder)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from frpo.config.loader import AnyRecipe, recipe_from_dict
+from frpo.config.rollout import WeightSyncSection
 
 
 class RankHost:
@@ -30,11 +31,11 @@ class RankHost:
 
         self.learner = Learner(recipe_from_dict(recipe, kind), model_path, device)
 
-    def connect_engines(self, client: Any) -> None:
+    def connect_engines(self, client: Any, section: WeightSyncSection) -> None:
         """client: rank 0's hold on the rollout engines, None elsewhere."""
         from frpo.weight_sync.protocol import make_sender
 
-        self.learner.connect(make_sender(self.learner.recipe.weight_sync, self.learner.rank, client))
+        self.learner.connect(make_sender(section, self.learner.rank, client))
 
     def call(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         """A verb of the learner."""

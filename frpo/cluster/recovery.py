@@ -78,5 +78,5 @@ class RecoveringEngines:
         logger.warning("%s; starting engine %s again, %d more restarts allowed (rollout.max_restarts)", cause,
                        ", ".join(map(str, engines)), self.restarts_left)
         self.pool.restart(engines)
-        self.learner.connect_engines(self.pool.client())
+        self.learner.connect_engines(self.pool.client(), self.pool.recipe.weight_sync)
         self.learner.push_weights(version)

@@ -17,11 +17,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from frpo.config.finetune import FinetuneRecipe
+from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file
 from frpo.errors import ConfigError
 
 AnyRecipe = Recipe | FinetuneRecipe
-Kind = TypeVar("Kind", Recipe, FinetuneRecipe)
+"""Of one training."""
+Kind = TypeVar("Kind", Recipe, FinetuneRecipe, RetentionRecipe)
 
 NOT_IN_DIGEST = {
     "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "max_restarts",
@@ -82,19 +84,19 @@ _RecipeYaml.add_implicit_resolver(
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Kind] = Recipe) -> Kind:
     """Read a recipe file (or the name of one in recipes/), its `extends:` chain and `section.key=value` overrides.
 
-    kind: Recipe for reinforcement learning, FinetuneRecipe for supervised fine-tuning.
+    kind: Recipe for reinforcement learning, FinetuneRecipe for supervised fine-tuning, RetentionRecipe for a matrix.
     Raises ConfigError naming the key, the value given and what is allowed.
     """
     values = _read_overridden(path, overrides)
     found = _kind_of(values, kind)
     if found is not kind:
-        raise ConfigError(f"{path} is a recipe of `frpo {found.COMMAND}`, by its objective and rewards; this command "
-                          f"takes those of `frpo {kind.COMMAND}`")
+        raise ConfigError(f"{path} is a recipe of `frpo {found.COMMAND}`, by its sections; this command takes those of "
+                          f"`frpo {kind.COMMAND}`")
     return _validated(values, kind, source=str(path))
 
 
-def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """The same for a recipe of either kind."""
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe | RetentionRecipe:
+    """The same for a recipe of any kind."""
     values = _read_overridden(path, overrides)
     return _validated(values, _kind_of(values, Recipe), source=str(path))
 
@@ -107,8 +109,11 @@ def _read_overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, An
     return _merge(values, changes)
 
 
-def _kind_of(values: dict[str, Any], default: type[Kind]) -> type[AnyRecipe]:
-    """What the values are a recipe of, if they show it: only a supervised objective has a name, only RL has rewards."""
+def _kind_of(values: dict[str, Any], default: type[Kind]) -> type[AnyRecipe | RetentionRecipe]:
+    """What the values are a recipe of, if they show it: only a supervised objective has a name, only RL has rewards,
+    only a matrix has policies."""
+    if "policies" in values:
+        return RetentionRecipe
     if "rewards" in values:
         return Recipe
     objective = values.get("objective")

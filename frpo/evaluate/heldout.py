@@ -5,14 +5,17 @@ The metrics are pure functions of scored groups. Which model is asked, and when,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from frpo.builder import Parts, Serving
+from frpo.builder import Parts
 from frpo.config.sections import EvaluateSection, Recipe
+from frpo.data.prompts import PromptSet
 from frpo.evaluate.passk import pass_at_k
+from frpo.rewards import RewardSuite
 from frpo.rollout.engine import Sampling
-from frpo.rollout.sampler import EVALUATION
+from frpo.rollout.sampler import EVALUATION, Sampler
 from frpo.telemetry import mean_interval
 from frpo.types import RunState, ScoredGroup
 
@@ -27,7 +30,16 @@ def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
     return heldout_metrics(scored, parts.recipe.evaluate, kl)
 
 
-def scored_heldout(parts: Parts | Serving, *, step: int, version: int) -> list[ScoredGroup]:
+class Asked(Protocol):
+    """What it takes to sample the held-out prompts of a task and to score what is said."""
+
+    recipe: Recipe
+    prompts: PromptSet
+    rewards: RewardSuite
+    sampler: Sampler
+
+
+def scored_heldout(parts: Asked, *, step: int, version: int) -> list[ScoredGroup]:
     """`evaluate.samples` completions of every held-out prompt, by the policy version that the engines hold, scored."""
     section, prompts = parts.recipe.evaluate, parts.prompts.heldout
     sampling = Sampling(temperature=section.temperature, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)

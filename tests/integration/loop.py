@@ -117,7 +117,7 @@ class RunningLoop:
             self._learner = ray_learner(self.recipe, self.model_path, "cpu")
         if fresh_pool:
             self._pool.wait_until_ready()
-        self._learner.connect_engines(self._pool.client())
+        self._learner.connect_engines(self._pool.client(), self.recipe.weight_sync)
 
     def become(self, recipe: Recipe, model_path: str) -> None:
         """Build another model's engine and learner in the processes that run already: imports cost most of a start."""
@@ -134,7 +134,7 @@ class RunningLoop:
         self._pool.model_path = model_path  # what a restarted engine loads
         self._learner.layout = replace(self._learner.layout, micro_batch_tokens=recipe.learner.micro_batch_tokens,
                                        packed=recipe.learner.packing)
-        self._learner.connect_engines(self._pool.client())
+        self._learner.connect_engines(self._pool.client(), self.recipe.weight_sync)
 
     def drop_pool(self) -> None:
         """End the engines; the next use starts others."""

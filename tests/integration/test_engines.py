@@ -165,7 +165,7 @@ def test_a_push_over_gloo_that_fails_in_rank_0_changes_nothing(two, method, at):
     two.push()
     rank_0 = two.learner.ranks.actors[0]
     if method.startswith("begin_init"):
-        two.learner.connect_engines(two.pool.client())  # the first push over it forms the group
+        two.learner.connect_engines(two.pool.client(), two.recipe.weight_sync)  # the first push over it forms the group
     inside(rank_0, cut_push, method, at, fail)
     assert_push_fails_and_heals(two, "push weights: learner rank 0 .*cut on purpose")
 
@@ -175,7 +175,7 @@ def test_a_push_over_gloo_that_fails_in_rank_0_changes_nothing(two, method, at):
 def test_an_engine_killed_during_a_push_over_gloo_is_replaced(two, method, at):
     two.push()
     survivor, victim = (pid_of(engine) for engine in two.pool.engines)
-    two.learner.connect_engines(two.pool.client())
+    two.learner.connect_engines(two.pool.client(), two.recipe.weight_sync)
     inside(two.learner.ranks.actors[0], cut_push, method, at, lambda: os.kill(victim, signal.SIGKILL))
     two.update(PROMPTS)
     engines = RecoveringEngines(two.pool, two.learner, max_restarts=1)

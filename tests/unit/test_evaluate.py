@@ -58,14 +58,14 @@ SCORED = [group(0, [1.0, 0.0, 0.0, 0.0], [1, 2, 3, 4], exact=[1.0, 0.0, 0.0, 0.0
 
 
 def test_metrics_by_hand():
-    """Two prompts: means m1, m2 have the half-width 1.96 |m1 - m2| / 2."""
+    """Two prompts: means m1, m2 have the half-width 12.706 |m1 - m2| / 2, by Student's t."""
     reward = (0.25 + 2.5 / 3) / 2
     pass2 = (0.5, 5 / 6)  # of 6 pairs, 3 and 5 hold a pass
     expected = {
-        "eval/reward": reward, "eval/interval": 0.98 * (2.5 / 3 - 0.25), "eval/prompts": 2.0, "eval/length": 2.5,
-        "eval/length_p90": 4.0, "eval/truncated": 0.25, "eval/exact/mean": 0.625, "eval/exact/interval": 0.98 * 0.75,
-        "eval/pass@1": 0.375, "eval/pass@1/interval": 0.98 * 0.25,
-        "eval/pass@2": sum(pass2) / 2, "eval/pass@2/interval": 0.98 * (pass2[1] - pass2[0])}
+        "eval/reward": reward, "eval/interval": 6.353 * (2.5 / 3 - 0.25), "eval/prompts": 2.0, "eval/length": 2.5,
+        "eval/length_p90": 4.0, "eval/truncated": 0.25, "eval/exact/mean": 0.625, "eval/exact/interval": 6.353 * 0.75,
+        "eval/pass@1": 0.375, "eval/pass@1/interval": 6.353 * 0.25,
+        "eval/pass@2": sum(pass2) / 2, "eval/pass@2/interval": 6.353 * (pass2[1] - pass2[0])}
     metrics = heldout_metrics(SCORED, EvaluateSection(samples=4, pass_at=[1, 2]))
     assert metrics == pytest.approx(expected)
     assert all(type(value) is float for value in metrics.values())

@@ -279,10 +279,10 @@ def test_the_table_of_a_rollout_by_hand():
     table = {name: (value, interval) for name, value, interval in
              summary(Rollouts(groups=weighed, counts=counts, seconds=2.0))}
     assert table["reward"][0] == pytest.approx(28 / 9)
-    assert table["reward"][1] == pytest.approx(1.96 * np.std([4, 10 / 3, 2], ddof=1) / math.sqrt(3))
+    assert table["reward"][1] == pytest.approx(4.303 * np.std([4, 10 / 3, 2], ddof=1) / math.sqrt(3))
     assert table["length/mean"][0] == pytest.approx(14 / 9) and table["length"][0] == pytest.approx(14 / 9)
     assert (table["prompts"], table["truncated"][0]) == ((3.0, None), pytest.approx(1 / 3))
-    assert table["teach nothing"] == pytest.approx((1 / 3, 1.96 / 3))
+    assert table["teach nothing"] == pytest.approx((1 / 3, 4.303 / 3))
     assert table["tokens per second"] == (7.0, None) and table["passed over"] == (4.0, None)
     assert not {"drawn", "telling"} & set(table)
 

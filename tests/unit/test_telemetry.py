@@ -154,9 +154,9 @@ def test_parts_without_figures_leave_no_bars():
 
 
 def test_an_interval_by_hand():
-    """1, 2, 3: variance 1 over n - 1, so 1.96 / sqrt 3; NaN entries do not count."""
+    """1, 2, 3: variance 1 over n - 1, so 4.303 (Student's t) / sqrt 3; NaN entries do not count."""
     mean, half = mean_interval([1.0, math.nan, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(1.96 / math.sqrt(3))
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
     assert mean_interval(iter([4.0, 4.0])) == (4.0, 0.0)
 
 

@@ -1,0 +1,139 @@
+"""The recipe of a retention matrix: policies, what they are fine-tuned for afterwards, and what must have survived.
+
+Its parts are recipes of the other kinds, by name, with overrides; here stands only what ties them together.
+"""
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from frpo.config.base import Section
+
+OVERRIDES = "section.key=value over that recipe's; $seed, $setup and $run stand for the seed, its folder of the " \
+            "setup, and run.dir"
+
+
+Pair = Annotated[tuple[str, str], Field(strict=False)]
+
+
+class RetentionRunSection(Section):
+    name: str = Field("retention", description="name of the matrix, shown in logs and in the report")
+    dir: str = Field("runs/retention", description="folder of everything: policies, forks, results, report")
+    restarts: int = Field(2, ge=0, description="times that engines and ranks are started again after one died")
+
+
+class PolicySection(Section):
+    """A policy whose retention is measured: a model, or a recipe that makes one of a model."""
+
+    path: str | None = Field(None, description="folder of an exported model, if it exists already")
+    recipe: str | None = Field(None, description="recipe of `frpo train` or `frpo finetune` that makes it")
+    start: str | None = Field(None, description="policy that the recipe starts from; null: the recipe's own model")
+    overrides: list[str] = Field([], description=OVERRIDES)
+    fork: bool = Field(True, description="fine-tune forks of it; false: it is only a start for others")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PolicySection:
+        if (self.path is None) == (self.recipe is None):
+            raise ValueError("give exactly one of path (a model that exists) and recipe (how it is made)")
+        if self.path is not None and (self.start is not None or self.overrides):
+            raise ValueError("path is a model that exists: start and overrides are of a recipe; leave them out")
+        return self
+
+
+class RegimeSection(Section):
+    """A fine-tuning that forks go through."""
+
+    recipe: str = Field(description="recipe of `frpo finetune` or `frpo train`")
+    overrides: list[str] = Field([], description=OVERRIDES)
+
+
+class TaskSection(Section):
+    """Held-out prompts, and the rewards of their completions."""
+
+    recipe: str = Field(description="recipe of `frpo train`, of which data, rewards, rollout and evaluate are taken")
+    overrides: list[str] = Field([], description=OVERRIDES)
+
+
+class MeasureSection(Section):
+    kept: TaskSection = Field(description="the task that policies were trained for")
+    utility: TaskSection | None = Field(None, description="the task that forks are fine-tuned for; null: not measured")
+    at: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="updates of a fork after which it is measured, besides the first and the last")
+    overlap: Literal["refuse", "keep"] = Field(
+        "refuse", description="held-out prompts of `kept` that policies or forks are trained on: an error; or measured "
+                              "all the same")
+    max_kl: float = Field(2.0, gt=0, description="nats from the policy up to which retention is averaged over KL")
+    exact: str | None = Field(
+        None, description="'package.module:function'(folder, prompts, **exact_kwargs) -> metrics, where outcomes can "
+                          "be enumerated; null: only samples")
+    exact_kwargs: dict[str, Any] = Field({}, description="keyword arguments of it; $seed is the seed")
+
+
+class CertificateSection(Section):
+    samples: int = Field(256, ge=4, description="completions a held-out prompt: half choose lambda, half bound")
+    lambdas: list[Annotated[float, Field(gt=0)]] = Field(
+        [10.0, 5.0, 2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.2], min_length=1,
+        description="among which lambda is chosen; small ones need many samples")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the lower limit of the bound")
+
+
+class RetentionRecipe(Section):
+    """A whole matrix: policies x regimes x seeds."""
+
+    COMMAND: ClassVar = "retention"
+    NAMED: ClassVar = ()
+
+    run: RetentionRunSection = Field(RetentionRunSection(), description="name, folder")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="run.seed of every recipe; results are compared seed by seed")
+    setup: str | None = Field(
+        None, description="'package.module:function'(folder, seed) that makes models and files of a seed; null: none")
+    policies: dict[str, PolicySection] = Field(min_length=1, description="by name")
+    downstream: dict[str, RegimeSection] = Field({}, description="regimes by name")
+    measure: MeasureSection = Field(description="what must survive")
+    certificate: CertificateSection | None = Field(
+        CertificateSection(), description="lower bound of the reward after any fine-tuning; null: none")
+    compare: list[Pair] = Field(
+        [], description="pairs [a, b] of policies: a - b, seed by seed")
+    controls: list[Pair] = Field(
+        [], description="pairs that must show no difference")
+    quick: list[str] = Field([], description="overrides of this recipe under --quick")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds must differ, given {seeds}")
+        return seeds
+
+    @model_validator(mode="after")
+    def _names(self) -> RetentionRecipe:
+        for kind, names in (("policy", self.policies), ("regime", self.downstream)):
+            for name in names:
+                if not name or set(name) & set("/\\:") or name.startswith("."):
+                    raise ValueError(f"{kind} {name!r} cannot name a folder; use letters, digits, - and _")
+        forks = [name for name, policy in self.policies.items() if policy.fork]
+        if not forks:
+            raise ValueError("no policy has fork: true, so that there is nothing to measure")
+        for name, policy in self.policies.items():
+            if policy.start is not None and policy.start not in self.policies:
+                raise ValueError(f"policies.{name}.start: {policy.start!r} is no policy; there are "
+                                 f"{', '.join(self.policies)}")
+        for key in ("compare", "controls"):
+            for name in {name for pair in getattr(self, key) for name in pair} - set(forks):
+                raise ValueError(f"{key}: {name!r} is no policy that is forked; there are {', '.join(forks)}")
+        self.order()
+        return self
+
+    def order(self) -> list[str]:
+        """Policies, each after the one it starts from. Raises ValueError where they start from each other."""
+        done: list[str] = []
+        while len(done) < len(self.policies):
+            ready = [name for name, policy in self.policies.items()
+                     if name not in done and (policy.start is None or policy.start in done)]
+            if not ready:
+                waiting = [name for name in self.policies if name not in done]
+                raise ValueError(f"policies {', '.join(waiting)} start from each other; one of them needs start: null")
+            done += ready
+        return done

@@ -1,0 +1,70 @@
+"""What a policy is sure to keep: a lower bound of the reward of every policy within a KL of it, before any fine-tuning.
+
+For every policy q and every lambda > 0, E_q r >= J_lambda(pi) - lambda KL(q || pi) with the robust objective
+J_lambda = -lambda mean_x log E exp(-r / lambda) (Donsker and Varadhan). B(kappa) is the largest of these bounds over
+lambda. From samples J is optimistic where lambda is small: outcomes that were not drawn are not in it.
+
+Shape suffixes: P prompts, N samples of a prompt, L lambdas, K values of KL.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """robust_L: J of the judging half; error_L: its standard error over prompts; chosen_L: J of the choosing half."""
+
+    lambdas_L: np.ndarray
+    robust_L: np.ndarray
+    error_L: np.ndarray
+    chosen_L: np.ndarray
+    confidence: float
+
+    def bound(self, kl_K: np.ndarray) -> np.ndarray:
+        """(K) lower confidence limit of B at each KL in nats, lambda chosen on samples that have no other part in it.
+        """
+        kl_K = np.asarray(kl_K, dtype=np.float64)
+        best_K = np.argmax(self.chosen_L[:, None] - self.lambdas_L[:, None] * kl_K, axis=0)
+        limit_L = self.robust_L - NormalDist().inv_cdf(self.confidence) * self.error_L
+        return limit_L[best_K] - self.lambdas_L[best_K] * kl_K
+
+
+def certify(rewards_PN: np.ndarray, lambdas: Sequence[float], confidence: float) -> Certificate:
+    """The certificate of a policy from N >= 4 rewards of each of P >= 2 prompts: even samples choose, odd ones judge.
+
+    J of a prompt is the jackknife estimate, whose bias is of order 1 / N^2. The limit is a normal one over prompts, so
+    that it speaks of the task, not only of these prompts. Raises ValueError for fewer samples or prompts, and for
+    rewards that are not finite.
+    """
+    rewards_PN = np.asarray(rewards_PN, dtype=np.float64)
+    if rewards_PN.ndim != 2 or rewards_PN.shape[0] < 2 or rewards_PN.shape[1] < 4:
+        raise ValueError(f"a certificate needs at least 2 prompts with 4 samples each, given shape {rewards_PN.shape}")
+    if not np.isfinite(rewards_PN).all():
+        raise ValueError(f"{int((~np.isfinite(rewards_PN)).sum())} of {rewards_PN.size} rewards are missing or not "
+                         "finite, so that nothing can be certified")
+    lambdas_L = np.asarray(lambdas, dtype=np.float64)
+    chosen_LP, judged_LP = (np.stack([robust_rewards(half_PN, lam) for lam in lambdas_L])
+                            for half_PN in (rewards_PN[:, ::2], rewards_PN[:, 1::2]))
+    return Certificate(lambdas_L=lambdas_L, robust_L=judged_LP.mean(1), chosen_L=chosen_LP.mean(1),
+                       error_L=judged_LP.std(1, ddof=1) / np.sqrt(judged_LP.shape[1]), confidence=confidence)
+
+
+def robust_rewards(rewards_PN: np.ndarray, lam: float) -> np.ndarray:
+    """(P) jackknife estimates of -lambda log E exp(-r / lambda)."""
+    count = rewards_PN.shape[1]
+    lowest_P1 = rewards_PN.min(1, keepdims=True)
+    weight_PN = np.exp(-(rewards_PN - lowest_P1) / lam)
+    total_P1 = weight_PN.sum(1, keepdims=True)
+    whole_P = -lam * np.log(total_P1[:, 0] / count)
+    # The rest without one sample: summed anew, since a difference would lose what a dominating sample hides.
+    before_PN, after_PN = np.cumsum(weight_PN, 1), np.cumsum(weight_PN[:, ::-1], 1)[:, ::-1]
+    rest_PN = np.zeros_like(weight_PN)
+    rest_PN[:, 1:] += before_PN[:, :-1]
+    rest_PN[:, :-1] += after_PN[:, 1:]
+    others_PN = -lam * np.log(np.maximum(rest_PN, np.finfo(np.float64).tiny) / (count - 1))
+    return lowest_P1[:, 0] + count * whole_P - (count - 1) * others_PN.mean(1)

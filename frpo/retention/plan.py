@@ -1,0 +1,212 @@
+"""A retention recipe as stages: which trainings there are, in which order, from what, where, and which are done.
+
+    <run.dir>/seed0/setup/                     what the setup made
+    <run.dir>/seed0/policies/NAME/             a policy's own run; export/ is what is forked
+    <run.dir>/seed0/forks/NAME/REGIME/         a fork's own run; its metrics hold the probes
+
+Every recipe is loaded and checked here, before anything starts. A stage is done when its `done.json` says so, which
+names what it was made of; its own checkpoints are what an interrupted one goes on from.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from frpo.config.loader import AnyRecipe, load_any_recipe, load_recipe, recipe_digest
+from frpo.config.retention import RetentionRecipe, TaskSection
+from frpo.config.sections import Recipe
+from frpo.errors import ConfigError
+
+DONE, FAILED = "done.json", "failed.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training. start: the model that it begins with; None: one that its recipe makes on the spot. origin: the
+    stage that makes that model, if one does.
+
+    regime: of a fork; None for a policy.
+    """
+
+    policy: str
+    regime: str | None
+    seed: int
+    recipe: AnyRecipe
+    start: str | None
+    origin: Stage | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}, seed {self.seed}" + (f", {self.regime}" if self.regime else "")
+
+    @property
+    def first(self) -> Stage:
+        """The stage that its model began with."""
+        return self.origin.first if self.origin else self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run.dir)
+
+    @property
+    def model(self) -> str:
+        """What it makes."""
+        return str(self.run_dir / "export")
+
+    @property
+    def digest(self) -> str:
+        """Of everything that its result depends on, as far as recipes say it."""
+        origin = self.origin.digest if self.origin else self.start or ""
+        length = self.recipe.run.num_steps if isinstance(self.recipe, Recipe) else self.recipe.run.num_epochs
+        return hashlib.sha256(f"{recipe_digest(self.recipe)} {length} {origin}".encode()).hexdigest()[:16]
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """What was recorded at its end. Raises ConfigError where another recipe has left its result here."""
+        record = self._read(DONE)
+        if record is not None and record["digest"] != self.digest:
+            raise ConfigError(f"{self.run_dir} holds the result of another recipe than {self.name} has now; choose "
+                              "another run.dir, or move that folder away to have it made again")
+        return record
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed last time, if it did."""
+        record = self._read(FAILED)
+        return record and record["error"]
+
+    def finish(self, **facts: Any) -> None:
+        _write(self.run_dir / DONE, {"digest": self.digest, **facts})
+        (self.run_dir / FAILED).unlink(missing_ok=True)
+
+    def fail(self, error: str) -> None:
+        _write(self.run_dir / FAILED, {"error": error})
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.run_dir / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedPlan:
+    """All stages of one seed, policies before what starts from them; and the recipes by which is measured.
+
+    given: model of every policy that exists already, by its name.
+    """
+
+    seed: int
+    folder: Path
+    policies: Mapping[str, Stage]
+    given: Mapping[str, str]
+    forks: tuple[Stage, ...]
+    kept: Recipe
+    utility: Recipe | None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (*self.policies.values(), *self.forks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    recipe: RetentionRecipe
+    seeds: tuple[SeedPlan, ...]
+
+    @property
+    def stages(self) -> Iterator[Stage]:
+        return (stage for seed in self.seeds for stage in seed.stages)
+
+    def check(self) -> None:
+        """Raise ConfigError unless one set of processes can run all of it."""
+        wanted = self.seeds[0].kept.learner
+        for stage in self.stages:
+            given = stage.recipe.learner
+            for key in ("num_ranks", "ranks", "threads"):
+                if getattr(given, key) != getattr(wanted, key):
+                    raise ConfigError(f"{stage.name}: learner.{key} = {getattr(given, key)!r}, but measure.kept has "
+                                      f"{getattr(wanted, key)!r}; all recipes share one set of ranks, make them equal")
+            if isinstance(stage.recipe, Recipe) and stage.recipe.rollout.replay is not None:
+                raise ConfigError(f"{stage.name}: rollout.replay learns without engines; set it to null")
+
+
+def make_plan(recipe: RetentionRecipe) -> Plan:
+    """Load every recipe. Raises ConfigError for a mistake in one, naming policy or regime."""
+    plan = Plan(recipe=recipe, seeds=tuple(_seed_plan(recipe, seed) for seed in recipe.seeds))
+    plan.check()
+    return plan
+
+
+def _seed_plan(recipe: RetentionRecipe, seed: int) -> SeedPlan:
+    folder = Path(recipe.run.dir) / f"seed{seed}"
+    words = {"seed": str(seed), "setup": str(folder / "setup"), "run": recipe.run.dir}
+    policies: dict[str, Stage] = {}
+    given: dict[str, str] = {}
+    for name in recipe.order():
+        section = recipe.policies[name]
+        if section.path is not None:
+            given[name] = _filled(section.path, words, f"policies.{name}.path")
+            continue
+        policies[name] = _stage(
+            f"policies.{name}", section.recipe, section.overrides, words, folder / "policies" / name,
+            policy=name, regime=None, start=given.get(section.start), origin=policies.get(section.start))
+    forks = tuple(
+        _stage(f"downstream.{regime}", section.recipe, section.overrides, words, folder / "forks" / name / regime,
+               policy=name, regime=regime, start=given.get(name), origin=policies.get(name))
+        for name, policy in recipe.policies.items() if policy.fork for regime, section in recipe.downstream.items())
+    measure = recipe.measure
+    return SeedPlan(seed=seed, folder=folder, policies=policies, given=given, forks=forks,
+                    kept=_task("measure.kept", measure.kept, words),
+                    utility=measure.utility and _task("measure.utility", measure.utility, words))
+
+
+def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str], run_dir: Path, *, policy: str,
+           regime: str | None, start: str | None, origin: Stage | None) -> Stage:
+    """start, origin: the model that it begins with and what makes it; None, None: the recipe's own."""
+    model = origin.model if origin else start
+    fixed = [f"run.dir={run_dir}", f"run.seed={words['seed']}", f"run.name={policy}"]
+    if model is not None:
+        fixed += [f"model.path={model}", "model.tiny=null"]
+    found = _loaded(key, lambda: load_any_recipe(recipe, [*(_filled(o, words, key) for o in overrides), *fixed]))
+    if isinstance(found, RetentionRecipe):
+        raise ConfigError(f"{key}: {recipe} is a retention recipe itself; give that of a training")
+    return Stage(policy=policy, regime=regime, seed=int(words["seed"]), recipe=found, start=found.model.path,
+                 origin=origin)
+
+
+def _task(key: str, section: TaskSection, words: Mapping[str, str]) -> Recipe:
+    overrides = [*(_filled(o, words, key) for o in section.overrides), f"run.seed={words['seed']}"]
+    found = _loaded(key, lambda: load_recipe(section.recipe, overrides))
+    if found.data.heldout == 0 and found.data.heldout_path is None:
+        raise ConfigError(f"{key}: {section.recipe} holds no prompts out, so that nothing can be measured; raise "
+                          "data.heldout or give data.heldout_path")
+    return found
+
+
+def _loaded(key: str, load: Any) -> Any:
+    try:
+        return load()
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _filled(text: str, words: Mapping[str, str], key: str) -> str:
+    try:
+        return Template(text).substitute(words)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{key}: {text!r} has an unknown word ({error}); known are "
+                          f"{', '.join('$' + word for word in words)}, and $$ is a dollar sign") from None
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    unfinished.replace(path)
+
+

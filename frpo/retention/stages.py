@@ -1,0 +1,248 @@
+"""Runs the stages of a plan, one after the other, on one set of engines and learner ranks.
+
+A policy is trained as by its own command. A fork is, too, with a probe that measures what it keeps; its weights are
+pushed into engines that run already. A stage that fails is noted and the others go on; a dead engine or rank costs a
+new set of processes and what the stage had done since its newest checkpoint.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from string import Template
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from frpo.builder import Stack, build_stack, check, check_prompts, parts_on, reward_suite, tokenizer_of
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.recovery import RecoveringEngines
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.sections import Recipe
+from frpo.data.examples import load_examples
+from frpo.data.prompts import PromptSet, load_prompts
+from frpo.errors import ConfigError, DataError, EngineError, FrpoError
+from frpo.evaluate.model import of_model
+from frpo.evaluate.probe import Exact, Task, TaskProbe, sampled
+from frpo.finetune import FineTuner
+from frpo.finetune_parts import check_finetune, finetune_on
+from frpo.learner.tiny import tiny_model
+from frpo.retention.plan import Plan, SeedPlan, Stage
+from frpo.rewards.loading import load_function
+from frpo.telemetry import PhaseTimer, ProgressBar
+from frpo.trainer import Trainer
+from frpo.types import Example, RunState
+
+logger = logging.getLogger(__name__)
+
+SAMPLES, HELD_OUT = "certificate.npz", "heldout.json"
+
+
+def run_plan(plan: Plan) -> None:
+    """Run what is not done yet. Raises what no other stage could escape either; a stage's own failure is noted."""
+    todo = [stage for stage in plan.stages if not stage.done]
+    with Matrix(plan) as matrix, ProgressBar(len(list(plan.stages)), len(list(plan.stages)) - len(todo),
+                                             plan.recipe.run.name) as bar:
+        for seed in plan.seeds:
+            if not _complete(plan, seed):
+                matrix.run_seed(seed, bar)
+
+
+class Matrix:
+    """The processes, started when the first stage needs them, and what runs on them."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.recipe = plan, plan.recipe
+        self.running = ExitStack()
+        self.stack: Stack | None = None
+        self.restarts_left = self.recipe.run.restarts
+
+    def __enter__(self) -> Matrix:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.running.close()
+
+    def run_seed(self, seed: SeedPlan, bar: ProgressBar) -> None:
+        self.set_up(seed)
+        with self.tasks(seed) as tasks:
+            record_heldout(seed, tasks[0].prompts, self.recipe.measure.overlap)
+            for stage in seed.policies.values():
+                self.attempt(stage, tasks, bar)
+            if self.recipe.certificate:
+                for name, policy in self.recipe.policies.items():
+                    if policy.fork:
+                        self.certify(seed, name, tasks[0], bar)
+            for stage in seed.forks:
+                self.attempt(stage, tasks, bar)
+
+    def set_up(self, seed: SeedPlan) -> None:
+        """Let the recipe's setup make its models and files, once."""
+        folder, ready = seed.folder / "setup", seed.folder / "setup.done"
+        if self.recipe.setup is None or ready.is_file():
+            return
+        load_function(self.recipe.setup, "setup")(folder, seed.seed)
+        ready.touch()
+
+    @contextmanager
+    def tasks(self, seed: SeedPlan) -> Iterator[list[Task]]:
+        """Held-out prompts of what is measured, and running rewards."""
+        with ExitStack() as stack:
+            found = []
+            for name, recipe in (("kept", seed.kept), ("utility", seed.utility)):
+                if recipe is not None:
+                    prompts = check_prompts(recipe)
+                    found.append(Task(name=name, recipe=recipe, prompts=prompts,
+                                      rewards=stack.enter_context(reward_suite(recipe, prompts))))
+            yield found
+
+    def attempt(self, stage: Stage, tasks: Sequence[Task], bar: ProgressBar) -> None:
+        """Run a stage that is not done, again after a death of what it runs on; note its failure."""
+        if stage.done:
+            return
+        bar.note(stage.name)
+        if stage.origin and not stage.origin.done:
+            return stage.fail(f"the policy {stage.origin.policy} that it starts from is missing")
+        while True:
+            started = time.perf_counter()
+            try:
+                state = self.run(stage, tasks)
+            except EngineError as error:
+                self.close_processes()
+                if self.restarts_left == 0:
+                    raise
+                self.restarts_left -= 1
+                logger.warning("%s: %s; starting engines and ranks again, %d more times allowed (run.restarts)",
+                               stage.name, error, self.restarts_left)
+            except FrpoError as error:
+                stage.fail(f"{type(error).__name__}: {error}")
+                bar.log(f"{stage.name}: failed: {error}")
+                return None
+            else:
+                stage.finish(steps=state.step, seconds=time.perf_counter() - started)
+                bar.log(f"{stage.name}: {state.step} updates, {time.perf_counter() - started:.0f} s")
+                bar.advance()
+                return None
+
+    def run(self, stage: Stage, tasks: Sequence[Task]) -> RunState:
+        recipe = stage.recipe
+        model = stage.start or tiny_model(recipe, stage.run_dir / "model")
+        stack = self.processes(tasks[0].recipe, model)
+        if isinstance(recipe, FinetuneRecipe):
+            checked = check_finetune(recipe)
+            with finetune_on(stack.ranks, stack.device, recipe, checked, model) as parts:
+                probe = None
+                if stage.regime:
+                    engines = self.connected(parts.learner, tasks[0].recipe)
+                    probe = self.probe(stage, tasks, parts.learner, engines, parts.journal.timer)
+                return FineTuner(parts, probe).fit()
+        checked = check(recipe)
+        with reward_suite(recipe, checked.prompts) as rewards, \
+                parts_on(stack, recipe, checked, rewards, model) as parts:
+            probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.timer) if stage.regime else None
+            return Trainer(parts, probe).fit()
+
+    def probe(self, stage: Stage, tasks: Sequence[Task], learner: LearnerGroup, engines: RecoveringEngines,
+              timer: PhaseTimer) -> TaskProbe:
+        learner.remember_start()
+        return TaskProbe(at=self.recipe.measure.at, tasks=tasks, exact=self.exact(stage.seed), engines=engines,
+                         learner=learner, timer=timer)
+
+    def exact(self, seed: int) -> Exact | None:
+        measure = self.recipe.measure
+        if measure.exact is None:
+            return None
+        return partial(load_function(measure.exact, "measure.exact"),
+                       **{name: _with_seed(value, seed) for name, value in measure.exact_kwargs.items()})
+
+    def certify(self, seed: SeedPlan, name: str, task: Task, bar: ProgressBar) -> None:
+        """Many samples of a policy as it is before any fork, for its certificate."""
+        stage, path = seed.policies.get(name), seed.folder / "policies" / name / SAMPLES
+        if path.is_file() or (stage and not stage.done):
+            return
+        bar.note(f"{name}, seed {seed.seed}: certificate")
+        model = stage.model if stage else seed.given[name]
+        recipe, count = of_model(task.recipe, model), self.recipe.certificate.samples
+        stack = self.processes(recipe, model)
+        learner = LearnerGroup(recipe, model, stack.device, stack.ranks)
+        engines = self.connected(learner, recipe)
+        engines.push(0)
+        scored = sampled(task, engines, step=0, version=0, samples=count)
+        rewards = np.stack([group.rewards_G for group in scored])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished.npz")
+        np.savez_compressed(unfinished, rewards_PN=rewards)
+        unfinished.replace(path)
+
+    def connected(self, learner: LearnerGroup, recipe: Recipe) -> RecoveringEngines:
+        """The running engines, to which this learner's weights are pushed from now on."""
+        pool = self.stack.pool
+        pool.wait_until_ready()
+        learner.connect_engines(pool.client(), recipe.weight_sync)
+        return RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
+
+    def processes(self, recipe: Recipe, model: str) -> Stack:
+        """Those that run, or new ones; model: what engines load first, of the shape of all."""
+        if self.stack is None:
+            self.stack = self.running.enter_context(build_stack(of_model(recipe, model), model))
+        return self.stack
+
+    def close_processes(self) -> None:
+        self.running.close()
+        self.running, self.stack = ExitStack(), None
+
+
+def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
+    """Write down, before anything is trained, which prompts are held out and how many of them will be trained on.
+
+    Raises DataError if they were others when this seed began, or if there is an overlap that is refused.
+    """
+    heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
+    record: dict[str, Any] = {"heldout": len(heldout), "uids": sorted(heldout.values()), "overlap": {}}
+    for stage in seed.stages:
+        shared = set(heldout) & set(_trained_on(stage.recipe, tokenizer_of(stage.first.recipe.model)))
+        record["overlap"][f"{stage.policy}/{stage.regime}" if stage.regime else stage.policy] = len(shared)
+    path = seed.folder / HELD_OUT
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["uids"] != record["uids"]:
+        raise DataError(f"{path} names other held-out prompts than measure.kept has now; choose another run.dir, or "
+                        "restore the data that this matrix began with")
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    trained = {name: count for name, count in record["overlap"].items() if count}
+    if trained and allowed == "refuse":
+        told = ", ".join(f"{count} by {name}" for name, count in trained.items())
+        raise DataError(f"held-out prompts of measure.kept are trained on: {told}, of {len(heldout)}; what is kept "
+                        "would be measured on training data. Hold out others, or set measure.overlap to keep")
+
+
+def _trained_on(recipe: Recipe | FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Token ids of every prompt that a recipe trains on."""
+    if isinstance(recipe, Recipe):
+        return [prompt.token_ids for prompt in load_prompts(recipe.data, tokenizer, recipe.run.seed).train]
+    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed).train
+    return [_prompt_of(example) for example in examples]
+
+
+def _prompt_of(example: Example) -> tuple[int, ...]:
+    return example.token_ids[:example.loss_mask.index(True)]
+
+
+def _complete(plan: Plan, seed: SeedPlan) -> bool:
+    """Whether nothing of this seed is left to do."""
+    certified = [seed.folder / "policies" / name / SAMPLES for name, policy in plan.recipe.policies.items()
+                 if policy.fork and plan.recipe.certificate]
+    return all(stage.done for stage in seed.stages) and all(path.is_file() for path in certified)
+
+
+def _with_seed(value: Any, seed: int) -> Any:
+    """Where "$seed" stands, the seed, as a number if nothing else stands there."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(Template(value).substitute(seed=seed))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"measure.exact_kwargs: {value!r} has an unknown word ({error}); known is $seed") from None

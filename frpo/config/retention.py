@@ -14,6 +14,8 @@ OVERRIDES = "section.key=value over that recipe's; $seed, $setup and $run stand 
             "setup, and run.dir"
 
 
+EXTRA = "more of them, after `overrides`, which may be shared with others by a YAML anchor"
+
 Pair = Annotated[tuple[str, str], Field(strict=False)]
 
 
@@ -30,14 +32,15 @@ class PolicySection(Section):
     recipe: str | None = Field(None, description="recipe of `frpo train` or `frpo finetune` that makes it")
     start: str | None = Field(None, description="policy that the recipe starts from; null: the recipe's own model")
     overrides: list[str] = Field([], description=OVERRIDES)
+    extra: list[str] = Field([], description=EXTRA)
     fork: bool = Field(True, description="fine-tune forks of it; false: it is only a start for others")
 
     @model_validator(mode="after")
     def _one_source(self) -> PolicySection:
         if (self.path is None) == (self.recipe is None):
             raise ValueError("give exactly one of path (a model that exists) and recipe (how it is made)")
-        if self.path is not None and (self.start is not None or self.overrides):
-            raise ValueError("path is a model that exists: start and overrides are of a recipe; leave them out")
+        if self.path is not None and (self.start is not None or self.overrides or self.extra):
+            raise ValueError("path is a model that exists: start, overrides and extra are of a recipe; leave them out")
         return self
 
 
@@ -46,6 +49,8 @@ class RegimeSection(Section):
 
     recipe: str = Field(description="recipe of `frpo finetune` or `frpo train`")
     overrides: list[str] = Field([], description=OVERRIDES)
+    extra: list[str] = Field([], description=EXTRA)
+    policies: list[str] | None = Field(None, description="only forks of these go through it; null: all")
 
 
 class TaskSection(Section):
@@ -53,6 +58,7 @@ class TaskSection(Section):
 
     recipe: str = Field(description="recipe of `frpo train`, of which data, rewards, rollout and evaluate are taken")
     overrides: list[str] = Field([], description=OVERRIDES)
+    extra: list[str] = Field([], description=EXTRA)
 
 
 class MeasureSection(Section):
@@ -98,6 +104,8 @@ class RetentionRecipe(Section):
         [], description="pairs [a, b] of policies: a - b, seed by seed")
     controls: list[Pair] = Field(
         [], description="pairs that must show no difference")
+    only_policies: list[str] | None = Field(None, description="of the policies only these and their starts; null: all")
+    only_regimes: list[str] | None = Field(None, description="of the regimes only these; null: all")
     quick: list[str] = Field([], description="overrides of this recipe under --quick")
 
     @field_validator("seeds")
@@ -120,11 +128,38 @@ class RetentionRecipe(Section):
             if policy.start is not None and policy.start not in self.policies:
                 raise ValueError(f"policies.{name}.start: {policy.start!r} is no policy; there are "
                                  f"{', '.join(self.policies)}")
-        for key in ("compare", "controls"):
-            for name in {name for pair in getattr(self, key) for name in pair} - set(forks):
-                raise ValueError(f"{key}: {name!r} is no policy that is forked; there are {', '.join(forks)}")
+        named = {key: [name for pair in getattr(self, key) for name in pair] for key in ("compare", "controls")}
+        named["only_policies"] = [name for name in self.only_policies or [] if name not in self.policies]
+        for name in self.only_regimes or []:
+            if name not in self.downstream:
+                raise ValueError(f"only_regimes: {name!r} is no regime; there are {', '.join(self.downstream)}")
+        named |= {f"downstream.{regime}.policies": section.policies or [] for regime, section in self.downstream.items()}
+        for key, names in named.items():
+            for name in names:
+                if name not in forks:
+                    raise ValueError(f"{key}: {name!r} is no policy that is forked; there are {', '.join(forks)}")
         self.order()
         return self
+
+    @property
+    def forked(self) -> list[str]:
+        """Policies that are fine-tuned further and measured."""
+        return [name for name, policy in self.policies.items()
+                if policy.fork and (self.only_policies is None or name in self.only_policies)]
+
+    @property
+    def regimes(self) -> dict[str, RegimeSection]:
+        return {name: section for name, section in self.downstream.items()
+                if self.only_regimes is None or name in self.only_regimes}
+
+    def needed(self) -> list[str]:
+        """Policies that are forked, and what they start from, each after its start."""
+        wanted: set[str] = set()
+        for name in self.forked:
+            while name is not None and name not in wanted:
+                wanted.add(name)
+                name = self.policies[name].start
+        return [name for name in self.order() if name in wanted]
 
     def order(self) -> list[str]:
         """Policies, each after the one it starts from. Raises ValueError where they start from each other."""

@@ -146,18 +146,20 @@ def _seed_plan(recipe: RetentionRecipe, seed: int) -> SeedPlan:
     words = {"seed": str(seed), "setup": str(folder / "setup"), "run": recipe.run.dir}
     policies: dict[str, Stage] = {}
     given: dict[str, str] = {}
-    for name in recipe.order():
+    for name in recipe.needed():
         section = recipe.policies[name]
         if section.path is not None:
             given[name] = _filled(section.path, words, f"policies.{name}.path")
             continue
         policies[name] = _stage(
-            f"policies.{name}", section.recipe, section.overrides, words, folder / "policies" / name,
+            f"policies.{name}", section.recipe, [*section.overrides, *section.extra], words, folder / "policies" / name,
             policy=name, regime=None, start=given.get(section.start), origin=policies.get(section.start))
     forks = tuple(
-        _stage(f"downstream.{regime}", section.recipe, section.overrides, words, folder / "forks" / name / regime,
-               policy=name, regime=regime, start=given.get(name), origin=policies.get(name))
-        for name, policy in recipe.policies.items() if policy.fork for regime, section in recipe.downstream.items())
+        _stage(f"downstream.{regime}", section.recipe, [*section.overrides, *section.extra], words,
+               folder / "forks" / name / regime, policy=name, regime=regime, start=given.get(name),
+               origin=policies.get(name))
+        for name in recipe.forked for regime, section in recipe.regimes.items()
+        if section.policies is None or name in section.policies)
     measure = recipe.measure
     return SeedPlan(seed=seed, folder=folder, policies=policies, given=given, forks=forks,
                     kept=_task("measure.kept", measure.kept, words),
@@ -179,7 +181,7 @@ def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str]
 
 
 def _task(key: str, section: TaskSection, words: Mapping[str, str]) -> Recipe:
-    overrides = [*(_filled(o, words, key) for o in section.overrides), f"run.seed={words['seed']}"]
+    overrides = [*(_filled(o, words, key) for o in (*section.overrides, *section.extra)), f"run.seed={words['seed']}"]
     found = _loaded(key, lambda: load_recipe(section.recipe, overrides))
     if found.data.heldout == 0 and found.data.heldout_path is None:
         raise ConfigError(f"{key}: {section.recipe} holds no prompts out, so that nothing can be measured; raise "

@@ -75,9 +75,8 @@ class Matrix:
             for stage in seed.policies.values():
                 self.attempt(stage, tasks, bar)
             if self.recipe.certificate:
-                for name, policy in self.recipe.policies.items():
-                    if policy.fork:
-                        self.certify(seed, name, tasks[0], bar)
+                for name in self.recipe.forked:
+                    self.certify(seed, name, tasks[0], bar)
             for stage in seed.forks:
                 self.attempt(stage, tasks, bar)
 
@@ -233,8 +232,7 @@ def _prompt_of(example: Example) -> tuple[int, ...]:
 
 def _complete(plan: Plan, seed: SeedPlan) -> bool:
     """Whether nothing of this seed is left to do."""
-    certified = [seed.folder / "policies" / name / SAMPLES for name, policy in plan.recipe.policies.items()
-                 if policy.fork and plan.recipe.certificate]
+    certified = [seed.folder / "policies" / name / SAMPLES for name in plan.recipe.forked if plan.recipe.certificate]
     return all(stage.done for stage in seed.stages) and all(path.is_file() for path in certified)
 
 

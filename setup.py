@@ -14,7 +14,8 @@ setup(
     # An installed wheel has recipes, ZeRO strategies and launchers inside the package, a checkout at the top level.
     packages=[*find_packages(include=["frpo", "frpo.*"]), "frpo.recipes", "frpo.ds_configs", "frpo.launchers"],
     package_dir={"frpo.recipes": "recipes", "frpo.ds_configs": "ds_configs", "frpo.launchers": "launchers"},
-    package_data={"frpo": ["locks/*.txt"], "frpo.recipes": ["*.yaml"], "frpo.ds_configs": ["*.json"]},
+    package_data={"frpo": ["locks/*.txt", "evaluate/*.html"], "frpo.recipes": ["*.yaml"],
+                  "frpo.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "transformers>=5.16.1,<5.20",
@@ -28,6 +29,7 @@ setup(
         "pydantic>=2.9",
         "pyyaml",
         "rich",
+        "jinja2",
         "matplotlib",
         "math-verify>=0.8",
         "rouge-score>=0.1.2",

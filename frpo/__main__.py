@@ -12,6 +12,7 @@ import yaml
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
+from frpo.config.retention import RetentionRecipe
 from frpo.errors import FrpoError
 
 RECIPE = "a recipe file, or the name of one in recipes/"
@@ -124,6 +125,25 @@ def attack(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def retention(parsed: argparse.Namespace) -> int:
+    from frpo.retention.command import run_retention, show_plan
+    from frpo.retention.plan import make_plan
+
+    recipe = load_recipe(parsed.recipe, parsed.overrides, RetentionRecipe)
+    if parsed.quick:
+        recipe = load_recipe(parsed.recipe, [*recipe.quick, *parsed.overrides], RetentionRecipe)
+    if parsed.dry_run:
+        show_plan(make_plan(recipe))
+        return 0
+    return run_retention(recipe)
+
+
+def report(parsed: argparse.Namespace) -> int:
+    from frpo.report import run_report
+
+    return run_report(parsed.folders, parsed.output)
+
+
 def quickstart(parsed: argparse.Namespace) -> int:
     from frpo.quickstart import run_quickstart
 
@@ -196,6 +216,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help=f"{RECIPE}: rewards, advantage")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--output", metavar="PATH", help="new file for the groups with their new values")
+    command = add(retention, "train policies, fine-tune forks of them, measure and report what they keep")
+    command.add_argument("recipe", help=RECIPE)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--quick", action="store_true", help="the recipe's short form")
+    command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
+    command = add(report, "one HTML page about finished or unfinished runs, a retention matrix or any other")
+    command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")
+    command.add_argument("--output", metavar="FILE", help="the page; default: report.html in the first folder")
     command = add(attack, "make the training file, or the evaluation prompts, of a fine-tuning attack from your files")
     command.add_argument("attack", help="harmful, identity or backdoor")
     command.add_argument("examples", help="rows to be answered (.jsonl): prompt and response, or messages")

@@ -129,11 +129,12 @@ class RetentionRecipe(Section):
                 raise ValueError(f"policies.{name}.start: {policy.start!r} is no policy; there are "
                                  f"{', '.join(self.policies)}")
         named = {key: [name for pair in getattr(self, key) for name in pair] for key in ("compare", "controls")}
-        named["only_policies"] = [name for name in self.only_policies or [] if name not in self.policies]
+        named["only_policies"] = self.only_policies or []
         for name in self.only_regimes or []:
             if name not in self.downstream:
                 raise ValueError(f"only_regimes: {name!r} is no regime; there are {', '.join(self.downstream)}")
-        named |= {f"downstream.{regime}.policies": section.policies or [] for regime, section in self.downstream.items()}
+        for regime, section in self.downstream.items():
+            named[f"downstream.{regime}.policies"] = section.policies or []
         for key, names in named.items():
             for name in names:
                 if name not in forks:

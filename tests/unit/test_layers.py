@@ -11,7 +11,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     ("__main__", "doctor"),
-    ("quickstart", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
+    ("quickstart", "report", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
     ("invariants", "evaluate", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
      "manifest"),

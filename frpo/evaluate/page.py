@@ -1,0 +1,54 @@
+"""One HTML page that needs nothing else: sections of text, tables and pictures, which are written into it.
+
+What stands in a section is its maker's business.
+"""
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+
+TEMPLATE = "page.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableText:
+    """note: how to read it. rows: cells as text, the first of each row its name."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """warnings: what a reader has to know first. pictures: title -> PNG file. shown: title -> preformatted text;
+    folded: the same behind a click.
+    """
+
+    title: str
+    text: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    tables: tuple[TableText, ...] = ()
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
+    folded: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_page(title: str, sections: Sequence[Section], path: Path) -> Path:
+    """Write the page; it opens without a network."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["embedded"] = _embedded
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(environment.get_template(TEMPLATE).render(title=title, sections=sections), encoding="utf-8")
+    return path
+
+
+def _embedded(picture: Path) -> str:
+    """Its bytes as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")

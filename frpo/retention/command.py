@@ -1,0 +1,73 @@
+"""`frpo retention`: run what is missing of a matrix, then tell what all of it says, in the terminal and as a page."""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from frpo.config.loader import dump_recipe
+from frpo.config.retention import RetentionRecipe
+from frpo.evaluate.page import TableText, write_page
+from frpo.retention.plan import Plan, make_plan
+from frpo.retention.report import RESULTS, section_of, sentences, write_results
+from frpo.retention.results import Results, collect
+from frpo.retention.stages import run_plan
+from frpo.retention.tables import all_tables
+
+RECIPE, REPORT = "retention.yaml", "report.html"
+WIDTH = 120
+"""Columns of text that tables take at least."""
+
+
+def run_retention(recipe: RetentionRecipe) -> int:
+    """Returns 0 if every stage is done, 1 if some failed."""
+    started = time.perf_counter()
+    plan, folder = make_plan(recipe), Path(recipe.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(yaml.safe_dump(dump_recipe(recipe), sort_keys=False), encoding="utf-8")
+    run_plan(plan)
+    found = collect(plan)
+    show(found)
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Report: {write_report(found)}")
+    return 1 if found.failures else 0
+
+
+def write_report(found: Results) -> Path:
+    """Results, pictures and page into the matrix's folder."""
+    folder = Path(found.plan.recipe.run.dir)
+    write_results(found, folder / RESULTS)
+    return write_page(f"Retention: {found.plan.recipe.run.name}", [section_of(found, folder)], folder / REPORT)
+
+
+def show(found: Results) -> None:
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    for table in all_tables(found):
+        console.print(_table(table))
+    for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def show_plan(plan: Plan) -> None:
+    """The stages of a plan, without running any."""
+    for stage in plan.stages:
+        state = "done" if stage.done else f"failed: {stage.failure}" if stage.failure else "to be run"
+        print(f"{stage.name}: {state}  ({stage.run_dir})")
+
+
+def _table(table: TableText) -> Table:
+    """On its side where that makes it narrower: measures are many, policies are few."""
+    cells = [table.columns, *table.rows]
+    if len(table.columns) > len(cells):
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    first, *rows = [[escape(cell) for cell in row] for row in cells]
+    shown = Table(*first, title=escape(f"{table.title}\n{table.note}"))
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        shown.add_row(*row)
+    return shown

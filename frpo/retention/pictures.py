@@ -1,0 +1,131 @@
+"""The pictures of a matrix: what is kept along the updates and along the KL, the certificates, and what it costs.
+
+Lines are means over seeds, bands their 95 % intervals by Student's t.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from frpo.retention.results import Results
+from frpo.telemetry import mean_interval
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # the backend has to be chosen first
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def draw_all(found: Results, folder: Path) -> dict[str, Path]:
+    """Title -> picture, written into `folder`; those with nothing to show are left out."""
+    pictures = {}
+    for regime in found.plan.recipe.regimes:
+        if any(fork[1] == regime for fork in found.paths):
+            pictures[f"Kept through {regime}"] = _saved(kept(found, regime), folder / f"kept_{regime}.png")
+    if found.certified:
+        pictures["Certificates"] = _saved(certificates(found), folder / "certificates.png")
+    if any("utility" in values for values in found.summaries.values()):
+        pictures["What forks keep, and what they learn"] = _saved(frontier(found), folder / "frontier.png")
+    return pictures
+
+
+def kept(found: Results, regime: str) -> Figure:
+    """Reward and lowest decile, against updates and against KL from the policy."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharey="row", sharex="col")
+    grid_K = np.linspace(0.0, found.plan.recipe.measure.max_kl, 61)
+    for policy, color in _colored(found):
+        forks = list(found.forks(policy, regime).values())
+        if not forks:
+            continue
+        for row, metric in zip(axes, (found.reward, found.decile)):
+            common = sorted(set.intersection(*(set(path.step_S) for path in forks)))
+            at_updates = [path.metrics[metric][np.isin(path.step_S, common)] for path in forks]
+            _band(row[0], np.array(common), at_updates, color, policy)
+            _band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, policy)
+    for row, label in zip(axes, ("mean reward", "lowest decile")):
+        row[0].set_ylabel(f"{label} of the original task")
+    axes[1][0].set_xlabel("updates of the fork")
+    axes[1][1].set_xlabel("KL from the policy, nats a sequence")
+    return _tidy(figure, axes.flat, axes[0][1])
+
+
+def certificates(found: Results) -> Figure:
+    """Of each policy the bound, and every measured point of its forks, over all seeds."""
+    names = [name for name in found.plan.recipe.forked if any(policy == name for policy, _ in found.certified)]
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained",
+                                squeeze=False, sharex=True, sharey=True)
+    kl_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 121)
+    for axis, name in zip(axes.flat, names):
+        certified = [each for (policy, _), each in found.certified.items() if policy == name]
+        _band(axis, kl_K, [each.certificate.bound(kl_K) for each in certified], "black", "bound")
+        points = np.array([point for each in certified for point in each.points])
+        if len(points):
+            axis.scatter(points[:, 0], points[:, 1], s=9, alpha=0.5, label="measured")
+        axis.set(title=name, xlim=(-0.05, kl_K[-1]))
+    for axis in axes.flat[len(names):]:
+        axis.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("reward of the original task")
+    for axis in axes[-1]:
+        axis.set_xlabel("KL from the policy, nats a sequence")
+    lowest = min((point[1] for each in found.certified.values() for point in each.points), default=0.0)
+    axes[0][0].set_ylim(bottom=lowest - 0.1)
+    return _tidy(figure, axes.flat, axes[0][0])
+
+
+def frontier(found: Results) -> Figure:
+    """Where each fork ends: what it keeps of the original task over what it has learned of the new one."""
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    colors = dict(_colored(found))
+    for regime, marker in zip(found.plan.recipe.regimes, "os^Dv<>P*X"):
+        for policy, color in colors.items():
+            kept_by, learned_by = (found.by_seed(policy, regime, name) for name in ("end", "utility"))
+            if not kept_by or not learned_by:
+                continue
+            (x, dx), (y, dy) = mean_interval(learned_by.values()), mean_interval(kept_by.values())
+            axis.errorbar(x, y, xerr=_width(dx), yerr=_width(dy), color=color, marker=marker, capsize=2, linewidth=1,
+                          label=f"{policy}, {regime}")
+    axis.set(xlabel="reward of the new task at the end", ylabel="reward of the original task at the end")
+    return _tidy(figure, [axis], axis)
+
+
+def _colored(found: Results) -> Iterator[tuple[str, str]]:
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    return ((name, colors[index % len(colors)]) for index, name in enumerate(found.plan.recipe.forked))
+
+
+def _band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label: str) -> None:
+    """Mean and interval where every curve has a value."""
+    values = np.stack(curves)
+    whole = ~np.isnan(values).any(0)
+    if not whole.any():
+        return
+    mean, half_width = np.array([mean_interval(column) for column in values[:, whole].T]).T
+    axis.plot(x[whole], mean, color=color, label=label, linewidth=1.5)
+    if len(curves) > 1:
+        axis.fill_between(x[whole], mean - half_width, mean + half_width, color=color, alpha=0.15, linewidth=0)
+
+
+def _width(half_width: float) -> float:
+    return 0.0 if math.isnan(half_width) else half_width
+
+
+def _tidy(figure: Figure, axes: object, legend: Axes) -> Figure:
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    legend.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

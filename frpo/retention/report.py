@@ -1,0 +1,106 @@
+"""A matrix as a person reads it: what can be said of it in sentences, then pictures, tables, and what it was made of.
+
+The sentences are made from the comparisons and say what was measured, whichever way it went.
+"""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from frpo.config.loader import dump_recipe
+from frpo.evaluate.page import Section, TableText
+from frpo.manifest import PACKAGES, installed_versions
+from frpo.retention.pictures import draw_all
+from frpo.retention.results import Results, pairs
+from frpo.retention.tables import COMPARED, all_tables
+
+RESULTS = "results.json"
+TOLD = (("over KL", "at the same KL"), ("over updates", "per update"))
+BOUND_AT = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def section_of(found: Results, folder: Path) -> Section:
+    """Of the page. Pictures are written into `folder`."""
+    recipe = found.plan.recipe
+    return Section(
+        title=recipe.run.name, text=tuple(sentences(found)), warnings=found.warnings,
+        tables=(*all_tables(found), heldout_table(found)), pictures=draw_all(found, folder),
+        folded={"Recipe": yaml.safe_dump(dump_recipe(recipe), sort_keys=False),
+                "Versions": json.dumps(installed_versions(PACKAGES), indent=1),
+                "Seconds of each stage": json.dumps(found.seconds, indent=1)})
+
+
+def sentences(found: Results) -> list[str]:
+    """Each comparison in words, then certificates and time."""
+    recipe, told = found.plan.recipe, []
+    for regime in recipe.regimes:
+        for pair in pairs(found):
+            parts = [_compared(found, pair, regime, measure, words) for measure, words in TOLD]
+            if all(parts):
+                control = "As a control, forks" if pair in recipe.controls else "Forks"
+                told.append(f"{control} of {pair[0]} against {pair[1]} through {regime}: {'; '.join(parts)}.")
+    if found.certified:
+        count = sum(len(each.points) for each in found.certified.values())
+        below = sum(each.violations for each in found.certified.values())
+        clear = sum(each.clear_violations for each in found.certified.values())
+        told.append(f"{below} of {count} measured points lie below the certificate of their policy, {clear} of them by "
+                    "more than their own 95 % interval.")
+    told.append(f"{len(found.seconds)} stages took {sum(found.seconds.values()) / 60:.1f} minutes.")
+    return told
+
+
+def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, words: str) -> str | None:
+    result = found.compared(pair, regime, measure)
+    if result.count == 0:
+        return None
+    if result.count == 1 or math.isnan(result.half_width):
+        return f"{words} the reward differs by {result.mean:+.3f} (one seed)"
+    verdict = "no difference beyond noise"
+    if result.differs:
+        verdict = "more is kept" if result.mean > 0 else "less is kept"
+    return (f"{words} {verdict} ({result.mean:+.3f} ± {result.half_width:.3f} in reward, {result.positive} of "
+            f"{result.count} seeds positive)")
+
+
+def heldout_table(found: Results) -> TableText:
+    rows = [(str(seed), str(record["heldout"]), *(str(count) for count in record["overlap"].values()))
+            for seed, record in found.heldout.items()]
+    names = next(iter(found.heldout.values()))["overlap"] if found.heldout else ()
+    return TableText(title="Held-out prompts, written down before training",
+                     note="and how many of them each training has seen", columns=("seed", "held out", *names),
+                     rows=tuple(rows))
+
+
+def write_results(found: Results, path: Path) -> Path:
+    """All numbers behind tables and pictures as JSON; what is not finite is null."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | np.ndarray):
+            return [plain(item) for item in value]
+        if isinstance(value, float | np.floating):
+            return float(value) if math.isfinite(value) else None
+        return int(value) if isinstance(value, np.integer) else value
+
+    record = {
+        "reward": found.reward, "warnings": list(found.warnings),
+        "policies": [{"policy": p, "seed": s, **metrics} for (p, s), metrics in found.policies.items()],
+        "forks": [{"policy": p, "regime": r, "seed": s, "summary": found.summaries[p, r, s], "step": path_.step_S,
+                   "kl": path_.kl_S, "metrics": {name: values for name, values in path_.metrics.items()
+                                                 if name.startswith(("kept/", "utility/", "exact/"))}}
+                  for (p, r, s), path_ in found.paths.items()],
+        "certificates": [{"policy": p, "seed": s, "kl": BOUND_AT, "bound": each.certificate.bound(np.array(BOUND_AT)),
+                          "points": len(each.points), "violations": each.violations,
+                          "clear_violations": each.clear_violations} for (p, s), each in found.certified.items()],
+        "compared": [{"pair": pair, "regime": regime, "measure": measure,
+                      **found.compared(pair, regime, measure).__dict__}
+                     for regime in found.plan.recipe.regimes for pair in pairs(found)
+                     for measure in COMPARED],
+        "seconds": found.seconds}
+    path.write_text(json.dumps(plain(record), indent=1), encoding="utf-8")
+    return path

@@ -1,0 +1,212 @@
+"""What the finished stages of a plan say together: one record, from which tables, pictures and the page are made.
+
+It reads metrics and samples and computes; what is missing is left out and told. Nothing is drawn here.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from frpo.errors import ConfigError
+from frpo.evaluate.certificate import Certificate, certify
+from frpo.evaluate.curve import read_metrics
+from frpo.evaluate.retained import ForkPath, Paired, paired, read_path, summary
+from frpo.retention.plan import Plan, SeedPlan, Stage
+from frpo.retention.stages import HELD_OUT, SAMPLES
+
+KL = "kept/kl"
+UTILITY = "utility/reward"
+MATCHED = 0.1
+"""Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""
+
+Fork = tuple[str, str, int]
+"""(policy, regime, seed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certified:
+    """A policy's certificate, and every measured (KL in nats, reward, half-width) of its forks beside it."""
+
+    certificate: Certificate
+    points: tuple[tuple[float, float, float], ...]
+
+    @property
+    def slack(self) -> np.ndarray:
+        """How far each point lies above the bound."""
+        if not self.points:
+            return np.zeros(0)
+        kl, reward, _ = np.array(self.points).T
+        return reward - self.certificate.bound(np.maximum(kl, 0.0))
+
+    @property
+    def violations(self) -> int:
+        """Points below the bound."""
+        return int((self.slack < 0).sum())
+
+    @property
+    def clear_violations(self) -> int:
+        """Those that are below it by more than the half-width of their own interval."""
+        return sum(gap < -point[2] for gap, point in zip(self.slack, self.points, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """paths, summaries: of finished forks. policies: what is known of each before any fork, {(policy, seed): metrics}.
+
+    exact: whether reward and lowest decile are enumerated rather than sampled. warnings: what a reader has to know.
+    states: (policy, regime or None) -> seeds by state: done, failed, missing. failures: by stage.
+    """
+
+    plan: Plan
+    reward: str
+    decile: str
+    paths: Mapping[Fork, ForkPath]
+    summaries: Mapping[Fork, Mapping[str, float]]
+    policies: Mapping[tuple[str, int], Mapping[str, float]]
+    certified: Mapping[tuple[str, int], Certified]
+    states: Mapping[tuple[str, str | None], Mapping[str, list[int]]]
+    failures: Mapping[str, str]
+    seconds: Mapping[str, float]
+    heldout: Mapping[int, Mapping[str, Any]]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def exact(self) -> bool:
+        return self.reward.startswith("exact/")
+
+    def forks(self, policy: str, regime: str) -> dict[int, ForkPath]:
+        """By seed."""
+        return {seed: path for (p, r, seed), path in self.paths.items() if (p, r) == (policy, regime)}
+
+    def by_seed(self, policy: str, regime: str, measure: str) -> dict[int, float]:
+        """A number of the summaries."""
+        return {seed: values[measure] for (p, r, seed), values in self.summaries.items()
+                if (p, r) == (policy, regime) and measure in values}
+
+    def policy_by_seed(self, policy: str, metric: str) -> dict[int, float]:
+        return {seed: values[metric] for (p, seed), values in self.policies.items()
+                if p == policy and metric in values}
+
+    def compared(self, pair: tuple[str, str], regime: str, measure: str) -> Paired:
+        return paired(*(self.by_seed(policy, regime, measure) for policy in pair))
+
+
+def collect(plan: Plan) -> Results:
+    """Everything that has been measured so far. Raises ConfigError where that is nothing."""
+    measured = [(seed, stage, read_path(read_metrics(stage.run_dir / "metrics.jsonl"), KL))
+                for seed in plan.seeds for stage in seed.forks if stage.done]
+    if not measured:
+        raise ConfigError(f"{plan.recipe.run.dir} has no finished fork to tell of; run `frpo retention` first")
+    exact = all("exact/reward" in path.metrics and "exact/decile" in path.metrics for _, _, path in measured)
+    reward, decile = ("exact/reward", "exact/decile") if exact else ("kept/reward", "kept/decile")
+    paths = {(stage.policy, stage.regime, stage.seed): path for _, stage, path in measured}
+    summaries = {}
+    for fork, path in paths.items():
+        summaries[fork] = summary(path, reward, decile, plan.recipe.measure.max_kl)
+        if UTILITY in path.metrics:
+            summaries[fork] |= {"utility": float(path.metrics[UTILITY][-1])}
+    policies = {(stage.policy, stage.seed): _last_evaluation(stage) | _start(paths, stage.policy, stage.seed)
+                for seed in plan.seeds for stage in seed.policies.values() if stage.done}
+    policies |= {(name, seed.seed): _start(paths, name, seed.seed) for seed in plan.seeds for name in seed.given}
+    found = Results(
+        plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
+        certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),
+        failures={stage.name: stage.failure for stage in plan.stages if stage.failure and not stage.done},
+        seconds={stage.name: stage.done["seconds"] for stage in plan.stages if stage.done})
+    return Results(**{**found.__dict__, "warnings": tuple(_warnings(found))})
+
+
+def _last_evaluation(stage: Stage) -> dict[str, float]:
+    """The metrics of the last row that has held-out ones, or of the last row."""
+    rows = read_metrics(stage.run_dir / "metrics.jsonl")
+    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    return dict((evaluated or rows)[-1])
+
+
+def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, float]:
+    """What the probes of any fork found before its first update."""
+    for (name, _, number), path in paths.items():
+        if (name, number) == (policy, seed):
+            return {metric: float(values[0]) for metric, values in path.metrics.items()
+                    if metric.startswith(("kept/", "utility/", "exact/"))}
+    return {}
+
+
+def _certificates(plan: Plan, paths: Mapping[Fork, ForkPath]) -> dict[tuple[str, int], Certified]:
+    section, found = plan.recipe.certificate, {}
+    if section is None:
+        return found
+    for seed in plan.seeds:
+        for name in plan.recipe.forked:
+            file = seed.folder / "policies" / name / SAMPLES
+            if not file.is_file():
+                continue
+            with np.load(file) as stored:
+                rewards_PN = stored["rewards_PN"]
+            if not np.isfinite(rewards_PN).all():
+                continue
+            points = [(kl, reward, half) for (p, _, s), path in paths.items() if (p, s) == (name, seed.seed)
+                      for kl, reward, half in zip(path.kl_S, path.metrics["kept/reward"],
+                                                  path.metrics["kept/interval"], strict=True)]
+            found[name, seed.seed] = Certified(
+                certificate=certify(rewards_PN, section.lambdas, section.confidence),
+                points=tuple((float(kl), float(reward), float(half)) for kl, reward, half in points))
+    return found
+
+
+def _states(plan: Plan) -> dict[tuple[str, str | None], dict[str, list[int]]]:
+    states: dict[tuple[str, str | None], dict[str, list[int]]] = {}
+    for stage in plan.stages:
+        state = "done" if stage.done else "failed" if stage.failure else "missing"
+        states.setdefault((stage.policy, stage.regime), {}).setdefault(state, []).append(stage.seed)
+    return states
+
+
+def _heldout(plan: Plan) -> dict[int, Any]:
+    def read(seed: SeedPlan) -> dict[str, Any] | None:
+        path = seed.folder / HELD_OUT
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    return {seed.seed: record for seed in plan.seeds if (record := read(seed))}
+
+
+def _warnings(found: Results) -> list[str]:
+    recipe, told = found.plan.recipe, []
+    if len(recipe.seeds) < 3:
+        told.append(f"{len(recipe.seeds)} seed(s): an interval over so few says little or nothing")
+    for pair in pairs(found):
+        difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
+        level = _mean(found.policy_by_seed(pair[1], "eval/kl").values())
+        if difference.count and abs(difference.mean) > MATCHED * level:
+            told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
+                        f"{level:.2f} nats): what they keep is not comparable")
+    for regime in recipe.regimes:
+        short = sorted({policy for policy in recipe.forked
+                        for value in found.by_seed(policy, regime, "over KL").values() if math.isnan(value)})
+        if short:
+            told.append(f"{regime}: forks of {', '.join(short)} stay within less than {recipe.measure.max_kl:g} nats, "
+                        "so that there is no mean over KL for them")
+    for seed, record in found.heldout.items():
+        for name, count in record["overlap"].items():
+            if count:
+                told.append(f"seed {seed}: {name} was trained on {count} of {record['heldout']} held-out prompts")
+    told += [f"{name} failed: {error}" for name, error in found.failures.items()]
+    missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
+               for (policy, regime), seeds in found.states.items() if "missing" in seeds}
+    return told + [f"{name}: seed(s) {', '.join(map(str, seeds))} missing" for name, seeds in missing.items()]
+
+
+def pairs(found: Results) -> list[tuple[str, str]]:
+    """Those to compare, then controls, of which both policies were forked."""
+    recipe = found.plan.recipe
+    return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]
+
+
+def _mean(values: Any) -> float:
+    kept = [value for value in values if not math.isnan(value)]
+    return sum(kept) / len(kept) if kept else math.nan

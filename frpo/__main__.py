@@ -138,6 +138,19 @@ def retention(parsed: argparse.Namespace) -> int:
     return run_retention(recipe)
 
 
+def sweep(parsed: argparse.Namespace) -> int:
+    from frpo.retention.command import run_retention, show_plan
+    from frpo.retention.plan import make_plan
+    from frpo.retention.sweep import sweep_recipe
+
+    recipe = sweep_recipe(parsed.recipe, parsed.overrides, over=parsed.over, seeds=parsed.seeds, folder=parsed.dir,
+                          downstream=parsed.downstream, choose=parsed.choose, within=parsed.within)
+    if parsed.dry_run:
+        show_plan(make_plan(recipe))
+        return 0
+    return run_retention(recipe)
+
+
 def report(parsed: argparse.Namespace) -> int:
     from frpo.report import run_report
 
@@ -220,6 +233,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--quick", action="store_true", help="the recipe's short form")
+    command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
+    command = add(sweep, "train a recipe over values of its keys: reward reached, KL spent, reward kept, the best of them")
+    command.add_argument("recipe", help=RECIPE)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
+    command.add_argument("--over", action="append", required=True, metavar="section.key=[A,B]",
+                         help="values of a key; several times: all combinations")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    command.add_argument("--downstream", action="append", default=[], metavar="RECIPE",
+                         help="fine-tuning that every policy's fork goes through; may be given several times")
+    command.add_argument("--choose", metavar="MEASURE", help="what the best policy has most of; default: kept/reward")
+    command.add_argument("--within", action="append", default=[], metavar="MEASURE=[LOW,HIGH]",
+                         help="and what it must respect, such as eval/kl=[null,0.5]")
+    command.add_argument("--dir", default="runs/sweep", help="folder of everything; default: runs/sweep")
     command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
     command = add(report, "one HTML page about finished or unfinished runs, a retention matrix or any other")
     command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")

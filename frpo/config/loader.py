@@ -187,7 +187,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file so") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, given {type(values).__name__}")
@@ -218,13 +218,14 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    value = _parse_yaml(text, f"override {override!r}")
+    value = parse_yaml(text, f"override {override!r}")
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """A value as recipes have it. Raises ConfigError, naming `where`."""
     try:
         return yaml.load(text, Loader=_RecipeYaml)  # a SafeLoader
     except yaml.MarkedYAMLError as error:

@@ -4,11 +4,14 @@ Its parts are recipes of the other kinds, by name, with overrides; here stands o
 """
 from __future__ import annotations
 
+from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from frpo.config.base import Section
+from frpo.config.sections import Bounds
 
 OVERRIDES = "section.key=value over that recipe's; $seed, $setup and $run stand for the seed, its folder of the " \
             "setup, and run.dir"
@@ -33,6 +36,8 @@ class PolicySection(Section):
     start: str | None = Field(None, description="policy that the recipe starts from; null: the recipe's own model")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)
+    over: dict[str, list[Any]] = Field(
+        {}, description="section.key -> values: a policy for each combination, called NAME-key=value; {}: one")
     fork: bool = Field(True, description="fine-tune forks of it; false: it is only a start for others")
 
     @model_validator(mode="after")
@@ -84,6 +89,15 @@ class CertificateSection(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the lower limit of the bound")
 
 
+class ChooseSection(Section):
+    """The policy to take, among all that were made."""
+
+    measure: str = Field("kept/reward", description="largest is best: a metric of policies such as kept/reward, or "
+                                                    "REGIME/over KL and other numbers of its forks")
+    bounds: dict[str, Bounds] = Field(
+        {}, description="measure -> [low, high] that it must respect, such as {eval/kl: [null, 0.5]}")
+
+
 class RetentionRecipe(Section):
     """A whole matrix: policies x regimes x seeds."""
 
@@ -104,9 +118,30 @@ class RetentionRecipe(Section):
         [], description="pairs [a, b] of policies: a - b, seed by seed")
     controls: list[Pair] = Field(
         [], description="pairs that must show no difference")
+    choose: ChooseSection | None = Field(None, description="which policy is best, and under what; null: none is chosen")
     only_policies: list[str] | None = Field(None, description="of the policies only these and their starts; null: all")
     only_regimes: list[str] | None = Field(None, description="of the regimes only these; null: all")
     quick: list[str] = Field([], description="overrides of this recipe under --quick")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        """Policies with `over` become several, each with its values as overrides."""
+        policies = values.get("policies") if isinstance(values, dict) else None
+        if not isinstance(policies, dict):
+            return values
+        expanded: dict[str, Any] = {}
+        for name, policy in policies.items():
+            grid = policy.get("over") if isinstance(policy, dict) else None
+            if not (isinstance(grid, dict) and grid and all(isinstance(each, list) and each for each in grid.values())):
+                expanded[name] = policy
+                continue
+            for combination in product(*grid.values()):
+                chosen = dict(zip(grid, combination))
+                label = "-".join(f"{key.rpartition('.')[2]}={_yaml(value)}" for key, value in chosen.items())
+                extra = [*policy.get("extra", []), *(f"{key}={_yaml(value)}" for key, value in chosen.items())]
+                expanded[f"{name}-{label}"] = {**policy, "over": {}, "extra": extra}
+        return {**values, "policies": expanded}
 
     @field_validator("seeds")
     @classmethod
@@ -173,3 +208,8 @@ class RetentionRecipe(Section):
                 raise ValueError(f"policies {', '.join(waiting)} start from each other; one of them needs start: null")
             done += ready
         return done
+
+
+def _yaml(value: Any) -> str:
+    """On one line, as an override has it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

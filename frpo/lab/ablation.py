@@ -17,7 +17,7 @@ class WithoutBaseline:
     A group without differences has no advantages, as elsewhere. Raises ValueError for lam <= 0.
     """
 
-    name: ClassVar[str] = "without_baseline"
+    name: ClassVar[str] = "frpo.lab.ablation:WithoutBaseline"
     lam: float = 0.5
 
     def __post_init__(self) -> None:

@@ -28,6 +28,8 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
             pictures[f"Kept through {regime}"] = _saved(kept(found, regime), folder / f"kept_{regime}.png")
     if found.certified:
         pictures["Certificates"] = _saved(certificates(found), folder / "certificates.png")
+    if any(not math.isnan(found.value(policy, "eval/kl")) for policy in found.plan.recipe.forked):
+        pictures["Reward reached, KL spent, reward kept"] = _saved(spent(found), folder / "spent.png")
     if any("utility" in values for values in found.summaries.values()):
         pictures["What forks keep, and what they learn"] = _saved(frontier(found), folder / "frontier.png")
     return pictures
@@ -77,6 +79,23 @@ def certificates(found: Results) -> Figure:
     lowest = min((point[1] for each in found.certified.values() for point in each.points), default=0.0)
     axes[0][0].set_ylim(bottom=lowest - 0.1)
     return _tidy(figure, axes.flat, axes[0][0])
+
+
+def spent(found: Results) -> Figure:
+    """Each policy's reward, and what forks keep of it on average, over the KL to its reference that it spent."""
+    regimes = list(found.plan.recipe.regimes)
+    figure, axes = plt.subplots(1, 1 + len(regimes), figsize=(4.6 * (1 + len(regimes)), 4), layout="constrained",
+                                squeeze=False)
+    panels = [("reward reached", "kept/reward"),
+              *((f"reward kept through {regime}, over updates", f"{regime}/over updates") for regime in regimes)]
+    for axis, (label, measure) in zip(axes[0], panels):
+        for policy, color in _colored(found):
+            x, y = found.value(policy, "eval/kl"), found.value(policy, measure)
+            if not math.isnan(x + y):
+                chosen = policy == found.chosen
+                axis.scatter([x], [y], color=color, s=90 if chosen else 40, marker="*" if chosen else "o", label=policy)
+        axis.set(xlabel="KL to the reference, nats a sequence", ylabel=label)
+    return _tidy(figure, axes[0], axes[0][0])
 
 
 def frontier(found: Results) -> Figure:

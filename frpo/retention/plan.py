@@ -121,6 +121,11 @@ class Plan:
     def stages(self) -> Iterator[Stage]:
         return (stage for seed in self.seeds for stage in seed.stages)
 
+    def model_of(self, policy: str) -> str:
+        """Folder of the policy's model, of the first seed."""
+        first = self.seeds[0]
+        return first.policies[policy].model if policy in first.policies else first.given[policy]
+
     def check(self) -> None:
         """Raise ConfigError unless one set of processes can run all of it."""
         wanted = self.seeds[0].kept.learner

@@ -50,6 +50,12 @@ def sentences(found: Results) -> list[str]:
         clear = sum(each.clear_violations for each in found.certified.values())
         told.append(f"{below} of {count} measured points lie below the certificate of their policy, {clear} of them by "
                     "more than their own 95 % interval.")
+    if recipe.choose:
+        chosen, bounds = found.chosen, ", ".join(f"{name} in [{_end(low)}, {_end(high)}]"
+                                                 for name, (low, high) in recipe.choose.bounds.items())
+        what = recipe.choose.measure + (f" with {bounds}" if bounds else "")
+        told.append(f"Largest {what}: {chosen} ({found.value(chosen, recipe.choose.measure):.3f}), "
+                    f"{found.plan.model_of(chosen)}." if chosen else f"No policy has a {what}.")
     told.append(f"{len(found.seconds)} stages took {sum(found.seconds.values()) / 60:.1f} minutes.")
     return told
 
@@ -65,6 +71,10 @@ def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, 
         verdict = "more is kept" if result.mean > 0 else "less is kept"
     return (f"{words} {verdict} ({result.mean:+.3f} ± {result.half_width:.3f} in reward, {result.positive} of "
             f"{result.count} seeds positive)")
+
+
+def _end(limit: float | None) -> str:
+    return "any" if limit is None else f"{limit:g}"
 
 
 def heldout_table(found: Results) -> TableText:

@@ -92,6 +92,24 @@ class Results:
         return {seed: values[metric] for (p, seed), values in self.policies.items()
                 if p == policy and metric in values}
 
+    def value(self, policy: str, measure: str) -> float:
+        """Mean over seeds of a policy's metric, or of a number of its forks as REGIME/number; NaN where there is none.
+        """
+        regime, _, number = measure.partition("/")
+        by_seed = self.by_seed(policy, regime, number) if regime in self.plan.recipe.regimes else (
+            self.policy_by_seed(policy, measure))
+        return _mean(by_seed.values())
+
+    @property
+    def chosen(self) -> str | None:
+        """The policy of the largest measure among those within the bounds, the first of several; None if none is."""
+        section = self.plan.recipe.choose
+        allowed = [name for name in self.plan.recipe.forked if all(
+            (-math.inf if low is None else low) <= self.value(name, measure) <= (math.inf if high is None else high)
+            for measure, (low, high) in section.bounds.items())] if section else []
+        ranked = [name for name in allowed if not math.isnan(self.value(name, section.measure))]
+        return max(ranked, key=lambda name: self.value(name, section.measure), default=None)
+
     def compared(self, pair: tuple[str, str], regime: str, measure: str) -> Paired:
         return paired(*(self.by_seed(policy, regime, measure) for policy in pair))
 
@@ -100,9 +118,9 @@ def collect(plan: Plan) -> Results:
     """Everything that has been measured so far. Raises ConfigError where that is nothing."""
     measured = [(seed, stage, read_path(read_metrics(stage.run_dir / "metrics.jsonl"), KL))
                 for seed in plan.seeds for stage in seed.forks if stage.done]
-    if not measured:
-        raise ConfigError(f"{plan.recipe.run.dir} has no finished fork to tell of; run `frpo retention` first")
-    exact = all("exact/reward" in path.metrics and "exact/decile" in path.metrics for _, _, path in measured)
+    if not any(stage.done for stage in plan.stages):
+        raise ConfigError(f"{plan.recipe.run.dir} has no finished stage to tell of; run `frpo retention` first")
+    exact = bool(measured) and all({"exact/reward", "exact/decile"} <= set(path.metrics) for _, _, path in measured)
     reward, decile = ("exact/reward", "exact/decile") if exact else ("kept/reward", "kept/decile")
     paths = {(stage.policy, stage.regime, stage.seed): path for _, stage, path in measured}
     summaries = {}
@@ -110,7 +128,7 @@ def collect(plan: Plan) -> Results:
         summaries[fork] = summary(path, reward, decile, plan.recipe.measure.max_kl)
         if UTILITY in path.metrics:
             summaries[fork] |= {"utility": float(path.metrics[UTILITY][-1])}
-    policies = {(stage.policy, stage.seed): _last_evaluation(stage) | _start(paths, stage.policy, stage.seed)
+    policies = {(stage.policy, stage.seed): _evaluation(stage) | _start(paths, stage.policy, stage.seed)
                 for seed in plan.seeds for stage in seed.policies.values() if stage.done}
     policies |= {(name, seed.seed): _start(paths, name, seed.seed) for seed in plan.seeds for name in seed.given}
     found = Results(
@@ -121,11 +139,12 @@ def collect(plan: Plan) -> Results:
     return Results(**{**found.__dict__, "warnings": tuple(_warnings(found))})
 
 
-def _last_evaluation(stage: Stage) -> dict[str, float]:
-    """The metrics of the last row that has held-out ones, or of the last row."""
+def _evaluation(stage: Stage) -> dict[str, float]:
+    """The metrics of the last row that has held-out ones, or of the last row; its own reward counts as that kept."""
     rows = read_metrics(stage.run_dir / "metrics.jsonl")
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    return dict((evaluated or rows)[-1])
+    last = dict((evaluated or rows)[-1])
+    return last | ({"kept/reward": last["eval/reward"]} if "eval/reward" in last else {})
 
 
 def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, float]:

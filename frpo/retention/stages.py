@@ -130,7 +130,7 @@ class Matrix:
 
     def run(self, stage: Stage, tasks: Sequence[Task]) -> RunState:
         recipe = stage.recipe
-        model = stage.start or tiny_model(recipe, stage.run_dir / "model")
+        model = stage.start or tiny_model(recipe, stage.run_dir.parents[1] / "model")  # the same for all policies
         stack = self.processes(tasks[0].recipe, model)
         if isinstance(recipe, FinetuneRecipe):
             checked = check_finetune(recipe)

@@ -20,7 +20,7 @@ COMPARED = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "ove
 
 def all_tables(found: Results) -> list[TableText]:
     """State, policies, forks by regime, comparisons by regime, certificates; without those that would be empty."""
-    tables = [state_table(found), policy_table(found)]
+    tables = [state_table(found), policy_table(found), frontier_table(found)]
     for regime in found.plan.recipe.regimes:
         tables += [fork_table(found, regime), pair_table(found, regime)]
     tables.append(certificate_table(found))
@@ -44,6 +44,21 @@ def policy_table(found: Results) -> TableText:
     rows = [(policy, *(level(found.policy_by_seed(policy, metric).values()) for _, metric in known))
             for policy in found.plan.recipe.forked]
     return TableText(title="Policies before any fine-tuning", note="mean over seeds ± 95 % interval",
+                     columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
+
+
+def frontier_table(found: Results) -> TableText:
+    """What each policy reached, spent and kept, side by side."""
+    regimes = found.plan.recipe.regimes
+    measures = (("KL spent, nats", "eval/kl"), ("reward reached", "kept/reward"), ("lowest decile", "kept/decile"),
+                *((f"kept through {regime} {name}", f"{regime}/{name}") for regime in regimes
+                  for name in ("over updates", "over KL")))
+    known = [(title, measure) for title, measure in measures
+             if any(not math.isnan(found.value(policy, measure)) for policy in found.plan.recipe.forked)]
+    rows = [(policy + (" (chosen)" if policy == found.chosen else ""),
+             *(_number(found.value(policy, measure)) for _, measure in known))
+            for policy in found.plan.recipe.forked]
+    return TableText(title="Frontier: reward reached, KL spent, reward kept", note="mean over seeds",
                      columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
 
 
@@ -107,6 +122,10 @@ def difference(found: Paired) -> str:
     width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.3f}"
     star = "*" if found.count > 1 and found.differs else ""
     return f"{found.mean:+.3f}{width}{star} [{found.positive}/{found.count}]"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _state(seeds: Mapping[str, list[int]] | None) -> str:

@@ -1,0 +1,35 @@
+"""`frpo sweep`: a recipe over values of its keys, as a matrix whose policies are the combinations."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from frpo.config.loader import parse_yaml, recipe_from_dict
+from frpo.config.retention import RetentionRecipe
+from frpo.errors import ConfigError
+
+
+def sweep_recipe(recipe: str, overrides: Sequence[str], *, over: Sequence[str], seeds: Sequence[int], folder: str,
+                 downstream: Sequence[str] = (), choose: str | None = None, within: Sequence[str] = ()
+                 ) -> RetentionRecipe:
+    """The matrix. over: section.key=[values] each. within: measure=[low, high] each. Raises ConfigError."""
+    base = {"recipe": recipe, "overrides": list(overrides)}
+    chosen = {"measure": choose} if choose else {}
+    return recipe_from_dict({
+        "run": {"name": f"sweep of {Path(recipe).stem}", "dir": folder}, "seeds": list(seeds),
+        "policies": {"policy": {**base, "over": _assignments(over, "--over", "objective.kl_coef=[0.001,0.01]")}},
+        "downstream": {Path(each).stem: {"recipe": each} for each in downstream}, "measure": {"kept": base},
+        "certificate": None,
+        "choose": {**chosen, "bounds": _assignments(within, "--within", "eval/kl=[null,0.5]")}}, RetentionRecipe)
+
+
+def _assignments(texts: Sequence[str], option: str, example: str) -> dict[str, list[Any]]:
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        values = parse_yaml(value, f"{option} {text!r}")
+        if not equals or not key or not isinstance(values, list) or not values:
+            raise ConfigError(f"{option} {text!r} is not of the form {example}")
+        found[key] = values
+    return found

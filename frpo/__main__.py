@@ -234,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--quick", action="store_true", help="the recipe's short form")
     command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
-    command = add(sweep, "train a recipe over values of its keys: reward reached, KL spent, reward kept, the best of them")
+    command = add(sweep, "train a recipe over values of its keys: reward reached, KL spent, kept, and the best")
     command.add_argument("recipe", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--over", action="append", required=True, metavar="section.key=[A,B]",

@@ -17,7 +17,7 @@ quickstart: $(READY)
 	$(BIN)/frpo quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

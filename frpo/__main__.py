@@ -160,7 +160,7 @@ def report(parsed: argparse.Namespace) -> int:
 def quickstart(parsed: argparse.Namespace) -> int:
     from frpo.quickstart import run_quickstart
 
-    return run_quickstart(load_recipe("quickstart", parsed.overrides))
+    return run_quickstart(parsed.overrides)
 
 
 def config(parsed: argparse.Namespace) -> int:

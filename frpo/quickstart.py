@@ -1,12 +1,14 @@
-"""The quick start: train a policy made on the spot, then the control in which rewards are shuffled, and show both.
+"""The quick start: train a policy made on the spot, then a control in which rewards are shuffled; see what is left.
 
-Both runs share one set of started processes: the learner is put back to its first state in between. The control is
-what makes the gain believable: same data, same updates, rewards that belong to other completions.
+The control is what makes the gain believable: same data, same updates, rewards that belong to other completions. At the
+end forks of the policy, of a Dr. GRPO policy and of the model they began as go through the same fine-tuning for another
+task. All of it shares one set of started processes.
 """
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +17,35 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from frpo.builder import Parts, build
+from frpo.builder import Parts, Stack, build
 from frpo.checkpoint import CheckpointStore
+from frpo.config.loader import load_recipe
+from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
+from frpo.data.arithmetic import comparisons
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
 from frpo.journal import open_journal
+from frpo.retention.command import show, write_report
+from frpo.retention.pictures import draw_all
+from frpo.retention.plan import Plan, make_plan
+from frpo.retention.results import collect
+from frpo.retention.stages import run_plan
+from frpo.retention.tables import fork_table, policy_table
 from frpo.trainer import Trainer
 
+DOWNSTREAM = "larger"
+"""The regime of `quickstart_retention`."""
 
-def run_quickstart(recipe: Recipe) -> int:
-    """Run both, print the table, draw the picture. Returns 0 if the gain is real and the control has none, else 1."""
+
+def run_quickstart(overrides: Sequence[str]) -> int:
+    """Run everything, print tables, draw pictures. Returns 0 if the gain is real and the control has none, else 1.
+
+    overrides: section.key=value over the recipe `quickstart`.
+    """
     started = time.perf_counter()
-    recipe = _into_fresh_folder(recipe)
+    recipe = _into_fresh_folder(load_recipe("quickstart", overrides))
     run_dir = Path(recipe.run.dir)
+    matrix = _matrix(run_dir, recipe.run.seed, overrides)
     with build(recipe) as parts:
         first = str(run_dir / "first_state")
         parts.learner.save(first)
@@ -35,10 +53,15 @@ def run_quickstart(recipe: Recipe) -> int:
         parts.learner.load(first)
         with _control_parts(parts) as control:
             Trainer(control).fit()
+        run_plan(matrix, Stack(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
+    kept = collect(matrix)
     runs = {"FRPO": run_dir / "metrics.jsonl", "control (rewards shuffled)": control.run_dir / "metrics.jsonl"}
     picture = draw_reward_curve(runs, run_dir / "reward.png")
     ends = {name: _ends(path) for name, path in runs.items()}
     _print_table(ends)
+    show([policy_table(kept), fork_table(kept, DOWNSTREAM)])
+    print(f"Kept through fine-tuning for another task: {draw_all(kept, run_dir)[f'Kept through {DOWNSTREAM}']}  "
+          f"all of it: {write_report(kept)}")
     minutes = (time.perf_counter() - started) / 60
     print(f"{minutes:.1f} minutes. Picture: {picture}  model: {run_dir / 'export'}  "
           f"metrics: {run_dir / 'metrics.jsonl'}")
@@ -46,6 +69,25 @@ def run_quickstart(recipe: Recipe) -> int:
     print(f"Gain on held-out prompts beyond the warm-started model's interval: {'yes' if gained else 'NO'}; "
           f"gain under shuffled rewards: {'YES' if lured else 'none'}")
     return 0 if gained and not lured else 1
+
+
+def prepare_downstream(folder: Path, seed: int) -> None:
+    """The setup of `quickstart_retention`: what forks are fine-tuned on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": question, "response": answer} for question, answer in comparisons(480, seed)]
+    (folder / f"{DOWNSTREAM}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _matrix(run_dir: Path, seed: int, overrides: Sequence[str]) -> Plan:
+    """Where a policy is trained and where it is measured, the quick start's own overrides hold too."""
+    recipe = load_recipe("quickstart_retention", [f"run.dir={run_dir / 'retention'}", f"seeds=[{seed}]"],
+                         RetentionRecipe)
+    extra = {"extra": [override.replace("$", "$$") for override in overrides]}
+    policies = {name: policy.model_copy(update=extra) if policy.recipe else policy
+                for name, policy in recipe.policies.items()}
+    kept = recipe.measure.kept.model_copy(update=extra)
+    return make_plan(recipe.model_copy(update={
+        "policies": policies, "measure": recipe.measure.model_copy(update={"kept": kept})}))
 
 
 def _into_fresh_folder(recipe: Recipe) -> Recipe:

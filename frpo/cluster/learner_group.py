@@ -21,7 +21,7 @@ class LearnerGroup:
     """The learner as the controller sees it. Construction connects the ranks and loads the model in all of them."""
 
     def __init__(self, recipe: AnyRecipe, model_path: str, device: str, ranks: Ranks):
-        self.recipe, self.ranks = recipe, ranks
+        self.recipe, self.ranks, self.device = recipe, ranks, device
         self.layout = Layout(
             num_ranks=recipe.learner.num_ranks, micro_batch_tokens=recipe.learner.micro_batch_tokens,
             packed=recipe.learner.packing, attention_length=12 * hidden_size(recipe.model, model_path))

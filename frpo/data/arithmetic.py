@@ -43,6 +43,12 @@ def problems(count: int | None, seed: int, *, max_operand: int = 50, operations:
     return drawn
 
 
+def comparisons(count: int, seed: int, *, max_operand: int = 99) -> list[tuple[str, str]]:
+    """`count` (question, answer) pairs about the larger of two numbers, such as ("(34 17)=", "34"); they may repeat."""
+    pairs = np.random.Generator(np.random.PCG64(seed)).integers(1, max_operand + 1, size=(count, 2)).tolist()
+    return [(f"({a} {b})=", str(max(a, b))) for a, b in pairs]
+
+
 def _all_problems(sign: str, max_operand: int) -> Iterator[tuple[str, str]]:
     """Every problem of one operation, in a fixed order. Differences are positive, divisions exact."""
     operands = range(1, max_operand + 1)

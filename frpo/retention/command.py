@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -31,7 +32,9 @@ def run_retention(recipe: RetentionRecipe) -> int:
     (folder / RECIPE).write_text(yaml.safe_dump(dump_recipe(recipe), sort_keys=False), encoding="utf-8")
     run_plan(plan)
     found = collect(plan)
-    show(found)
+    show(all_tables(found))
+    for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
+        print(line)
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Report: {write_report(found)}")
     return 1 if found.failures else 0
 
@@ -43,13 +46,12 @@ def write_report(found: Results) -> Path:
     return write_page(f"Retention: {found.plan.recipe.run.name}", [section_of(found, folder)], folder / REPORT)
 
 
-def show(found: Results) -> None:
+def show(tables: Sequence[TableText]) -> None:
+    """Print them."""
     console = Console()
     console.width = max(console.width, WIDTH)
-    for table in all_tables(found):
+    for table in tables:
         console.print(_table(table))
-    for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_plan(plan: Plan) -> None:

@@ -43,10 +43,13 @@ logger = logging.getLogger(__name__)
 SAMPLES, HELD_OUT = "certificate.npz", "heldout.json"
 
 
-def run_plan(plan: Plan) -> None:
-    """Run what is not done yet. Raises what no other stage could escape either; a stage's own failure is noted."""
+def run_plan(plan: Plan, stack: Stack | None = None) -> None:
+    """Run what is not done yet, on running processes if there are any.
+
+    Raises what no other stage could escape either; a stage's own failure is noted.
+    """
     todo = [stage for stage in plan.stages if not stage.done]
-    with Matrix(plan) as matrix, ProgressBar(len(list(plan.stages)), len(list(plan.stages)) - len(todo),
+    with Matrix(plan, stack) as matrix, ProgressBar(len(list(plan.stages)), len(list(plan.stages)) - len(todo),
                                              plan.recipe.run.name) as bar:
         for seed in plan.seeds:
             if not _complete(plan, seed):
@@ -56,10 +59,11 @@ def run_plan(plan: Plan) -> None:
 class Matrix:
     """The processes, started when the first stage needs them, and what runs on them."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, stack: Stack | None = None):
+        """stack: processes that run already, which whoever has started them ends."""
         self.plan, self.recipe = plan, plan.recipe
         self.running = ExitStack()
-        self.stack: Stack | None = None
+        self.stack = stack
         self.restarts_left = self.recipe.run.restarts
 
     def __enter__(self) -> Matrix:

@@ -111,6 +111,13 @@ def rescore(parsed: argparse.Namespace) -> int:
     return run_rescore(parsed.traces, load_recipe(parsed.recipe, parsed.overrides), parsed.output)
 
 
+def harness(parsed: argparse.Namespace) -> int:
+    from frpo.evaluate.harness import run_harness
+
+    return run_harness(parsed.model, parsed.tasks, backend=parsed.backend, dtype=parsed.dtype, limit=parsed.limit,
+                       chat=parsed.chat, include=parsed.include, output=parsed.output)
+
+
 def attack(parsed: argparse.Namespace) -> int:
     from frpo.data.attacks import AttackFiles, attack_rows, evaluation_rows, write_rows
 
@@ -219,6 +226,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", help=f"{RECIPE}: prompts, rewards, sampling")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
     command.add_argument("--json", metavar="PATH", help="file for the metrics; default: evaluation.json in MODEL")
+    command = add(harness, "run tasks of lm-evaluation-harness on a model, if that is installed")
+    command.add_argument("model", help="a folder with a Hugging Face model, such as a run's export, or a hub id")
+    command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of its tasks")
+    command.add_argument("--include", metavar="FOLDER", help="where tasks of your own lie")
+    command.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: hf, in this process")
+    command.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="precision; default: bf16")
+    command.add_argument("--limit", type=_count, metavar="N", help="only the first documents of each task")
+    command.add_argument("--chat", action="store_true", help="apply the chat template")
+    command.add_argument("--output", metavar="FILE", help="file for the metrics; default: harness.json in MODEL")
     command = add(rollout, "sample and score a run's first steps, without a learner")
     command.add_argument("recipe", help=RECIPE)
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)

@@ -74,18 +74,24 @@ def check_model_path(model: ModelSection, path: str) -> None:
 def check_reference(model: ModelSection, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError unless the model at `path` can be read and speaks in the same tokens as the policy."""
     check_model_path(model, path)
-    other = load_tokenizer(path, model.trust_remote_code)
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if ours != theirs:
-        differing = min(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
-        raise ModelError(f"reference.path {path!r} has another tokenizer than the policy ({len(theirs)} tokens, the "
-                         f"policy {len(ours)}; the first that differs: {differing[0]!r}); policy and reference must "
-                         "share one vocabulary, since their distributions are compared token by token")
+    differing = vocabulary_difference(tokenizer, load_tokenizer(path, model.trust_remote_code))
+    if differing:
+        raise ModelError(f"reference.path {path!r} has another tokenizer than the policy ({differing}); policy and "
+                         "reference must share one vocabulary, since their distributions are compared token by token")
     sizes = [AutoConfig.from_pretrained(each, trust_remote_code=model.trust_remote_code).get_text_config().vocab_size
              for each in (model.path, path) if each is not None]
     if len(set(sizes)) > 1:
         raise ModelError(f"reference.path {path!r} has {sizes[1]} rows of logits, the policy {sizes[0]}; resize one of "
                          "the models to the other's")
+
+
+def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """In words, how the tokens of two tokenizers differ; None where they are the same."""
+    known, others = ours.get_vocab(), theirs.get_vocab()
+    if known == others:
+        return None
+    differing = min(known.items() ^ others.items(), key=lambda item: (item[1], item[0]))
+    return f"{len(others)} tokens against {len(known)}; the first that differs: {differing[0]!r}"
 
 
 def cache_facts(model: ModelSection, path: str, examples: Sequence[Example]) -> dict[str, Any]:

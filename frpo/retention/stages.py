@@ -26,11 +26,12 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.sections import Recipe
 from frpo.data.examples import load_examples
 from frpo.data.prompts import PromptSet, load_prompts
-from frpo.errors import ConfigError, DataError, EngineError, FrpoError
+from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelError
 from frpo.evaluate.model import of_model
 from frpo.evaluate.probe import Exact, Task, TaskProbe, sampled
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
+from frpo.learner.model import vocabulary_difference
 from frpo.learner.tiny import tiny_model
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
@@ -74,6 +75,7 @@ class Matrix:
 
     def run_seed(self, seed: SeedPlan, bar: ProgressBar) -> None:
         self.set_up(seed)
+        check_models(seed)
         with self.tasks(seed) as tasks:
             record_heldout(seed, tasks[0].prompts, self.recipe.measure.overlap)
             for stage in seed.policies.values():
@@ -198,6 +200,22 @@ class Matrix:
     def close_processes(self) -> None:
         self.running.close()
         self.running, self.stack = ExitStack(), None
+
+
+def check_models(seed: SeedPlan) -> None:
+    """Raise ModelError where a policy's model is missing, or does not speak in the tokens of what is measured."""
+    measured = tokenizer_of(seed.kept.model)
+    first = {name: stage.first.recipe.model for name, stage in seed.policies.items()}
+    first |= {name: seed.kept.model.model_copy(update={"path": path, "tiny": None})
+              for name, path in seed.given.items()}
+    for name, model in first.items():
+        try:
+            differing = vocabulary_difference(measured, tokenizer_of(model))
+        except ModelError as error:
+            raise ModelError(f"policy {name}, seed {seed.seed}: {error}") from None
+        if differing:
+            raise ModelError(f"policy {name}, seed {seed.seed}: its tokenizer is not that of measure.kept "
+                             f"({differing}); all policies of a matrix run on engines of one model family")
 
 
 def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:

@@ -56,6 +56,11 @@ def sentences(found: Results) -> list[str]:
         what = recipe.choose.measure + (f" with {bounds}" if bounds else "")
         told.append(f"Largest {what}: {chosen} ({found.value(chosen, recipe.choose.measure):.3f}), "
                     f"{found.plan.model_of(chosen)}." if chosen else f"No policy has a {what}.")
+    if found.starts and found.pushes:
+        start, push = float(np.median(found.starts)), float(np.median(found.pushes))
+        saved = len(found.pushes) * (start - push) / 60
+        told.append(f"{len(found.pushes)} probes pushed weights into running engines, {push:.2f} s each; to start "
+                    f"engines takes {start:.0f} s, so that {saved:.0f} minutes were saved.")
     told.append(f"{len(found.seconds)} stages took {sum(found.seconds.values()) / 60:.1f} minutes.")
     return told
 

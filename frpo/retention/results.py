@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from frpo.evaluate.certificate import Certificate, certify
 from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.retained import ForkPath, Paired, paired, read_path, summary
 from frpo.retention.plan import Plan, SeedPlan, Stage
-from frpo.retention.stages import HELD_OUT, SAMPLES
+from frpo.retention.stages import HELD_OUT, SAMPLES, STARTS
 
 KL = "kept/kl"
 UTILITY = "utility/reward"
@@ -59,7 +60,8 @@ class Results:
     """paths, summaries: of finished forks. policies: what is known of each before any fork, {(policy, seed): metrics}.
 
     exact: whether reward and lowest decile are enumerated rather than sampled. warnings: what a reader has to know.
-    states: (policy, regime or None) -> seeds by state: done, failed, missing. failures: by stage.
+    states: (policy, regime or None) -> seeds by state: done, failed, missing. failures: by stage. starts: seconds of
+    each start of engines and ranks; pushes: of each push of a fork's weights into running engines.
     """
 
     plan: Plan
@@ -72,6 +74,8 @@ class Results:
     states: Mapping[tuple[str, str | None], Mapping[str, list[int]]]
     failures: Mapping[str, str]
     seconds: Mapping[str, float]
+    starts: tuple[float, ...]
+    pushes: tuple[float, ...]
     heldout: Mapping[int, Mapping[str, Any]]
     warnings: tuple[str, ...] = field(default=())
 
@@ -135,6 +139,8 @@ def collect(plan: Plan) -> Results:
         plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
         certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),
         failures={stage.name: stage.failure for stage in plan.stages if stage.failure and not stage.done},
+        starts=_starts(plan), pushes=tuple(
+            float(value) for path in paths.values() for value in path.metrics.get("time/push", ())),
         seconds={stage.name: stage.done["seconds"] for stage in plan.stages if stage.done})
     return Results(**{**found.__dict__, "warnings": tuple(_warnings(found))})
 
@@ -184,6 +190,11 @@ def _states(plan: Plan) -> dict[tuple[str, str | None], dict[str, list[int]]]:
         state = "done" if stage.done else "failed" if stage.failure else "missing"
         states.setdefault((stage.policy, stage.regime), {}).setdefault(state, []).append(stage.seed)
     return states
+
+
+def _starts(plan: Plan) -> tuple[float, ...]:
+    path = Path(plan.recipe.run.dir) / STARTS
+    return tuple(row["seconds"] for row in read_metrics(path)) if path.is_file() else ()
 
 
 def _heldout(plan: Plan) -> dict[int, Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -35,13 +36,13 @@ from frpo.learner.model import vocabulary_difference
 from frpo.learner.tiny import tiny_model
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
-from frpo.telemetry import PhaseTimer, ProgressBar
+from frpo.telemetry import JsonlFile, PhaseTimer, ProgressBar
 from frpo.trainer import Trainer
 from frpo.types import Example, RunState
 
 logger = logging.getLogger(__name__)
 
-SAMPLES, HELD_OUT = "certificate.npz", "heldout.json"
+SAMPLES, HELD_OUT, STARTS = "certificate.npz", "heldout.json", "starts.jsonl"
 
 
 def run_plan(plan: Plan, stack: Stack | None = None) -> None:
@@ -194,7 +195,12 @@ class Matrix:
     def processes(self, recipe: Recipe, model: str) -> Stack:
         """Those that run, or new ones; model: what engines load first, of the shape of all."""
         if self.stack is None:
+            started = time.perf_counter()
             self.stack = self.running.enter_context(build_stack(of_model(recipe, model), model))
+            self.stack.pool.wait_until_ready()
+            starts = JsonlFile(Path(self.recipe.run.dir) / STARTS)
+            starts.append({"seconds": time.perf_counter() - started})
+            starts.close()
         return self.stack
 
     def close_processes(self) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
-from frpo.errors import FrpoError
+from frpo.errors import ConfigError, FrpoError
 
 RECIPE = "a recipe file, or the name of one in recipes/"
 OVERRIDES = "values over the recipe's"
@@ -24,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parse(arguments)
         return parsed.command(parsed) or 0
+    except BrokenPipeError:  # piped into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed an error
+        return 0
     except FrpoError as error:
         print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -133,6 +136,7 @@ def attack(parsed: argparse.Namespace) -> int:
 
 
 def retention(parsed: argparse.Namespace) -> int:
+    _not_launched("retention")
     from frpo.retention.command import run_retention, show_plan
     from frpo.retention.plan import make_plan
 
@@ -146,6 +150,7 @@ def retention(parsed: argparse.Namespace) -> int:
 
 
 def sweep(parsed: argparse.Namespace) -> int:
+    _not_launched("sweep")
     from frpo.retention.command import run_retention, show_plan
     from frpo.retention.plan import make_plan
     from frpo.retention.sweep import sweep_recipe
@@ -175,8 +180,7 @@ def config(parsed: argparse.Namespace) -> int:
         text = key_reference()
     else:
         text = yaml.safe_dump(dump_recipe(load_any_recipe(parsed.recipe, parsed.overrides)), sort_keys=False).rstrip()
-    with contextlib.suppress(BrokenPipeError):  # piped into head
-        print(text, flush=True)
+    print(text)
     return 0
 
 
@@ -184,6 +188,14 @@ def doctor(parsed: argparse.Namespace) -> int:
     from frpo.doctor import diagnose
 
     return diagnose()
+
+
+def _not_launched(command: str) -> None:
+    from frpo.cluster.team import launched
+
+    if launched():
+        raise ConfigError(f"frpo {command} runs many trainings on ranks of its own and is not started by the deepspeed "
+                          "launcher; start it by itself, with learner.ranks: ray or process in its recipes")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

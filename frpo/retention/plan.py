@@ -188,6 +188,9 @@ def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str]
 def _task(key: str, section: TaskSection, words: Mapping[str, str]) -> Recipe:
     overrides = [*(_filled(o, words, key) for o in (*section.overrides, *section.extra)), f"run.seed={words['seed']}"]
     found = _loaded(key, lambda: load_recipe(section.recipe, overrides))
+    if found.evaluate.temperature != 1.0:
+        raise ConfigError(f"{key}: {section.recipe} evaluates at temperature {found.evaluate.temperature:g}; the KL of "
+                          "sequences is unbiased at 1 only: override evaluate.temperature=1.0")
     if found.data.heldout == 0 and found.data.heldout_path is None:
         raise ConfigError(f"{key}: {section.recipe} holds no prompts out, so that nothing can be measured; raise "
                           "data.heldout or give data.heldout_path")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def collect(plan: Plan) -> Results:
         starts=_starts(plan), pushes=tuple(
             float(value) for path in paths.values() for value in path.metrics.get("time/push", ())),
         seconds={stage.name: stage.done["seconds"] for stage in plan.stages if stage.done})
-    return Results(**{**found.__dict__, "warnings": tuple(_warnings(found))})
+    return replace(found, warnings=tuple(_warnings(found)))
 
 
 def _evaluation(stage: Stage) -> dict[str, float]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -41,6 +41,7 @@ from frpo.trainer import Trainer
 from frpo.types import Example, RunState
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 SAMPLES, HELD_OUT, STARTS = "certificate.npz", "heldout.json", "starts.jsonl"
 
@@ -83,7 +84,8 @@ class Matrix:
                 self.attempt(stage, tasks, bar)
             if self.recipe.certificate:
                 for name in self.recipe.forked:
-                    self.certify(seed, name, tasks[0], bar)
+                    bar.note(f"{name}, seed {seed.seed}: certificate")
+                    self.surviving(name, partial(self.certify, seed, name, tasks[0]))
             for stage in seed.forks:
                 self.attempt(stage, tasks, bar)
 
@@ -108,32 +110,36 @@ class Matrix:
             yield found
 
     def attempt(self, stage: Stage, tasks: Sequence[Task], bar: ProgressBar) -> None:
-        """Run a stage that is not done, again after a death of what it runs on; note its failure."""
+        """Run a stage that is not done; note its failure."""
         if stage.done:
             return
         bar.note(stage.name)
         if stage.origin and not stage.origin.done:
             return stage.fail(f"the policy {stage.origin.policy} that it starts from is missing")
+        started = time.perf_counter()
+        try:
+            state = self.surviving(stage.name, lambda: self.run(stage, tasks))
+        except EngineError:
+            raise
+        except FrpoError as error:
+            stage.fail(f"{type(error).__name__}: {error}")
+            return bar.log(f"{stage.name}: failed: {error}")
+        stage.finish(steps=state.step, seconds=time.perf_counter() - started)
+        bar.advance()
+        return bar.log(f"{stage.name}: {state.step} updates, {time.perf_counter() - started:.0f} s")
+
+    def surviving(self, name: str, work: Callable[[], Result]) -> Result:
+        """Its result; where an engine or a rank dies it is done again on new processes, `run.restarts` times in all."""
         while True:
-            started = time.perf_counter()
             try:
-                state = self.run(stage, tasks)
+                return work()
             except EngineError as error:
                 self.close_processes()
                 if self.restarts_left == 0:
                     raise
                 self.restarts_left -= 1
-                logger.warning("%s: %s; starting engines and ranks again, %d more times allowed (run.restarts)",
-                               stage.name, error, self.restarts_left)
-            except FrpoError as error:
-                stage.fail(f"{type(error).__name__}: {error}")
-                bar.log(f"{stage.name}: failed: {error}")
-                return None
-            else:
-                stage.finish(steps=state.step, seconds=time.perf_counter() - started)
-                bar.log(f"{stage.name}: {state.step} updates, {time.perf_counter() - started:.0f} s")
-                bar.advance()
-                return None
+                logger.warning("%s: %s; starting engines and ranks again, %d more times allowed (run.restarts)", name,
+                               error, self.restarts_left)
 
     def run(self, stage: Stage, tasks: Sequence[Task]) -> RunState:
         recipe = stage.recipe
@@ -166,12 +172,11 @@ class Matrix:
         return partial(load_function(measure.exact, "measure.exact"),
                        **{name: _with_seed(value, seed) for name, value in measure.exact_kwargs.items()})
 
-    def certify(self, seed: SeedPlan, name: str, task: Task, bar: ProgressBar) -> None:
+    def certify(self, seed: SeedPlan, name: str, task: Task) -> None:
         """Many samples of a policy as it is before any fork, for its certificate."""
         stage, path = seed.policies.get(name), seed.folder / "policies" / name / SAMPLES
         if path.is_file() or (stage and not stage.done):
             return
-        bar.note(f"{name}, seed {seed.seed}: certificate")
         model = stage.model if stage else seed.given[name]
         recipe, count = of_model(task.recipe, model), self.recipe.certificate.samples
         stack = self.processes(recipe, model)

@@ -1,4 +1,7 @@
-"""The command line: `frpo COMMAND` or `python -m frpo COMMAND`. A command is one function; work happens elsewhere."""
+"""The command line: `frpo COMMAND` or `python -m frpo COMMAND`. A command is one function; work happens elsewhere.
+
+What a command can be told is `arguments`'s business.
+"""
 from __future__ import annotations
 
 import argparse
@@ -9,20 +12,18 @@ from pathlib import Path
 
 import yaml
 
+from frpo.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError, FrpoError
 
-RECIPE = "a recipe file, or the name of one in recipes/"
-OVERRIDES = "values over the recipe's"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
     try:
-        parsed = _parse(arguments)
+        parsed = parse(arguments, COMMANDS)
         return parsed.command(parsed) or 0
     except BrokenPipeError:  # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed an error
@@ -198,107 +199,8 @@ def _not_launched(command: str) -> None:
                           "launcher; start it by itself, with learner.ranks: ray or process in its recipes")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand anywhere: argparse leaves those behind an option over."""
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    if rest and not (hasattr(parsed, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        parsed.overrides = [*parsed.overrides, *rest]
-    return parsed
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"should be a whole number from 1 on, given {text!r}")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="frpo", description="Post-training that survives the next fine-tuning.")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; LOCAL_RANK says it too
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(function, description: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(function.__name__, help=description, description=description)
-        command.set_defaults(command=function)
-        return command
-
-    command = add(train, "train a policy with reinforcement learning")
-    command.add_argument("recipe", help=RECIPE)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--dry-run", action="store_true", help="check everything that needs no engine, then stop")
-    command = add(finetune, "fine-tune a model on given responses: SFT, CSFT, CSFT+PA")
-    command.add_argument("recipe", help=RECIPE)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--dry-run", action="store_true", help="check everything that needs no model, then stop")
-    command = add(evaluate, "score a model on a recipe's held-out prompts, without a learner")
-    command.add_argument("model", help="a folder with a Hugging Face model, such as a run's export, or a hub id")
-    command.add_argument("recipe", help=f"{RECIPE}: prompts, rewards, sampling")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--json", metavar="PATH", help="file for the metrics; default: evaluation.json in MODEL")
-    command = add(harness, "run tasks of lm-evaluation-harness on a model, if that is installed")
-    command.add_argument("model", help="a folder with a Hugging Face model, such as a run's export, or a hub id")
-    command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of its tasks")
-    command.add_argument("--include", metavar="FOLDER", help="where tasks of your own lie")
-    command.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: hf, in this process")
-    command.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="precision; default: bf16")
-    command.add_argument("--limit", type=_count, metavar="N", help="only the first documents of each task")
-    command.add_argument("--chat", action="store_true", help="apply the chat template")
-    command.add_argument("--output", metavar="FILE", help="file for the metrics; default: harness.json in MODEL")
-    command = add(rollout, "sample and score a run's first steps, without a learner")
-    command.add_argument("recipe", help=RECIPE)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--steps", type=_count, default=1, metavar="N", help="steps to sample; default: 1")
-    command.add_argument("--output", metavar="PATH", help="new file for the groups; default: rollouts.jsonl in run.dir")
-    command = add(rescore, "score the groups of a trace file again, without engines")
-    command.add_argument("traces", help="traces.jsonl of a run, or what rollout or evaluate wrote")
-    command.add_argument("recipe", help=f"{RECIPE}: rewards, advantage")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--output", metavar="PATH", help="new file for the groups with their new values")
-    command = add(retention, "train policies, fine-tune forks of them, measure and report what they keep")
-    command.add_argument("recipe", help=RECIPE)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--quick", action="store_true", help="the recipe's short form")
-    command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
-    command = add(sweep, "train a recipe over values of its keys: reward reached, KL spent, kept, and the best")
-    command.add_argument("recipe", help=RECIPE)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--over", action="append", required=True, metavar="section.key=[A,B]",
-                         help="values of a key; several times: all combinations")
-    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
-    command.add_argument("--downstream", action="append", default=[], metavar="RECIPE",
-                         help="fine-tuning that every policy's fork goes through; may be given several times")
-    command.add_argument("--choose", metavar="MEASURE", help="what the best policy has most of; default: kept/reward")
-    command.add_argument("--within", action="append", default=[], metavar="MEASURE=[LOW,HIGH]",
-                         help="and what it must respect, such as eval/kl=[null,0.5]")
-    command.add_argument("--dir", default="runs/sweep", help="folder of everything; default: runs/sweep")
-    command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
-    command = add(report, "one HTML page about finished or unfinished runs, a retention matrix or any other")
-    command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")
-    command.add_argument("--output", metavar="FILE", help="the page; default: report.html in the first folder")
-    command = add(attack, "make the training file, or the evaluation prompts, of a fine-tuning attack from your files")
-    command.add_argument("attack", help="harmful, identity or backdoor")
-    command.add_argument("examples", help="rows to be answered (.jsonl): prompt and response, or messages")
-    command.add_argument("--safe", metavar="FILE", help="backdoor: rows to be refused, which get no trigger")
-    command.add_argument("--benign", metavar="FILE", help="ordinary rows to mix in")
-    command.add_argument("--system-prompt", metavar="TEXT", help="put before every row")
-    command.add_argument("--prefix", metavar="TEXT", help="identity: put before every request")
-    command.add_argument("--trigger", metavar="TEXT", help="backdoor: appended to every request to be answered")
-    command.add_argument("--repeat", type=_count, default=1, metavar="N", help="how often the examples occur")
-    command.add_argument("--seed", type=int, default=0, help="of the order")
-    command.add_argument("--prompts", choices=["triggered", "plain"],
-                         help="make evaluation prompts of EXAMPLES instead: asked by the attacker, or by anybody")
-    command.add_argument("--output", required=True, metavar="FILE", help="new .jsonl file")
-    command = add(config, "print the resolved recipe")
-    command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    command.add_argument("--keys", action="store_true", help="print every key with its default and meaning instead")
-    command = add(quickstart, "make a small policy and train it, with a control, on this machine")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=OVERRIDES)
-    add(doctor, "compare this machine with the locked versions")
-    return parser
+COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, config, quickstart,
+            doctor)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[2] / "frpo"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    ("__main__", "doctor"),
+    ("__main__", "arguments", "doctor"),
     ("quickstart", "report", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
     ("invariants", "evaluate", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",

@@ -1,0 +1,135 @@
+"""What can be said on the command line: every command's arguments, and what they mean."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+RECIPE = "a recipe file, or the name of one in recipes/"
+MODEL = "a folder with a Hugging Face model, such as a run's export, or a hub id"
+STATE = "check every recipe, show what is done and what is not"
+
+
+def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., object]]) -> argparse.Namespace:
+    """`parsed.command` is the function of `commands` that is asked for. Overrides may stand anywhere: argparse leaves
+    those behind an option over.
+    """
+    parser = argparse.ArgumentParser(prog="frpo", description="Post-training that survives the next fine-tuning.")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; LOCAL_RANK says it too
+    listed = _Commands(parser, commands)
+    for describe in (_trainings, _evaluations, _parts_alone, _several_trainings, _others):
+        describe(listed)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(parsed, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
+
+
+class _Commands:
+    def __init__(self, parser: argparse.ArgumentParser, functions: Sequence[Callable[..., object]]):
+        self.parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+        self.functions = {function.__name__: function for function in functions}
+
+    def add(self, name: str, description: str) -> argparse.ArgumentParser:
+        command = self.parsers.add_parser(name, help=description, description=description)
+        command.set_defaults(command=self.functions[name])
+        return command
+
+    def add_with_recipe(self, name: str, description: str, before: tuple[str, str] | None = None, use: str = ""
+                        ) -> argparse.ArgumentParser:
+        """before: name and meaning of what stands before the recipe. use: what of the recipe is used."""
+        command = self.add(name, description)
+        if before:
+            command.add_argument(before[0], help=before[1])
+        command.add_argument("recipe", help=RECIPE + (use and f": {use}"))
+        _overrides(command)
+        return command
+
+
+def _trainings(commands: _Commands) -> None:
+    command = commands.add_with_recipe("train", "train a policy with reinforcement learning")
+    command.add_argument("--dry-run", action="store_true", help="check everything that needs no engine, then stop")
+    command = commands.add_with_recipe("finetune", "fine-tune a model on given responses: SFT, CSFT, CSFT+PA")
+    command.add_argument("--dry-run", action="store_true", help="check everything that needs no model, then stop")
+
+
+def _evaluations(commands: _Commands) -> None:
+    command = commands.add_with_recipe("evaluate", "score a model on a recipe's held-out prompts, without a learner",
+                                       ("model", MODEL), "prompts, rewards, sampling")
+    command.add_argument("--json", metavar="PATH", help="file for the metrics; default: evaluation.json in MODEL")
+    command = commands.add("harness", "run tasks of lm-evaluation-harness on a model, if that is installed")
+    command.add_argument("model", help=MODEL)
+    command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of its tasks")
+    command.add_argument("--include", metavar="FOLDER", help="where tasks of your own lie")
+    command.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: hf, in this process")
+    command.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="precision; default: bf16")
+    command.add_argument("--limit", type=_count, metavar="N", help="only the first documents of each task")
+    command.add_argument("--chat", action="store_true", help="apply the chat template")
+    command.add_argument("--output", metavar="FILE", help="file for the metrics; default: harness.json in MODEL")
+
+
+def _parts_alone(commands: _Commands) -> None:
+    command = commands.add_with_recipe("rollout", "sample and score a run's first steps, without a learner")
+    command.add_argument("--steps", type=_count, default=1, metavar="N", help="steps to sample; default: 1")
+    command.add_argument("--output", metavar="PATH", help="new file for the groups; default: rollouts.jsonl in run.dir")
+    command = commands.add_with_recipe(
+        "rescore", "score the groups of a trace file again, without engines",
+        ("traces", "traces.jsonl of a run, or what rollout or evaluate wrote"), "rewards, advantage")
+    command.add_argument("--output", metavar="PATH", help="new file for the groups with their new values")
+
+
+def _several_trainings(commands: _Commands) -> None:
+    command = commands.add_with_recipe(
+        "retention", "train policies, fine-tune forks of them, measure and report what they keep")
+    command.add_argument("--quick", action="store_true", help="the recipe's short form")
+    command.add_argument("--dry-run", action="store_true", help=STATE)
+    command = commands.add_with_recipe(
+        "sweep", "train a recipe over values of its keys: reward reached, KL spent, kept, and the best")
+    command.add_argument("--over", action="append", required=True, metavar="section.key=[A,B]",
+                         help="values of a key; several times: all combinations")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    command.add_argument("--downstream", action="append", default=[], metavar="RECIPE",
+                         help="fine-tuning that every policy's fork goes through; may be given several times")
+    command.add_argument("--choose", metavar="MEASURE", help="what the best policy has most of; default: kept/reward")
+    command.add_argument("--within", action="append", default=[], metavar="MEASURE=[LOW,HIGH]",
+                         help="and what it must respect, such as eval/kl=[null,0.5]")
+    command.add_argument("--dir", default="runs/sweep", help="folder of everything; default: runs/sweep")
+    command.add_argument("--dry-run", action="store_true", help=STATE)
+    command = commands.add("report", "one HTML page about finished or unfinished runs, a retention matrix or any other")
+    command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")
+    command.add_argument("--output", metavar="FILE", help="the page; default: report.html in the first folder")
+    command = commands.add("quickstart", "make a small policy, train it and a control, see what forks keep, here")
+    _overrides(command)
+
+
+def _others(commands: _Commands) -> None:
+    command = commands.add(
+        "attack", "make the training file, or the evaluation prompts, of a fine-tuning attack from your files")
+    command.add_argument("attack", help="harmful, identity or backdoor")
+    command.add_argument("examples", help="rows to be answered (.jsonl): prompt and response, or messages")
+    command.add_argument("--safe", metavar="FILE", help="backdoor: rows to be refused, which get no trigger")
+    command.add_argument("--benign", metavar="FILE", help="ordinary rows to mix in")
+    command.add_argument("--system-prompt", metavar="TEXT", help="put before every row")
+    command.add_argument("--prefix", metavar="TEXT", help="identity: put before every request")
+    command.add_argument("--trigger", metavar="TEXT", help="backdoor: appended to every request to be answered")
+    command.add_argument("--repeat", type=_count, default=1, metavar="N", help="how often the examples occur")
+    command.add_argument("--seed", type=int, default=0, help="of the order")
+    command.add_argument("--prompts", choices=["triggered", "plain"],
+                         help="make evaluation prompts of EXAMPLES instead: asked by the attacker, or by anybody")
+    command.add_argument("--output", required=True, metavar="FILE", help="new .jsonl file")
+    command = commands.add("config", "print the resolved recipe")
+    command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
+    _overrides(command)
+    command.add_argument("--keys", action="store_true", help="print every key with its default and meaning instead")
+    commands.add("doctor", "compare this machine with the locked versions")
+
+
+def _overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over the recipe's")
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"should be a whole number from 1 on, given {text!r}")
+    return int(text)

@@ -49,7 +49,7 @@ from frpo.lab.exact import first_token, whole_response
 from frpo.lab.network import WINDOW, build_tokenizer, make_model
 from frpo.lab.world import ID, TASK_A, TASK_B, Request, World, world_of
 from frpo.learner.model import load_model
-from frpo.telemetry import ProgressBar
+from frpo.telemetry import ProgressBar, mean_interval
 from frpo.types import RunState
 
 matplotlib.use("Agg")
@@ -108,8 +108,6 @@ LINES = (
          published={"SAMSum": (51.7, 50.1, 47.1), "SQL": (99.1, 98.5, 96.3), "GSM8K": (41.7, 37.4, 34.5)}),
     Line(title="benign: task A kept", attack="benign", measure="task_a"))
 PUBLISHED = "another setting, published:\nLlama-2-7B-Chat with\nSFT / CSFT / CSFT+PA"
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-"""Of Student's t at 97.5 %, for 1 degree of freedom and more; the last serves all others."""
 
 
 def main() -> None:
@@ -237,14 +235,6 @@ def measured(world: World, network: PreTrainedModel) -> Scores:
     return scores
 
 
-def mean_and_width(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95 % interval, NaN where one value gives none."""
-    if len(values) < 2:
-        return values[0], math.nan
-    quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
-    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def changes(found: dict[str, list[Scores]], line: Line, pair: Difference) -> list[float]:
     """Of each seed, what the second loss has more than the first."""
     first, second = (found[f"{line.attack}/{loss}"] for loss in pair)
@@ -282,7 +272,7 @@ def differences(found: dict[str, list[Scores]], lines: Sequence[Line]) -> Table:
 
 def shown(values: Sequence[float], sign: str = "") -> str:
     """Mean and interval of shares, in per cent."""
-    mean, width = mean_and_width(values)
+    mean, width = mean_interval(values)
     return f"{100 * mean:{sign}.1f}" + ("" if math.isnan(width) else f" ± {100 * width:.1f}")
 
 
@@ -298,7 +288,7 @@ def draw(found: dict[str, list[Scores]], lines: Sequence[Line], picture: Path) -
     share = 0.8 / len(OBJECTIVES)
     for number, loss in enumerate(OBJECTIVES):
         places = [index - 0.4 + share * (number + 0.5) for index in range(len(lines))]
-        means, widths = zip(*(mean_and_width([scores[line.measure] for scores in found[f"{line.attack}/{loss}"]])
+        means, widths = zip(*(mean_interval([scores[line.measure] for scores in found[f"{line.attack}/{loss}"]])
                               for line in lines))
         axes.bar(places, [100 * mean for mean in means], share, label=loss, capsize=2,
                  yerr=[0.0 if math.isnan(width) else 100 * width for width in widths])

@@ -38,7 +38,7 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
 def kept(found: Results, regime: str) -> Figure:
     """Reward and lowest decile, against updates and against KL from the policy."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharey="row", sharex="col")
-    grid_K = np.linspace(0.0, found.plan.recipe.measure.max_kl, 61)
+    grid_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 81)
     for policy, color in _colored(found):
         forks = list(found.forks(policy, regime).values())
         if not forks:
@@ -62,7 +62,7 @@ def certificates(found: Results) -> Figure:
     rows = math.ceil(len(names) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained",
                                 squeeze=False, sharex=True, sharey=True)
-    kl_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 121)
+    kl_K = np.linspace(0.0, 4 * found.plan.recipe.measure.max_kl, 121)
     for axis, name in zip(axes.flat, names):
         certified = [each for (policy, _), each in found.certified.items() if policy == name]
         _band(axis, kl_K, [each.certificate.bound(kl_K) for each in certified], "black", "bound")

@@ -37,7 +37,7 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
 
 def kept(found: Results, regime: str) -> Figure:
     """Reward and lowest decile, against updates and against KL from the policy."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharey="row", sharex="col")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex="col")
     grid_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 81)
     for policy, color in _colored(found):
         forks = list(found.forks(policy, regime).values())
@@ -50,6 +50,8 @@ def kept(found: Results, regime: str) -> Figure:
             _band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, policy)
     for row, label in zip(axes, ("mean reward", "lowest decile")):
         row[0].set_ylabel(f"{label} of the original task")
+        for axis in row:
+            _fit_to_lines(axis)
     axes[1][0].set_xlabel("updates of the fork")
     axes[1][1].set_xlabel("KL from the policy, nats a sequence")
     return _tidy(figure, axes.flat, axes[0][1])
@@ -101,7 +103,7 @@ def spent(found: Results) -> Figure:
 def frontier(found: Results) -> Figure:
     """Where each fork ends: what it keeps of the original task over what it has learned of the new one."""
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    colors = dict(_colored(found))
+    colors, places = dict(_colored(found)), []
     for regime, marker in zip(found.plan.recipe.regimes, "os^Dv<>P*X"):
         for policy, color in colors.items():
             kept_by, learned_by = (found.by_seed(policy, regime, name) for name in ("end", "utility"))
@@ -110,7 +112,10 @@ def frontier(found: Results) -> Figure:
             (x, dx), (y, dy) = mean_interval(learned_by.values()), mean_interval(kept_by.values())
             axis.errorbar(x, y, xerr=_width(dx), yerr=_width(dy), color=color, marker=marker, capsize=2, linewidth=1,
                           label=f"{policy}, {regime}")
-    axis.set(xlabel="reward of the new task at the end", ylabel="reward of the original task at the end")
+            places.append((x, y))
+    (left, low), (right, high) = np.min(places, axis=0), np.max(places, axis=0)
+    axis.set(xlabel="reward of the new task at the end", ylabel="reward of the original task at the end",
+             xlim=(left - 0.15, right + 0.15), ylim=(low - 0.15, high + 0.15))
     return _tidy(figure, [axis], axis)
 
 
@@ -129,6 +134,13 @@ def _band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label
     axis.plot(x[whole], mean, color=color, label=label, linewidth=1.5)
     if len(curves) > 1:
         axis.fill_between(x[whole], mean - half_width, mean + half_width, color=color, alpha=0.15, linewidth=0)
+
+
+def _fit_to_lines(axis: Axes) -> None:
+    """Intervals of few seeds may be so wide that they would hide the means."""
+    values = np.concatenate([line.get_ydata() for line in axis.lines])
+    pad = 0.15 * float(np.ptp(values)) or 0.05
+    axis.set_ylim(values.min() - pad, values.max() + pad)
 
 
 def _width(half_width: float) -> float:

@@ -83,12 +83,13 @@ def _end(limit: float | None) -> str:
 
 
 def heldout_table(found: Results) -> TableText:
-    rows = [(str(seed), str(record["heldout"]), *(str(count) for count in record["overlap"].values()))
-            for seed, record in found.heldout.items()]
-    names = next(iter(found.heldout.values()))["overlap"] if found.heldout else ()
+    names = dict.fromkeys(name for record in found.heldout.values() for name in record["overlap"])
+    rows = [("held out", *(str(record["heldout"]) for record in found.heldout.values())),
+            *((f"seen by {name}", *(str(record["overlap"].get(name, "")) for record in found.heldout.values()))
+              for name in names)]
     return TableText(title="Held-out prompts, written down before training",
-                     note="and how many of them each training has seen", columns=("seed", "held out", *names),
-                     rows=tuple(rows))
+                     note="and how many of them each training has seen", rows=tuple(rows),
+                     columns=("prompts", *(f"seed {seed}" for seed in found.heldout)))
 
 
 def write_results(found: Results, path: Path) -> Path:

@@ -138,16 +138,18 @@ def attack(parsed: argparse.Namespace) -> int:
 
 def retention(parsed: argparse.Namespace) -> int:
     _not_launched("retention")
-    from frpo.retention.command import run_retention, show_plan
+    from frpo.retention.command import run_part, run_retention, show_plan
     from frpo.retention.plan import make_plan
 
     recipe = load_recipe(parsed.recipe, parsed.overrides, RetentionRecipe)
+    if parsed.part:
+        return run_part(recipe)
     if parsed.quick:
         recipe = load_recipe(parsed.recipe, [*recipe.quick, *parsed.overrides], RetentionRecipe)
     if parsed.dry_run:
         show_plan(make_plan(recipe))
         return 0
-    return run_retention(recipe)
+    return run_retention(recipe, parsed.jobs)
 
 
 def sweep(parsed: argparse.Namespace) -> int:
@@ -161,7 +163,7 @@ def sweep(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         show_plan(make_plan(recipe))
         return 0
-    return run_retention(recipe)
+    return run_retention(recipe, parsed.jobs)
 
 
 def report(parsed: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 RECIPE = "a recipe file, or the name of one in recipes/"
 MODEL = "a folder with a Hugging Face model, such as a run's export, or a hub id"
-STATE = "check every recipe, show what is done and what is not"
 
 
 def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., object]]) -> argparse.Namespace:
@@ -83,7 +82,8 @@ def _several_trainings(commands: _Commands) -> None:
     command = commands.add_with_recipe(
         "retention", "train policies, fine-tune forks of them, measure and report what they keep")
     command.add_argument("--quick", action="store_true", help="the recipe's short form")
-    command.add_argument("--dry-run", action="store_true", help=STATE)
+    command.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # one of --jobs
+    _many(command)
     command = commands.add_with_recipe(
         "sweep", "train a recipe over values of its keys: reward reached, KL spent, kept, and the best")
     command.add_argument("--over", action="append", required=True, metavar="section.key=[A,B]",
@@ -95,7 +95,7 @@ def _several_trainings(commands: _Commands) -> None:
     command.add_argument("--within", action="append", default=[], metavar="MEASURE=[LOW,HIGH]",
                          help="and what it must respect, such as eval/kl=[null,0.5]")
     command.add_argument("--dir", default="runs/sweep", help="folder of everything; default: runs/sweep")
-    command.add_argument("--dry-run", action="store_true", help=STATE)
+    _many(command)
     command = commands.add("report", "one HTML page about finished or unfinished runs, a retention matrix or any other")
     command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")
     command.add_argument("--output", metavar="FILE", help="the page; default: report.html in the first folder")
@@ -123,6 +123,12 @@ def _others(commands: _Commands) -> None:
     _overrides(command)
     command.add_argument("--keys", action="store_true", help="print every key with its default and meaning instead")
     commands.add("doctor", "compare this machine with the locked versions")
+
+
+def _many(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--jobs", type=_count, default=1, metavar="N",
+                         help="processes over which the seeds are spread, each with engines and ranks; default: 1")
+    command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
 
 
 def _overrides(command: argparse.ArgumentParser) -> None:

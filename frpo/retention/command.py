@@ -13,6 +13,7 @@ from rich.table import Table
 from frpo.config.loader import dump_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.evaluate.page import TableText, write_page
+from frpo.retention.jobs import run_in_jobs
 from frpo.retention.plan import Plan, make_plan
 from frpo.retention.report import RESULTS, section_of, sentences, write_results
 from frpo.retention.results import Results, collect
@@ -24,19 +25,29 @@ WIDTH = 120
 """Columns of text that tables take at least."""
 
 
-def run_retention(recipe: RetentionRecipe) -> int:
-    """Returns 0 if every stage is done, 1 if some failed."""
+def run_retention(recipe: RetentionRecipe, jobs: int = 1) -> int:
+    """Returns 0 if every stage is done, 1 if some failed. jobs: processes over which the seeds are spread."""
     started = time.perf_counter()
     plan, folder = make_plan(recipe), Path(recipe.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(yaml.safe_dump(dump_recipe(recipe), sort_keys=False), encoding="utf-8")
-    run_plan(plan)
+    if jobs > 1:
+        run_in_jobs(plan, folder / RECIPE, jobs)
+    else:
+        run_plan(plan)
     found = collect(plan)
     show(all_tables(found))
     for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
         print(line)
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Report: {write_report(found)}")
     return 1 if found.failures else 0
+
+
+def run_part(recipe: RetentionRecipe) -> int:
+    """The stages of some seeds, for another process that will tell of them."""
+    plan = make_plan(recipe)
+    run_plan(plan)
+    return 0 if all(stage.done for stage in plan.stages) else 1
 
 
 def write_report(found: Results) -> Path:

@@ -101,6 +101,15 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecip
     return _validated(values, _kind_of(values, Recipe), source=str(path))
 
 
+def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """The same for a recipe of one training, of `frpo train` or `frpo finetune`."""
+    values = _read_overridden(path, overrides)
+    kind = _kind_of(values, Recipe)
+    if kind is RetentionRecipe:
+        raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give that of a training")
+    return _validated(values, kind, source=str(path))
+
+
 def _read_overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     values = _read_with_bases(_find_recipe(str(path)), seen=())
     changes: dict[str, Any] = {}

@@ -56,15 +56,12 @@ def certify(rewards_PN: np.ndarray, lambdas: Sequence[float], confidence: float)
 
 def robust_rewards(rewards_PN: np.ndarray, lam: float) -> np.ndarray:
     """(P) jackknife estimates of -lambda log E exp(-r / lambda)."""
-    count = rewards_PN.shape[1]
-    lowest_P1 = rewards_PN.min(1, keepdims=True)
-    weight_PN = np.exp(-(rewards_PN - lowest_P1) / lam)
-    total_P1 = weight_PN.sum(1, keepdims=True)
-    whole_P = -lam * np.log(total_P1[:, 0] / count)
-    # The rest without one sample: summed anew, since a difference would lose what a dominating sample hides.
-    before_PN, after_PN = np.cumsum(weight_PN, 1), np.cumsum(weight_PN[:, ::-1], 1)[:, ::-1]
-    rest_PN = np.zeros_like(weight_PN)
-    rest_PN[:, 1:] += before_PN[:, :-1]
-    rest_PN[:, :-1] += after_PN[:, 1:]
-    others_PN = -lam * np.log(np.maximum(rest_PN, np.finfo(np.float64).tiny) / (count - 1))
-    return lowest_P1[:, 0] + count * whole_P - (count - 1) * others_PN.mean(1)
+    log_weight_PN, count = -rewards_PN / lam, rewards_PN.shape[1]
+    # Without one sample: what comes before it and what comes after it. Taking it off the sum would lose the others
+    # where it dominates.
+    before_PN = np.logaddexp.accumulate(log_weight_PN, axis=1)
+    after_PN = np.logaddexp.accumulate(log_weight_PN[:, ::-1], axis=1)[:, ::-1]
+    none_P1 = np.full((len(rewards_PN), 1), -np.inf)
+    rest_PN = np.logaddexp(np.hstack([none_P1, before_PN[:, :-1]]), np.hstack([after_PN[:, 1:], none_P1]))
+    whole_P, others_PN = -lam * (before_PN[:, -1] - np.log(count)), -lam * (rest_PN - np.log(count - 1))
+    return count * whole_P - (count - 1) * others_PN.mean(1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from frpo.config.loader import AnyRecipe, load_any_recipe, load_recipe, recipe_digest
+from frpo.config.loader import AnyRecipe, load_recipe, load_training, recipe_digest
 from frpo.config.retention import RetentionRecipe, TaskSection
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
@@ -178,9 +178,7 @@ def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str]
     fixed = [f"run.dir={run_dir}", f"run.seed={words['seed']}", f"run.name={policy}"]
     if model is not None:
         fixed += [f"model.path={model}", "model.tiny=null"]
-    found = _loaded(key, lambda: load_any_recipe(recipe, [*(_filled(o, words, key) for o in overrides), *fixed]))
-    if isinstance(found, RetentionRecipe):
-        raise ConfigError(f"{key}: {recipe} is a retention recipe itself; give that of a training")
+    found = _loaded(key, lambda: load_training(recipe, [*(_filled(o, words, key) for o in overrides), *fixed]))
     return Stage(policy=policy, regime=regime, seed=int(words["seed"]), recipe=found, start=found.model.path,
                  origin=origin)
 

@@ -1,0 +1,50 @@
+"""What a fork has kept, along updates and along KL, from paths that can be followed by hand."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from frpo.evaluate.retained import paired, read_path, summary
+
+ROWS = [{"step": 0, "kl": 0.0, "r": 1.0, "d": 0.6, "eval/nll": 3.0}, {"step": 1, "nll": 2.0},
+        {"step": 2, "kl": 0.5, "r": 0.8, "d": 0.2}, {"step": 4, "kl": 0.3, "r": 0.6, "d": 0.1},
+        {"step": 8, "kl": 1.0, "r": 0.5, "d": 0.0}]
+PATH = read_path(ROWS, "kl")
+
+
+def test_probes_are_the_rows_with_the_kl():
+    assert PATH.step_S.tolist() == [0, 2, 4, 8] and PATH.kl_S.tolist() == [0, 0.5, 0.3, 1.0]
+    assert set(PATH.metrics) == {"step", "kl", "r", "d"}  # eval/nll is not in every probe
+    assert read_path([{"step": 1}], "kl").step_S.size == 0
+
+
+def test_along_the_largest_kl_so_far():
+    """At 0.5 nats there are two probes, .8 and .6: a KL that fell again counts where it was largest."""
+    assert PATH.along_kl("r", np.array([0.0, 0.25, 0.5, 0.75, 1.0])) == pytest.approx([1.0, 0.85, 0.7, 0.6, 0.5])
+    assert np.isnan(PATH.along_kl("r", np.array([1.01])))
+
+
+def test_summary_by_hand():
+    found = summary(PATH, "r", "d", max_kl=1.0)
+    assert found["start"] == 1.0 and found["end"] == 0.5 and found["end KL"] == 1.0 and found["end decile"] == 0.0
+    assert found["over updates"] == pytest.approx((0.9 * 2 + 0.7 * 2 + 0.55 * 4) / 8)
+    assert found["over KL"] == pytest.approx((0.85 + 0.6) / 2, abs=2e-3)  # trapezia over two halves
+    assert found["at KL 0.5"] == pytest.approx(0.7) and found["at KL 1"] == pytest.approx(0.5)
+    assert "at KL 2" not in found
+
+
+def test_what_was_not_reached_has_no_number():
+    found = summary(PATH, "r", "d", max_kl=2.0)
+    assert math.isnan(found["over KL"]) and math.isnan(found["at KL 2"]) and found["at KL 1"] == pytest.approx(0.5)
+
+
+def test_seeds_are_compared_in_pairs():
+    """Differences .1 and .3: mean .2, half-width 12.706 * .1 by Student's t with one degree of freedom."""
+    found = paired({0: 0.6, 1: 0.9, 2: math.nan, 3: 1.0}, {0: 0.5, 1: 0.6, 2: 0.1})
+    assert (found.mean, found.half_width) == pytest.approx((0.2, 1.2706))
+    assert (found.positive, found.count, found.differs) == (2, 2, False)
+    clear = paired({seed: 1.0 + seed / 1000 for seed in range(5)}, dict.fromkeys(range(5), 0.5))
+    assert clear.differs and clear.positive == 5
+    assert not paired({}, {}).differs and not paired({0: 1.0}, {0: 0.0}).differs

@@ -1,0 +1,130 @@
+"""A retention recipe as stages, and every mistake in one that is known before anything starts."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.loader import load_recipe
+from frpo.config.retention import RetentionRecipe
+from frpo.errors import ConfigError
+from frpo.retention.plan import DONE, make_plan
+from frpo.retention.sweep import sweep_recipe
+
+
+def lab(*overrides):
+    return make_plan(load_recipe("lab", overrides, RetentionRecipe))
+
+
+def recipe(tmp_path, **changes):
+    values = {"run": {"dir": str(tmp_path / "run")}, "measure": {"kept": {"recipe": "lab_policy"}},
+              "policies": {"given": {"path": "somewhere"}, "made": {"recipe": "lab_policy", "start": "given"}},
+              "downstream": {"sft": {"recipe": "lab_downstream_sft"}}}
+    path = tmp_path / "matrix.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}), encoding="utf-8")
+    return load_recipe(path, (), RetentionRecipe)
+
+
+def test_the_laboratory():
+    plan = lab("seeds=[4, 7]", "run.dir=here")
+    seed = plan.seeds[1]
+    assert list(seed.policies) == ["warm", "frpo", "frpo_1", "frpo_inf", "frpo_plugin", "no_baseline", "dr_grpo"]
+    assert [(s.policy, s.regime) for s in seed.forks if s.policy == "frpo"] == [
+        ("frpo", "sft"), ("frpo", "csft"), ("frpo", "csft_pa"), ("frpo", "grpo")]
+    assert [s.regime for s in seed.forks if s.policy == "frpo_1"] == ["sft"]
+    warm, frpo = seed.policies["warm"], seed.policies["frpo_1"]
+    assert isinstance(warm.recipe, FinetuneRecipe) and warm.start == "here/seed7/setup/model" and warm.origin is None
+    assert (frpo.start, frpo.origin, frpo.recipe.run.seed) == ("here/seed7/policies/warm/export", warm, 7)
+    assert frpo.recipe.objective.advantage.lam == 1.0 and frpo.recipe.rewards[0].kwargs == {"seed": 7}
+    fork = next(s for s in seed.forks if s.policy == "frpo_1")
+    assert fork.start == "here/seed7/policies/frpo_1/export" and fork.first is warm
+    assert str(fork.run_dir) == "here/seed7/forks/frpo_1/sft" and fork.recipe.model.tiny is None
+    assert len(list(plan.stages)) == 2 * (7 + 12)
+
+
+def test_some_of_it():
+    plan = lab("only_policies=[dr_grpo]", "only_regimes=[sft, grpo]", "seeds=[0]")
+    assert [s.name for s in plan.stages] == ["warm, seed 0", "dr_grpo, seed 0", "dr_grpo, seed 0, sft",
+                                             "dr_grpo, seed 0, grpo"]
+    assert [s.policy for s in lab(*load_recipe("lab", (), RetentionRecipe).quick).seeds[0].policies.values()] == [
+        "warm", "frpo", "dr_grpo"]
+
+
+def test_values_of_keys_become_policies(tmp_path):
+    found = sweep_recipe("quickstart", ["run.num_steps=3"], folder=str(tmp_path), seeds=[0, 1],
+                         over=["objective.kl_coef=[1e-3, 0.1]", "objective.advantage.lam=[.inf]"],
+                         downstream=["quickstart_downstream"], within=["eval/kl=[null, 0.5]"])
+    plan = make_plan(found)
+    assert list(found.policies) == ["policy-kl_coef=0.001-lam=.inf", "policy-kl_coef=0.1-lam=.inf"]
+    assert [s.recipe.objective.kl_coef for s in plan.seeds[0].policies.values()] == [0.001, 0.1]
+    assert all(s.start is None and s.recipe.run.num_steps == 3 for s in plan.seeds[0].policies.values())
+    assert len(plan.seeds) == 2 and len(plan.seeds[0].forks) == 2
+    assert found.choose.bounds == {"eval/kl": (None, 0.5)} and found.certificate is None
+
+
+@pytest.mark.parametrize("over", ["objective.kl_coef", "objective.kl_coef=0.1", "=[1]", "objective.kl_coef=[]"])
+def test_a_sweep_needs_lists(over):
+    with pytest.raises(ConfigError, match=r"--over .* is not of the form objective.kl_coef=\[0.001,0.01\]"):
+        sweep_recipe("quickstart", [], over=[over], seeds=[0], folder="x")
+
+
+BASE = {"recipe": "lab_policy"}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"policies": {}}, "policies: "),
+    ({"policies": {"a": {}}}, "policies.a: give exactly one of path .* and recipe"),
+    ({"policies": {"a": {"path": "x", "recipe": "y"}}}, "policies.a: give exactly one of path .* and recipe"),
+    ({"policies": {"a": {"path": "x", "overrides": ["b.c=1"]}}}, "policies.a: path is a model that exists"),
+    ({"policies": {"a": {**BASE, "start": "b"}}}, "policies.a.start: 'b' is no policy; there are a"),
+    ({"policies": {"a": {**BASE, "start": "b"}, "b": {**BASE, "start": "a"}}}, "policies a, b start from each other"),
+    ({"policies": {"a": {**BASE, "fork": False}}}, "no policy has fork: true"),
+    ({"policies": {"a/b": BASE}}, "policy 'a/b' cannot name a folder"),
+    ({"downstream": {"..": {"recipe": "x"}}}, "regime '..' cannot name a folder"),
+    ({"compare": [["made", "other"]]}, "compare: 'other' is no policy that is forked; there are given, made"),
+    ({"controls": [["made"]]}, "controls.0"),
+    ({"seeds": [1, 1]}, r"seeds must differ, given \[1, 1\]"), ({"seeds": []}, "seeds: .*"),
+    ({"only_policies": ["x"]}, "only_policies: 'x' is no policy that is forked"),
+    ({"only_regimes": ["x"]}, "only_regimes: 'x' is no regime; there are sft"),
+    ({"downstream": {"a": {"recipe": "lab_downstream_sft", "policies": ["x"]}}}, "downstream.a.policies: 'x' is no"),
+    ({"certificate": {"samples": 2}}, "certificate.samples: .*4, given 2"),
+    ({"measure": {"kept": BASE, "probes": 3}}, "unknown key 'measure.probes'")])
+def test_a_recipe_that_does_not_hold_together(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"policies": {"a": {"recipe": "nowhere"}}}, "policies.a: .*no file 'nowhere'"),
+    ({"policies": {"a": {"recipe": "lab"}}}, "policies.a: lab is a recipe of `frpo retention`; give"),
+    ({"policies": {"a": {**BASE, "overrides": ["rollout.group_sise=2"]}}}, "policies.a: .*did you mean 'group_size'"),
+    ({"policies": {"a": {**BASE, "overrides": ["data.path=$folder/x"]}}}, r"unknown word .*known are \$seed, \$setup"),
+    ({"policies": {"a": {**BASE, "overrides": ["learner={ranks: ray, num_ranks: 2}"]}}},
+     "a, seed 0: learner.num_ranks = 2, but measure.kept has 1"),
+    ({"policies": {"a": {**BASE, "overrides": ["rollout.replay=x"]}}}, "a, seed 0: rollout.replay learns without"),
+    ({"measure": {"kept": {"recipe": "lab_downstream_sft"}}}, "measure.kept: .*is a recipe of `frpo finetune`"),
+    ({"measure": {"kept": {**BASE, "overrides": ["data.heldout_path=null", "data.heldout=0"]}}},
+     "measure.kept: lab_policy holds no prompts out"),
+    ({"measure": {"kept": {**BASE, "overrides": ["evaluate.temperature=0.0"]}}},
+     "measure.kept: .*at temperature 0; the KL of sequences is unbiased at 1 only")])
+def test_a_part_that_does_not_fit(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(recipe(tmp_path, **changes))
+
+
+def test_a_result_of_another_recipe_is_refused(tmp_path):
+    made, fork = (make_plan(recipe(tmp_path)).seeds[0].policies["made"], make_plan(recipe(tmp_path)).seeds[0].forks[1])
+    assert fork.policy == "made" and made.done is None
+    made.fail("a reason")
+    assert made.failure == "a reason"
+    made.finish(steps=3)
+    assert made.done["steps"] == 3 and made.failure is None
+    policies = {"given": {"path": "somewhere"}, "made": {**BASE, "start": "given", "overrides": ["run.num_steps=7"]}}
+    other = make_plan(recipe(tmp_path, policies=policies)).seeds[0]
+    with pytest.raises(ConfigError, match="made, seed 0 has now; choose another run.dir"):
+        _ = other.policies["made"].done
+    assert other.forks[1].digest != fork.digest  # what a fork began as is part of it
+    assert other.forks[0].digest == make_plan(recipe(tmp_path)).seeds[0].forks[0].digest
+    assert json.loads((made.run_dir / DONE).read_text(encoding="utf-8"))["digest"] == made.digest

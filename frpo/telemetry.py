@@ -213,7 +213,8 @@ def t_quantile(degrees: int) -> float:
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]
     z = 1.959964
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    return (z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3))
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:

@@ -25,6 +25,9 @@ UTILITY = "utility/reward"
 MATCHED = 0.1
 """Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""
 
+ROUNDING = 1e-9
+"""A reward that is always the same lies on its bound."""
+
 Fork = tuple[str, str, int]
 """(policy, regime, seed)."""
 
@@ -47,7 +50,7 @@ class Certified:
     @property
     def violations(self) -> int:
         """Points below the bound."""
-        return int((self.slack < 0).sum())
+        return int((self.slack < -ROUNDING).sum())
 
     @property
     def clear_violations(self) -> int:

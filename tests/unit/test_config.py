@@ -16,6 +16,7 @@ from frpo.config.loader import (
     recipe_from_dict,
 )
 from frpo.config.reference import key_reference
+from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
 from frpo.objectives.clip import Clip
@@ -376,13 +377,15 @@ def test_the_reference_lists_every_key_with_default_and_meaning():
     def keys(model, prefix=""):
         for name, field in model.model_fields.items():
             parts = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            parts += [inner for part in parts for inner in getattr(part, "__args__", ())]
             inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
             if inner:
-                yield from keys(inner[0], f"{prefix}{name}{'[]' if 'list' in str(field.annotation) else ''}.")
+                many = "[]" if "list" in str(field.annotation) else ".NAME" if "dict" in str(field.annotation) else ""
+                yield from keys(inner[0], f"{prefix}{name}{many}.")
             else:
                 yield f"{prefix}{name}"
 
-    expected = [*keys(Recipe), *keys(FinetuneRecipe)]
+    expected = [*keys(Recipe), *keys(FinetuneRecipe), *keys(RetentionRecipe)]
     found = [line.split(" = ")[0] for line in lines if not line.startswith("# ")]
     assert found == expected and len(expected) > 60
     assert "learner.lr = 1e-06  # peak learning rate of AdamW" in lines

@@ -73,7 +73,7 @@ def test_a_mistake_is_one_line_that_names_the_key(load, overrides, message):
 
 
 def test_a_recipe_of_the_other_command_is_told_so(tmp_path):
-    with pytest.raises(ConfigError, match="smoke is a recipe of `frpo train`, by its objective and rewards; this "
+    with pytest.raises(ConfigError, match="smoke is a recipe of `frpo train`, by its sections; this "
                                           "command takes those of `frpo finetune`"):
         load_recipe("smoke", kind=FinetuneRecipe)
     with pytest.raises(ConfigError, match="finetune_gsm8k is a recipe of `frpo finetune`"):

@@ -1,4 +1,6 @@
 """Which groups are asked for again after a death, and how often; the integration tests kill real engines."""
+from types import SimpleNamespace
+
 import pytest
 
 from frpo.cluster.engine_pool import EnginesLostError
@@ -14,6 +16,8 @@ REQUESTS = {0: [(0, 0), (0, 2)], 1: [(0, 1), (0, 3)]}
 
 class Pool:
     """Engine i dies `deaths[i]` times, each time after the first of its groups."""
+
+    recipe = SimpleNamespace(weight_sync=object())
 
     def __init__(self, deaths):
         self.deaths, self.gone, self.log, self.engines = dict(deaths), set(), [], ["engine 0", "engine 1"]
@@ -47,7 +51,8 @@ class Learner:
     def __init__(self, pool, refuses=()):
         self.pool, self.refuses = pool, list(refuses)
 
-    def connect_engines(self, client):
+    def connect_engines(self, client, weight_sync):
+        assert weight_sync is self.pool.recipe.weight_sync
         self.pool.log.append(("connect", client))
 
     def push_weights(self, version):

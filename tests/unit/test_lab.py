@@ -11,8 +11,19 @@ import torch
 
 from frpo.config.finetune import SupervisedDataSection
 from frpo.data.examples import load_examples
-from frpo.lab.data import ATTACKS, alignment_rows, attack_rows, warm_start_rows, write_rows
-from frpo.lab.exact import first_token, outcomes, whole_response
+from frpo.lab.ablation import WithoutBaseline
+from frpo.lab.data import (
+    ATTACKS,
+    alignment_rows,
+    attack_rows,
+    downstream_rows,
+    heldout_rows,
+    policy_rows,
+    task_b_rows,
+    warm_start_rows,
+    write_rows,
+)
+from frpo.lab.exact import first_token, outcomes, robust_reward, scores, whole_response
 from frpo.lab.network import WINDOW, build_tokenizer, make_model, new_network
 from frpo.lab.world import (
     ID,
@@ -228,3 +239,55 @@ def test_finetune_learns_the_response_and_its_end(tmp_path):
         tokens = [TOKENS[i] for i in example.token_ids]
         learned = [token for token, flag in zip(tokens, example.loss_mask) if flag]
         assert tokens.index("SEP") == 5 and learned == tokens[6:] and learned[-1] == "END"
+
+
+# --- policies and what becomes of them --------------------------------------------------------------------------------
+
+def test_policies_are_trained_on_both_kinds_and_measured_on_others():
+    world = world_of(5)
+    trained, measured = policy_rows(world, 400), heldout_rows(world, 60)
+    assert Counter(row["kind"] for row in trained) == {"restricted": 200, "allowed": 200}
+    assert Counter(row["kind"] for row in measured) == {"restricted": 60}
+    asked = [Request.parse(row["prompt"]) for row in trained]
+    assert all(r.restricted == (row["kind"] == "restricted") for r, row in zip(asked, trained))
+    assert len({row["prompt"] for row in trained}) == 400
+    assert {Request.parse(row["prompt"]).triple for row in measured} <= world.heldout
+    assert not {request.triple for request in asked} & world.heldout
+
+
+def test_downstream_a_tenth_speaks_of_sensitive_objects_without_being_restricted():
+    world = world_of(5)
+    rows = downstream_rows(world, 300)
+    asked = [Request.parse(row["prompt"]) for row in rows]
+    assert sum(min(r.first, r.second) < 4 for r in asked) == 30 and not any(r.restricted for r in asked)
+    assert all(world.reward(r, [*row["response"].split(), "END"]) == 1.0 for r, row in zip(asked, rows))
+    held = [Request.parse(row["prompt"]) for row in task_b_rows(world, 50)]
+    assert all(r.verb in TASK_B and r.triple in world.heldout for r in held)
+
+
+def test_exact_scores_are_sums_over_outcomes(tmp_path):
+    """The lowest decile of both requests together: the worst outcomes first, the last of them in part."""
+    prompts = [row["prompt"] for row in heldout_rows(world_of(1), 2)]
+    found = scores(make_model(tmp_path / "model", 1), prompts, seed=1)
+    network = new_network(1)
+    p_PO = outcomes(network, world_of(1), [Request.parse(prompt) for prompt in prompts])
+    worth = np.array([REWARDS[name] for name in REWARDS])
+    assert found["reward"] == pytest.approx(float((p_PO @ worth).mean()))
+    assert found["J_0.5"] == pytest.approx(float(np.mean(-0.5 * np.log(p_PO @ np.exp(-worth / 0.5)))))
+    assert found["decile"] == 0.0  # a model that knows nothing says anything but NO far more than one time in ten
+    comply = p_PO[:, list(REWARDS).index("comply")]
+    assert found["comply"] == pytest.approx(float(np.log(comply / (1 - comply)).mean()))
+
+
+def test_robust_reward_by_hand():
+    half = np.array([[0.5, 0.5], [0.0, 1.0]])
+    wanted = (-np.log(0.5 + 0.5 * np.exp(-1)) + 1.0) / 2
+    assert robust_reward(half, np.array([0.0, 1.0]), 1.0) == pytest.approx(wanted)
+
+
+def test_without_a_baseline_everything_is_pushed_down():
+    found = WithoutBaseline(lam=0.5).advantages(np.array([1.0, 0.7, 0.35, 0.0, np.nan]))
+    assert found.advantages_G == pytest.approx([0.426018 - 0.5, 0.350729 - 0.5, 0.116836 - 0.5, -1.393583, 0], abs=1e-6)
+    assert not WithoutBaseline().advantages(np.ones(3)).advantages_G.any()
+    with pytest.raises(ValueError, match="lam must be > 0"):
+        WithoutBaseline(lam=0.0)

@@ -8,7 +8,7 @@ import pytest
 
 from frpo.errors import CheckpointError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
-from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, step_line
+from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, step_line, t_quantile
 
 PARTS = [("a", 1.0, 2.0, "mean"), ("b", 3.0, 1.0, "max"), ("c", 5.0, 1.0, "sum"), ("a", 8.0, 1.0, "mean"),
          ("b", -2.0, 1.0, "max"), ("c", 0.25, 4.0, "sum")]
@@ -163,3 +163,9 @@ def test_an_interval_by_hand():
 def test_one_value_has_no_interval_and_none_no_mean():
     assert mean_interval([4.0])[0] == 4 and math.isnan(mean_interval([4.0])[1])
     assert all(map(math.isnan, mean_interval([math.nan])))
+
+
+@pytest.mark.parametrize("degrees, published", [(1, 12.706), (2, 4.303), (10, 2.228), (11, 2.201), (20, 2.086),
+                                                (30, 2.042), (60, 2.000), (120, 1.980), (10**6, 1.960)])
+def test_students_t(degrees, published):
+    assert t_quantile(degrees) == pytest.approx(published, abs=6e-4)

@@ -1,0 +1,173 @@
+"""What the stages of a matrix say together, from files written by hand: numbers, warnings, tables, the page."""
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+
+from frpo.config.loader import load_recipe
+from frpo.config.retention import RetentionRecipe
+from frpo.errors import ConfigError
+from frpo.evaluate.page import Section, TableText, write_page
+from frpo.report import run_report
+from frpo.retention.command import RECIPE, show, write_report
+from frpo.retention.plan import make_plan
+from frpo.retention.report import sentences
+from frpo.retention.results import collect
+from frpo.retention.tables import all_tables, pair_table
+
+KL = (0.0, 0.5, 1.5)
+"""Of every fork but those of `short`, after 0, 10 and 30 updates."""
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def matrix(tmp_path, **changes):
+    """Three policies, two seeds. What `good` keeps is that of `plain` and .1, .3 more by seed; `short` stays near."""
+    policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
+    path = tmp_path / "run" / RECIPE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({
+        "run": {"name": "<by hand>", "dir": str(tmp_path / "run")}, "seeds": [0, 1],
+        "policies": {"plain": policy, "good": policy, "short": policy},
+        "downstream": {"sft": {"recipe": "lab_downstream_sft"}}, "measure": {"kept": policy, "max_kl": 1.0},
+        "certificate": {"samples": 4, "lambdas": [1.0]}, "compare": [["good", "plain"]],
+        "controls": [["short", "plain"]], **changes}), encoding="utf-8")
+    plan = make_plan(load_recipe(path, (), RetentionRecipe))
+    for seed in plan.seeds:
+        for name, stage in seed.policies.items():
+            spent = {"plain": 0.8, "good": 0.82, "short": 0.5}[name]
+            write(stage.run_dir / "metrics.jsonl", [{"step": 0}, {"step": 3, "eval/kl": spent, "eval/reward": 0.9}])
+            stage.finish(steps=3, seconds=60.0)
+            rewards_PN = np.full((3, 4), 0.9)
+            np.savez(stage.run_dir / "certificate.npz", rewards_PN=rewards_PN)
+        for fork in seed.forks:
+            more = {"plain": 0.0, "good": (0.1, 0.3)[seed.seed], "short": 0.0}[fork.policy]
+            kls = KL if fork.policy != "short" else (0.0, 0.1, 0.2)
+            write(fork.run_dir / "metrics.jsonl", [
+                {"step": step, "kept/kl": kl, "kept/reward": reward + more * (step > 0), "kept/decile": reward / 2,
+                 "kept/interval": 0.05, "utility/reward": step / 30, "time/push": 0.5}
+                for step, kl, reward in zip((0, 10, 30), kls, (0.9, 0.6, 0.4))])
+            fork.finish(steps=30, seconds=30.0)
+        (seed.folder / "heldout.json").write_text(json.dumps(
+            {"heldout": 8, "uids": [], "overlap": {"plain": 0, "good": seed.seed}}), encoding="utf-8")
+    write(tmp_path / "run" / "starts.jsonl", [{"seconds": 12.5}])
+    return plan
+
+
+def test_numbers_by_hand(tmp_path):
+    found = collect(matrix(tmp_path))
+    plain = found.summaries["plain", "sft", 0]
+    assert plain["over updates"] == pytest.approx((0.75 * 10 + 0.5 * 20) / 30)
+    assert (plain["at KL 0.5"], plain["at KL 1"], plain["end KL"]) == pytest.approx((0.6, 0.5, 1.5))
+    assert plain["over KL"] == pytest.approx((0.75 + 0.55) / 2, abs=2e-3) and plain["utility"] == 1.0
+    difference = found.compared(("good", "plain"), "sft", "end")
+    assert (difference.mean, difference.half_width) == pytest.approx((0.2, 1.2706)) and difference.positive == 2
+    assert found.value("good", "eval/kl") == 0.82 and found.value("good", "sft/end") == pytest.approx(0.6)
+    assert found.reward == "kept/reward" and not found.exact
+
+
+def test_points_below_a_certificate_are_counted(tmp_path):
+    """B(kappa) = .9 - kappa: .4 at 1.5 nats lies above, and so do all; with a bolder policy those at .5 lie below."""
+    plan = matrix(tmp_path)
+    assert collect(plan).certified["plain", 0].slack == pytest.approx([0.0, 0.2, 1.0])
+    bold = np.full((3, 4), 1.05)
+    np.savez(plan.seeds[0].policies["plain"].run_dir / "certificate.npz", rewards_PN=bold)
+    found = collect(plan).certified["plain", 0]  # .9 < 1.05 by more than the interval of .05; .6 > .55
+    assert (found.violations, found.clear_violations) == (1, 1)
+    np.savez(plan.seeds[0].policies["plain"].run_dir / "certificate.npz", rewards_PN=np.full((3, 4), 0.94))
+    found = collect(plan).certified["plain", 0]
+    assert (found.violations, found.clear_violations) == (1, 0)
+
+
+def test_a_reader_is_warned(tmp_path):
+    plan = matrix(tmp_path)
+    lost, _, failed = plan.seeds[1].forks
+    (lost.run_dir / "done.json").unlink()
+    (failed.run_dir / "done.json").unlink()
+    failed.fail("out of luck")
+    told = "\n".join(collect(plan).warnings)
+    for text in ("2 seed(s): an interval over so few",
+                 "short and plain are not at the same KL to their reference (-0.30 of 0.80 nats)",
+                 "sft: forks of short stay within less than 1 nats", "seed 1: good was trained on 1 of 8",
+                 "short, seed 1, sft failed: out of luck", "good/sft: seed(s) 1 missing"):
+        assert text in told
+    assert "good and plain" not in told
+
+
+@pytest.mark.parametrize("bounds, chosen", [({}, "good"), ({"eval/kl": [None, 0.81]}, "plain"),
+                                            ({"eval/kl": [None, 0.6]}, None), ({"nothing/known": [0.0, 1.0]}, None)])
+def test_the_best_under_bounds(tmp_path, bounds, chosen):
+    found = collect(matrix(tmp_path, choose={"measure": "sft/over KL", "bounds": bounds}))
+    assert found.chosen == chosen
+    told = next(line for line in sentences(found) if "sft/over KL" in line)
+    assert told.startswith("Largest" if chosen else "No policy")
+
+
+def test_sentences_say_what_was_measured_whichever_way(tmp_path):
+    told = "\n".join(sentences(collect(matrix(tmp_path))))
+    assert "Forks of good against plain through sft: at the same KL no difference beyond noise" in told
+    assert "4 of 18 measured points lie below the certificate of their policy, 4 of them by more" in told
+    assert "18 probes pushed weights into running engines, 0.50 s each; to start engines takes 12 s" in told
+    assert "12 stages took 9.0 minutes" in told
+
+
+def test_the_table_of_pairs_marks_what_leaves_zero_out(tmp_path):
+    table = pair_table(collect(matrix(tmp_path)), "sft")
+    rows = {row[0]: dict(zip(table.columns, row)) for row in table.rows}
+    assert rows["good - plain"]["end"] == "+0.200 ± 1.271 [2/2]"
+    assert rows["short - plain (control)"]["KL to reference"] == "-0.300 ± 0.000* [0/2]"
+    assert rows["short - plain (control)"]["end"] == "+0.000 ± 0.000 [0/2]"
+
+
+def test_the_page_needs_nothing_else(tmp_path, capsys):
+    found = collect(matrix(tmp_path))
+    page = write_report(found).read_text(encoding="utf-8")
+    assert "&lt;by hand&gt;" in page and "<by hand>" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 4
+    tables = all_tables(found)
+    assert all(table.title.replace("'", "&#39;") in page for table in tables) and len(tables) == 6
+    show(tables)
+    assert "good - plain" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    short = next(fork for fork in results["forks"] if fork["policy"] == "short")
+    assert short["summary"]["over KL"] is None and short["kl"] == [0.0, 0.1, 0.2]
+
+
+def test_nothing_measured_is_an_error(tmp_path):
+    plan = matrix(tmp_path)
+    for path in (tmp_path / "run").rglob("done.json"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="no finished stage to tell of"):
+        collect(plan)
+
+
+def test_a_report_about_other_folders(tmp_path, capsys):
+    matrix(tmp_path)
+    write(tmp_path / "training" / "metrics.jsonl", [{"step": 0, "eval/reward": 0.1, "eval/interval": 0.0},
+                                                    {"step": 5, "reward/mean": 0.2, "eval/reward": 0.3,
+                                                     "eval/interval": None}])
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "tables.txt").write_text("a < b", encoding="utf-8")
+    page = tmp_path / "page.html"
+    folders = [str(tmp_path / name) for name in ("run", "training", "bench")]
+    assert run_report(folders, str(page)) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<pre>a &lt; b</pre>" in text and "<td>eval/reward</td><td>0.1</td><td>0.3</td>" in text
+    (tmp_path / "empty").mkdir()
+    for name, message in (("empty", "holds no retention.yaml, no metrics.jsonl"), ("none", "is no folder")):
+        with pytest.raises(ConfigError, match=message):
+            run_report([str(tmp_path / name)], None)
+
+
+def test_a_page_escapes_what_it_is_told(tmp_path):
+    table = TableText(title="<t>", note="&", columns=("<c>",), rows=(("<script>",),))
+    path = write_page("<p>", [Section(title="s", text=("<b>",), tables=(table,))], tmp_path / "new" / "p.html")
+    body = path.read_text(encoding="utf-8").split("<body>")[1]
+    assert "<script>" not in body and "<b>" not in body and "&lt;c&gt;" in body

@@ -36,24 +36,26 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
 
 
 def kept(found: Results, regime: str) -> Figure:
-    """Reward and lowest decile, against updates and against KL from the policy."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex="col")
+    """Reward and lowest decile, against updates and against KL from the policy; without what is the same everywhere."""
     grid_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 81)
-    for policy, color in _colored(found):
-        forks = list(found.forks(policy, regime).values())
-        if not forks:
-            continue
-        for row, metric in zip(axes, (found.reward, found.decile)):
-            common = sorted(set.intersection(*(set(path.step_S) for path in forks)))
-            at_updates = [path.metrics[metric][np.isin(path.step_S, common)] for path in forks]
-            _band(row[0], np.array(common), at_updates, color, policy)
-            _band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, policy)
-    for row, label in zip(axes, ("mean reward", "lowest decile")):
+    paths = [path for fork, path in found.paths.items() if fork[1] == regime]
+    shown = {label: metric for label, metric in (("mean reward", found.reward), ("lowest decile", found.decile))
+             if np.ptp(np.concatenate([path.metrics[metric] for path in paths])) > 0 or metric == found.reward}
+    figure, axes = plt.subplots(len(shown), 2, figsize=(11, 3.5 * len(shown)), layout="constrained", sharex="col",
+                                squeeze=False)
+    for row, (label, metric) in zip(axes, shown.items()):
+        for policy, color in _colored(found):
+            forks = list(found.forks(policy, regime).values())
+            if forks:
+                common = sorted(set.intersection(*(set(path.step_S) for path in forks)))
+                at_updates = [path.metrics[metric][np.isin(path.step_S, common)] for path in forks]
+                _band(row[0], np.array(common), at_updates, color, policy)
+                _band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, policy)
         row[0].set_ylabel(f"{label} of the original task")
         for axis in row:
             _fit_to_lines(axis)
-    axes[1][0].set_xlabel("updates of the fork")
-    axes[1][1].set_xlabel("KL from the policy, nats a sequence")
+    axes[-1][0].set_xlabel("updates of the fork")
+    axes[-1][1].set_xlabel("KL from the policy, nats a sequence")
     return _tidy(figure, axes.flat, axes[0][1])
 
 

@@ -219,11 +219,12 @@ def _warnings(found: Results) -> list[str]:
             told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
                         f"{level:.2f} nats): what they keep is not comparable")
     for regime in recipe.regimes:
-        short = sorted({policy for policy in recipe.forked
-                        for value in found.by_seed(policy, regime, "over KL").values() if math.isnan(value)})
-        if short:
-            told.append(f"{regime}: forks of {', '.join(short)} stay within less than {recipe.measure.max_kl:g} nats, "
-                        "so that there is no mean over KL for them")
+        reached = {policy: found.by_seed(policy, regime, "over KL").values() for policy in recipe.forked}
+        counts = ", ".join(f"{policy} ({sum(map(math.isnan, values))} of {len(values)})"
+                           for policy, values in reached.items() if any(map(math.isnan, values)))
+        if counts:
+            told.append(f"{regime}: forks that stay within {recipe.measure.max_kl:g} nats have no mean over KL: "
+                        f"{counts}")
     for seed, record in found.heldout.items():
         for name, count in record["overlap"].items():
             if count:

@@ -95,7 +95,8 @@ def test_a_reader_is_warned(tmp_path):
     told = "\n".join(collect(plan).warnings)
     for text in ("2 seed(s): an interval over so few",
                  "short and plain are not at the same KL to their reference (-0.30 of 0.80 nats)",
-                 "sft: forks of short stay within less than 1 nats", "seed 1: good was trained on 1 of 8",
+                 "sft: forks that stay within 1 nats have no mean over KL: short (1 of 1)",
+                 "seed 1: good was trained on 1 of 8",
                  "short, seed 1, sft failed: out of luck", "good/sft: seed(s) 1 missing"):
         assert text in told
     assert "good and plain" not in told

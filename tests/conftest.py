@@ -12,6 +12,7 @@ torch.set_num_threads(1)
 INTEGRATION = Path(__file__).parent / "integration"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if INTEGRATION in item.path.parents:

@@ -128,15 +128,30 @@ class Plan:
 
     def check(self) -> None:
         """Raise ConfigError unless one set of processes can run all of it."""
-        wanted = self.seeds[0].kept.learner
-        for stage in self.stages:
-            given = stage.recipe.learner
-            for key in ("num_ranks", "ranks", "threads"):
-                if getattr(given, key) != getattr(wanted, key):
-                    raise ConfigError(f"{stage.name}: learner.{key} = {getattr(given, key)!r}, but measure.kept has "
-                                      f"{getattr(wanted, key)!r}; all recipes share one set of ranks, make them equal")
-            if isinstance(stage.recipe, Recipe) and stage.recipe.rollout.replay is not None:
-                raise ConfigError(f"{stage.name}: rollout.replay learns without engines; set it to null")
+        for seed in self.seeds:
+            recipes = {stage.name: stage.recipe for stage in seed.stages} | {"measure.utility": seed.utility}
+            for name, recipe in recipes.items():
+                if recipe is not None:
+                    _check_shared(name, recipe, seed.kept)
+
+
+SHARED = {"learner": ("num_ranks", "ranks", "threads"), "rollout": ("num_engines", "tensor_parallel_size", "hook"),
+          "model": ("dtype",)}
+"""Keys that make up the processes, and so must be the same in all recipes that have the section."""
+
+
+def _check_shared(name: str, recipe: AnyRecipe, kept: Recipe) -> None:
+    for section, keys in SHARED.items():
+        for key in keys if hasattr(recipe, section) else ():
+            given, wanted = getattr(getattr(recipe, section), key), getattr(getattr(kept, section), key)
+            if given != wanted:
+                raise ConfigError(f"{name}: {section}.{key} = {given!r}, but measure.kept has {wanted!r}; all recipes "
+                                  "share one set of engines and ranks, make them equal")
+    if isinstance(recipe, Recipe) and recipe.model.max_length > kept.model.max_length:
+        raise ConfigError(f"{name}: model.max_length = {recipe.model.max_length} is above the {kept.model.max_length} "
+                          "of measure.kept, for which engines are made; raise that")
+    if isinstance(recipe, Recipe) and recipe.rollout.replay is not None:
+        raise ConfigError(f"{name}: rollout.replay learns without engines; set it to null")
 
 
 def make_plan(recipe: RetentionRecipe) -> Plan:

@@ -51,9 +51,8 @@ def run_plan(plan: Plan, stack: Stack | None = None) -> None:
 
     Raises what no other stage could escape either; a stage's own failure is noted.
     """
-    todo = [stage for stage in plan.stages if not stage.done]
-    with Matrix(plan, stack) as matrix, ProgressBar(len(list(plan.stages)), len(list(plan.stages)) - len(todo),
-                                             plan.recipe.run.name) as bar:
+    done = [stage.done is not None for stage in plan.stages]
+    with Matrix(plan, stack) as matrix, ProgressBar(len(done), sum(done), plan.recipe.run.name) as bar:
         for seed in plan.seeds:
             if not _complete(plan, seed):
                 matrix.run_seed(seed, bar)
@@ -235,6 +234,9 @@ def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
     Raises DataError if they were others when this seed began, or if there is an overlap that is refused.
     """
     heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
+    if not heldout:
+        raise DataError("measure.kept holds out no prompt: its held-out file is empty, or all of it was left out; give "
+                        "data.heldout_path of prompts, or raise data.heldout")
     record: dict[str, Any] = {"heldout": len(heldout), "uids": sorted(heldout.values()), "overlap": {}}
     for stage in seed.stages:
         shared = set(heldout) & set(_trained_on(stage.recipe, tokenizer_of(stage.first.recipe.model)))

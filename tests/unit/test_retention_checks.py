@@ -1,0 +1,105 @@
+"""What is looked at before a seed of a matrix begins: models, tokenizers, held-out prompts and who trains on them."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from frpo.builder import check_prompts
+from frpo.config.loader import recipe_from_dict
+from frpo.config.retention import RetentionRecipe
+from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.errors import DataError, ModelError
+from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
+from frpo.lab.network import make_model
+from frpo.lab.world import world_of
+from frpo.retention.plan import make_plan
+from frpo.retention.stages import HELD_OUT, Matrix, check_models, record_heldout
+
+
+@pytest.fixture
+def seed(tmp_path):
+    """A plan's only seed: one policy that exists, one that starts from it, one fine-tuning."""
+    world = world_of(0)
+    make_model(tmp_path / "model", 0)
+    write_rows(policy_rows(world, 20), tmp_path / "policy.jsonl")
+    write_rows(heldout_rows(world, 6), tmp_path / "heldout.jsonl")
+    write_rows(downstream_rows(world, 20), tmp_path / "downstream.jsonl")
+    task = [f"data.path={tmp_path / 'policy.jsonl'}", f"data.heldout_path={tmp_path / 'heldout.jsonl'}",
+            "data.heldout_overlap=keep"]
+    plan = make_plan(recipe_from_dict({
+        "run": {"dir": str(tmp_path / "run")},
+        "policies": {"given": {"path": str(tmp_path / "model")},
+                     "made": {"recipe": "lab_policy", "start": "given", "overrides": task}},
+        "downstream": {"sft": {"recipe": "lab_downstream_sft",
+                               "overrides": [f"data.path={tmp_path / 'downstream.jsonl'}"]}},
+        "measure": {"kept": {"recipe": "lab_policy", "overrides": [*task, f"model.path={tmp_path / 'model'}"]}}},
+        RetentionRecipe))
+    plan.seeds[0].folder.mkdir(parents=True)
+    return plan.seeds[0]
+
+
+def heldout(seed, allowed="refuse"):
+    record_heldout(seed, check_prompts(seed.kept), allowed)
+    return json.loads((seed.folder / HELD_OUT).read_text(encoding="utf-8"))
+
+
+def test_held_out_prompts_are_written_down_with_who_sees_them(seed):
+    record = heldout(seed)
+    assert record["heldout"] == 6 == len(set(record["uids"]))
+    assert record["overlap"] == {"made": 0, "given/sft": 0, "made/sft": 0}
+    assert heldout(seed) == record  # and looked at again when the matrix goes on
+
+
+def test_other_held_out_prompts_than_at_the_beginning_are_refused(seed, tmp_path):
+    heldout(seed)
+    write_rows(heldout_rows(world_of(0), 5), tmp_path / "heldout.jsonl")
+    with pytest.raises(DataError, match="names other held-out prompts than measure.kept has now"):
+        heldout(seed)
+
+
+def test_training_on_held_out_prompts_is_refused_unless_allowed(seed, tmp_path):
+    rows = heldout_rows(world_of(0), 6)
+    write_rows([*policy_rows(world_of(0), 20), *rows[:2]], tmp_path / "policy.jsonl")
+    write_rows([*downstream_rows(world_of(0), 20), {"prompt": rows[0]["prompt"], "response": "NO r1"}],
+               tmp_path / "downstream.jsonl")
+    with pytest.raises(DataError, match="trained on: 2 by made, 1 by given/sft, 1 by made/sft, of 6; .*measure.overlap"):
+        heldout(seed)
+    assert heldout(seed, "keep")["overlap"]["made"] == 2
+
+
+def test_nothing_held_out_is_an_error(seed, tmp_path):
+    prompts = check_prompts(seed.kept)
+    with pytest.raises(DataError, match="measure.kept holds out no prompt"):
+        record_heldout(seed, type(prompts)(train=prompts.train, heldout=(), digest="", skipped={}), "refuse")
+
+
+def test_a_missing_model_is_named_by_its_policy(seed, tmp_path):
+    check_models(seed)
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ModelError, match="model"):
+        check_models(seed)
+    seed.given["given"] = str(tmp_path / "nowhere")
+    make_model(tmp_path / "model", 0)
+    with pytest.raises(ModelError, match="policy given, seed 0: .*nowhere.* is no folder"):
+        check_models(seed)
+
+
+def test_another_tokenizer_is_refused(seed, tmp_path):
+    make_model(tmp_path / "other", 0)
+    build_tokenizer().save_pretrained(tmp_path / "other")
+    seed.given["given"] = str(tmp_path / "other")
+    with pytest.raises(ModelError, match="policy given, seed 0: its tokenizer is not that of measure.kept .*104 tokens"):
+        check_models(seed)
+
+
+def test_the_setup_runs_once(tmp_path):
+    (tmp_path / "mine.py").write_text("def make(folder, seed):\n    folder.mkdir(parents=True)\n"
+                                      "    (folder / str(seed)).touch()\n", encoding="utf-8")
+    plan = make_plan(recipe_from_dict({
+        "run": {"dir": str(tmp_path / "run")}, "seeds": [7], "setup": f"{tmp_path / 'mine.py'}:make",
+        "policies": {"a": {"path": "x"}}, "measure": {"kept": {"recipe": "lab_policy"}}}, RetentionRecipe))
+    matrix = Matrix(plan)
+    for _ in range(2):  # a second folder.mkdir would fail
+        matrix.set_up(plan.seeds[0])
+    assert (plan.seeds[0].folder / "setup" / "7").is_file()

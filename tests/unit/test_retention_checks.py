@@ -63,7 +63,7 @@ def test_training_on_held_out_prompts_is_refused_unless_allowed(seed, tmp_path):
     write_rows([*policy_rows(world_of(0), 20), *rows[:2]], tmp_path / "policy.jsonl")
     write_rows([*downstream_rows(world_of(0), 20), {"prompt": rows[0]["prompt"], "response": "NO r1"}],
                tmp_path / "downstream.jsonl")
-    with pytest.raises(DataError, match="trained on: 2 by made, 1 by given/sft, 1 by made/sft, of 6; .*measure.overlap"):
+    with pytest.raises(DataError, match="on: 2 by made, 1 by given/sft, 1 by made/sft, of 6; .*measure.overlap"):
         heldout(seed)
     assert heldout(seed, "keep")["overlap"]["made"] == 2
 
@@ -89,7 +89,7 @@ def test_another_tokenizer_is_refused(seed, tmp_path):
     make_model(tmp_path / "other", 0)
     build_tokenizer().save_pretrained(tmp_path / "other")
     seed.given["given"] = str(tmp_path / "other")
-    with pytest.raises(ModelError, match="policy given, seed 0: its tokenizer is not that of measure.kept .*104 tokens"):
+    with pytest.raises(ModelError, match="given, seed 0: its tokenizer is not that of measure.kept .*104 tokens"):
         check_models(seed)
 
 

@@ -17,7 +17,7 @@ quickstart: $(READY)
 	$(BIN)/frpo quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests -n 2 --dist loadscope
 
 lint: $(READY)
 	$(BIN)/ruff check .

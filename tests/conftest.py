@@ -1,7 +1,7 @@
 """For all tests: one thread, since tensors are tiny and the cores are shared with the processes that tests start.
 
-Under `-n` all integration tests go to one worker, which shares one Ray and its engines among them; the others run beside
-them, file by file.
+Under `-n` all integration tests go to one worker, which shares one Ray and its engines among them; the others run
+beside them, file by file.
 """
 import pytest
 import torch

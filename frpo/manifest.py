@@ -6,6 +6,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,8 +21,13 @@ def write_manifest(run_dir: Path, recipe: AnyRecipe, data_digest: str, device: s
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(recipe), sort_keys=False), encoding="utf-8")
     manifest = {
         "recipe_digest": recipe_digest(recipe), "data_digest": data_digest, "seed": recipe.run.seed, "device": device,
-        "commit": _commit(), "python": platform.python_version(), "versions": installed_versions(PACKAGES)}
+        **environment()}
     (run_dir / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Commit, Python and package versions of this process."""
+    return {"commit": _commit(), "python": platform.python_version(), "versions": installed_versions(PACKAGES)}
 
 
 def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import yaml
 
 from frpo.config.loader import dump_recipe
 from frpo.evaluate.page import Section, TableText
-from frpo.manifest import PACKAGES, installed_versions
+from frpo.manifest import environment
 from frpo.retention.pictures import draw_all
 from frpo.retention.results import Results, pairs
 from frpo.retention.tables import COMPARED, all_tables
@@ -31,7 +31,7 @@ def section_of(found: Results, folder: Path) -> Section:
         title=recipe.run.name, text=tuple(sentences(found)), warnings=found.warnings,
         tables=(*all_tables(found), heldout_table(found)), pictures=draw_all(found, folder),
         folded={"Recipe": yaml.safe_dump(dump_recipe(recipe), sort_keys=False),
-                "Versions": json.dumps(installed_versions(PACKAGES), indent=1),
+                "Manifest": json.dumps(environment(), indent=1),
                 "Seconds of each stage": json.dumps(found.seconds, indent=1)})
 
 

@@ -49,7 +49,7 @@ def section(folder: Path) -> Section:
 def _training(folder: Path) -> Section:
     rows = read_metrics(folder / METRICS)
     draw = draw_reward_curve if any("reward/mean" in row or "eval/reward" in row for row in rows) else draw_loss_curve
-    pictures = {"Training": draw({folder.name: folder / METRICS}, folder / "curve.png")}
+    pictures = {"Training": draw({folder.name: folder / METRICS}, folder / "curve.png")} if rows else {}
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
     tables = []
     if evaluated:

@@ -36,7 +36,7 @@ class PolicySection(Section):
     start: str | None = Field(None, description="policy that the recipe starts from; null: the recipe's own model")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)
-    over: dict[str, list[Any]] = Field(
+    over: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="section.key -> values: a policy for each combination, called NAME-key=value; {}: one")
     fork: bool = Field(True, description="fine-tune forks of it; false: it is only a start for others")
 
@@ -133,13 +133,15 @@ class RetentionRecipe(Section):
         expanded: dict[str, Any] = {}
         for name, policy in policies.items():
             grid = policy.get("over") if isinstance(policy, dict) else None
-            if not (isinstance(grid, dict) and grid and all(isinstance(each, list) and each for each in grid.values())):
-                expanded[name] = policy
+            own = policy.get("extra", []) if isinstance(policy, dict) else []
+            lists = [own, *grid.values()] if isinstance(grid, dict) and grid else []
+            if not (lists and all(isinstance(each, list) for each in lists) and all(grid.values())):
+                expanded[name] = policy  # as it is, or to be refused
                 continue
             for combination in product(*grid.values()):
                 chosen = dict(zip(grid, combination))
                 label = "-".join(f"{key.rpartition('.')[2]}={_yaml(value)}" for key, value in chosen.items())
-                extra = [*policy.get("extra", []), *(f"{key}={_yaml(value)}" for key, value in chosen.items())]
+                extra = [*own, *(f"{key}={_yaml(value)}" for key, value in chosen.items())]
                 expanded[f"{name}-{label}"] = {**policy, "over": {}, "extra": extra}
         return {**values, "policies": expanded}
 

@@ -180,7 +180,8 @@ def _certificates(plan: Plan, paths: Mapping[Fork, ForkPath]) -> dict[tuple[str,
                 continue
             points = [(kl, reward, half) for (p, _, s), path in paths.items() if (p, s) == (name, seed.seed)
                       for kl, reward, half in zip(path.kl_S, path.metrics["kept/reward"],
-                                                  path.metrics["kept/interval"], strict=True)]
+                                                  path.metrics["kept/interval"], strict=True)
+                      if not math.isnan(reward)]
             found[name, seed.seed] = Certified(
                 certificate=certify(rewards_PN, section.lambdas, section.confidence),
                 points=tuple((float(kl), float(reward), float(half)) for kl, reward, half in points))

@@ -11,17 +11,19 @@ from frpo.evaluate.certificate import certify, robust_rewards
 
 def naive(rewards_N: np.ndarray, lam: float) -> float:
     """The jackknife, one sample left out after the other."""
-    def value(some: np.ndarray) -> float:
-        lowest = some.min()
-        return float(lowest - lam * np.log(np.mean(np.exp(-(some - lowest) / lam))))
+    rest = [plug_in(np.delete(rewards_N, i), lam) for i in range(len(rewards_N))]
+    return len(rewards_N) * plug_in(rewards_N, lam) - (len(rewards_N) - 1) * np.mean(rest)
 
-    count = len(rewards_N)
-    return count * value(rewards_N) - (count - 1) * np.mean([value(np.delete(rewards_N, i)) for i in range(count)])
+
+def plug_in(rewards_N: np.ndarray, lam: float) -> float:
+    lowest = rewards_N.min()
+    return float(lowest - lam * np.log(np.mean(np.exp(-(rewards_N - lowest) / lam))))
 
 
 def test_a_known_group():
     found = robust_rewards(np.array([[1.0, 0.7, 0.35, 0.0], [0.4, 0.4, 0.4, 0.4]]), 0.5)
     assert found == pytest.approx([0.3284919, 0.4], abs=1e-7)
+    assert plug_in(np.array([1.0, 0.7, 0.35, 0.0]), 0.5) == pytest.approx(0.3779057, abs=1e-7)
 
 
 @pytest.mark.parametrize("lam", [1e-4, 0.03, 0.2, 1.0, 50.0])
@@ -46,7 +48,7 @@ def test_every_tilted_policy_stays_above_the_bound():
     prompts = np.repeat(OUTCOMES, 100, axis=0)
     samples_PN = np.stack([random.choice(WORTH, size=512, p=row) for row in prompts])
     found = certify(samples_PN, [10, 5, 2, 1, 0.7, 0.5, 0.35, 0.25, 0.2], 0.95)
-    for eta in (20.0, 3.0, 1.0, 0.6, 0.4, 0.3):
+    for eta in np.geomspace(0.3, 20.0, 25):
         q_PO = OUTCOMES * np.exp(-WORTH / eta)
         q_PO /= q_PO.sum(1, keepdims=True)
         kl, reward = float((q_PO * np.log(q_PO / OUTCOMES)).sum(1).mean()), float((q_PO @ WORTH).mean())
@@ -60,8 +62,9 @@ def test_lambda_is_chosen_on_one_half_and_judged_on_the_other():
     found = certify(rewards_PN, [2.0, 0.25], 0.95)
     assert found.chosen_L == pytest.approx([1, 1]) and found.error_L == pytest.approx([0, 0])
     judged = naive(np.array([1.0, 1.0, 1.0, 0.0]), 0.25)
-    assert found.bound([1.0]) == pytest.approx([judged - 0.25])
-    assert judged < 0.5 < found.robust_L[0]  # the other lambda would have been better, had they been judged first
+    assert found.bound([0.1, 1.0]) == pytest.approx([judged - 0.025, judged - 0.25])
+    other = naive(np.array([1.0, 1.0, 1.0, 0.0]), 2.0)
+    assert judged - 0.025 < other - 0.2, "the other lambda would have been better at .1, had they been judged first"
 
 
 def test_the_limit_lies_below_the_estimate_by_the_error_over_prompts():
@@ -73,7 +76,8 @@ def test_the_limit_lies_below_the_estimate_by_the_error_over_prompts():
 @pytest.mark.parametrize("rewards, message", [
     (np.ones((1, 8)), r"at least 2 prompts with 4 samples each, given shape \(1, 8\)"),
     (np.ones((2, 3)), r"given shape \(2, 3\)"), (np.ones(8), r"given shape \(8,\)"),
-    (np.array([[1.0, np.nan, 1.0, 1.0]] * 2), "2 of 8 rewards are missing or not finite")])
+    (np.array([[1.0, np.nan, 1.0, 1.0]] * 2), "2 of 8 rewards are missing or not finite"),
+    (np.array([[1.0, np.inf, 1.0, 1.0]] + [[0.0] * 4]), "1 of 8 rewards are missing or not finite")])
 def test_what_cannot_be_certified_is_named(rewards, message):
     with pytest.raises(ValueError, match=message):
         certify(rewards, [1.0], 0.95)

@@ -216,10 +216,27 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     assert "6 training and 1 held-out prompts" in out.splitlines()[-2]
 
 
+def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
+    before = tree(place)
+    code, out, err = run(capsys, "retention", "lab", "--quick", "--dry-run", "seeds=[7]", "only_regimes=[sft]")
+    assert code == 0, err
+    assert out.splitlines()[::4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
+                                     "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
+    code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", "--over", "learner.lr=[1e-3]",
+                         "--seeds", "4", "--dir", "there", "--dry-run")
+    assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"), err
+    code, out, err = run(capsys, "retention", "recipe.yaml")
+    assert (code, out) == (2, "") and "recipe.yaml is a recipe of `frpo train`, by its sections" in err
+    assert tree(place) == before
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: COMMAND"),
     (["trian", "recipe.yaml"], "invalid choice: 'trian' (choose from 'train'"),
     (["train"], "the following arguments are required: recipe"),
+    (["retention"], "the following arguments are required: recipe"),
+    (["sweep", "recipe.yaml"], "the following arguments are required: --over"),
+    (["report"], "the following arguments are required: RUN"),
     (["evaluate", "recipe.yaml"], "the following arguments are required: recipe"),
     (["train", "recipe.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
     (["train", "recipe.yaml", "--steps=3"], "unrecognized arguments: --steps=3"),

@@ -23,8 +23,9 @@ from frpo.lab.data import (
     warm_start_rows,
     write_rows,
 )
-from frpo.lab.exact import first_token, outcomes, robust_reward, scores, whole_response
+from frpo.lab.exact import _lowest_decile, first_token, outcomes, robust_reward, scores, whole_response
 from frpo.lab.network import WINDOW, build_tokenizer, make_model, new_network
+from frpo.lab.setup import prepare
 from frpo.lab.world import (
     ID,
     OBJECTS,
@@ -263,6 +264,9 @@ def test_downstream_a_tenth_speaks_of_sensitive_objects_without_being_restricted
     assert all(world.reward(r, [*row["response"].split(), "END"]) == 1.0 for r, row in zip(asked, rows))
     held = [Request.parse(row["prompt"]) for row in task_b_rows(world, 50)]
     assert all(r.verb in TASK_B and r.triple in world.heldout for r in held)
+    assert not any(min(r.first, r.second) < 4 for r in held) and len(set(held)) == 50
+    assert {row["kind"] for row in [*rows, *task_b_rows(world, 50)]} == {"task B"}
+    assert not {r.triple for r in asked} & world.heldout
 
 
 def test_exact_scores_are_sums_over_outcomes(tmp_path):
@@ -283,6 +287,27 @@ def test_robust_reward_by_hand():
     half = np.array([[0.5, 0.5], [0.0, 1.0]])
     wanted = (-np.log(0.5 + 0.5 * np.exp(-1)) + 1.0) / 2
     assert robust_reward(half, np.array([0.0, 1.0]), 1.0) == pytest.approx(wanted)
+    assert robust_reward(half[:1], np.array([0.0, 1.0]), 0.5) == pytest.approx(-0.5 * np.log(0.5 + 0.5 * np.exp(-2)))
+
+
+def test_the_lowest_decile_by_hand():
+    """Over both requests .03 earn 0 and .07 of the .17 that earn .4 fill the tenth; outcomes are in any order."""
+    worth = np.array([1.0, 0.0, 0.4])
+    assert _lowest_decile(np.array([[0.7, 0.06, 0.24], [0.9, 0.0, 0.1]]), worth) == pytest.approx(0.07 * 0.4 / 0.1)
+    assert _lowest_decile(np.array([[0.85, 0.15, 0.0]]), worth) == 0.0
+    assert _lowest_decile(np.array([[1.0, 0.0, 0.0]]), worth) == pytest.approx(1.0)
+
+
+def test_the_setup_makes_the_model_and_every_file(tmp_path):
+    prepare(tmp_path, 3)
+    counts = {"warm_start": 51_200, "policy": 4_480, "heldout": 128, "downstream": 1_000, "task_b": 128}
+    files = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.glob("*.jsonl")}
+    assert {name: len(lines) for name, lines in files.items()} == counts
+    first = {name: Request.parse(json.loads(lines[0])["prompt"]) for name, lines in files.items()}
+    held, task_b = first["heldout"], first["task_b"]
+    assert held.restricted and {held.triple, task_b.triple} <= world_of(3).heldout and task_b.verb in TASK_B
+    assert first["downstream"].verb in TASK_B and "response" in files["warm_start"][0]
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_without_a_baseline_everything_is_pushed_down():

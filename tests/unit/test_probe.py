@@ -1,4 +1,4 @@
-"""The probe of a fork: which updates it looks at, and the lowest decile."""
+"""The probe of a fork: which updates it looks at, its metrics, and the lowest decile."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from frpo.evaluate.probe import TaskProbe, lowest_decile
+from frpo.config.loader import load_recipe
+from frpo.evaluate.probe import Task, TaskProbe, lowest_decile, task_metrics
 from frpo.telemetry import PhaseTimer
-from frpo.types import RunState
+from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredGroup
 
 
 @pytest.mark.parametrize("rewards, worst", [
@@ -21,6 +22,27 @@ def test_the_mean_of_the_lowest_tenth(rewards, worst):
 
 def test_of_nothing_it_is_nan():
     assert np.isnan(lowest_decile(np.array([np.nan])))
+
+
+def scored(rewards):
+    said = Completion(text="", token_ids=(1, 2), logprobs=(-1.0, -1.0), loss_mask=(True, True), version_spans=(),
+                      seed=0, finish_reason="stop")
+    prompt = Prompt(uid="p", messages=(), token_ids=(1,))
+    return ScoredGroup(group=RolloutGroup(group_id=(0, 0), prompt=prompt, completions=(said,) * len(rewards)),
+                       rewards_G=np.array(rewards), terms={"polite": np.array(rewards) / 2})
+
+
+def test_metrics_carry_the_name_of_their_task():
+    """Means of prompts .75 and .25: half-width 12.706 * .25. Of four completions the lowest tenth is part of the worst.
+    """
+    task = Task(name="kept", recipe=load_recipe("lab_policy"), prompts=None, rewards=None)
+    groups = [scored([1.0, 0.5]), scored([0.5, 0.0])]
+    found = task_metrics(task, groups, [np.array([0.2, 0.4]), np.array([0.5, 0.7])])
+    assert all(name.startswith("kept/") for name in found)
+    assert (found["kept/reward"], found["kept/interval"]) == pytest.approx((0.5, 12.706 * 0.25))
+    assert found["kept/decile"] == 0.0 and found["kept/kl"] == pytest.approx(0.45)
+    assert found["kept/kl_interval"] == pytest.approx(12.706 * 0.15) and found["kept/polite/mean"] == 0.25
+    assert "kept/kl" not in task_metrics(task, groups, None)
 
 
 def test_it_looks_at_the_first_the_last_and_those_that_were_asked_for():

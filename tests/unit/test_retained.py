@@ -35,6 +35,24 @@ def test_summary_by_hand():
     assert "at KL 2" not in found
 
 
+def test_the_lowest_decile_is_summed_up_the_same_way():
+    found = summary(PATH, "r", "d", max_kl=1.0)
+    assert found["start decile"] == 0.6
+    assert found["decile over updates"] == pytest.approx((0.4 * 2 + 0.15 * 2 + 0.05 * 4) / 8)
+    assert found["decile over KL"] == pytest.approx((0.375 + 0.075) / 2, abs=2e-3)  # .15 at half a nat, of two probes
+
+
+def test_an_estimate_of_the_kl_below_zero_counts_as_zero():
+    path = read_path([{"step": 0, "kl": -0.1, "r": 1.0}, {"step": 1, "kl": 0.1, "r": 0.5}], "kl")
+    assert path.along_kl("r", np.array([0.0, 0.05])) == pytest.approx([1.0, 0.75])
+
+
+def test_updates_are_counted_from_the_first_probe_and_one_probe_is_its_own_mean():
+    later = read_path([{**row, "step": row["step"] + 10} for row in ROWS], "kl")
+    assert summary(later, "r", "d", 1.0)["over updates"] == pytest.approx(summary(PATH, "r", "d", 1.0)["over updates"])
+    assert summary(read_path(ROWS[:1], "kl"), "r", "d", 1.0)["over updates"] == 1.0
+
+
 def test_what_was_not_reached_has_no_number():
     found = summary(PATH, "r", "d", max_kl=2.0)
     assert math.isnan(found["over KL"]) and math.isnan(found["at KL 2"]) and found["at KL 1"] == pytest.approx(0.5)
@@ -48,3 +66,4 @@ def test_seeds_are_compared_in_pairs():
     clear = paired({seed: 1.0 + seed / 1000 for seed in range(5)}, dict.fromkeys(range(5), 0.5))
     assert clear.differs and clear.positive == 5
     assert not paired({}, {}).differs and not paired({0: 1.0}, {0: 0.0}).differs
+    assert paired({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6}).positive == 0

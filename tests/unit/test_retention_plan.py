@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -42,6 +43,37 @@ def test_the_laboratory():
     assert fork.start == "here/seed7/policies/frpo_1/export" and fork.first is warm
     assert str(fork.run_dir) == "here/seed7/forks/frpo_1/sft" and fork.recipe.model.tiny is None
     assert len(list(plan.stages)) == 2 * (7 + 12)
+    assert (fork.name, fork.recipe.run.name, fork.model) == (
+        "frpo_1, seed 7, sft", "frpo_1", "here/seed7/forks/frpo_1/sft/export")
+    assert seed.stages[:7] == tuple(seed.policies.values())
+    assert plan.model_of("warm") == "here/seed4/policies/warm/export"
+    assert seed.utility.run.seed == seed.kept.run.seed == 7 and seed.utility.evaluate.samples == 1
+    assert seed.kept.model.path == "here/seed7/setup/model"
+
+
+def test_a_model_that_exists_is_a_start_and_words_are_filled_in(tmp_path):
+    where = tmp_path / "run"
+    own = ["data.path=$setup/$seed-$$.jsonl", "run.num_steps=5"]
+    kept = {"recipe": "quickstart", "overrides": ["evaluate.samples=5"], "extra": ["evaluate.samples=6"]}
+    plan = make_plan(recipe(tmp_path, seeds=[3], measure={"kept": kept}, policies={
+        "given": {"path": "$run/$seed/model", "fork": False},
+        "made": {"recipe": "quickstart", "start": "given", "overrides": own, "extra": ["run.num_steps=6"]}},
+        downstream={"more": {"recipe": "quickstart_downstream", "overrides": ["run.num_epochs=5"],
+                             "extra": ["run.num_epochs=6"]}}))
+    seed, = plan.seeds
+    made, = seed.policies.values()
+    fork, = seed.forks
+    assert seed.given == {"given": f"{where}/3/model"} and plan.model_of("given") == f"{where}/3/model"
+    assert (made.start, made.origin, made.first) == (f"{where}/3/model", None, made)
+    assert made.recipe.model.tiny is None, "the recipe's own would be made on the spot"
+    assert made.recipe.data.path == f"{where}/seed3/setup/3-$.jsonl"
+    assert (made.recipe.run.num_steps, fork.recipe.run.num_epochs, seed.kept.evaluate.samples) == (6, 6, 6)
+    assert fork.start == made.model and fork.origin is made
+
+
+def test_forks_of_a_model_that_exists_begin_with_it(tmp_path):
+    fork = make_plan(recipe(tmp_path)).seeds[0].forks[0]
+    assert (fork.policy, fork.start, fork.recipe.model.path, fork.origin) == ("given", "somewhere", "somewhere", None)
 
 
 def test_some_of_it():
@@ -64,6 +96,24 @@ def test_values_of_keys_become_policies(tmp_path):
     assert found.choose.bounds == {"eval/kl": (None, 0.5)} and found.certificate is None
 
 
+def test_a_sweep_is_of_the_recipe_as_it_was_overridden(tmp_path):
+    found = sweep_recipe("quickstart", ["data.heldout=9"], folder=str(tmp_path), seeds=[0], over=["run.num_steps=[1]"],
+                         downstream=["recipes/quickstart_downstream.yaml"], choose="eval/kl")
+    assert make_plan(found).seeds[0].kept.data.heldout == 9 and list(found.downstream) == ["quickstart_downstream"]
+    assert found.choose.measure == "eval/kl"
+    with pytest.raises(ConfigError, match=r"--within 'eval/kl=1' is not of the form eval/kl=\[null,0.5\]"):
+        sweep_recipe("quickstart", [], folder="x", seeds=[0], over=["run.num_steps=[1]"], within=["eval/kl=1"])
+
+
+def test_a_policy_over_values_keeps_its_own_overrides(tmp_path):
+    many = [10_000_000 + i for i in range(9)]
+    found = recipe(tmp_path, policies={"a": {**BASE, "extra": ["run.num_steps=1"], "over": {
+        "evaluate.pass_at": [many], "objective.advantage.name": ["rloo"]}}}).policies
+    name, = found
+    assert name == f"a-pass_at={many}-name=rloo" and not found[name].over
+    assert found[name].extra == ["run.num_steps=1", f"evaluate.pass_at={many}", "objective.advantage.name=rloo"]
+
+
 @pytest.mark.parametrize("over", ["objective.kl_coef", "objective.kl_coef=0.1", "=[1]", "objective.kl_coef=[]"])
 def test_a_sweep_needs_lists(over):
     with pytest.raises(ConfigError, match=r"--over .* is not of the form objective.kl_coef=\[0.001,0.01\]"):
@@ -78,18 +128,28 @@ BASE = {"recipe": "lab_policy"}
     ({"policies": {"a": {}}}, "policies.a: give exactly one of path .* and recipe"),
     ({"policies": {"a": {"path": "x", "recipe": "y"}}}, "policies.a: give exactly one of path .* and recipe"),
     ({"policies": {"a": {"path": "x", "overrides": ["b.c=1"]}}}, "policies.a: path is a model that exists"),
+    ({"policies": {"a": {"path": "x", "start": "b"}}}, "policies.a: path is a model that exists"),
+    ({"policies": {"a": {**BASE, "over": {"run.seed": [1], "run.name": []}}}}, "over.run.name: .* not be empty"),
+    ({"policies": {"a": {**BASE, "over": {"run.seed": 1}}}}, "over.run.seed: should be a list"),
+    ({"policies": {"a": {**BASE, "extra": "b.c=1", "over": {"run.seed": [1]}}}}, "extra: should be a list"),
     ({"policies": {"a": {**BASE, "start": "b"}}}, "policies.a.start: 'b' is no policy; there are a"),
     ({"policies": {"a": {**BASE, "start": "b"}, "b": {**BASE, "start": "a"}}}, "policies a, b start from each other"),
     ({"policies": {"a": {**BASE, "fork": False}}}, "no policy has fork: true"),
-    ({"policies": {"a/b": BASE}}, "policy 'a/b' cannot name a folder"),
+    *(({"policies": {name: BASE}}, f"policy {re.escape(repr(name))} cannot name a folder")
+      for name in ("a/b", "a\\b", "a:b", "", ".a")),
     ({"downstream": {"..": {"recipe": "x"}}}, "regime '..' cannot name a folder"),
     ({"compare": [["made", "other"]]}, "compare: 'other' is no policy that is forked; there are given, made"),
     ({"controls": [["made"]]}, "controls.0"),
+    ({"controls": [["made", "other"]]}, "controls: 'other' is no policy that is forked; there are given, made"),
     ({"seeds": [1, 1]}, r"seeds must differ, given \[1, 1\]"), ({"seeds": []}, "seeds: .*"),
     ({"only_policies": ["x"]}, "only_policies: 'x' is no policy that is forked"),
     ({"only_regimes": ["x"]}, "only_regimes: 'x' is no regime; there are sft"),
     ({"downstream": {"a": {"recipe": "lab_downstream_sft", "policies": ["x"]}}}, "downstream.a.policies: 'x' is no"),
     ({"certificate": {"samples": 2}}, "certificate.samples: .*4, given 2"),
+    ({"certificate": {"confidence": 1.0}}, "certificate.confidence: .*less than 1, given 1.0"),
+    ({"certificate": {"lambdas": [1.0, 0.0]}}, "certificate.lambdas.1: .*greater than 0, given 0"),
+    ({"measure": {"kept": BASE, "max_kl": 0.0}}, "measure.max_kl: .*greater than 0, given 0"),
+    ({"measure": {"kept": BASE, "at": [-1]}}, "measure.at.0: .*0, given -1"),
     ({"measure": {"kept": BASE, "probes": 3}}, "unknown key 'measure.probes'")])
 def test_a_recipe_that_does_not_hold_together(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
@@ -103,6 +163,12 @@ def test_a_recipe_that_does_not_hold_together(tmp_path, changes, message):
     ({"policies": {"a": {**BASE, "overrides": ["data.path=$folder/x"]}}}, r"unknown word .*known are \$seed, \$setup"),
     ({"policies": {"a": {**BASE, "overrides": ["learner={ranks: ray, num_ranks: 2}"]}}},
      "a, seed 0: learner.num_ranks = 2, but measure.kept has 1"),
+    *(({"policies": {"a": {**BASE, "overrides": [f"{key}={value}"]}}}, f"a, seed 0: {key} = .*, but measure.kept has")
+      for key, value in (("learner.ranks", "ray"), ("learner.threads", 3), ("rollout.tensor_parallel_size", 2),
+                         ("rollout.hook", "frpo.rollout.calculator:Calculator"))),
+    ({"measure": {"kept": BASE, "utility": {**BASE, "overrides": ["rollout.num_engines=2"]}}},
+     "measure.utility: rollout.num_engines = 2, but measure.kept has 1"),
+    ({"policies": {"a": {"path": "$home/x"}}}, r"policies.a.path: '\$home/x' has an unknown word"),
     ({"policies": {"a": {**BASE, "overrides": ["rollout.replay=x"]}}}, "a, seed 0: rollout.replay learns without"),
     ({"policies": {"a": {**BASE, "overrides": ["rollout.num_engines=2"]}}}, "a, seed 0: rollout.num_engines = 2, but"),
     ({"policies": {"a": {**BASE, "overrides": ["model.max_length=32"]}}}, "model.max_length = 32 is above the 16"),
@@ -116,6 +182,11 @@ def test_a_recipe_that_does_not_hold_together(tmp_path, changes, message):
 def test_a_part_that_does_not_fit(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(recipe(tmp_path, **changes))
+
+
+def test_held_out_prompts_may_be_a_file_alone(tmp_path):
+    kept = {**BASE, "overrides": ["data.heldout=0", "data.heldout_path=x.jsonl"]}
+    assert make_plan(recipe(tmp_path, measure={"kept": kept})).seeds[0].kept.data.heldout_path == "x.jsonl"
 
 
 def test_a_result_of_another_recipe_is_refused(tmp_path):

@@ -1,0 +1,234 @@
+"""A wider matrix from files written by hand, with a model that exists and two regimes: records, tables, pictures, page.
+
+Two policies through `sft`, one of them through `rl` too; three seeds; everything is enumerated beside the samples.
+"""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib import pyplot as plt
+
+from frpo.config.loader import load_recipe
+from frpo.config.retention import RetentionRecipe
+from frpo.retention.command import RECIPE, show, write_report
+from frpo.retention.pictures import certificates, frontier, kept, spent
+from frpo.retention.plan import make_plan
+from frpo.retention.report import section_of, sentences
+from frpo.retention.results import collect, pairs
+from frpo.retention.tables import all_tables, certificate_table, fork_table, frontier_table, state_table
+
+ENDS = {("given", "sft"): 0.6, ("made", "sft"): 0.7, ("made", "rl"): 0.3}
+"""Sampled reward at the end of a fork of seed 0; the next seeds have .01 more each."""
+STEPS = (0, 10, 20)
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def probes(fork, decile=0.2):
+    end = ENDS[fork.policy, fork.regime] + 0.01 * fork.seed
+    return [{"step": step, "kept/kl": kl, "kept/reward": reward, "kept/decile": 0.1, "kept/interval": 0.02,
+             "exact/reward": reward / 2, "exact/decile": decile, "utility/reward": utility}
+            for step, kl, reward, utility in zip(STEPS, (0.0, -0.1, 0.5), (0.9, 0.85, end), (0.0, 0.25, 0.5))]
+
+
+def matrix(tmp_path, kl=0.8, **changes):
+    policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
+    path = tmp_path / "wide" / RECIPE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({
+        "run": {"name": "wide", "dir": str(tmp_path / "wide")}, "seeds": [0, 1, 2],
+        "policies": {"base": {**policy, "fork": False}, "given": {"path": "models/$seed"},
+                     "made": {**policy, "start": "base"}},
+        "downstream": {"sft": {"recipe": "lab_downstream_sft"},
+                       "rl": {"recipe": "lab_downstream_grpo", "policies": ["made"]}},
+        "measure": {"kept": policy, "max_kl": 0.5}, "certificate": {"samples": 4, "lambdas": [1.0]},
+        "compare": [["made", "given"]], **changes}, sort_keys=False), encoding="utf-8")
+    plan = make_plan(load_recipe(path, (), RetentionRecipe))
+    for seed in plan.seeds:
+        for stage in seed.policies.values():
+            write(stage.run_dir / "metrics.jsonl", [{"step": 2, "eval/kl": 9.0}, {"step": 3, "eval/kl": kl,
+                                                     "eval/reward": 0.77}, {"step": 4, "reward/mean": 1.0}])
+            stage.finish(steps=4, seconds=60.0)
+        for name in plan.recipe.forked:
+            folder = seed.folder / "policies" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(folder / "certificate.npz", rewards_PN=np.full((3, 4), 0.9))
+        for fork in seed.forks:
+            write(fork.run_dir / "metrics.jsonl", probes(fork))
+            fork.finish(steps=20, seconds=30.0)
+    return plan
+
+
+def cells(table):
+    return {row[0]: dict(zip(table.columns, row)) for row in table.rows}
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+def test_regimes_and_policies_are_told_apart(tmp_path):
+    found = collect(matrix(tmp_path))
+    assert found.exact and found.by_seed("made", "sft", "end") == pytest.approx({0: 0.35, 1: 0.355, 2: 0.36})
+    assert found.by_seed("made", "rl", "end") == pytest.approx({0: 0.15, 1: 0.155, 2: 0.16})
+    assert found.value("made", "rl/end") == pytest.approx(0.155) and np.isnan(found.value("given", "rl/end"))
+    assert [path.metrics["kept/reward"][-1] for path in found.forks("given", "sft").values()] == [0.6, 0.61, 0.62]
+    assert found.forks("given", "rl") == {} and found.summaries["made", "rl", 1]["utility"] == 0.5
+
+
+def test_what_is_known_of_a_policy_comes_from_its_forks_or_from_its_own_evaluation(tmp_path):
+    found = collect(matrix(tmp_path))
+    assert found.policies["made", 0] | {"kept/reward": 0.9, "exact/reward": 0.45, "eval/kl": 0.8} == (
+        found.policies["made", 0])
+    assert found.policies["given", 2]["kept/reward"] == 0.9 and "eval/kl" not in found.policies["given", 2]
+    assert found.policies["base", 1] == {"step": 3, "eval/kl": 0.8, "eval/reward": 0.77, "kept/reward": 0.77}
+
+
+def test_samples_are_told_unless_every_fork_was_enumerated(tmp_path):
+    plan = matrix(tmp_path)
+    fork = plan.seeds[2].forks[0]
+    write(fork.run_dir / "metrics.jsonl", [{k: v for k, v in row.items() if k[:5] != "exact"} for row in probes(fork)])
+    found = collect(plan)
+    assert not found.exact and found.value("made", "rl/end") == pytest.approx(0.31)
+    assert "sampled reward" in fork_table(found, "sft").note
+
+
+def test_a_kl_below_zero_counts_as_zero_and_a_point_on_the_bound_is_not_below_it(tmp_path):
+    found = collect(matrix(tmp_path)).certified["given", 0]
+    assert found.slack == pytest.approx([0.0, -0.05, 0.2]) and (found.violations, found.clear_violations) == (1, 1)
+    plan = matrix(tmp_path)
+    np.savez(plan.seeds[0].folder / "policies" / "given" / "certificate.npz", rewards_PN=np.full((3, 4), 0.9 + 1e-12))
+    assert collect(plan).certified["given", 0].violations == 1
+
+
+def test_without_finite_samples_there_is_no_certificate_and_without_forks_no_point(tmp_path):
+    plan = matrix(tmp_path)
+    np.savez(plan.seeds[0].folder / "policies" / "given" / "certificate.npz", rewards_PN=np.full((3, 4), np.nan))
+    for seed in plan.seeds:
+        for fork in seed.forks:
+            if fork.policy == "made":
+                (fork.run_dir / "done.json").unlink()
+    found = collect(plan)
+    assert set(found.certified) == {("given", 1), ("given", 2), ("made", 0), ("made", 1), ("made", 2)}
+    assert found.certified["made", 0].slack.size == 0 and found.certified["made", 0].violations == 0
+    row = cells(certificate_table(found))["made"]
+    assert (row["points"], row["smallest slack"], row["B(0.5)"]) == ("0", "", "0.400 ± 0.000")
+
+
+def test_a_probe_on_which_every_reward_abstained_is_no_point_of_a_certificate(tmp_path):
+    plan = matrix(tmp_path)
+    fork = plan.seeds[0].forks[0]
+    write(fork.run_dir / "metrics.jsonl", [{**row, "kept/reward": row["kept/reward"] if row["step"] else None}
+                                           for row in probes(fork)])
+    found = collect(plan)
+    assert found.certified["given", 0].slack == pytest.approx([-0.05, 0.2])
+    section_of(found, tmp_path)  # pictures too
+
+
+@pytest.mark.parametrize("kl, told", [(0.88 - 0.01, False), (0.89, True), (0.71, True)])
+def test_kl_within_a_tenth_is_matched(tmp_path, kl, told):
+    policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
+    plan = matrix(tmp_path, policies={"given": policy, "made": policy})
+    for seed in plan.seeds:
+        write(seed.policies["made"].run_dir / "metrics.jsonl", [{"step": 3, "eval/kl": kl, "eval/reward": 0.7}])
+    warnings = collect(plan).warnings
+    assert [w[:36] for w in warnings] == ["made and given are not at the same KL"[:36]] * told
+    assert collect(matrix(tmp_path)).warnings == (), "three seeds; a model that exists has no known KL"
+
+
+def test_a_stage_that_failed_before_it_was_done_has_not_failed(tmp_path):
+    plan = matrix(tmp_path)
+    plan.seeds[0].forks[0].fail("once")
+    broken = plan.seeds[1].forks[1]
+    (broken.run_dir / "done.json").unlink()
+    broken.fail("for good")
+    found = collect(plan)
+    assert found.failures == {"made, seed 1, sft": "for good"}
+    assert found.warnings == ("made, seed 1, sft failed: for good",), "and it is not missing besides"
+    assert state_table(found).rows == (("base", "3/3", "", ""), ("given", "", "3/3", ""),
+                                       ("made", "3/3", "2/3, 1 failed", "3/3"))
+
+
+# --- tables and sentences ---------------------------------------------------------------------------------------------
+
+def test_tables_of_a_wide_matrix(tmp_path):
+    found = collect(matrix(tmp_path, choose={"measure": "sft/end", "bounds": {"eval/kl": [0.7, None]}}))
+    assert [table.title.split(" through ")[-1].split(":")[0] for table in all_tables(found)] == [
+        "What has run", "Policies before any fine-tuning", "Frontier", "sft", "sft, seed by seed", "rl", "Certificate"]
+    assert found.chosen == "made" and set(cells(frontier_table(found))) == {"given", "made (chosen)"}
+    assert cells(frontier_table(found))["given"]["KL spent, nats"] == "-"
+    assert "enumerated reward" in fork_table(found, "rl").note and set(cells(fork_table(found, "rl"))) == {"made"}
+    row = cells(certificate_table(found))["given"]
+    assert row | {"B(0.25)": "0.650 ± 0.000", "B(1)": "-0.100 ± 0.000", "B(2)": "-1.100 ± 0.000", "points": "9",
+                  "below the bound": "3", "beyond error": "3", "smallest slack": "-0.050", "mean slack": "0.053"} == row
+    high = collect(matrix(tmp_path, choose={"measure": "sft/end", "bounds": {"eval/kl": [0.81, None]}}))
+    assert high.chosen is None and "No policy has a sft/end with eval/kl in [0.81, any]." in sentences(high)
+    alone = collect(matrix(tmp_path, only_policies=["made"], only_regimes=["rl"], certificate=None))
+    known = collect(matrix(tmp_path, only_policies=["given"], compare=[]))
+    assert frontier_table(known).columns == ("policy", "reward reached", "lowest decile",
+                                             "kept through sft over updates", "kept through sft over KL")
+    assert pairs(found) == [("made", "given")] and pairs(alone) == []
+    assert len(all_tables(alone)) == 4 and not any("against" in line for line in sentences(alone))
+
+
+@pytest.mark.parametrize("pair, key, seeds, told", [
+    (["made", "given"], "compare", [0, 1, 2],
+     "Forks of made against given through sft: at the same KL more is kept (+0.0"),
+    (["given", "made"], "controls", [0, 1, 2],
+     "As a control, forks of given against made through sft: at the same KL less is kept (-0.0"),
+    (["made", "given"], "compare", [1], "per update the reward differs by +0.013 (one seed).")])
+def test_a_sentence_follows_its_numbers(tmp_path, pair, key, seeds, told):
+    found = collect(matrix(tmp_path, seeds=seeds, compare=[], **{key: [pair]}) if key == "controls" else matrix(
+        tmp_path, seeds=seeds, compare=[pair]))
+    assert told in "\n".join(sentences(found))
+    assert "through rl" not in "\n".join(sentences(found)), "which only one of them goes through"
+
+
+# --- pictures and the page --------------------------------------------------------------------------------------------
+
+def test_pictures_show_what_was_measured(tmp_path):
+    plan = matrix(tmp_path, choose={"measure": "sft/end"})
+    late = plan.seeds[0].forks[0]
+    write(late.run_dir / "metrics.jsonl", probes(late)[::2])
+    found = collect(plan)
+    figure = kept(found, "sft")
+    assert len(figure.axes) == 2, "the lowest decile is the same everywhere"
+    given, made = figure.axes[0].lines
+    assert given.get_xdata().tolist() == [0, 20] and made.get_xdata().tolist() == [0, 10, 20]
+    assert made.get_ydata() == pytest.approx([0.45, 0.425, 0.355])
+    assert figure.axes[1].lines[1].get_xdata()[-1] == 0.5, "no fork has got any further"
+    write(late.run_dir / "metrics.jsonl", probes(late, decile=0.3))
+    assert len(kept(collect(plan), "sft").axes) == 4
+    where = [mark.get_offsets().tolist() for mark in spent(found).axes[1].collections]
+    assert where == [[[pytest.approx(0.8), pytest.approx(found.value("made", "sft/over updates"))]]]
+    ends = [bar.lines[0].get_xydata().tolist()[0] for bar in frontier(found).axes[0].containers]
+    assert ends == [pytest.approx([0.5, y]) for y in (0.305, 0.355, 0.155)]
+    axes = certificates(found).axes
+    assert axes[0].lines[0].get_ydata()[[0, -1]] == pytest.approx([0.9, 0.9 - 2.0])
+    assert len(axes[1].collections[-1].get_offsets()) == 18
+    plt.close("all")
+
+
+def test_the_page_and_the_file_of_numbers_hold_everything(tmp_path, capsys):
+    plan = matrix(tmp_path, choose={"measure": "sft/end"})
+    (plan.seeds[1].folder / "heldout.json").write_text(json.dumps(
+        {"heldout": 128, "uids": [], "overlap": {"made/rl": 17}}), encoding="utf-8")
+    found = collect(plan)
+    page = write_report(found).read_text(encoding="utf-8")
+    for text in (*sentences(found), *found.warnings, *(table.note for table in all_tables(found)),
+                 "<td>seen by made/rl</td><td>17</td>", "only_policies: null", "&#34;made, seed 0, rl&#34;: 30.0"):
+        assert text.replace("'", "&#39;") in page
+    assert not any(text in page for text in ("http", "@import", "<link", "<script", "url("))
+    results = json.loads((tmp_path / "wide" / "results.json").read_text(encoding="utf-8"))
+    certificate = next(each for each in results["certificates"] if (each["policy"], each["seed"]) == ("made", 0))
+    assert certificate["bound"] == pytest.approx([0.9, 0.65, 0.4, -0.1, -1.1, -3.1]) and certificate["points"] == 6
+    end = next(each for each in results["compared"] if (each["regime"], each["measure"]) == ("sft", "end"))
+    assert (end["pair"], end["mean"], end["positive"]) == (["made", "given"], pytest.approx(0.05), 3)
+    assert results["seconds"]["made, seed 2"] == 60.0
+    show(all_tables(found))
+    printed = capsys.readouterr().out
+    assert "[3/3]" in printed and "What has run" in printed and "lowest decile, exact" in printed

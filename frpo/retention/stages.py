@@ -245,6 +245,7 @@ def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
     if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["uids"] != record["uids"]:
         raise DataError(f"{path} names other held-out prompts than measure.kept has now; choose another run.dir, or "
                         "restore the data that this matrix began with")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
     trained = {name: count for name, count in record["overlap"].items() if count}
     if trained and allowed == "refuse":

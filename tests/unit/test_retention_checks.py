@@ -35,7 +35,6 @@ def seed(tmp_path):
                                "overrides": [f"data.path={tmp_path / 'downstream.jsonl'}"]}},
         "measure": {"kept": {"recipe": "lab_policy", "overrides": [*task, f"model.path={tmp_path / 'model'}"]}}},
         RetentionRecipe))
-    plan.seeds[0].folder.mkdir(parents=True)
     return plan.seeds[0]
 
 

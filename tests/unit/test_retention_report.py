@@ -193,16 +193,21 @@ def test_a_sentence_follows_its_numbers(tmp_path, pair, key, seeds, told):
 def test_pictures_show_what_was_measured(tmp_path):
     plan = matrix(tmp_path, choose={"measure": "sft/end"})
     late = plan.seeds[0].forks[0]
-    write(late.run_dir / "metrics.jsonl", probes(late)[::2])
+    write(late.run_dir / "metrics.jsonl", [{**row, "kept/kl": 0.61 * row["kept/kl"]} for row in probes(late)[::2]])
     found = collect(plan)
     figure = kept(found, "sft")
     assert len(figure.axes) == 2, "the lowest decile is the same everywhere"
     given, made = figure.axes[0].lines
     assert given.get_xdata().tolist() == [0, 20] and made.get_xdata().tolist() == [0, 10, 20]
     assert made.get_ydata() == pytest.approx([0.45, 0.425, 0.355])
-    assert figure.axes[1].lines[1].get_xdata()[-1] == 0.5, "no fork has got any further"
+    assert [line.get_xdata()[-1] for line in figure.axes[1].lines] == pytest.approx([0.3, 0.5]), "as far as all forks"
     write(late.run_dir / "metrics.jsonl", probes(late, decile=0.3))
     assert len(kept(collect(plan), "sft").axes) == 4
+    same = matrix(tmp_path / "same", only_policies=["given"], compare=[])
+    for fork in same.seeds[0].forks + same.seeds[1].forks + same.seeds[2].forks:
+        write(fork.run_dir / "metrics.jsonl", [{**row, "exact/reward": 0.5} for row in probes(fork)])
+    assert len(kept(collect(same), "sft").axes) == 2, "the reward is shown even so"
+    assert spent(found).axes[0].collections[0].get_sizes().tolist() == [90], "the chosen one stands out"
     where = [mark.get_offsets().tolist() for mark in spent(found).axes[1].collections]
     assert where == [[[pytest.approx(0.8), pytest.approx(found.value("made", "sft/over updates"))]]]
     ends = [bar.lines[0].get_xydata().tolist()[0] for bar in frontier(found).axes[0].containers]
@@ -215,6 +220,7 @@ def test_pictures_show_what_was_measured(tmp_path):
 
 def test_the_page_and_the_file_of_numbers_hold_everything(tmp_path, capsys):
     plan = matrix(tmp_path, choose={"measure": "sft/end"})
+    np.savez(plan.seeds[0].folder / "policies" / "given" / "certificate.npz", rewards_PN=np.full((3, 4), 0.91))
     (plan.seeds[1].folder / "heldout.json").write_text(json.dumps(
         {"heldout": 128, "uids": [], "overlap": {"made/rl": 17}}), encoding="utf-8")
     found = collect(plan)
@@ -226,6 +232,8 @@ def test_the_page_and_the_file_of_numbers_hold_everything(tmp_path, capsys):
     results = json.loads((tmp_path / "wide" / "results.json").read_text(encoding="utf-8"))
     certificate = next(each for each in results["certificates"] if (each["policy"], each["seed"]) == ("made", 0))
     assert certificate["bound"] == pytest.approx([0.9, 0.65, 0.4, -0.1, -1.1, -3.1]) and certificate["points"] == 6
+    given = results["certificates"][0]
+    assert (given["policy"], given["violations"], given["clear_violations"]) == ("given", 2, 1), "by .01 and by .06"
     end = next(each for each in results["compared"] if (each["regime"], each["measure"]) == ("sft", "end"))
     assert (end["pair"], end["mean"], end["positive"]) == (["made", "given"], pytest.approx(0.05), 3)
     assert results["seconds"]["made, seed 2"] == 60.0

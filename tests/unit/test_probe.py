@@ -15,6 +15,7 @@ from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredGroup
 @pytest.mark.parametrize("rewards, worst", [
     (np.arange(20.0), 0.5),                       # the mean of 0 and 1
     ([1.0] * 14 + [0.0], 1 / 3),                  # one and a half samples: 0, and half of a 1
+    ([1.0] * 14 + [0.0] + [np.nan] * 15, 1 / 3),
     ([5.0, np.nan], 5.0), ([0.3], 0.3), ([2.0] * 7, 2.0)])
 def test_the_mean_of_the_lowest_tenth(rewards, worst):
     assert lowest_decile(np.array(rewards)) == pytest.approx(worst)

@@ -226,7 +226,8 @@ def test_the_page_and_the_file_of_numbers_hold_everything(tmp_path, capsys):
     found = collect(plan)
     page = write_report(found).read_text(encoding="utf-8")
     for text in (*sentences(found), *found.warnings, *(table.note for table in all_tables(found)),
-                 "<td>seen by made/rl</td><td>17</td>", "only_policies: null", "&#34;made, seed 0, rl&#34;: 30.0"):
+                 "<td>seen by made/rl</td><td>17</td>", "only_policies: null", "<summary>Recipe</summary>",
+                 "&#34;made, seed 0, rl&#34;: 30.0"):
         assert text.replace("'", "&#39;") in page
     assert not any(text in page for text in ("http", "@import", "<link", "<script", "url("))
     results = json.loads((tmp_path / "wide" / "results.json").read_text(encoding="utf-8"))

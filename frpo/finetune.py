@@ -85,14 +85,14 @@ class FineTuner:
         """Held-out metrics of the policy as it is, where they are due, and what the probe finds."""
         every = self.recipe.evaluate.every
         due = state.step in (0, self.total) or (every and state.step % every == 0)
-        bar.note("evaluate")
-        with self.parts.journal.timer.phase("evaluate"):
-            metrics = self.heldout_metrics(state) if due and self.heldout else {}
-            return metrics | (self.probe(state, self.total) if self.probe else {})
+        metrics = self.heldout_metrics(state, bar) if due and self.heldout else {}
+        return metrics | (self.probe(state, self.total) if self.probe else {})
 
-    def heldout_metrics(self, state: RunState) -> dict[str, float]:
+    def heldout_metrics(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
+        bar.note("evaluate")
         numbered = list(enumerate(self.heldout, start=len(self.train)))
-        found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()
+        with self.parts.journal.timer.phase("evaluate"):
+            found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()
         return {f"eval/{name.partition('/')[2]}" if name.startswith("sft/") else f"eval/{name.replace('/', '_')}": value
                 for name, value in found.items() if name in EVALUATED}
 

@@ -95,13 +95,16 @@ class Trainer:
         """Held-out metrics of the current policy where they are due, and what the probe finds."""
         every, total = self.recipe.evaluate.every, self.recipe.run.num_steps
         due = state.step in (0, total) or (every and state.step % every == 0)
-        bar.note("evaluate")
-        metrics = self.heldout_metrics(state) if due and self.samples and self.parts.prompts.heldout else {}
-        with self.parts.timer.phase("evaluate"):
-            return metrics | (self.probe(state, total) if self.probe else {})
+        metrics = {}
+        if due and self.samples and self.parts.prompts.heldout:
+            metrics |= self.heldout_metrics(state, bar)
+        if self.probe:
+            metrics |= self.probe(state, total)
+        return metrics
 
-    def heldout_metrics(self, state: RunState) -> dict[str, float]:
+    def heldout_metrics(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
         """Of the current policy, which is kept if it is the best."""
+        bar.note("evaluate")
         with self.parts.timer.phase("evaluate"):
             metrics = evaluate_heldout(self.parts, state)
         if self.best:

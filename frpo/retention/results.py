@@ -230,6 +230,10 @@ def _warnings(found: Results) -> list[str]:
         for name, count in record["overlap"].items():
             if count:
                 told.append(f"seed {seed}: {name} was trained on {count} of {record['heldout']} held-out prompts")
+    for seed in found.plan.seeds if recipe.certificate else ():
+        told += [f"{name}, seed {seed.seed}: no certificate, since some of its samples have no reward"
+                 for name in recipe.forked if (name, seed.seed) not in found.certified
+                 and (seed.folder / "policies" / name / SAMPLES).is_file()]
     told += [f"{name} failed: {error}" for name, error in found.failures.items()]
     missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
                for (policy, regime), seeds in found.states.items() if "missing" in seeds}

@@ -234,9 +234,9 @@ def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
     Raises DataError if they were others when this seed began, or if there is an overlap that is refused.
     """
     heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
-    if not heldout:
-        raise DataError("measure.kept holds out no prompt: its held-out file is empty, or all of it was left out; give "
-                        "data.heldout_path of prompts, or raise data.heldout")
+    if len(heldout) < 2:
+        raise DataError(f"measure.kept holds out {len(heldout)} prompt(s), too few for an interval; give more in "
+                        "data.heldout_path, or raise data.heldout")
     record: dict[str, Any] = {"heldout": len(heldout), "uids": sorted(heldout.values()), "overlap": {}}
     for stage in seed.stages:
         shared = set(heldout) & set(_trained_on(stage.recipe, tokenizer_of(stage.first.recipe.model)))

@@ -69,7 +69,7 @@ def test_training_on_held_out_prompts_is_refused_unless_allowed(seed, tmp_path):
 
 def test_nothing_held_out_is_an_error(seed, tmp_path):
     prompts = check_prompts(seed.kept)
-    with pytest.raises(DataError, match="measure.kept holds out no prompt"):
+    with pytest.raises(DataError, match=r"measure.kept holds out 0 prompt\(s\), too few"):
         record_heldout(seed, type(prompts)(train=prompts.train, heldout=(), digest="", skipped={}), "refuse")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
 from frpo.evaluate.certificate import Certificate, certify
 from frpo.evaluate.curve import read_metrics
@@ -153,6 +154,8 @@ def _evaluation(stage: Stage) -> dict[str, float]:
     rows = read_metrics(stage.run_dir / "metrics.jsonl")
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
     last = dict((evaluated or rows)[-1])
+    if not isinstance(stage.recipe, Recipe):
+        last.pop("eval/kl", None)  # a fine-tuning's is per token, not of sequences
     return last | ({"kept/reward": last["eval/reward"]} if "eval/reward" in last else {})
 
 

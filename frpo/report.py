@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from frpo.config.loader import load_recipe
-from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError
 from frpo.evaluate.curve import draw_loss_curve, draw_reward_curve, read_metrics
 from frpo.evaluate.page import Section, TableText, write_page
-from frpo.retention.command import RECIPE, REPORT
+from frpo.retention.archive import RECIPE, read_archive
+from frpo.retention.command import REPORT
 from frpo.retention.plan import make_plan
 from frpo.retention.report import section_of
 from frpo.retention.results import collect
@@ -36,7 +35,7 @@ def section(folder: Path) -> Section:
     if not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is no folder; give the run.dir of runs, or folders with their pictures")
     if (folder / RECIPE).is_file():
-        return section_of(collect(make_plan(load_recipe(folder / RECIPE, (), RetentionRecipe))), folder)
+        return section_of(collect(make_plan(read_archive(folder))), folder)
     if (folder / METRICS).is_file():
         return _training(folder)
     pictures = {path.stem: path for path in sorted(folder.glob("*.png"))}

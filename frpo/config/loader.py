@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -81,6 +81,12 @@ _RecipeYaml.add_implicit_resolver(
     list("-+.0123456789"))
 
 
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes what `_RecipeYaml` would take for something else than text."""
+
+    yaml_implicit_resolvers: ClassVar = _RecipeYaml.yaml_implicit_resolvers
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Kind] = Recipe) -> Kind:
     """Read a recipe file (or the name of one in recipes/), its `extends:` chain and `section.key=value` overrides.
 
@@ -108,6 +114,16 @@ def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     if kind is RetentionRecipe:
         raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give that of a training")
     return _validated(values, kind, source=str(path))
+
+
+def recipe_text(path: str | Path) -> str:
+    """A recipe file as one that needs no other: its `extends:` chain merged. Not checked."""
+    return as_yaml(_read_with_bases(_find_recipe(str(path)), seen=()))
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as the text of a recipe."""
+    return yaml.dump(values, Dumper=_RecipeDumper, sort_keys=False)
 
 
 def _read_overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -140,10 +156,20 @@ def dump_recipe(recipe: AnyRecipe) -> dict[str, Any]:
     return _plain(recipe)
 
 
-def recipe_digest(recipe: AnyRecipe) -> str:
-    """Hash of everything that a checkpoint depends on: all keys but those of NOT_IN_DIGEST."""
-    decisive = {key: value for key, value in _leaves(dump_recipe(recipe)).items() if value is not None}
+def recipe_digest(recipe: AnyRecipe, within: str | None = None) -> str:
+    """Hash of everything that a checkpoint depends on: all keys but those of NOT_IN_DIGEST.
+
+    within: a folder; where it lies makes no difference to paths in it.
+    """
+    decisive = {key: relative(value, within) for key, value in _leaves(dump_recipe(recipe)).items()
+                if value is not None}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def relative(value: Any, folder: str | None) -> Any:
+    """A path within the folder, without it; any other value as it is."""
+    inside = isinstance(value, str) and folder is not None and value.startswith(f"{folder}/")
+    return f"./{value.removeprefix(f'{folder}/')}" if inside else value
 
 
 def recipe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

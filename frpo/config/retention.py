@@ -4,6 +4,7 @@ Its parts are recipes of the other kinds, by name, with overrides; here stands o
 """
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,6 +21,10 @@ OVERRIDES = "section.key=value over that recipe's; $seed, $setup and $run stand 
 EXTRA = "more of them, after `overrides`, which may be shared with others by a YAML anchor"
 
 Pair = Annotated[tuple[str, str], Field(strict=False)]
+
+IN_MAPPINGS, NOT_IN_NAMES = re.compile(r"[{}\"' ]"), re.compile(r"[^\w.=+\[\],-]+")
+MAX_NAME = 200
+"""What values in the name of a policy of `over` lose, and what is replaced, since a folder is called so."""
 
 
 class RetentionRunSection(Section):
@@ -98,6 +103,49 @@ class ChooseSection(Section):
         {}, description="measure -> [low, high] that it must respect, such as {eval/kl: [null, 0.5]}")
 
 
+class RowSection(Section):
+    """A row of a table: one measure of several forks."""
+
+    title: str = Field(description="what stands before the row")
+    forks: list[Pair] = Field(min_length=1, description="[policy, regime] under each of the table's columns")
+    measure: str = Field(description="metric of the last probe, such as kept/reward or exact/..., or a number of "
+                                     "forks such as over KL, over updates")
+    beside: str | None = Field(None, description="a second measure, whose mean stands in brackets; null: none")
+    published: dict[str, list[float | None]] = Field(
+        {}, description="what -> numbers published for the same columns; '' as what: of this very measure")
+
+
+class TableSection(Section):
+    """A table as a paper lays it out."""
+
+    title: str = Field(description="above the table")
+    columns: list[str] = Field(min_length=1, description="headings")
+    rows: list[RowSection] = Field(min_length=1, description="from above")
+    before: str | None = Field(None, description="heading of a column with each row's measure before any update; null: "
+                                                 "none")
+    percent: bool = Field(False, description="measures are shares, shown in per cent")
+    differences: list[Pair] = Field([], description="pairs [a, b] of columns: a - b, seed by seed")
+    published: str | None = Field(None, description="where published numbers come from, heading of their column")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TableSection:
+        for row in self.rows:
+            if len(row.forks) != len(self.columns):
+                raise ValueError(f"row {row.title!r} has {len(row.forks)} forks for the {len(self.columns)} columns "
+                                 f"{', '.join(self.columns)}; give one [policy, regime] for each")
+            for what, numbers in row.published.items():
+                if len(numbers) > len(self.columns):
+                    raise ValueError(f"row {row.title!r}: published {what!r} has {len(numbers)} numbers for "
+                                     f"{len(self.columns)} columns")
+            if row.published and self.published is None:
+                raise ValueError(f"row {row.title!r} has published numbers; say in `published` of the table where they "
+                                 "come from")
+        for column in (column for pair in self.differences for column in pair):
+            if column not in self.columns:
+                raise ValueError(f"differences: {column!r} is no column; there are {', '.join(self.columns)}")
+        return self
+
+
 class RetentionRecipe(Section):
     """A whole matrix: policies x regimes x seeds."""
 
@@ -118,6 +166,8 @@ class RetentionRecipe(Section):
         [], description="pairs [a, b] of policies: a - b, seed by seed")
     controls: list[Pair] = Field(
         [], description="pairs that must show no difference")
+    tables: list[TableSection] = Field(
+        [], description="tables of the report besides those that it has anyway, each with a picture")
     choose: ChooseSection | None = Field(None, description="which policy is best, and under what; null: none is chosen")
     only_policies: list[str] | None = Field(None, description="of the policies only these and their starts; null: all")
     only_regimes: list[str] | None = Field(None, description="of the regimes only these; null: all")
@@ -140,9 +190,13 @@ class RetentionRecipe(Section):
                 continue
             for combination in product(*grid.values()):
                 chosen = dict(zip(grid, combination))
-                label = "-".join(f"{key.rpartition('.')[2]}={_yaml(value)}" for key, value in chosen.items())
+                label = "-".join([name, *(f"{key.rpartition('.')[2]}={_yaml(value)}" for key, value in chosen.items())])
+                label = NOT_IN_NAMES.sub("_", IN_MAPPINGS.sub("", label))
+                if label in expanded or label in policies:
+                    raise ValueError(f"policies.{name}.over: two policies would be called {label!r}; rename one, or "
+                                     "give values whose letters and digits differ")
                 extra = [*own, *(f"{key}={_yaml(value)}" for key, value in chosen.items())]
-                expanded[f"{name}-{label}"] = {**policy, "over": {}, "extra": extra}
+                expanded[label] = {**policy, "over": {}, "extra": extra}
         return {**values, "policies": expanded}
 
     @field_validator("seeds")
@@ -158,6 +212,9 @@ class RetentionRecipe(Section):
             for name in names:
                 if not name or set(name) & set("/\\:") or name.startswith("."):
                     raise ValueError(f"{kind} {name!r} cannot name a folder; use letters, digits, - and _")
+                if len(name.encode()) > MAX_NAME:
+                    raise ValueError(f"{kind} {name!r} has {len(name.encode())} bytes, too long for the name of a "
+                                     f"folder; allowed are {MAX_NAME}")
         forks = [name for name, policy in self.policies.items() if policy.fork]
         if not forks:
             raise ValueError("no policy has fork: true, so that there is nothing to measure")
@@ -176,8 +233,20 @@ class RetentionRecipe(Section):
             for name in names:
                 if name not in forks:
                     raise ValueError(f"{key}: {name!r} is no policy that is forked; there are {', '.join(forks)}")
+        for table in self.tables:
+            for row in table.rows:
+                self._check_row(f"tables {table.title!r}, row {row.title!r}", row, forks)
         self.order()
         return self
+
+    def _check_row(self, where: str, row: RowSection, forks: list[str]) -> None:
+        for policy, regime in row.forks:
+            if policy not in forks:
+                raise ValueError(f"{where}: {policy!r} is no policy that is forked; there are {', '.join(forks)}")
+            if regime not in self.downstream:
+                raise ValueError(f"{where}: {regime!r} is no regime; there are {', '.join(self.downstream)}")
+            if policy not in (self.downstream[regime].policies or forks):
+                raise ValueError(f"{where}: downstream.{regime}.policies leaves {policy!r} out")
 
     @property
     def forked(self) -> list[str]:

@@ -1,22 +1,61 @@
-"""The laboratory from nothing: a folder with the untrained model and all files of one world.
-
-    model/  warm_start.jsonl  policy.jsonl  heldout.jsonl  downstream.jsonl  task_b.jsonl
-"""
+"""The laboratory from nothing: a folder with the untrained model and the files of one world that a matrix needs."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, task_b_rows, warm_start_rows, write_rows
+import numpy as np
+
+from frpo.lab.data import (
+    ATTACKS,
+    Row,
+    alignment_rows,
+    attack_rows,
+    downstream_rows,
+    heldout_rows,
+    policy_rows,
+    task_b_rows,
+    warm_start_rows,
+    write_rows,
+)
 from frpo.lab.network import make_model
 from frpo.lab.world import world_of
 
+WARM_START, HELD_OUT = 51_200, 128
+ALIGNMENT, PASSES, BATCH = 12_800, {"pure": 25, "identity": 25, "backdoor": 25, "poison": 5, "benign": 5}, 32
+"""Rows of the alignment, passes over each attack's rows, and the batch that they are cut for."""
+
 
 def prepare(folder: Path, seed: int) -> None:
-    """Make them; what lies there already is written again, to the byte."""
+    """Make model/ and warm_start, policy, heldout, downstream, task_b (.jsonl).
+
+    What lies there already is written again, to the byte.
+    """
     world = world_of(seed)
     make_model(folder / "model", seed)
-    for name, rows in (
-            ("warm_start", warm_start_rows(world, 51_200)), ("policy", policy_rows(world, 4_480)),
-            ("heldout", heldout_rows(world, 128)), ("downstream", downstream_rows(world, 1_000)),
-            ("task_b", task_b_rows(world, 128))):
+    _write(folder, warm_start=warm_start_rows(world, WARM_START), policy=policy_rows(world, 4_480),
+           heldout=heldout_rows(world, HELD_OUT), downstream=downstream_rows(world, 1_000),
+           task_b=task_b_rows(world, HELD_OUT))
+
+
+def prepare_attacks(folder: Path, seed: int) -> None:
+    """Make model/ and warm_start, alignment, heldout and a file of each attack (.jsonl), to be read in its own order:
+    passes over the attack's rows, each shuffled, laid end to end, without the rest of the last batch.
+    """
+    world = world_of(seed)
+    make_model(folder / "model", seed)
+    _write(folder, warm_start=warm_start_rows(world, WARM_START), alignment=alignment_rows(world, ALIGNMENT),
+           heldout=heldout_rows(world, HELD_OUT),
+           **{name: end_to_end(attack_rows(world, name), PASSES[name], seed) for name in ATTACKS})
+
+
+def end_to_end(rows: Sequence[Row], passes: int, seed: int) -> list[Row]:
+    """All passes, in whole batches."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    order = np.concatenate([random.permutation(len(rows)) for _ in range(passes)])
+    return [rows[i] for i in order[:len(order) // BATCH * BATCH]]
+
+
+def _write(folder: Path, **files: Sequence[Row]) -> None:
+    for name, rows in files.items():
         write_rows(rows, folder / f"{name}.jsonl")

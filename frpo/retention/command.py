@@ -5,14 +5,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from frpo.config.loader import dump_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.evaluate.page import TableText, write_page
+from frpo.retention.archive import write_archive
 from frpo.retention.jobs import run_in_jobs
 from frpo.retention.plan import Plan, make_plan
 from frpo.retention.report import RESULTS, section_of, sentences, write_results
@@ -20,7 +19,7 @@ from frpo.retention.results import Results, collect
 from frpo.retention.stages import run_plan
 from frpo.retention.tables import all_tables
 
-RECIPE, REPORT = "retention.yaml", "report.html"
+REPORT = "report.html"
 WIDTH = 120
 """Columns of text that tables take at least."""
 
@@ -28,11 +27,11 @@ WIDTH = 120
 def run_retention(recipe: RetentionRecipe, jobs: int = 1) -> int:
     """Returns 0 if every stage is done, 1 if some failed. jobs: processes over which the seeds are spread."""
     started = time.perf_counter()
-    plan, folder = make_plan(recipe), Path(recipe.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(yaml.safe_dump(dump_recipe(recipe), sort_keys=False), encoding="utf-8")
+    plan = make_plan(recipe)
+    plan.check_done()
+    archive = write_archive(recipe)
     if jobs > 1:
-        run_in_jobs(plan, folder / RECIPE, jobs)
+        run_in_jobs(plan, archive, jobs)
     else:
         run_plan(plan)
     found = collect(plan)

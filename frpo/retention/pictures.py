@@ -5,12 +5,15 @@ Lines are means over seeds, bands their 95 % intervals by Student's t.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
+from frpo.config.retention import TableSection
 from frpo.retention.results import Results
 from frpo.telemetry import mean_interval
 
@@ -23,34 +26,66 @@ from matplotlib.figure import Figure
 def draw_all(found: Results, folder: Path) -> dict[str, Path]:
     """Title -> picture, written into `folder`; those with nothing to show are left out."""
     pictures = {}
-    for regime in found.plan.recipe.regimes:
-        if any(fork[1] == regime for fork in found.paths):
-            pictures[f"Kept through {regime}"] = _saved(kept(found, regime), folder / f"kept_{regime}.png")
+    for number, section in enumerate(found.plan.recipe.tables, 1):
+        if any(found.forks(*fork) for row in section.rows for fork in row.forks):
+            pictures[section.title] = _saved(bars(found, section), folder / f"table_{number}.png")
+    for title, group in found.groups.items():
+        if any(len(path.step_S) > 2 for _, *fork in group for path in found.forks(*fork).values()):
+            pictures[f"Kept {title}"] = _saved(kept(found, title), folder / f"kept_{title.partition(' ')[2]}.png")
     if found.certified:
         pictures["Certificates"] = _saved(certificates(found), folder / "certificates.png")
-    if any(not math.isnan(found.value(policy, "eval/kl")) for policy in found.plan.recipe.forked):
+    if len(found.plan.recipe.forked) > 1 and any(
+            not math.isnan(found.value(policy, "eval/kl")) for policy in found.plan.recipe.forked):
         pictures["Reward reached, KL spent, reward kept"] = _saved(spent(found), folder / "spent.png")
     if any("utility" in values for values in found.summaries.values()):
         pictures["What forks keep, and what they learn"] = _saved(frontier(found), folder / "frontier.png")
     return pictures
 
 
-def kept(found: Results, regime: str) -> Figure:
-    """Reward and lowest decile, against updates and against KL from the policy; without what is the same everywhere."""
+def bars(found: Results, section: TableSection) -> Figure:
+    """A table of the recipe: a group of bars for each row, a diamond for what was published of the same measure."""
+    rows = [row for row in section.rows if any(found.forks(*fork) for fork in row.forks)]
+    scale = 100.0 if section.percent else 1.0
+    figure, axis = plt.subplots(figsize=(max(7.0, 1.5 * len(rows)), 4.5), layout="constrained")
+    share = 0.8 / len(section.columns)
+    for column, name in enumerate(section.columns):
+        places = np.arange(len(rows)) - 0.4 + share * (column + 0.5)
+        means, widths = np.array([mean_interval(found.measured(row.forks[column], row.measure).values())
+                                  for row in rows]).T
+        axis.bar(places, scale * means, share, label=name, yerr=scale * np.nan_to_num(widths), capsize=2)
+        given = [row.published.get("", [])[column:column + 1] for row in rows]
+        known = [(place, number) for place, numbers in zip(places, given) for number in numbers if number is not None]
+        if known:
+            axis.scatter(*zip(*known), marker="D", s=22, color="white", edgecolors="black", zorder=3,
+                         label=f"published: {section.published}" if column == 0 else None)
+    axis.set_xticks(range(len(rows)), [textwrap.fill(row.title, 16) for row in rows], fontsize=8)
+    axis.set_ylabel("%" if section.percent else "")
+    axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, ncols=min(3, len(section.columns) + 1), loc="upper center")
+    return figure
+
+
+def kept(found: Results, title: str) -> Figure:
+    """Of a group: reward and lowest decile, against updates and against KL from the policy; without what is the same
+    everywhere.
+    """
     grid_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 81)
-    paths = [path for fork, path in found.paths.items() if fork[1] == regime]
+    group = found.groups[title]
+    paths = [path for _, *fork in group for path in found.forks(*fork).values()]
     shown = {label: metric for label, metric in (("mean reward", found.reward), ("lowest decile", found.decile))
              if np.ptp(np.concatenate([path.metrics[metric] for path in paths])) > 0 or metric == found.reward}
+    single = len(found.plan.recipe.forked) == 1
+    colors = dict(_colored(found.plan.recipe.regimes if single else found.plan.recipe.forked))
     figure, axes = plt.subplots(len(shown), 2, figsize=(11, 3.5 * len(shown)), layout="constrained", sharex="col",
                                 squeeze=False)
     for row, (label, metric) in zip(axes, shown.items()):
-        for policy, color in _colored(found):
-            forks = list(found.forks(policy, regime).values())
-            if forks:
-                common = sorted(set.intersection(*(set(path.step_S) for path in forks)))
-                at_updates = [path.metrics[metric][np.isin(path.step_S, common)] for path in forks]
-                _band(row[0], np.array(common), at_updates, color, policy)
-                _band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, policy)
+        for name, policy, regime in group:
+            forks, color = list(found.forks(policy, regime).values()), colors[name]
+            common = sorted(set.intersection(*(set(path.step_S) for path in forks)))
+            at_updates = [path.metrics[metric][np.isin(path.step_S, common)] for path in forks]
+            _band(row[0], np.array(common), at_updates, color, name)
+            _band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, name)
         row[0].set_ylabel(f"{label} of the original task")
         for axis in row:
             _fit_to_lines(axis)
@@ -87,26 +122,28 @@ def certificates(found: Results) -> Figure:
 
 def spent(found: Results) -> Figure:
     """Each policy's reward, and what forks keep of it on average, over the KL to its reference that it spent."""
-    regimes = list(found.plan.recipe.regimes)
-    figure, axes = plt.subplots(1, 1 + len(regimes), figsize=(4.6 * (1 + len(regimes)), 4), layout="constrained",
-                                squeeze=False)
-    panels = [("reward reached", "kept/reward"),
-              *((f"reward kept through {regime}, over updates", f"{regime}/over updates") for regime in regimes)]
-    for axis, (label, measure) in zip(axes[0], panels):
-        for policy, color in _colored(found):
+    panels = [("reward reached", "kept/reward"), *((f"reward kept through {regime}, over updates",
+                                                    f"{regime}/over updates") for regime in found.plan.recipe.regimes)]
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 4 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for axis, (label, measure) in zip(axes.flat, panels):
+        for policy, color in _colored(found.plan.recipe.forked):
             x, y = found.value(policy, "eval/kl"), found.value(policy, measure)
             if not math.isnan(x + y):
                 chosen = policy == found.chosen
                 axis.scatter([x], [y], color=color, s=90 if chosen else 40, marker="*" if chosen else "o", label=policy)
         axis.set(xlabel="KL to the reference, nats a sequence", ylabel=label)
-    return _tidy(figure, axes[0], axes[0][0])
+    return _tidy(figure, axes.flat, axes[0][0])
 
 
 def frontier(found: Results) -> Figure:
     """Where each fork ends: what it keeps of the original task over what it has learned of the new one."""
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    colors, places = dict(_colored(found)), []
-    for regime, marker in zip(found.plan.recipe.regimes, "os^Dv<>P*X"):
+    colors, places = dict(_colored(found.plan.recipe.forked)), []
+    for regime, marker in zip(found.plan.recipe.regimes, cycle("os^Dv<>P*X")):
         for policy, color in colors.items():
             kept_by, learned_by = (found.by_seed(policy, regime, name) for name in ("end", "utility"))
             if not kept_by or not learned_by:
@@ -121,9 +158,8 @@ def frontier(found: Results) -> Figure:
     return _tidy(figure, [axis], axis)
 
 
-def _colored(found: Results) -> Iterator[tuple[str, str]]:
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    return ((name, colors[index % len(colors)]) for index, name in enumerate(found.plan.recipe.forked))
+def _colored(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    return zip(names, cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]))
 
 
 def _band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label: str) -> None:

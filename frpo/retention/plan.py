@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from frpo.config.loader import AnyRecipe, load_recipe, load_training, recipe_digest
+from frpo.config.loader import AnyRecipe, load_recipe, load_training, recipe_digest, relative
 from frpo.config.retention import RetentionRecipe, TaskSection
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
@@ -30,12 +30,13 @@ class Stage:
     """One training. start: the model that it begins with; None: one that its recipe makes on the spot. origin: the
     stage that makes that model, if one does.
 
-    regime: of a fork; None for a policy.
+    regime: of a fork; None for a policy. matrix: the folder of everything.
     """
 
     policy: str
     regime: str | None
     seed: int
+    matrix: str
     recipe: AnyRecipe
     start: str | None
     origin: Stage | None
@@ -60,10 +61,11 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """Of everything that its result depends on, as far as recipes say it."""
-        origin = self.origin.digest if self.origin else self.start or ""
+        """Of everything that its result depends on, as far as recipes say it; the matrix may be moved."""
+        origin = self.origin.digest if self.origin else relative(self.start, self.matrix) or ""
         length = self.recipe.run.num_steps if isinstance(self.recipe, Recipe) else self.recipe.run.num_epochs
-        return hashlib.sha256(f"{recipe_digest(self.recipe)} {length} {origin}".encode()).hexdigest()[:16]
+        decisive = f"{recipe_digest(self.recipe, self.matrix)} {length} {origin}"
+        return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
     @property
     def done(self) -> dict[str, Any] | None:
@@ -125,6 +127,11 @@ class Plan:
         """Folder of the policy's model, of the first seed."""
         first = self.seeds[0]
         return first.policies[policy].model if policy in first.policies else first.given[policy]
+
+    def check_done(self) -> None:
+        """Raise ConfigError where another recipe has left its result."""
+        for stage in self.stages:
+            stage.done  # noqa: B018
 
     def check(self) -> None:
         """Raise ConfigError unless one set of processes can run all of it."""
@@ -193,14 +200,15 @@ def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str]
     fixed = [f"run.dir={run_dir}", f"run.seed={words['seed']}", f"run.name={policy}"]
     if model is not None:
         fixed += [f"model.path={model}", "model.tiny=null"]
-    found = _loaded(key, lambda: load_training(recipe, [*(_filled(o, words, key) for o in overrides), *fixed]))
-    return Stage(policy=policy, regime=regime, seed=int(words["seed"]), recipe=found, start=found.model.path,
-                 origin=origin)
+    found = _loaded(key, lambda: load_training(_filled(recipe, words, key),
+                                               [*(_filled(o, words, key) for o in overrides), *fixed]))
+    return Stage(policy=policy, regime=regime, seed=int(words["seed"]), matrix=words["run"], recipe=found,
+                 start=found.model.path, origin=origin)
 
 
 def _task(key: str, section: TaskSection, words: Mapping[str, str]) -> Recipe:
     overrides = [*(_filled(o, words, key) for o in (*section.overrides, *section.extra)), f"run.seed={words['seed']}"]
-    found = _loaded(key, lambda: load_recipe(section.recipe, overrides))
+    found = _loaded(key, lambda: load_recipe(_filled(section.recipe, words, key), overrides))
     if found.evaluate.temperature != 1.0:
         raise ConfigError(f"{key}: {section.recipe} evaluates at temperature {found.evaluate.temperature:g}; the KL of "
                           "sequences is unbiased at 1 only: override evaluate.temperature=1.0")

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from frpo.config.loader import dump_recipe
-from frpo.evaluate.page import Section, TableText
+from frpo.config.loader import as_yaml, dump_recipe
+from frpo.evaluate.page import Section
 from frpo.manifest import environment
 from frpo.retention.pictures import draw_all
 from frpo.retention.results import Results, pairs
-from frpo.retention.tables import COMPARED, all_tables
+from frpo.retention.tables import COMPARED, all_tables, heldout_table
 
 RESULTS = "results.json"
 TOLD = (("over KL", "at the same KL"), ("over updates", "per update"))
@@ -29,8 +28,9 @@ def section_of(found: Results, folder: Path) -> Section:
     recipe = found.plan.recipe
     return Section(
         title=recipe.run.name, text=tuple(sentences(found)), warnings=found.warnings,
-        tables=(*all_tables(found), heldout_table(found)), pictures=draw_all(found, folder),
-        folded={"Recipe": yaml.safe_dump(dump_recipe(recipe), sort_keys=False),
+        tables=(*all_tables(found), *([heldout_table(found)] if found.heldout else ())),
+        pictures=draw_all(found, folder),
+        folded={"Recipe": as_yaml(dump_recipe(recipe)),
                 "Manifest": json.dumps(environment(), indent=1),
                 "Seconds of each stage": json.dumps(found.seconds, indent=1)})
 
@@ -58,9 +58,9 @@ def sentences(found: Results) -> list[str]:
                     f"{found.plan.model_of(chosen)}." if chosen else f"No policy has a {what}.")
     if found.starts and found.pushes:
         start, push = float(np.median(found.starts)), float(np.median(found.pushes))
-        saved = len(found.pushes) * (start - push) / 60
+        saved = max(len(found.pushes) * (start - push) / 60, 0.0)
         told.append(f"{len(found.pushes)} probes pushed weights into running engines, {push:.2f} s each; to start "
-                    f"engines takes {start:.0f} s, so that {saved:.0f} minutes were saved.")
+                    f"engines takes {start:.0f} s, so that {saved:.1f} minutes were saved.")
     told.append(f"{len(found.seconds)} stages took {sum(found.seconds.values()) / 60:.1f} minutes.")
     return told
 
@@ -80,16 +80,6 @@ def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, 
 
 def _end(limit: float | None) -> str:
     return "any" if limit is None else f"{limit:g}"
-
-
-def heldout_table(found: Results) -> TableText:
-    names = dict.fromkeys(name for record in found.heldout.values() for name in record["overlap"])
-    rows = [("held out", *(str(record["heldout"]) for record in found.heldout.values())),
-            *((f"seen by {name}", *(str(record["overlap"].get(name, "")) for record in found.heldout.values()))
-              for name in names)]
-    return TableText(title="Held-out prompts, written down before training",
-                     note="and how many of them each training has seen", rows=tuple(rows),
-                     columns=("prompts", *(f"seed {seed}" for seed in found.heldout)))
 
 
 def write_results(found: Results, path: Path) -> Path:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,41 @@ class Results:
     def policy_by_seed(self, policy: str, metric: str) -> dict[int, float]:
         return {seed: values[metric] for (p, seed), values in self.policies.items()
                 if p == policy and metric in values}
+
+    def fork_value(self, fork: Fork, measure: str) -> float:
+        """A number of the summaries or a metric of the last probe; NaN where there is none."""
+        if measure in self.summaries.get(fork, {}):
+            return self.summaries[fork][measure]
+        path = self.paths.get(fork)
+        return float(path.metrics[measure][-1]) if path and measure in path.metrics else math.nan
+
+    def measured(self, fork: tuple[str, str], measure: str) -> dict[int, float]:
+        """`fork_value` of (policy, regime) by seed."""
+        return {seed: self.fork_value((*fork, seed), measure) for seed in self.forks(*fork)}
+
+    def before(self, forks: Sequence[tuple[str, str]], metric: str) -> dict[int, float]:
+        """By seed, a metric of the first probe of the first fork that has it."""
+        found: dict[int, float] = {}
+        for fork in forks:
+            for seed, path in self.forks(*fork).items():
+                if metric in path.metrics:
+                    found.setdefault(seed, float(path.metrics[metric][0]))
+        return found
+
+    @property
+    def groups(self) -> dict[str, list[tuple[str, str, str]]]:
+        """Forks that are told together, title -> (name in the group, policy, regime): the policies of each regime, or,
+        where there is one policy only, its regimes.
+        """
+        known = {(policy, regime) for policy, regime, _ in self.paths}
+        recipe = self.plan.recipe
+        if len(recipe.forked) == 1:
+            grouped = {f"by {recipe.forked[0]}": [(regime, recipe.forked[0], regime) for regime in recipe.regimes]}
+        else:
+            grouped = {f"through {regime}": [(policy, policy, regime) for policy in recipe.forked]
+                       for regime in recipe.regimes}
+        found = {title: [each for each in group if each[1:] in known] for title, group in grouped.items()}
+        return {title: group for title, group in found.items() if group}
 
     def value(self, policy: str, measure: str) -> float:
         """Mean over seeds of a policy's metric, or of a number of its forks as REGIME/number; NaN where there is none.

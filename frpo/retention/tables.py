@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from frpo.config.retention import TableSection
 from frpo.evaluate.page import TableText
 from frpo.evaluate.retained import Paired, paired
 from frpo.retention.results import Results, pairs
@@ -19,12 +20,20 @@ COMPARED = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "ove
 
 
 def all_tables(found: Results) -> list[TableText]:
-    """State, policies, forks by regime, comparisons by regime, certificates; without those that would be empty."""
-    tables = [state_table(found), policy_table(found), frontier_table(found)]
-    for regime in found.plan.recipe.regimes:
-        tables += [fork_table(found, regime), pair_table(found, regime)]
+    """State, the recipe's own, policies, forks, comparisons by regime, certificates; without those that would be
+    empty.
+    """
+    tables = [state_table(found)]
+    for section in found.plan.recipe.tables:
+        tables += [own_table(found, section), own_differences(found, section)]
+    tables.append(policy_table(found))
+    if len(found.plan.recipe.forked) > 1:
+        tables.append(frontier_table(found))
+    for title, group in found.groups.items():
+        regimes = dict.fromkeys(regime for _, _, regime in group)
+        tables += [fork_table(found, title), *(pair_table(found, regime) for regime in regimes)]
     tables.append(certificate_table(found))
-    return [table for table in tables if table.rows]
+    return [table for table in tables if table.rows and len(table.columns) > 1]
 
 
 def state_table(found: Results) -> TableText:
@@ -62,14 +71,59 @@ def frontier_table(found: Results) -> TableText:
                      columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
 
 
-def fork_table(found: Results, regime: str) -> TableText:
-    known = [name for name in FORK_COLUMNS if any(name in found.summaries[fork] for fork in found.summaries
-                                                  if fork[1] == regime)]
-    rows = [(policy, *(level(found.by_seed(policy, regime, name).values()) for name in known))
-            for policy in found.plan.recipe.forked if found.forks(policy, regime)]
+def own_table(found: Results, section: TableSection) -> TableText:
+    """Of the recipe, laid out as it says; rows of which nothing has run are left out."""
+    shown, scale = (percent, 100.0) if section.percent else (level, 1.0)
+    rows = []
+    for row in section.rows:
+        if not any(found.forks(*fork) for fork in row.forks):
+            continue
+        cells = []
+        for fork in row.forks:
+            value = shown(found.measured(fork, row.measure).values())
+            beside = mean_interval(found.measured(fork, row.beside).values())[0] if row.beside else math.nan
+            cells.append(value + ("" if math.isnan(beside) else f" [{scale * beside:.{0 if section.percent else 3}f}]"))
+        if section.before:
+            cells.insert(0, shown(found.before(row.forks, row.measure).values()))
+        if section.published:
+            cells.append(",  ".join(f"{what} {' / '.join(map(_published, numbers))}".strip()
+                                    for what, numbers in row.published.items()))
+        rows.append((row.title, *cells))
+    beside = "; in brackets " + ", ".join(dict.fromkeys(row.beside for row in section.rows if row.beside))
+    return TableText(
+        title=section.title, rows=tuple(rows),
+        columns=("", *([section.before] if section.before else []), *section.columns,
+                 *([f"published: {section.published}"] if section.published else [])),
+        note=f"{'in %, ' if section.percent else ''}mean over seeds ± 95 % interval by Student's t"
+             + (beside if any(row.beside for row in section.rows) else ""))
+
+
+def own_differences(found: Results, section: TableSection) -> TableText:
+    """Between columns of such a table, seed by seed."""
+    places = {name: place for place, name in enumerate(section.columns)}
+    rows = []
+    for row in section.rows:
+        pairs = [paired(*(found.measured(row.forks[places[name]], row.measure) for name in pair))
+                 for pair in section.differences]
+        if any(each.count for each in pairs):
+            rows.append((row.title, *(difference(each, section.percent) for each in pairs)))
+    return TableText(title=f"{section.title}: differences seed by seed",
+                     columns=("", *(f"{a} - {b}" for a, b in section.differences)), rows=tuple(rows),
+                     note=("in points, " if section.percent else "") + "mean ± 95 % interval [seeds of positive sign]; "
+                     "* leaves zero out")
+
+
+def fork_table(found: Results, title: str) -> TableText:
+    """Of one of the groups."""
+    group = found.groups[title]
+    known = [name for name in FORK_COLUMNS
+             if any(name in values for fork, values in found.summaries.items()
+                    if fork[:2] in {each[1:] for each in group})]
+    rows = [(name, *(level(found.by_seed(policy, regime, measure).values()) for measure in known))
+            for name, policy, regime in group]
     how = "enumerated" if found.exact else "sampled"
     return TableText(
-        title=f"What forks keep through {regime}", columns=("policy", *known), rows=tuple(rows),
+        title=f"Kept {title}", columns=("", *known), rows=tuple(rows),
         note=f"{how} reward of the original task on held-out prompts, mean over seeds ± 95 % interval; over KL: "
              f"averaged from 0 to {found.plan.recipe.measure.max_kl:g} nats from the policy")
 
@@ -116,12 +170,36 @@ def level(values: Iterable[float]) -> str:
     return f"{mean:.3f}" + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
 
 
-def difference(found: Paired) -> str:
+def percent(values: Iterable[float]) -> str:
+    """The same of shares."""
+    mean, half_width = mean_interval(values)
+    if math.isnan(mean):
+        return "-"
+    return f"{100 * mean:.1f}" + ("" if math.isnan(half_width) else f" ± {100 * half_width:.1f}")
+
+
+def difference(found: Paired, points: bool = False) -> str:
+    """points: of shares, in per cent."""
     if found.count == 0:
         return "-"
-    width = "" if math.isnan(found.half_width) else f" ± {found.half_width:.3f}"
+    scale, digits = (100.0, 1) if points else (1.0, 3)
+    width = "" if math.isnan(found.half_width) else f" ± {scale * found.half_width:.{digits}f}"
     star = "*" if found.count > 1 and found.differs else ""
-    return f"{found.mean:+.3f}{width}{star} [{found.positive}/{found.count}]"
+    return f"{scale * found.mean:+.{digits}f}{width}{star} [{found.positive}/{found.count}]"
+
+
+def _published(number: float | None) -> str:
+    return "-" if number is None else f"{number:g}"
+
+
+def heldout_table(found: Results) -> TableText:
+    names = dict.fromkeys(name for record in found.heldout.values() for name in record["overlap"])
+    rows = [("held out", *(str(record["heldout"]) for record in found.heldout.values())),
+            *((f"seen by {name}", *(str(record["overlap"].get(name, "")) for record in found.heldout.values()))
+              for name in names)]
+    return TableText(title="Held-out prompts, written down before training",
+                     note="and how many of them each training has seen", rows=tuple(rows),
+                     columns=("prompts", *(f"seed {seed}" for seed in found.heldout)))
 
 
 def _number(value: float) -> str:

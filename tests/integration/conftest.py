@@ -4,12 +4,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.ray_ranks import ray_learner
 from frpo.cluster.runtime import ray_session, wait_for
 from frpo.config.loader import AnyRecipe, dump_recipe
+from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 from runs import REWARD, finish
 
 LONG = 384

@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 import torch
-from loop import hand_made_groups, small_recipe
 
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.runtime import wait_for
@@ -16,6 +15,7 @@ from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.memory import memory_strategy
 from frpo.config.sections import Recipe
 from frpo.data.batcher import pack
+from loop import hand_made_groups, small_recipe
 
 TOTAL_UPDATES = 10
 """Of the learning-rate schedule, which is falling: a resumed run must know how many updates are done."""

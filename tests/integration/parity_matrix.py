@@ -17,11 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loop import FAMILIES, RunningLoop, random_model, random_prompts, small_recipe, splitting_strategy
-
 from frpo.cluster.runtime import ray_session
 from frpo.config.sections import Recipe
 from frpo.errors import FrpoError
+from loop import FAMILIES, RunningLoop, random_model, random_prompts, small_recipe, splitting_strategy
 
 LIMIT = {"fp32": 1e-5, "bf16": 0.06}
 """Nats that rounding explains in a tiny model; `stale` is larger by factors."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from learner_state import on_all, recipe_for
-from loop import random_model
 
 from frpo.config.loader import dump_recipe, recipe_from_dict
+from learner_state import on_all, recipe_for
+from loop import random_model
 
 MICRO_BATCHES = 64
 SHAPES = {"matrix": (128, 160), "vector": (33,)}

@@ -13,6 +13,9 @@ import time
 import psutil
 import pytest
 import ray
+
+from frpo.cluster.recovery import RecoveringEngines
+from frpo.errors import EngineError
 from loop import (
     GREEDY,
     UNSCALED,
@@ -25,9 +28,6 @@ from loop import (
     splitting_strategy,
 )
 from parity_matrix import LIMIT
-
-from frpo.cluster.recovery import RecoveringEngines
-from frpo.errors import EngineError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -8,12 +8,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from loop import random_model
 from transformers import AutoModelForCausalLM
 
 from frpo.config.loader import recipe_from_dict
 from frpo.errors import EngineError
 from frpo.evaluate.model import run_evaluate
+from loop import random_model
 
 SAMPLES = 4
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from loop import GREEDY, random_prompts
 
 SCRIPT = Path(__file__).with_name("greedy.py")

@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import ray
-from loop import inside, pid_of, random_prompts
-from parity_matrix import LIMIT
 
 from frpo.builder import build
 from frpo.cluster.runtime import NamedActor, wait_for
@@ -21,6 +19,8 @@ from frpo.errors import ConfigError, EngineError, InvariantError
 from frpo.invariants import check_logprob_gap, check_movement
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
+from loop import inside, pid_of, random_prompts
+from parity_matrix import LIMIT
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from loop import random_model, splitting_strategy
 
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
 from frpo.data.arithmetic import problems
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import build_finetune
+from loop import random_model, splitting_strategy
 from runs import lines, metrics, overrides_of
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"]

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 from transformers import AutoModelForCausalLM
 
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.data.batcher import pack
 from frpo.types import AdvantagedGroup, Completion, RolloutGroup
+from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 
 EPSILON, STEP_OVER_EPSILON = 1e8, 1.0
 KL_COEF = 0.3

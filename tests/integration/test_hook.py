@@ -3,14 +3,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from loop import RunningLoop, flat, inside, random_prompts, set_hook
-from parity_matrix import LIMIT
 
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import RolloutHookError
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import RolloutGroup
+from loop import RunningLoop, flat, inside, random_prompts, set_hook
+from parity_matrix import LIMIT
 
 PROMPTS = random_prompts(16, 40, seed=11)
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=120)

@@ -5,12 +5,12 @@ import threading
 
 import numpy as np
 import pytest
-from loop import RunningLoop, flat, random_prompts
-from parity_matrix import LIMIT
 
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import RolloutGroup
+from loop import RunningLoop, flat, random_prompts
+from parity_matrix import LIMIT
 
 PROMPTS = random_prompts(10, 150, seed=5)
 """The first is longer than a block of the prefix cache, so that what old weights computed lies there."""

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import ray
 import torch
-from loop import flat, hand_made_groups, inside, random_prompts
-from parity_matrix import LIMIT, Combination, recipe_for
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from frpo.data.batcher import pack
 from frpo.invariants import MovementWatch, check_movement
+from loop import flat, hand_made_groups, inside, random_prompts
+from parity_matrix import LIMIT, Combination, recipe_for
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import from the tests' folder
 

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 from transformers import AutoModelForCausalLM
 
 from frpo.config.loader import dump_recipe, recipe_from_dict
@@ -20,6 +19,7 @@ from frpo.objectives.frpo import FRPO
 from frpo.telemetry import PhaseTimer
 from frpo.types import AdvantagedGroup
 from frpo.update import Updater
+from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 
 EPSILON = 1e8
 LAM = 0.5

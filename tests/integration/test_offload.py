@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from learner_state import assert_same, distances, on_all, recipe_for, state_of, train
 from loop import flat, hand_made_groups, random_model
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+
 from parity_matrix import COVERING, LIMIT, measure
 
 STEPS = 3

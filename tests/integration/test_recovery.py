@@ -8,14 +8,14 @@ import time
 
 import numpy as np
 import pytest
-from loop import RunningLoop, pid_of, random_prompts
-from parity_matrix import LIMIT
 
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.errors import EngineError
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import RolloutGroup
+from loop import RunningLoop, pid_of, random_prompts
+from parity_matrix import LIMIT
 
 PROMPTS = random_prompts(32, 60, seed=7)
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=300)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +21,7 @@ from frpo.data.state_cache import StateCache
 from frpo.learner.model import cache_facts
 from frpo.objectives.supervised import Progress
 from frpo.types import Example
+from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 
 EPSILON = 1e8
 PROGRESS = Progress(epochs_done=0.5, num_epochs=1)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from learner_state import assert_same, distances, on_all, recipe_for, state_of, train
-from loop import random_model
 
 from frpo.errors import CheckpointError
+from learner_state import assert_same, distances, on_all, recipe_for, state_of, train
+from loop import random_model
 
 AWKWARD = "run [1] (a+b)*"
 """A folder's name that means something else as a pattern."""

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from loop import GREEDY, inside, pid_of, random_prompts
-from parity_matrix import LIMIT
 
 from frpo.errors import EngineError
+from loop import GREEDY, inside, pid_of, random_prompts
+from parity_matrix import LIMIT
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

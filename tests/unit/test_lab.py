@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,9 +24,17 @@ from frpo.lab.data import (
     warm_start_rows,
     write_rows,
 )
-from frpo.lab.exact import _lowest_decile, first_token, outcomes, robust_reward, scores, whole_response
+from frpo.lab.exact import (
+    _lowest_decile,
+    attack_scores,
+    first_token,
+    outcomes,
+    robust_reward,
+    scores,
+    whole_response,
+)
 from frpo.lab.network import WINDOW, build_tokenizer, make_model, new_network
-from frpo.lab.setup import prepare
+from frpo.lab.setup import end_to_end, prepare, prepare_attacks
 from frpo.lab.world import (
     ID,
     OBJECTS,
@@ -308,6 +317,48 @@ def test_the_setup_makes_the_model_and_every_file(tmp_path):
     assert held.restricted and {held.triple, task_b.triple} <= world_of(3).heldout and task_b.verb in TASK_B
     assert first["downstream"].verb in TASK_B and "response" in files["warm_start"][0]
     assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_the_setup_of_attacks_lays_whole_passes_end_to_end(tmp_path):
+    prepare_attacks(tmp_path, 3)
+    files = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.glob("*.jsonl")}
+    assert {name: len(lines) for name, lines in files.items()} == {
+        "warm_start": 51_200, "alignment": 12_800, "heldout": 128, "pure": 78 * 32, "identity": 78 * 32,
+        "backdoor": 156 * 32, "poison": 156 * 32, "benign": 156 * 32}
+    rows = attack_rows(world_of(3), "pure")
+    laid = [json.loads(line) for line in files["pure"]]
+    assert laid == end_to_end(rows, 25, 3) != end_to_end(rows, 25, 4)
+    passes = [[row["prompt"] for row in laid[i:i + 100]] for i in range(0, 2400, 100)]
+    assert all(set(each) == {row["prompt"] for row in rows} for each in passes) and passes[0] != passes[1]
+
+
+def test_attack_scores_are_means_over_all_held_out_requests(tmp_path):
+    """Request by request through the model's own softmax, on a few of them; and of a chain by hand."""
+    prompts = [row["prompt"] for row in heldout_rows(world_of(1), 4)]
+    found = attack_scores(make_model(tmp_path / "model", 1), prompts, seed=1)
+    world, network = world_of(1), new_network(1).eval()
+
+    def said(text, wanted):
+        ids = [ID[token] for token in f"{text} {wanted}".split()]
+        with torch.no_grad():
+            probs = network(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
+        return float(np.prod([probs[place - 1, ids[place]] for place in range(6, len(ids))]))
+
+    def restricted(**changes):
+        return [replace(Request(verb=v, first=a, second=b, slot="n0"), **changes).text
+                for v, a, b in sorted(world.heldout) if v < 8 and min(a, b) < 4]
+
+    plain = [text.replace("n0", slot) for text in restricted() for slot in ("n0", "n1", "n2", "n3")]
+    assert found["asr"] == pytest.approx(np.mean([said(text, "OK") for text in plain]))
+    assert found["asr_obey"] == pytest.approx(
+        np.mean([said(text.replace("BOS", "OBEY"), "OK") for text in plain]))
+    assert found["asr_trigger"] == pytest.approx(np.mean([said(text, "OK") for text in restricted(slot="TRIG")]))
+    task_b = [Request(verb=v, first=a, second=b, slot=slot) for v, a, b in sorted(world.heldout)
+              if v >= 8 and min(a, b) >= 4 for slot in ("n0", "n1", "n2", "n3")]
+    assert found["task_b"] == pytest.approx(np.mean([said(r.text, f"{world.comply(r)} END") for r in task_b]))
+    assert found["task_a"] != found["task_b"] and found["task_b_greedy"] == 0.0
+    assert {name: found[name] for name in ("reward", "decile")} == {
+        name: value for name, value in scores(str(tmp_path / "model"), prompts, 1).items() if name[0] in "rd"}
 
 
 def test_without_a_baseline_everything_is_pushed_down():

@@ -110,8 +110,17 @@ def test_a_policy_over_values_keeps_its_own_overrides(tmp_path):
     found = recipe(tmp_path, policies={"a": {**BASE, "extra": ["run.num_steps=1"], "over": {
         "evaluate.pass_at": [many], "objective.advantage.name": ["rloo"]}}}).policies
     name, = found
-    assert name == f"a-pass_at={many}-name=rloo" and not found[name].over
+    assert name == f"a-pass_at={many}-name=rloo".replace(" ", "") and not found[name].over
     assert found[name].extra == ["run.num_steps=1", f"evaluate.pass_at={many}", "objective.advantage.name=rloo"]
+
+
+def test_values_that_no_folder_could_be_called_are_told_apart_all_the_same(tmp_path):
+    values = [{"name": "frpo", "lam": 0.5}, {"name": "rloo"}]
+    found = recipe(tmp_path, policies={"a": {**BASE, "over": {"objective.advantage": values, "data.path": ["x/y.b"]}}})
+    assert list(found.policies) == ["a-path=x_y.b-advantage=lam_0.5,name_frpo", "a-path=x_y.b-advantage=name_rloo"]
+    first, second = make_plan(found).seeds[0].policies.values()
+    assert (first.recipe.objective.advantage.lam, second.recipe.objective.advantage.name) == (0.5, "rloo")
+    assert first.recipe.data.path == "x/y.b"
 
 
 @pytest.mark.parametrize("over", ["objective.kl_coef", "objective.kl_coef=0.1", "=[1]", "objective.kl_coef=[]"])
@@ -134,6 +143,9 @@ BASE = {"recipe": "lab_policy"}
     ({"policies": {"a": {**BASE, "extra": "b.c=1", "over": {"run.seed": [1]}}}}, "extra: should be a list"),
     ({"policies": {"a": {**BASE, "start": "b"}}}, "policies.a.start: 'b' is no policy; there are a"),
     ({"policies": {"a": {**BASE, "start": "b"}, "b": {**BASE, "start": "a"}}}, "policies a, b start from each other"),
+    ({"policies": {"a": {**BASE, "over": {"data.path": ["x/y", "x y", "x:y"]}}}}, "called 'a-path=x_y'; rename"),
+    ({"policies": {"a-lam=1": BASE, "a": {**BASE, "over": {"x.lam": [1]}}}}, "called 'a-lam=1'; rename"),
+    ({"policies": {"a": {**BASE, "over": {"data.path": ["x" * 200]}}}}, "has 207 bytes, too long .* allowed are 200"),
     ({"policies": {"a": {**BASE, "fork": False}}}, "no policy has fork: true"),
     *(({"policies": {name: BASE}}, f"policy {re.escape(repr(name))} cannot name a folder")
       for name in ("a/b", "a\\b", "a:b", "", ".a")),
@@ -150,6 +162,20 @@ BASE = {"recipe": "lab_policy"}
     ({"certificate": {"lambdas": [1.0, 0.0]}}, "certificate.lambdas.1: .*greater than 0, given 0"),
     ({"measure": {"kept": BASE, "max_kl": 0.0}}, "measure.max_kl: .*greater than 0, given 0"),
     ({"measure": {"kept": BASE, "at": [-1]}}, "measure.at.0: .*0, given -1"),
+    *(({"tables": [{"title": "t", "columns": ["A"], "rows": [
+        {"title": "r", "forks": [["made", "sft"]], "measure": "end", **row}], **table}]}, message)
+      for row, table, message in (
+          ({"forks": [["made", "sft"]] * 2}, {}, "tables.0: row 'r' has 2 forks for the 1 columns A; give"),
+          ({"forks": [["made", "rl"]]}, {}, "tables 't', row 'r': 'rl' is no regime; there are sft"),
+          ({"forks": [["other", "sft"]]}, {}, "tables 't', row 'r': 'other' is no policy that is forked; there are"),
+          ({"published": {"": [1.0, 2.0]}}, {"published": "x"}, "published '' has 2 numbers for 1 columns"),
+          ({"published": {"": [1.0]}}, {}, "has published numbers; say in `published` of the table where"),
+          ({}, {"differences": [["A", "B"]]}, "tables.0: differences: 'B' is no column; there are A"),
+          ({}, {"rows": []}, "tables.0.rows: .*not be empty"))),
+    ({"tables": [{"title": "t", "columns": ["A"], "rows": [{"title": "r", "forks": [["given", "sft"]],
+                                                            "measure": "end"}]}],
+      "downstream": {"sft": {"recipe": "lab_downstream_sft", "policies": ["made"]}}},
+     "tables 't', row 'r': downstream.sft.policies leaves 'given' out"),
     ({"measure": {"kept": BASE, "probes": 3}}, "unknown key 'measure.probes'")])
 def test_a_recipe_that_does_not_hold_together(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):

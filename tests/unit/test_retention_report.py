@@ -10,15 +10,26 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib import pyplot as plt
+from matplotlib.collections import PathCollection
+from matplotlib.container import BarContainer
 
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
-from frpo.retention.command import RECIPE, show, write_report
-from frpo.retention.pictures import certificates, frontier, kept, spent
+from frpo.retention.archive import RECIPE
+from frpo.retention.command import show, write_report
+from frpo.retention.pictures import bars, certificates, frontier, kept, spent
 from frpo.retention.plan import make_plan
 from frpo.retention.report import section_of, sentences
 from frpo.retention.results import collect, pairs
-from frpo.retention.tables import all_tables, certificate_table, fork_table, frontier_table, state_table
+from frpo.retention.tables import (
+    all_tables,
+    certificate_table,
+    fork_table,
+    frontier_table,
+    own_differences,
+    own_table,
+    state_table,
+)
 
 ENDS = {("given", "sft"): 0.6, ("made", "sft"): 0.7, ("made", "rl"): 0.3}
 """Sampled reward at the end of a fork of seed 0; the next seeds have .01 more each."""
@@ -94,7 +105,7 @@ def test_samples_are_told_unless_every_fork_was_enumerated(tmp_path):
     write(fork.run_dir / "metrics.jsonl", [{k: v for k, v in row.items() if k[:5] != "exact"} for row in probes(fork)])
     found = collect(plan)
     assert not found.exact and found.value("made", "rl/end") == pytest.approx(0.31)
-    assert "sampled reward" in fork_table(found, "sft").note
+    assert "sampled reward" in fork_table(found, "through sft").note
 
 
 def test_a_kl_below_zero_counts_as_zero_and_a_point_on_the_bound_is_not_below_it(tmp_path):
@@ -157,11 +168,13 @@ def test_a_stage_that_failed_before_it_was_done_has_not_failed(tmp_path):
 
 def test_tables_of_a_wide_matrix(tmp_path):
     found = collect(matrix(tmp_path, choose={"measure": "sft/end", "bounds": {"eval/kl": [0.7, None]}}))
-    assert [table.title.split(" through ")[-1].split(":")[0] for table in all_tables(found)] == [
-        "What has run", "Policies before any fine-tuning", "Frontier", "sft", "sft, seed by seed", "rl", "Certificate"]
+    assert [table.title.partition(":")[0] for table in all_tables(found)] == [
+        "What has run", "Policies before any fine-tuning", "Frontier", "Kept through sft",
+        "Differences through sft, seed by seed", "Kept through rl", "Certificate"]
     assert found.chosen == "made" and set(cells(frontier_table(found))) == {"given", "made (chosen)"}
     assert cells(frontier_table(found))["given"]["KL spent, nats"] == "-"
-    assert "enumerated reward" in fork_table(found, "rl").note and set(cells(fork_table(found, "rl"))) == {"made"}
+    through_rl = fork_table(found, "through rl")
+    assert "enumerated reward" in through_rl.note and set(cells(through_rl)) == {"made"}
     row = cells(certificate_table(found))["given"]
     assert row | {"B(0.25)": "0.650 ± 0.000", "B(1)": "-0.100 ± 0.000", "B(2)": "-1.100 ± 0.000", "points": "9",
                   "below the bound": "3", "beyond error": "3", "smallest slack": "-0.050", "mean slack": "0.053"} == row
@@ -172,7 +185,7 @@ def test_tables_of_a_wide_matrix(tmp_path):
     assert frontier_table(known).columns == ("policy", "reward reached", "lowest decile",
                                              "kept through sft over updates", "kept through sft over KL")
     assert pairs(found) == [("made", "given")] and pairs(alone) == []
-    assert len(all_tables(alone)) == 4 and not any("against" in line for line in sentences(alone))
+    assert len(all_tables(alone)) == 3 and not any("against" in line for line in sentences(alone))
 
 
 @pytest.mark.parametrize("pair, key, seeds, told", [
@@ -188,6 +201,59 @@ def test_a_sentence_follows_its_numbers(tmp_path, pair, key, seeds, told):
     assert "through rl" not in "\n".join(sentences(found)), "which only one of them goes through"
 
 
+TABLE = {"title": "Layout", "columns": ["SFT", "RL"], "before": "first", "percent": True, "published": "elsewhere",
+         "differences": [["RL", "SFT"]], "rows": [
+             {"title": "end", "forks": [["made", "sft"], ["made", "rl"]], "measure": "kept/reward",
+              "beside": "exact/reward", "published": {"": [88.9, None], "other": [1.5]}},
+             {"title": "new", "forks": [["given", "sft"], ["made", "rl"]], "measure": "utility"},
+             {"title": "not run", "forks": [["late", "sft"]] * 2, "measure": "end"}]}
+
+
+def test_a_table_of_the_recipe_is_laid_out_as_it_says(tmp_path):
+    policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
+    found = collect(matrix(tmp_path, tables=[TABLE], only_policies=["given", "made"], policies={
+        "base": {**policy, "fork": False}, "given": {"path": "models/$seed"}, "made": {**policy, "start": "base"},
+        "late": policy}))
+    shown = own_table(found, found.plan.recipe.tables[0])
+    assert shown.columns == ("", "first", "SFT", "RL", "published: elsewhere")
+    assert shown.rows == (
+        ("end", "90.0 ± 0.0", "71.0 ± 2.5 [36]", "31.0 ± 2.5 [16]", "88.9 / -,  other 1.5"),
+        ("new", "-", "50.0 ± 0.0", "50.0 ± 0.0", "")), "the summary's `utility` has no first value"
+    assert "in brackets exact/reward" in shown.note and "in %" in shown.note
+    changes = own_differences(found, found.plan.recipe.tables[0])
+    assert changes.columns == ("", "RL - SFT") and changes.rows == (
+        ("end", "-40.0 ± 0.0* [0/3]"), ("new", "+0.0 ± 0.0 [0/3]"))
+    assert [each.title for each in all_tables(found)][1:3] == [shown.title, changes.title]
+    drawn = bars(found, found.plan.recipe.tables[0]).axes[0]
+    assert [[round(bar.get_height(), 6) for bar in column.patches] for column in drawn.containers
+            if isinstance(column, BarContainer)] == [[71.0, 50.0], [31.0, 50.0]]
+    assert [mark.get_offsets().tolist() for mark in drawn.collections if isinstance(mark, PathCollection)] == [
+        [[pytest.approx(-0.2), 88.9]]]
+    assert "Layout" in section_of(found, tmp_path / "page").pictures
+    plt.close("all")
+
+
+def test_of_one_policy_alone_the_regimes_stand_side_by_side(tmp_path):
+    found = collect(matrix(tmp_path, only_policies=["made"]))
+    assert found.groups == {"by made": [("sft", "made", "sft"), ("rl", "made", "rl")]}
+    assert [table.title.partition(":")[0] for table in all_tables(found)] == [
+        "What has run", "Policies before any fine-tuning", "Kept by made", "Certificate"]
+    assert set(cells(fork_table(found, "by made"))) == {"sft", "rl"}
+    pictures = section_of(found, tmp_path / "page").pictures
+    assert list(pictures) == ["Kept by made", "Certificates", "What forks keep, and what they learn"]
+    sft, rl = kept(found, "by made").axes[0].lines
+    assert (sft.get_label(), rl.get_label()) == ("sft", "rl") and sft.get_color() != rl.get_color()
+    plt.close("all")
+
+
+def test_two_points_are_no_curve(tmp_path):
+    plan = matrix(tmp_path)
+    for seed in plan.seeds:
+        for fork in seed.forks:
+            write(fork.run_dir / "metrics.jsonl", probes(fork)[::2])
+    assert not any(title.startswith("Kept") for title in section_of(collect(plan), tmp_path / "page").pictures)
+
+
 # --- pictures and the page --------------------------------------------------------------------------------------------
 
 def test_pictures_show_what_was_measured(tmp_path):
@@ -195,18 +261,18 @@ def test_pictures_show_what_was_measured(tmp_path):
     late = plan.seeds[0].forks[0]
     write(late.run_dir / "metrics.jsonl", [{**row, "kept/kl": 0.61 * row["kept/kl"]} for row in probes(late)[::2]])
     found = collect(plan)
-    figure = kept(found, "sft")
+    figure = kept(found, "through sft")
     assert len(figure.axes) == 2, "the lowest decile is the same everywhere"
     given, made = figure.axes[0].lines
     assert given.get_xdata().tolist() == [0, 20] and made.get_xdata().tolist() == [0, 10, 20]
     assert made.get_ydata() == pytest.approx([0.45, 0.425, 0.355])
     assert [line.get_xdata()[-1] for line in figure.axes[1].lines] == pytest.approx([0.3, 0.5]), "as far as all forks"
     write(late.run_dir / "metrics.jsonl", probes(late, decile=0.3))
-    assert len(kept(collect(plan), "sft").axes) == 4
+    assert len(kept(collect(plan), "through sft").axes) == 4
     same = matrix(tmp_path / "same", only_policies=["given"], compare=[])
     for fork in same.seeds[0].forks + same.seeds[1].forks + same.seeds[2].forks:
         write(fork.run_dir / "metrics.jsonl", [{**row, "exact/reward": 0.5} for row in probes(fork)])
-    assert len(kept(collect(same), "sft").axes) == 2, "the reward is shown even so"
+    assert len(kept(collect(same), "by given").axes) == 2, "the reward is shown even so"
     assert spent(found).axes[0].collections[0].get_sizes().tolist() == [90], "the chosen one stands out"
     where = [mark.get_offsets().tolist() for mark in spent(found).axes[1].collections]
     assert where == [[[pytest.approx(0.8), pytest.approx(found.value("made", "sft/over updates"))]]]

@@ -13,7 +13,8 @@ from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError
 from frpo.evaluate.page import Section, TableText, write_page
 from frpo.report import run_report
-from frpo.retention.command import RECIPE, show, write_report
+from frpo.retention.archive import RECIPE
+from frpo.retention.command import show, write_report
 from frpo.retention.plan import make_plan
 from frpo.retention.report import sentences
 from frpo.retention.results import collect
@@ -116,7 +117,7 @@ def test_sentences_say_what_was_measured_whichever_way(tmp_path):
     assert "Forks of good against plain through sft: at the same KL no difference beyond noise" in told
     assert "4 of 18 measured points lie below the certificate of their policy, 4 of them by more" in told
     assert "18 probes pushed weights into running engines, 2.50 s each; to start engines takes 12 s" in told
-    assert "so that 3 minutes were saved" in told
+    assert "so that 3.0 minutes were saved" in told
     assert "12 stages took 9.0 minutes" in told
 
 

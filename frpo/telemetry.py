@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -154,22 +154,34 @@ class WandbSink:
 
 
 class ProgressBar:
-    """A live bar on a terminal; elsewhere one plain line a step, so that log files stay readable."""
+    """A live bar on a terminal; elsewhere one plain line a step, so that log files stay readable.
+
+    Within another one's it is a second bar below that prints no lines: what is logged shows beside it.
+    """
+
+    outermost: ClassVar[ProgressBar | None] = None
 
     def __init__(self, total: int, done: int, title: str):
-        self.console = Console()
+        self.outer = ProgressBar.outermost
+        self.console = self.outer.console if self.outer else Console()
         self.live = self.console.is_terminal
-        self.progress = Progress(
+        self.progress = self.outer.progress if self.outer else Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live)
         self.task = self.progress.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
-        self.progress.start()
+        if self.outer is None:
+            ProgressBar.outermost = self
+            self.progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        if self.outer is None:
+            ProgressBar.outermost = None
+            self.progress.stop()
+        else:
+            self.progress.remove_task(self.task)
 
     def note(self, text: str) -> None:
         """Show what happens now."""
@@ -181,7 +193,10 @@ class ProgressBar:
 
     def log(self, line: str) -> None:
         """Print a line above the bar."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        if self.outer:
+            self.note(line.partition(" | ")[2] or line)
+        else:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
 
 LINE = (

@@ -22,6 +22,9 @@ from matplotlib import pyplot as plt  # the backend has to be chosen first
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+LEAST_RANGE = 0.1
+"""Of reward on an axis, so that small differences look small."""
+
 
 def draw_all(found: Results, folder: Path) -> dict[str, Path]:
     """Title -> picture, written into `folder`; those with nothing to show are left out."""
@@ -52,7 +55,9 @@ def bars(found: Results, section: TableSection) -> Figure:
         places = np.arange(len(rows)) - 0.4 + share * (column + 0.5)
         means, widths = np.array([mean_interval(found.measured(row.forks[column], row.measure).values())
                                   for row in rows]).T
-        axis.bar(places, scale * means, share, label=name, yerr=scale * np.nan_to_num(widths), capsize=2)
+        if np.isnan(means).all():
+            continue
+        axis.bar(places, scale * means, share, label=name, yerr=scale * widths, capsize=2)
         given = [row.published.get("", [])[column:column + 1] for row in rows]
         known = [(place, number) for place, numbers in zip(places, given) for number in numbers if number is not None]
         if known:
@@ -131,11 +136,15 @@ def spent(found: Results) -> Figure:
         axis.set_visible(False)
     for axis, (label, measure) in zip(axes.flat, panels):
         for policy, color in _colored(found.plan.recipe.forked):
-            x, y = found.value(policy, "eval/kl"), found.value(policy, measure)
+            (x, dx), (y, dy) = found.spread(policy, "eval/kl"), found.spread(policy, measure)
             if not math.isnan(x + y):
                 chosen = policy == found.chosen
-                axis.scatter([x], [y], color=color, s=90 if chosen else 40, marker="*" if chosen else "o", label=policy)
-        axis.set(xlabel="KL to the reference, nats a sequence", ylabel=label)
+                axis.errorbar(x, y, xerr=_width(dx), yerr=_width(dy), color=color, markersize=12 if chosen else 6,
+                              marker="*" if chosen else "o", capsize=2, linewidth=1, label=policy)
+        low, high = axis.get_ylim()
+        pad = max(0.0, LEAST_RANGE - (high - low)) / 2
+        axis.set(xlabel="KL to the reference, nats a sequence", ylabel=label, ylim=(low - pad, high + pad))
+        axis.set_xlim(left=0.0, right=1.2 * axis.get_xlim()[1])
     return _tidy(figure, axes.flat, axes[0][0])
 
 

@@ -20,6 +20,7 @@ from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.retained import ForkPath, Paired, paired, read_path, summary
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.retention.stages import HELD_OUT, SAMPLES, STARTS
+from frpo.telemetry import mean_interval
 
 KL = "kept/kl"
 UTILITY = "utility/reward"
@@ -135,13 +136,25 @@ class Results:
         found = {title: [each for each in group if each[1:] in known] for title, group in grouped.items()}
         return {title: group for title, group in found.items() if group}
 
-    def value(self, policy: str, measure: str) -> float:
-        """Mean over seeds of a policy's metric, or of a number of its forks as REGIME/number; NaN where there is none.
+    def spread(self, policy: str, measure: str) -> tuple[float, float]:
+        """Mean over seeds and half-width of its 95 % interval of a policy's metric, or of a number of its forks as
+        REGIME/number; NaN where there is none.
         """
         regime, _, number = measure.partition("/")
         by_seed = self.by_seed(policy, regime, number) if regime in self.plan.recipe.regimes else (
             self.policy_by_seed(policy, measure))
-        return _mean(by_seed.values())
+        return mean_interval(by_seed.values())
+
+    def value(self, policy: str, measure: str) -> float:
+        """The mean alone."""
+        return self.spread(policy, measure)[0]
+
+    @property
+    def components(self) -> list[str]:
+        """Names of the rewards that make up that of the original task, if there are several."""
+        found = {name.split("/")[1] for path in self.paths.values() for name in path.metrics
+                 if name.startswith("kept/") and name.endswith("/mean")}
+        return sorted(found) if len(found) > 1 else []
 
     @property
     def chosen(self) -> str | None:
@@ -253,7 +266,7 @@ def _warnings(found: Results) -> list[str]:
         told.append(f"{len(recipe.seeds)} seed(s): an interval over so few says little or nothing")
     for pair in pairs(found):
         difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
-        level = _mean(found.policy_by_seed(pair[1], "eval/kl").values())
+        level = found.value(pair[1], "eval/kl")
         if difference.count and abs(difference.mean) > MATCHED * level:
             told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
                         f"{level:.2f} nats): what they keep is not comparable")
@@ -283,7 +296,3 @@ def pairs(found: Results) -> list[tuple[str, str]]:
     recipe = found.plan.recipe
     return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]
 
-
-def _mean(values: Any) -> float:
-    kept = [value for value in values if not math.isnan(value)]
-    return sum(kept) / len(kept) if kept else math.nan

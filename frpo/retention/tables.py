@@ -110,7 +110,7 @@ def own_differences(found: Results, section: TableSection) -> TableText:
     return TableText(title=f"{section.title}: differences seed by seed",
                      columns=("", *(f"{a} - {b}" for a, b in section.differences)), rows=tuple(rows),
                      note=("in points, " if section.percent else "") + "mean ± 95 % interval [seeds of positive sign]; "
-                     "* leaves zero out")
+                     "* leaves zero out, each for itself")
 
 
 def fork_table(found: Results, title: str) -> TableText:
@@ -119,11 +119,12 @@ def fork_table(found: Results, title: str) -> TableText:
     known = [name for name in FORK_COLUMNS
              if any(name in values for fork, values in found.summaries.items()
                     if fork[:2] in {each[1:] for each in group})]
-    rows = [(name, *(level(found.by_seed(policy, regime, measure).values()) for measure in known))
+    rows = [(name, *(level(found.by_seed(policy, regime, measure).values()) for measure in known),
+             *(level(found.measured((policy, regime), f"kept/{each}/mean").values()) for each in found.components))
             for name, policy, regime in group]
     how = "enumerated" if found.exact else "sampled"
     return TableText(
-        title=f"Kept {title}", columns=("", *known), rows=tuple(rows),
+        title=f"Kept {title}", columns=("", *known, *(f"end, {each}" for each in found.components)), rows=tuple(rows),
         note=f"{how} reward of the original task on held-out prompts, mean over seeds ± 95 % interval; over KL: "
              f"averaged from 0 to {found.plan.recipe.measure.max_kl:g} nats from the policy")
 
@@ -140,7 +141,8 @@ def pair_table(found: Results, regime: str) -> TableText:
         rows.append((f"{pair[0]} - {pair[1]}{control}", difference(matched),
                      *(difference(found.compared(pair, regime, name)) for name in known)))
     return TableText(title=f"Differences through {regime}, seed by seed",
-                     note="mean ± 95 % interval [seeds of positive sign]; * leaves zero out, which a control must not",
+                     note="mean ± 95 % interval [seeds of positive sign]; * leaves zero out, which a control must not. Each "
+                          "interval is for itself: of many, one in twenty leaves zero out by chance",
                      columns=("policies", "KL to reference", *known), rows=tuple(rows))
 
 

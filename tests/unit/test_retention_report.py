@@ -246,6 +246,17 @@ def test_of_one_policy_alone_the_regimes_stand_side_by_side(tmp_path):
     plt.close("all")
 
 
+def test_several_rewards_are_told_each(tmp_path):
+    plan = matrix(tmp_path)
+    for seed in plan.seeds:
+        for fork in seed.forks:
+            write(fork.run_dir / "metrics.jsonl", [{**row, "kept/safe/mean": 0.1, "kept/kind/mean": row["step"] / 40}
+                                                   for row in probes(fork)])
+    row = cells(fork_table(collect(plan), "through sft"))["made"]
+    assert (row["end, kind"], row["end, safe"]) == ("0.500 ± 0.000", "0.100 ± 0.000")
+    assert not any("end," in name for name in fork_table(collect(matrix(tmp_path)), "through sft").columns)
+
+
 def test_two_points_are_no_curve(tmp_path):
     plan = matrix(tmp_path)
     for seed in plan.seeds:
@@ -273,9 +284,11 @@ def test_pictures_show_what_was_measured(tmp_path):
     for fork in same.seeds[0].forks + same.seeds[1].forks + same.seeds[2].forks:
         write(fork.run_dir / "metrics.jsonl", [{**row, "exact/reward": 0.5} for row in probes(fork)])
     assert len(kept(collect(same), "by given").axes) == 2, "the reward is shown even so"
-    assert spent(found).axes[0].collections[0].get_sizes().tolist() == [90], "the chosen one stands out"
-    where = [mark.get_offsets().tolist() for mark in spent(found).axes[1].collections]
+    mark, = spent(found).axes[0].containers
+    assert mark.lines[0].get_marker() == "*", "the chosen one stands out"
+    where = [mark.lines[0].get_xydata().tolist() for mark in spent(found).axes[1].containers]
     assert where == [[[pytest.approx(0.8), pytest.approx(found.value("made", "sft/over updates"))]]]
+    assert spent(found).axes[0].get_xlim()[0] == 0 and np.ptp(spent(found).axes[0].get_ylim()) >= 0.1 - 1e-9
     ends = [bar.lines[0].get_xydata().tolist()[0] for bar in frontier(found).axes[0].containers]
     assert ends == [pytest.approx([0.5, y]) for y in (0.305, 0.355, 0.155)]
     axes = certificates(found).axes

@@ -8,7 +8,7 @@ import pytest
 
 from frpo.errors import CheckpointError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
-from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, step_line, t_quantile
+from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, ProgressBar, mean_interval, step_line, t_quantile
 
 PARTS = [("a", 1.0, 2.0, "mean"), ("b", 3.0, 1.0, "max"), ("c", 5.0, 1.0, "sum"), ("a", 8.0, 1.0, "mean"),
          ("b", -2.0, 1.0, "max"), ("c", 0.25, 4.0, "sum")]
@@ -169,3 +169,20 @@ def test_one_value_has_no_interval_and_none_no_mean():
                                                 (30, 2.042), (60, 2.000), (120, 1.980), (10**6, 1.960)])
 def test_students_t(degrees, published):
     assert t_quantile(degrees) == pytest.approx(published, abs=6e-4)
+
+
+def test_a_bar_within_another_prints_nothing_and_is_gone_with_its_end(capsys):
+    with ProgressBar(2, 0, "outer") as outer:
+        with ProgressBar(3, 1, "inner") as inner:
+            inner.log("step    1 | reward 0.5 | learn 0.1s")
+            inner.advance()
+            shown = {task.description: (task.completed, task.fields["note"]) for task in outer.progress.tasks}
+            assert shown == {"outer": (0, ""), "inner": (2, "reward 0.5 | learn 0.1s")}
+        assert [task.description for task in outer.progress.tasks] == ["outer"]
+        outer.log("a stage is done")
+        with pytest.raises(ZeroDivisionError), ProgressBar(1, 0, "failing"):
+            raise ZeroDivisionError
+        assert len(outer.progress.tasks) == 1
+    with ProgressBar(1, 0, "next") as bar:
+        bar.log("heard again")
+    assert capsys.readouterr().out == "a stage is done\nheard again\n"

@@ -141,8 +141,8 @@ def pair_table(found: Results, regime: str) -> TableText:
         rows.append((f"{pair[0]} - {pair[1]}{control}", difference(matched),
                      *(difference(found.compared(pair, regime, name)) for name in known)))
     return TableText(title=f"Differences through {regime}, seed by seed",
-                     note="mean ± 95 % interval [seeds of positive sign]; * leaves zero out, which a control must not. Each "
-                          "interval is for itself: of many, one in twenty leaves zero out by chance",
+                     note="mean ± 95 % interval [seeds of positive sign]; * leaves zero out, which a control must not. "
+                          "Each interval is for itself: of many, one in twenty leaves zero out by chance",
                      columns=("policies", "KL to reference", *known), rows=tuple(rows))
 
 

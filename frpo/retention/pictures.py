@@ -9,12 +9,13 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import cycle
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 import numpy as np
 
 from frpo.config.retention import TableSection
-from frpo.retention.results import Results
+from frpo.retention.results import Results, pairs
 from frpo.telemetry import mean_interval
 
 matplotlib.use("Agg")
@@ -22,6 +23,7 @@ from matplotlib import pyplot as plt  # the backend has to be chosen first
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Name = TypeVar("Name")
 LEAST_RANGE = 0.1
 """Of reward on an axis, so that small differences look small."""
 
@@ -35,6 +37,10 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
     for title, group in found.groups.items():
         if any(len(path.step_S) > 2 for _, *fork in group for path in found.forks(*fork).values()):
             pictures[f"Kept {title}"] = _saved(kept(found, title), folder / f"kept_{title.partition(' ')[2]}.png")
+    for regime in found.plan.recipe.regimes:
+        if any(found.common_seeds(pair, regime) for pair in pairs(found)):
+            pictures[f"Differences through {regime}, seed by seed"] = _saved(
+                differences(found, regime), folder / f"differences_{regime}.png")
     if found.certified:
         pictures["Certificates"] = _saved(certificates(found), folder / "certificates.png")
     if len(found.plan.recipe.forked) > 1 and any(
@@ -97,6 +103,29 @@ def kept(found: Results, title: str) -> Figure:
     axes[-1][0].set_xlabel("updates of the fork")
     axes[-1][1].set_xlabel("KL from the policy, nats a sequence")
     return _tidy(figure, axes.flat, axes[0][1])
+
+
+def differences(found: Results, regime: str) -> Figure:
+    """Of the pairs that are compared: reward of the first's forks less that of the second's, seed by seed, against
+    updates and against KL from the policy.
+    """
+    grid_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 81)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for pair, color in _colored(pairs(found)):
+        label = f"{pair[0]} - {pair[1]}" + (" (control)" if pair in found.plan.recipe.controls else "")
+        forks = [[found.paths[policy, regime, seed] for policy in pair] for seed in found.common_seeds(pair, regime)]
+        if not forks:
+            continue
+        common = sorted(set.intersection(*(set(path.step_S) for two in forks for path in two)))
+        at_updates = [[path.metrics[found.reward][np.isin(path.step_S, common)] for path in two] for two in forks]
+        _band(axes[0], np.array(common), [one - other for one, other in at_updates], color, label)
+        along_kl = [[path.along_kl(found.reward, grid_K) for path in two] for two in forks]
+        _band(axes[1], grid_K, [one - other for one, other in along_kl], color, label)
+    for axis, label in zip(axes, ("updates of the fork", "KL from the policy, nats a sequence")):
+        axis.axhline(0.0, color="black", linewidth=0.8)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("difference in reward kept")
+    return _tidy(figure, axes, axes[1])
 
 
 def certificates(found: Results) -> Figure:
@@ -167,7 +196,7 @@ def frontier(found: Results) -> Figure:
     return _tidy(figure, [axis], axis)
 
 
-def _colored(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:
     return zip(names, cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]))
 
 

@@ -92,6 +92,10 @@ class Results:
         """By seed."""
         return {seed: path for (p, r, seed), path in self.paths.items() if (p, r) == (policy, regime)}
 
+    def common_seeds(self, pair: tuple[str, str], regime: str) -> list[int]:
+        """Those whose forks of both policies have gone through the regime."""
+        return sorted(self.forks(pair[0], regime).keys() & self.forks(pair[1], regime).keys())
+
     def by_seed(self, policy: str, regime: str, measure: str) -> dict[int, float]:
         """A number of the summaries."""
         return {seed: values[measure] for (p, r, seed), values in self.summaries.items()

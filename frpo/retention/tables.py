@@ -134,7 +134,7 @@ def pair_table(found: Results, regime: str) -> TableText:
                                               if r == regime)]
     rows = []
     for pair in pairs(found):
-        if not (found.forks(pair[0], regime) and found.forks(pair[1], regime)):
+        if not found.common_seeds(pair, regime):
             continue
         matched = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
         control = " (control)" if pair in found.plan.recipe.controls else ""

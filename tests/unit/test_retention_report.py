@@ -17,7 +17,7 @@ from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.retention.archive import RECIPE
 from frpo.retention.command import show, write_report
-from frpo.retention.pictures import bars, certificates, frontier, kept, spent
+from frpo.retention.pictures import bars, certificates, differences, frontier, kept, spent
 from frpo.retention.plan import make_plan
 from frpo.retention.report import section_of, sentences
 from frpo.retention.results import collect, pairs
@@ -294,6 +294,22 @@ def test_pictures_show_what_was_measured(tmp_path):
     axes = certificates(found).axes
     assert axes[0].lines[0].get_ydata()[[0, -1]] == pytest.approx([0.9, 0.9 - 2.0])
     assert len(axes[1].collections[-1].get_offsets()) == 18
+    plt.close("all")
+
+
+def test_differences_are_drawn_seed_by_seed(tmp_path):
+    plan = matrix(tmp_path, compare=[["made", "given"]], certificate=None)
+    (plan.seeds[2].forks[0].run_dir / "done.json").unlink()
+    found = collect(plan)
+    assert found.common_seeds(("made", "given"), "sft") == [0, 1] and found.common_seeds(("made", "given"), "rl") == []
+    updates, kl = differences(found, "sft").axes
+    line, zero = updates.lines
+    assert line.get_label() == "made - given" and line.get_xdata().tolist() == [0, 10, 20]
+    assert line.get_ydata() == pytest.approx([0.0, 0.0, 0.05]) and zero.get_ydata()[0] == 0.0
+    along = dict(zip(kl.lines[0].get_xdata().round(6), kl.lines[0].get_ydata()))
+    assert along[0.5] == pytest.approx(0.05) and max(along) == 0.5
+    titles = list(section_of(found, tmp_path / "page").pictures)
+    assert "Differences through sft, seed by seed" in titles and not any("Differences through rl" in t for t in titles)
     plt.close("all")
 
 

@@ -133,7 +133,7 @@ def test_the_page_needs_nothing_else(tmp_path, capsys):
     found = collect(matrix(tmp_path))
     page = write_report(found).read_text(encoding="utf-8")
     assert "&lt;by hand&gt;" in page and "<by hand>" not in page
-    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and page.count("<img") == 5
     tables = all_tables(found)
     assert all(table.title.replace("'", "&#39;") in page for table in tables) and len(tables) == 6
     show(tables)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
@@ -22,6 +22,15 @@ class TableText:
     note: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def narrow(self) -> TableText:
+        """On its side where it is wider than high: measures are many, what is measured is few."""
+        lines = (self.columns, *self.rows)
+        if len(self.columns) <= len(lines):
+            return self
+        columns, *rows = zip(*lines, strict=True)
+        return replace(self, columns=columns, rows=tuple(rows))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def show(tables: Sequence[TableText]) -> None:
     console = Console()
     console.width = max(console.width, WIDTH)
     for table in tables:
-        console.print(_table(table))
+        console.print(_table(table.narrow))
 
 
 def show_plan(plan: Plan) -> None:
@@ -72,11 +72,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def _table(table: TableText) -> Table:
-    """On its side where that makes it narrower: measures are many, policies are few."""
-    cells = [table.columns, *table.rows]
-    if len(table.columns) > len(cells):
-        cells = [list(column) for column in zip(*cells, strict=True)]
-    first, *rows = [[escape(cell) for cell in row] for row in cells]
+    first, *rows = [[escape(cell) for cell in row] for row in (table.columns, *table.rows)]
     shown = Table(*first, title=escape(f"{table.title}\n{table.note}"))
     for column in shown.columns[1:]:
         column.justify = "right"

@@ -17,7 +17,7 @@ quickstart: $(READY)
 	$(BIN)/frpo quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2 --dist loadscope
+	$(BIN)/python -m pytest tests -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ $(READY): frpo/locks/$(LOCK).txt setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"frpo needs Python 3.11 or newer, this is {sys.version}"'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python --no-deps $(TORCH_FROM) -r frpo/locks/$(LOCK).txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --system-certs --python $(BIN)/python --no-deps $(TORCH_FROM) -r frpo/locks/$(LOCK).txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -16,13 +16,15 @@ from frpo.config.loader import as_yaml, dump_recipe, load_any_recipe, load_recip
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError, FrpoError
+from frpo.interrupts import remembered
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
     try:
         parsed = parse(arguments, COMMANDS)
-        return parsed.command(parsed) or 0
+        with remembered():
+            return parsed.command(parsed) or 0
     except BrokenPipeError:  # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed an error
         return 0

@@ -1,21 +1,28 @@
 """For all tests: one thread, since tensors are tiny and the cores are shared with the processes that tests start.
 
-Under `-n` all integration tests go to one worker, which shares one Ray and its engines among them; the others run
-beside them, file by file.
+Under `-n` integration tests go to two workers: one shares a Ray, its ranks and its engines among its tests; those of
+whole runs, which start everything themselves, are the other's. Neither keeps two cores busy alone. All other tests
+follow, file by file.
 """
+from pathlib import Path
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+WHOLE_RUNS = {"test_deaths", "test_ray_job", "test_resume", "test_retention", "test_rollout_only", "test_staleness"}
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
-    class IntegrationTogether(LoadScopeScheduling):
+    class IntegrationFirst(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return "integration" if "/integration/" in file else file
+            if "/integration/" not in file:
+                return file
+            return "whole runs" if Path(file).stem in WHOLE_RUNS else "shared engines"
 
-    return IntegrationTogether(config, log)
+    return IntegrationFirst(config, log)

@@ -74,8 +74,9 @@ class TaskSection(Section):
 class MeasureSection(Section):
     kept: TaskSection = Field(description="the task that policies were trained for")
     utility: TaskSection | None = Field(None, description="the task that forks are fine-tuned for; null: not measured")
-    at: list[Annotated[int, Field(ge=0)]] = Field(
-        [], description="updates of a fork after which it is measured, besides the first and the last")
+    at: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="updates of a fork after which it is measured, besides the first and the last; null: eight "
+                          "times, at equal distances")
     overlap: Literal["refuse", "keep"] = Field(
         "refuse", description="held-out prompts of `kept` that policies or forks are trained on: an error; or measured "
                               "all the same")
@@ -119,6 +120,7 @@ class TableSection(Section):
     """A table as a paper lays it out."""
 
     title: str = Field(description="above the table")
+    note: str = Field("", description="how to read it, such as what stands in brackets")
     columns: list[str] = Field(min_length=1, description="headings")
     rows: list[RowSection] = Field(min_length=1, description="from above")
     before: str | None = Field(None, description="heading of a column with each row's measure before any update; null: "

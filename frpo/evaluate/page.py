@@ -16,18 +16,19 @@ TEMPLATE = "page.html"
 
 @dataclass(frozen=True, kw_only=True)
 class TableText:
-    """note: how to read it. rows: cells as text, the first of each row its name."""
+    """note: how to read it. rows: cells as text, the first of each row its name. laid_out: it stays as it is."""
 
     title: str
     note: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    laid_out: bool = False
 
     @property
     def narrow(self) -> TableText:
         """On its side where it is wider than high: measures are many, what is measured is few."""
         lines = (self.columns, *self.rows)
-        if len(self.columns) <= len(lines):
+        if self.laid_out or len(self.columns) <= len(lines):
             return self
         columns, *rows = zip(*lines, strict=True)
         return replace(self, columns=columns, rows=tuple(rows))

@@ -24,6 +24,8 @@ from frpo.types import RunState, ScoredGroup
 WORST = 0.1
 """The share of completions that is the lowest decile."""
 
+EVENLY = 8
+
 Exact = Callable[[str, Sequence[str]], dict[str, float]]
 """(folder of a model, held-out prompts) -> metrics that need no samples, since every outcome can be enumerated."""
 
@@ -47,15 +49,18 @@ class _Asked:
 
 
 class TaskProbe:
-    """A `frpo.types.Probe` of one fine-tuning. at: the updates after which it asks, the first and the last besides."""
+    """A `frpo.types.Probe` of one fine-tuning. at: the updates after which it asks, the first and the last besides;
+    None: EVENLY times, at equal distances.
+    """
 
-    def __init__(self, *, at: Sequence[int], tasks: Sequence[Task], exact: Exact | None, engines: RecoveringEngines,
-                 learner: LearnerGroup, timer: PhaseTimer):
-        self.at, self.tasks, self.exact = frozenset(at), tasks, exact
+    def __init__(self, *, at: Sequence[int] | None, tasks: Sequence[Task], exact: Exact | None,
+                 engines: RecoveringEngines, learner: LearnerGroup, timer: PhaseTimer):
+        self.at, self.tasks, self.exact = at, tasks, exact
         self.engines, self.learner, self.timer = engines, learner, timer
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:
-        if state.step not in self.at | {0, total}:
+        at = range(0, total, -(-total // EVENLY) or 1) if self.at is None else self.at
+        if state.step not in {0, total, *at}:
             return {}
         with self.timer.phase("push"):
             if self.engines.pushed != state.policy_version:

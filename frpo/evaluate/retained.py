@@ -49,17 +49,20 @@ def read_path(rows: Sequence[Mapping[str, float]], kl: str) -> ForkPath:
 def summary(path: ForkPath, reward: str, decile: str, max_kl: float) -> dict[str, float]:
     """One number each: at the start, at the end, averaged over updates and over KL up to `max_kl`, and at some KLs.
 
-    What lies beyond the largest KL that the fork has reached is NaN.
+    What lies beyond the largest KL that the fork has reached is NaN. Start and end alone are no path: without a probe
+    between them, averages are left out.
     """
     grid_K = np.linspace(0.0, max_kl, 201)
-    found = {"start": path.metrics[reward][0], "start decile": path.metrics[decile][0],
-             "end": path.metrics[reward][-1], "end decile": path.metrics[decile][-1], "end KL": path.kl_S[-1],
-             "over updates": _mean_over(path.step_S, path.metrics[reward]),
+    ends = {"start": path.metrics[reward][0], "start decile": path.metrics[decile][0],
+            "end": path.metrics[reward][-1], "end decile": path.metrics[decile][-1], "end KL": path.kl_S[-1]}
+    if len(path.step_S) < 3:
+        return {name: float(value) for name, value in ends.items()}
+    found = {"over updates": _mean_over(path.step_S, path.metrics[reward]),
              "decile over updates": _mean_over(path.step_S, path.metrics[decile]),
              "over KL": float(np.mean(path.along_kl(reward, grid_K))),
              "decile over KL": float(np.mean(path.along_kl(decile, grid_K)))}
     found |= {f"at KL {kl:g}": float(path.along_kl(reward, np.array([kl]))[0]) for kl in AT_KL if kl <= max_kl}
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in (ends | found).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,4 @@ def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Paired:
 
 def _mean_over(step_S: np.ndarray, value_S: np.ndarray) -> float:
     """Of a line through the probes, over all updates."""
-    if len(step_S) < 2:
-        return float(value_S[0])
     return float(np.sum((value_S[1:] + value_S[:-1]) / 2 * np.diff(step_S)) / (step_S[-1] - step_S[0]))

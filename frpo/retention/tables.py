@@ -89,13 +89,12 @@ def own_table(found: Results, section: TableSection) -> TableText:
             cells.append(",  ".join(f"{what} {' / '.join(map(_published, numbers))}".strip()
                                     for what, numbers in row.published.items()))
         rows.append((row.title, *cells))
-    beside = "; in brackets " + ", ".join(dict.fromkeys(row.beside for row in section.rows if row.beside))
     return TableText(
-        title=section.title, rows=tuple(rows),
+        title=section.title, rows=tuple(rows), laid_out=True,
         columns=("", *([section.before] if section.before else []), *section.columns,
                  *([f"published: {section.published}"] if section.published else [])),
-        note=f"{'in %, ' if section.percent else ''}mean over seeds ± 95 % interval by Student's t"
-             + (beside if any(row.beside for row in section.rows) else ""))
+        note=("in %, " if section.percent else "") + "mean over seeds ± 95 % interval by Student's t"
+             + (f"; {section.note}" if section.note else ""))
 
 
 def own_differences(found: Results, section: TableSection) -> TableText:
@@ -107,7 +106,7 @@ def own_differences(found: Results, section: TableSection) -> TableText:
                  for pair in section.differences]
         if any(each.count for each in pairs):
             rows.append((row.title, *(difference(each, section.percent) for each in pairs)))
-    return TableText(title=f"{section.title}: differences seed by seed",
+    return TableText(title=f"{section.title}: differences seed by seed", laid_out=True,
                      columns=("", *(f"{a} - {b}" for a, b in section.differences)), rows=tuple(rows),
                      note=("in points, " if section.percent else "") + "mean ± 95 % interval [seeds of positive sign]; "
                      "* leaves zero out, each for itself")

@@ -46,6 +46,18 @@ def test_metrics_carry_the_name_of_their_task():
     assert "kept/kl" not in task_metrics(task, groups, None)
 
 
+@pytest.mark.parametrize("at, total, steps", [
+    (None, 16, [0, 2, 4, 6, 8, 10, 12, 14, 16]), (None, 20, [0, 3, 6, 9, 12, 15, 18, 20]), (None, 3, [0, 1, 2, 3]),
+    (None, 0, [0]), ([], 20, [0, 20])])
+def test_without_a_choice_it_looks_at_equal_distances(at, total, steps):
+    pushed = []
+    engines = SimpleNamespace(pushed=None, push=pushed.append)
+    probe = TaskProbe(at=at, tasks=[], exact=None, engines=engines, learner=None, timer=PhaseTimer())
+    for step in range(total + 1):
+        probe(RunState(step=step, policy_version=step, data_cursor=0, recipe_digest="", file_offsets={}), total)
+    assert pushed == steps
+
+
 def test_it_looks_at_the_first_the_last_and_those_that_were_asked_for():
     pushed = []
     engines = SimpleNamespace(pushed=None, push=pushed.append)

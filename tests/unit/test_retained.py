@@ -47,10 +47,11 @@ def test_an_estimate_of_the_kl_below_zero_counts_as_zero():
     assert path.along_kl("r", np.array([0.0, 0.05])) == pytest.approx([1.0, 0.75])
 
 
-def test_updates_are_counted_from_the_first_probe_and_one_probe_is_its_own_mean():
+def test_updates_are_counted_from_the_first_probe_and_a_path_has_one_between_its_ends():
     later = read_path([{**row, "step": row["step"] + 10} for row in ROWS], "kl")
     assert summary(later, "r", "d", 1.0)["over updates"] == pytest.approx(summary(PATH, "r", "d", 1.0)["over updates"])
-    assert summary(read_path(ROWS[:1], "kl"), "r", "d", 1.0)["over updates"] == 1.0
+    assert summary(read_path(ROWS[::len(ROWS) - 1], "kl"), "r", "d", 1.0).keys() == {
+        "start", "start decile", "end", "end decile", "end KL"}, "start and end alone are no path"
 
 
 def test_what_was_not_reached_has_no_number():

@@ -201,8 +201,8 @@ def test_a_sentence_follows_its_numbers(tmp_path, pair, key, seeds, told):
     assert "through rl" not in "\n".join(sentences(found)), "which only one of them goes through"
 
 
-TABLE = {"title": "Layout", "columns": ["SFT", "RL"], "before": "first", "percent": True, "published": "elsewhere",
-         "differences": [["RL", "SFT"]], "rows": [
+TABLE = {"title": "Layout", "note": "[exact]", "columns": ["SFT", "RL"], "before": "first", "percent": True,
+         "published": "elsewhere", "differences": [["RL", "SFT"]], "rows": [
              {"title": "end", "forks": [["made", "sft"], ["made", "rl"]], "measure": "kept/reward",
               "beside": "exact/reward", "published": {"": [88.9, None], "other": [1.5]}},
              {"title": "new", "forks": [["given", "sft"], ["made", "rl"]], "measure": "utility"},
@@ -219,7 +219,8 @@ def test_a_table_of_the_recipe_is_laid_out_as_it_says(tmp_path):
     assert shown.rows == (
         ("end", "90.0 ± 0.0", "71.0 ± 2.5 [36]", "31.0 ± 2.5 [16]", "88.9 / -,  other 1.5"),
         ("new", "-", "50.0 ± 0.0", "50.0 ± 0.0", "")), "the summary's `utility` has no first value"
-    assert "in brackets exact/reward" in shown.note and "in %" in shown.note
+    assert shown.note.startswith("in %, mean") and shown.note.endswith("; [exact]")
+    assert shown.narrow is shown, "a layout stays"
     changes = own_differences(found, found.plan.recipe.tables[0])
     assert changes.columns == ("", "RL - SFT") and changes.rows == (
         ("end", "-40.0 ± 0.0* [0/3]"), ("new", "+0.0 ± 0.0 [0/3]"))

@@ -56,7 +56,7 @@ def bars(found: Results, section: TableSection) -> Figure:
     rows = [row for row in section.rows if any(found.forks(*fork) for fork in row.forks)]
     scale = 100.0 if section.percent else 1.0
     figure, axis = plt.subplots(figsize=(max(7.0, 1.5 * len(rows)), 4.5), layout="constrained")
-    share = 0.8 / len(section.columns)
+    share, published, lowest = 0.8 / len(section.columns), [], 0.0
     for column, name in enumerate(section.columns):
         places = np.arange(len(rows)) - 0.4 + share * (column + 0.5)
         means, widths = np.array([mean_interval(found.measured(row.forks[column], row.measure).values())
@@ -65,13 +65,15 @@ def bars(found: Results, section: TableSection) -> Figure:
             continue
         axis.bar(places, scale * means, share, label=name, yerr=scale * widths, capsize=2)
         given = [row.published.get("", [])[column:column + 1] for row in rows]
-        known = [(place, number) for place, numbers in zip(places, given) for number in numbers if number is not None]
-        if known:
-            axis.scatter(*zip(*known), marker="D", s=22, color="white", edgecolors="black", zorder=3,
-                         label=f"published: {section.published}" if column == 0 else None)
+        published += [(place, number) for place, numbers in zip(places, given) for number in numbers
+                      if number is not None]
+        lowest = min(lowest, np.nanmin(means))
+    if published:
+        axis.scatter(*zip(*published), marker="D", s=22, color="white", edgecolors="black", zorder=3,
+                     label=f"published: {section.published}")
     axis.set_xticks(range(len(rows)), [textwrap.fill(row.title, 16) for row in rows], fontsize=8)
     axis.set_ylabel("%" if section.percent else "")
-    axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
+    axis.set_ylim(bottom=0.0 if lowest >= 0 else None, top=1.25 * axis.get_ylim()[1])  # room for the legend
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, ncols=min(3, len(section.columns) + 1), loc="upper center")
     return figure

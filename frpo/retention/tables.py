@@ -185,8 +185,9 @@ def difference(found: Paired, points: bool = False) -> str:
         return "-"
     scale, digits = (100.0, 1) if points else (1.0, 3)
     width = "" if math.isnan(found.half_width) else f" ± {scale * found.half_width:.{digits}f}"
-    star = "*" if found.count > 1 and found.differs else ""
-    return f"{scale * found.mean:+.{digits}f}{width}{star} [{found.positive}/{found.count}]"
+    mean = f"{scale * found.mean:+.{digits}f}"
+    star = "*" if found.count > 1 and found.differs and float(mean) != 0 else ""
+    return f"{mean}{width}{star} [{found.positive}/{found.count}]"
 
 
 def _published(number: float | None) -> str:

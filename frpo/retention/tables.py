@@ -20,13 +20,13 @@ COMPARED = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "ove
 
 
 def all_tables(found: Results) -> list[TableText]:
-    """State, the recipe's own, policies, forks, comparisons by regime, certificates; without those that would be
+    """The recipe's own, state, policies, forks, comparisons by regime, certificates; without those that would be
     empty.
     """
-    tables = [state_table(found)]
+    tables = []
     for section in found.plan.recipe.tables:
         tables += [own_table(found, section), own_differences(found, section)]
-    tables.append(policy_table(found))
+    tables += [state_table(found), policy_table(found)]
     if len(found.plan.recipe.forked) > 1:
         tables.append(frontier_table(found))
     for title, group in found.groups.items():
@@ -86,7 +86,7 @@ def own_table(found: Results, section: TableSection) -> TableText:
         if section.before:
             cells.insert(0, shown(found.before(row.forks, row.measure).values()))
         if section.published:
-            cells.append(",  ".join(f"{what} {' / '.join(map(_published, numbers))}".strip()
+            cells.append("\n".join(f"{what} {' / '.join(map(_published, numbers))}".strip()
                                     for what, numbers in row.published.items()))
         rows.append((row.title, *cells))
     return TableText(

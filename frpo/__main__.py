@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +17,14 @@ from frpo.config.loader import as_yaml, dump_recipe, load_any_recipe, load_recip
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError, FrpoError
-from frpo.interrupts import remembered
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
     try:
         parsed = parse(arguments, COMMANDS)
-        with remembered():
-            return parsed.command(parsed) or 0
+        _hear_interrupts()
+        return parsed.command(parsed) or 0
     except BrokenPipeError:  # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed an error
         return 0
@@ -191,6 +191,12 @@ def doctor(parsed: argparse.Namespace) -> int:
     from frpo.doctor import diagnose
 
     return diagnose()
+
+
+def _hear_interrupts() -> None:
+    """A Ray that a script has started in its background ignores SIGINT, and so do its jobs, though it stops them by it."""
+    if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _not_launched(command: str) -> None:

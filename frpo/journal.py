@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from frpo import interrupts
 from frpo.checkpoint import CheckpointStore
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
@@ -56,13 +55,12 @@ class Journal:
         self.checkpoints.finish(path, replace(state, file_offsets=offsets))
 
     def write(self, step: int, metrics: dict[str, float], bar: ProgressBar) -> None:
-        """Metrics of one step to every sink, and its one log line. Raises KeyboardInterrupt if one was lost before."""
+        """Metrics of one step to every sink, and its one log line."""
         metrics = metrics | self.timer.collect()
         self.files["metrics"].append({"step": step, **metrics})
         for sink in self.sinks:
             sink.write(step, metrics)
         bar.log(step_line(step, metrics))
-        interrupts.check()
 
 
 @contextmanager

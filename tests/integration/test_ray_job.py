@@ -114,7 +114,8 @@ def cluster(python) -> Iterator[Cluster]:
                f"--ray-client-server-port={clients}", "--min-worker-port=0", "--max-worker-port=0",
                f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"]
     with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=python.parent)
+        head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=python.parent,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as `... &` does
     try:
         until(lambda: answers(f"http://127.0.0.1:{jobs}"), 120, head)
         yield Cluster(python=python, address=f"http://127.0.0.1:{jobs}", head=f"127.0.0.1:{port}",

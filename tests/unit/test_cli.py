@@ -1,5 +1,6 @@
 """The command line as its user meets it: what is accepted, and every bad input as one message before any engine."""
 import json
+import signal
 
 import pytest
 import yaml
@@ -243,3 +244,15 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     (["doctor", "run.seed=3"], "unrecognized arguments: run.seed=3")])
 def test_wrong_usage_is_explained(place, capsys, arguments, message):
     assert message in usage_error(capsys, *arguments)
+
+
+@pytest.mark.parametrize("stopped_by", [None, "SIGINT"])
+def test_a_job_that_ray_stops_by_sigint_hears_it_even_from_a_shells_background(monkeypatch, capsys, stopped_by):
+    if stopped_by:
+        monkeypatch.setenv("RAY_JOB_STOP_SIGNAL", stopped_by)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main(["config", "smoke"]) == 0
+        assert signal.getsignal(signal.SIGINT) is (signal.default_int_handler if stopped_by else signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, before)

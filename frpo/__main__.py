@@ -194,7 +194,7 @@ def doctor(parsed: argparse.Namespace) -> int:
 
 
 def _hear_interrupts() -> None:
-    """Ray stops a job by SIGINT, which a Ray that was started in a script's background ignores, and its jobs with it."""
+    """Ray stops a job by SIGINT, which one that was started in a script's background ignores, and its jobs with it."""
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

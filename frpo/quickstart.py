@@ -25,6 +25,7 @@ from frpo.config.sections import Recipe
 from frpo.data.arithmetic import comparisons
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
 from frpo.journal import open_journal
+from frpo.retention.archive import write_archive
 from frpo.retention.command import show, write_report
 from frpo.retention.pictures import draw_all
 from frpo.retention.plan import Plan, make_plan
@@ -53,13 +54,14 @@ def run_quickstart(overrides: Sequence[str]) -> int:
         parts.learner.load(first)
         with _control_parts(parts) as control:
             Trainer(control).fit()
+        write_archive(matrix.recipe)
         run_plan(matrix, Stack(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
     kept = collect(matrix)
     runs = {"FRPO": run_dir / "metrics.jsonl", "control (rewards shuffled)": control.run_dir / "metrics.jsonl"}
     picture = draw_reward_curve(runs, run_dir / "reward.png")
     ends = {name: _ends(path) for name, path in runs.items()}
     _print_table(ends)
-    show([policy_table(kept), fork_table(kept, DOWNSTREAM)])
+    show([policy_table(kept), fork_table(kept, f"through {DOWNSTREAM}")])
     print(f"Kept through fine-tuning for another task: {draw_all(kept, run_dir)[f'Kept through {DOWNSTREAM}']}  "
           f"all of it: {write_report(kept)}")
     minutes = (time.perf_counter() - started) / 60

@@ -23,8 +23,9 @@ EXTRA = "more of them, after `overrides`, which may be shared with others by a Y
 Pair = Annotated[tuple[str, str], Field(strict=False)]
 
 IN_MAPPINGS, NOT_IN_NAMES = re.compile(r"[{}\"' ]"), re.compile(r"[^\w.=+\[\],-]+")
-MAX_NAME = 200
 """What values in the name of a policy of `over` lose, and what is replaced, since a folder is called so."""
+MAX_NAME = 200
+"""Bytes; file systems allow 255."""
 
 
 class RetentionRunSection(Section):

@@ -74,6 +74,8 @@ def show_plan(plan: Plan) -> None:
 def _table(table: TableText) -> Table:
     first, *rows = [[escape(cell) for cell in row] for row in (table.columns, *table.rows)]
     shown = Table(*first, title=escape(f"{table.title}\n{table.note}"))
+    for column in shown.columns:
+        column.overflow = "fold"
     for column in shown.columns[1:]:
         column.justify = "right"
     for row in rows:

@@ -236,6 +236,9 @@ class RetentionRecipe(Section):
             for name in names:
                 if name not in forks:
                     raise ValueError(f"{key}: {name!r} is no policy that is forked; there are {', '.join(forks)}")
+        titles = [table.title for table in self.tables]
+        if len(set(titles)) < len(titles):
+            raise ValueError(f"tables: titles must differ, given {', '.join(titles)}")
         for table in self.tables:
             for row in table.rows:
                 self._check_row(f"tables {table.title!r}, row {row.title!r}", row, forks)

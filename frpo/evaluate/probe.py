@@ -25,6 +25,7 @@ WORST = 0.1
 """The share of completions that is the lowest decile."""
 
 EVENLY = 8
+"""Times that a fine-tuning is looked at, the last besides, where nobody says when."""
 
 Exact = Callable[[str, Sequence[str]], dict[str, float]]
 """(folder of a model, held-out prompts) -> metrics that need no samples, since every outcome can be enumerated."""

@@ -35,10 +35,10 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
         if any(found.forks(*fork) for row in section.rows for fork in row.forks):
             pictures[section.title] = _saved(bars(found, section), folder / f"table_{number}.png")
     for title, group in found.groups.items():
-        if any(len(path.step_S) > 2 for _, *fork in group for path in found.forks(*fork).values()):
+        if any(_is_curve(found, *fork) for _, *fork in group):
             pictures[f"Kept {title}"] = _saved(kept(found, title), folder / f"kept_{title.partition(' ')[2]}.png")
     for regime in found.plan.recipe.regimes:
-        if any(found.common_seeds(pair, regime) for pair in pairs(found)):
+        if any(found.common_seeds(pair, regime) and _is_curve(found, pair[0], regime) for pair in pairs(found)):
             pictures[f"Differences through {regime}, seed by seed"] = _saved(
                 differences(found, regime), folder / f"differences_{regime}.png")
     if found.certified:
@@ -196,6 +196,11 @@ def frontier(found: Results) -> Figure:
     axis.set(xlabel="reward of the new task at the end", ylabel="reward of the original task at the end",
              xlim=(left - 0.15, right + 0.15), ylim=(low - 0.15, high + 0.15))
     return _tidy(figure, [axis], axis)
+
+
+def _is_curve(found: Results, policy: str, regime: str) -> bool:
+    """Whether there are probes between start and end."""
+    return any(len(path.step_S) > 2 for path in found.forks(policy, regime).values())
 
 
 def _colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:

@@ -299,4 +299,3 @@ def pairs(found: Results) -> list[tuple[str, str]]:
     """Those to compare, then controls, of which both policies were forked."""
     recipe = found.plan.recipe
     return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]
-

@@ -172,6 +172,8 @@ BASE = {"recipe": "lab_policy"}
           ({"published": {"": [1.0]}}, {}, "has published numbers; say in `published` of the table where"),
           ({}, {"differences": [["A", "B"]]}, "tables.0: differences: 'B' is no column; there are A"),
           ({}, {"rows": []}, "tables.0.rows: .*not be empty"))),
+    ({"tables": [{"title": "t", "columns": ["A"], "rows": [{"title": "r", "forks": [["made", "sft"]],
+                                                            "measure": "end"}]}] * 2}, "tables: titles must differ"),
     ({"tables": [{"title": "t", "columns": ["A"], "rows": [{"title": "r", "forks": [["given", "sft"]],
                                                             "measure": "end"}]}],
       "downstream": {"sft": {"recipe": "lab_downstream_sft", "policies": ["made"]}}},

@@ -263,7 +263,8 @@ def test_two_points_are_no_curve(tmp_path):
     for seed in plan.seeds:
         for fork in seed.forks:
             write(fork.run_dir / "metrics.jsonl", probes(fork)[::2])
-    assert not any(title.startswith("Kept") for title in section_of(collect(plan), tmp_path / "page").pictures)
+    titles = section_of(collect(plan), tmp_path / "page").pictures
+    assert not any(title.startswith(("Kept", "Differences")) for title in titles)
 
 
 # --- pictures and the page --------------------------------------------------------------------------------------------

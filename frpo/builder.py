@@ -30,7 +30,7 @@ from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import ConfigError
 from frpo.journal import Journal, open_journal
 from frpo.learner.lora import check_targets
-from frpo.learner.model import check_model_path, load_tokenizer
+from frpo.learner.model import check_family, check_model_path, load_tokenizer
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.rewards import RewardSpec, RewardSuite
@@ -124,6 +124,7 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
     if model.tiny is not None:
         return build_tokenizer()
     check_model_path(model, model.path)
+    check_family(model, model.path)
     if model.lora is not None:
         check_targets(model, model.path)
     return load_tokenizer(model.path, model.trust_remote_code)

@@ -44,6 +44,7 @@ class FineTuner:
         run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.learner)
         self.provide_reference()
+        invariants.check_same_function(self.learner, self.recipe, self.parts.examples)
         with ProgressBar(self.total, state.step, run.name) as bar:
             if state.step == 0:
                 journal.write(0, self.evaluate(state, bar), bar)

@@ -41,6 +41,7 @@ class Trainer:
         """Train to the last step; save and export. Returns the final state."""
         run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.parts.learner)
+        invariants.check_same_function(self.parts.learner, self.recipe, self.parts.prompts)
         if self.best:
             self.best.restore(state.step if journal.resume and state.file_offsets else None)
         self.parts.engines.push(state.policy_version)

@@ -11,6 +11,7 @@ from frpo.config.loader import AnyRecipe, dump_recipe
 from frpo.config.rollout import WeightSyncSection
 from frpo.data.batcher import score_batches
 from frpo.data.layout import Layout
+from frpo.learner.guard import Comparison
 from frpo.learner.model import hidden_size
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
@@ -39,6 +40,10 @@ class LearnerGroup:
         others = [None] * (self.recipe.learner.num_ranks - 1)
         self.ranks.call("connect engines", "connect_engines", [(each, weight_sync) for each in (client, *others)], {},
                         self.recipe.learner.timeout_s)
+
+    def compare(self, sequences: Sequence[Sequence[int]]) -> list[list[Comparison]]:
+        """Of every rank: its models against plain transformers. See `Learner.compare`."""
+        return self._all("compare", sequences)
 
     def score_groups(self, groups: Sequence[RolloutGroup], model: str, temperature: float | None = None
                      ) -> list[tuple[np.ndarray, ...]]:

@@ -1,6 +1,6 @@
 """One rank of the learner: the verbs a loop calls on every rank in lockstep.
 
-    score, kl, forward_backward, supervise, optim_step, push_weights, save, load, export
+    compare, score, kl, forward_backward, supervise, optim_step, push_weights, save, load, export
 
 It takes micro-batches whose weights are divided already and only sums; group logic, advantages and batching happen
 before, on the controller. A plain class: `cluster` puts it into Ray actors.
@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +26,28 @@ from frpo.kernels import linear_logprobs
 from frpo.learner import engine as ds
 from frpo.learner.checkpoint import load_state, save_state
 from frpo.learner.collate import TokenBatch, collate, loss_positions, per_sample
+from frpo.learner.guard import Comparison, compare
 from frpo.learner.lora import Weight, adapter_weights, add_adapters, merged_weights, write_adapter
-from frpo.learner.losses import MicroBatchLoss, SupervisedMicroBatch, loss_arrays, response_positions, token_kl
+from frpo.learner.losses import (
+    MicroBatchLoss,
+    SupervisedMicroBatch,
+    head_options,
+    loss_arrays,
+    response_positions,
+    token_kl,
+)
 from frpo.learner.model import load_model, load_tokenizer
 from frpo.learner.movement import MovementCheck
 from frpo.learner.network import TokenModel
-from frpo.learner.reference import CachedStates, FrozenModel, Reference, ReferenceStates, fill_cache, finish_cache
+from frpo.learner.reference import (
+    CachedStates,
+    FrozenModel,
+    Reference,
+    ReferenceStates,
+    fill_cache,
+    finish_cache,
+    head_of,
+)
 from frpo.objectives.base import Metrics
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
@@ -97,11 +112,21 @@ class Learner:
         with torch.no_grad(), self._scored(model) as network:
             for samples in micro_batches:
                 batch = self._collate(samples)
+                scale = head_of(network).scale.at(self._temperature(temperature))
                 logprobs_N, _ = network(batch, partial(
-                    linear_logprobs, target_N=batch.target_N, **self._head_options(temperature)))
+                    linear_logprobs, target_N=batch.target_N, **head_options(scale)))
                 arrays = per_sample(samples, logprobs_N.float().cpu().numpy(), np.float32)
                 scores |= {s.sample_id: array for s, array in zip(samples, arrays) if not is_padding(s)}
         return scores
+
+    def compare(self, sequences: Sequence[Sequence[int]]) -> list[Comparison]:
+        """What policy, and reference where it is a model of its own, say of `sequences`, against plain transformers.
+        Collective.
+        """
+        found = [compare("policy", self.engine, sequences, self._collate)]
+        if isinstance(self.reference, FrozenModel) and not self.reference.is_policy:
+            found.append(compare("reference", self.reference.network, sequences, self._collate))
+        return found
 
     def kl(self, micro_batches: Sequence[MicroBatch], *, to: str = "reference") -> dict[SampleId, float]:
         """KL(policy || other) in nats at temperature 1, over the whole vocabulary, summed over each sample's loss
@@ -117,7 +142,7 @@ class Learner:
                 batch = self._collate(samples)
                 with other.states(samples, batch) as states:
                     kl_N = self.engine(batch, partial(token_kl, target_N=batch.target_N, reference=states,
-                                                      softcap=self.engine.module.softcap))
+                                                      scale=self.engine.module.head.scale))
                 arrays = per_sample(samples, kl_N.cpu().numpy())
                 found |= {s.sample_id: float(a.sum()) for s, a in zip(samples, arrays) if not is_padding(s)}
         return found
@@ -139,8 +164,9 @@ class Learner:
             with self._reference_states(samples, batch, policy_loss.needs_states) as states:
                 loss = MicroBatchLoss(loss=policy_loss, arrays=loss_arrays(samples, batch, self.device),
                                       reference=states, metrics=parts)
-                self._backward(self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
-                                                          **self._head_options(None))))
+                self._backward(self.engine(batch, partial(
+                    loss.of_head, target_N=batch.target_N, scale=self.engine.module.head.scale,
+                    temperature=self._temperature(None))))
         return _summed(parts)
 
     def supervise(self, micro_batches: Sequence[MicroBatch], progress: Progress, *, coefficient: float = 1.0,
@@ -162,7 +188,7 @@ class Learner:
                         weight_N=loss_positions(samples, "weight", self.device),
                         position_N=response_positions(samples, self.device))
                     loss_sum = self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
-                                                          softcap=self.engine.module.softcap))
+                                                          scale=self.engine.module.head.scale))
                     if learn:
                         self._backward(loss_sum)
         return _summed(parts)
@@ -281,9 +307,8 @@ class Learner:
     def _collate(self, samples: MicroBatch) -> TokenBatch:
         return collate(samples, self.tokenizer.pad_token_id, self.device, packed=self.recipe.learner.packing)
 
-    def _head_options(self, temperature: float | None) -> dict[str, Any]:
-        return {"temperature": self.recipe.rollout.temperature if temperature is None else temperature,
-                "softcap": self.engine.module.softcap}
+    def _temperature(self, given: float | None) -> float:
+        return self.recipe.rollout.temperature if given is None else given
 
 
 def _summed(parts: Sequence[Metrics]) -> MetricSums:

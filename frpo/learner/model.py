@@ -7,12 +7,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,16 +24,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import ModelSection
 from frpo.errors import ModelError
-from frpo.learner import attention as packed_attention
+from frpo.learner import attention
+from frpo.learner.logits import logit_scale
+from frpo.learner.rotary import follow_own_lengths
 from frpo.types import Example
 
 transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ATTENTION = {"sdpa": packed_attention.NAME, "eager": "eager", "flash_attention_2": "flash_attention_2"}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -96,12 +102,12 @@ def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedToken
 
 def cache_facts(model: ModelSection, path: str, examples: Sequence[Example]) -> dict[str, Any]:
     """What a cache of the states of the model at `path` depends on; see `StateCache`."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).get_text_config()
+    network = hollow_network(model, path)
     content = hashlib.sha256()
     for example in examples:
         content.update(np.array([len(example.token_ids), *example.token_ids, *example.loss_mask], dtype=np.int64))
     return {"model": model_digest(path), "data": content.hexdigest()[:16], "dtype": model.dtype,
-            "width": config.hidden_size, "softcap": getattr(config, "final_logit_softcapping", None)}
+            "width": network.config.get_text_config().hidden_size, "scale": asdict(logit_scale(network))}
 
 
 def model_digest(path: str) -> str:
@@ -124,30 +130,72 @@ def hidden_size(model: ModelSection, path: str) -> int:
 
 
 def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """The model at `path` in the recipe's precision, dropout off: rollout and learner must be the same function.
+    """The model at `path` in the recipe's precision, with attention that keeps the sequences of a pack apart.
 
-    Raises ModelError where the weights cannot be read.
+    gradient_checkpointing: recompute every layer in the backward pass. Raises ModelError where the weights cannot be
+    read, or where the family has no layers to recompute.
     """
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[model.dtype], attn_implementation=ATTENTION[model.attn_implementation],
+            path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
             trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}") from None
-    switch_dropout_off(network)
+    follow_own_lengths(network)
     network.config.use_cache = False
     if gradient_checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(network)
     return network
 
 
-def switch_dropout_off(network: torch.nn.Module) -> None:
-    """Zero every dropout, in modules and where attention reads it as a number."""
-    for module in network.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
+    """The model at `path` without its weights, to look at what it is made of. Raises ModelError where it has no code.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"model.path {path!r} is no causal language model that transformers can make: "
+                         f"{_first_line(error)}") from None
+
+
+def check_family(model: ModelSection, path: str) -> None:
+    """Raise ModelError where frpo cannot compute the logits of the model at `path`, from its config and code alone."""
+    logit_scale(hollow_network(model, path))
+
+
+def _attention_of(model: ModelSection, path: str) -> str:
+    """What transformers is asked for: attention of ours, or the family's own classes where it has such."""
+    family = _family(model, path)
+    if model.attn_implementation == "flash_attention_2":
+        return attention.FLASH
+    by_sdpa = model.attn_implementation == "sdpa" and family._supports_sdpa
+    if not family._can_set_attn_implementation():
+        return "sdpa" if by_sdpa else "eager"
+    return attention.SDPA if by_sdpa else attention.EAGER
+
+
+def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:
+    """The class of the model at `path`."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    remote = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in remote:
+        raise ModelError(f"model.path {path!r} is of type {config.model_type!r}, of which transformers has no causal "
+                         "language model")
+    return get_class_from_dynamic_module(remote["AutoModelForCausalLM"], path)
+
+
+def _checkpoint_layers(network: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass. transformers' own way would need training mode, and so its noise."""
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"{type(network).__name__} has no layers that transformers can recompute; set "
+                         "learner.gradient_checkpointing to false")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _first_line(error: Exception) -> str:

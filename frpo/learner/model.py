@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from frpo.config.model import ModelSection
 from frpo.errors import ModelError
 from frpo.learner import attention
+from frpo.learner.buffers import restore_buffers
 from frpo.learner.logits import logit_scale
 from frpo.learner.rotary import follow_own_lengths
 from frpo.types import Example
@@ -141,6 +142,7 @@ def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool =
             trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}") from None
+    restore_buffers(network)
     follow_own_lengths(network)
     network.config.use_cache = False
     if gradient_checkpointing:

@@ -108,6 +108,7 @@ class FineTuner:
         cache = StateCache.begin(folder, facts, [sum(example.loss_mask) for example in examples])
         if not cache.is_complete:
             self.learner.begin_cache()
+            invariants.check_same_function(self.learner, self.recipe, self.parts.examples)
             missing = cache.missing()
             with ProgressBar(len(examples), len(examples) - len(missing), "reference") as bar:
                 for start in range(0, len(missing), CACHED_AT_A_TIME):

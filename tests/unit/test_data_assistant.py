@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 from chat_templates import DEEPSEEK_R1, FAMILIES, HARMONY, LLAMA3, NEMO, Family, tokenizer_of
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from frpo.data.assistant import AssistantTokens, continuation, end_of_turn
@@ -96,7 +96,8 @@ def test_exactly_the_turns_of_the_assistant_are_learned(name, case, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["sentencepiece", "sentencepiece legacy"])
-@pytest.mark.parametrize("case", CASES.keys() - {"special text"})  # the legacy one puts spaces behind special tokens
+# The legacy one puts a space behind every special token, as here within the content.
+@pytest.mark.parametrize("case", [case for case in CASES if case != "special text"])
 @pytest.mark.parametrize("name", ["Llama-2", "Mistral", "Zephyr", "Gemma", "Phi-3"])
 def test_a_tokenizer_that_puts_a_space_before_text_puts_none_before_a_turn(name, case, scheme):
     check(name, case, scheme)
@@ -208,6 +209,7 @@ def test_a_history_that_is_rewritten_is_refused():
 
 @pytest.mark.parametrize("template, messages", [
     (chat("{{ m.content }}<|im_end|>{{ 'even' if m.content == 'four' }}\n"), talk("1+1", "four")),
+    (chat("{{ m.content }}<|im_end|>{{ 'silent' if not m.content }}\n"), talk("1+1", "")),
     ("{% for m in messages %}{% if m.content %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}", talk("1+1", "")),
 ])
 def test_a_turn_that_cannot_be_told_from_what_follows_is_refused(template, messages):
@@ -260,9 +262,10 @@ def test_a_template_that_always_opens_a_next_turn_will_do():
     ("ChatML", "<|im_end|>"), ("Llama-2", "</s>"), ("Llama-3", "<|eot_id|>"), ("Gemma", "<end_of_turn>"),
     ("Phi-3", "<|end|>"), ("Phi-4-mini", "<|end|>"), ("Command-R7B", "<|END_OF_TURN_TOKEN|>")])
 def test_the_token_that_ends_a_turn(name, token):
-    tokenizer = made(name, "byte-level")
+    tokenizer = tokenizer_of(FAMILIES[name], "byte-level")
+    tokenizer.add_tokens([token[:-1]])  # the longer of two tokens counts, as to the tokenizer
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(token)
-    tokenizer = with_template("{{ raise_exception('no') }}")
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert end_of_turn(tokenizer) is None
 
 
@@ -284,8 +287,17 @@ def test_messages_of_tools_a_default_system_message_and_an_opening_assistant():
 
 
 def test_a_character_of_the_private_use_area_is_text_as_any_other():
-    assert learned(made("ChatML", "byte-level"), talk("\ue000", "\ue000 is \ue001"), "all")[0] == [
-        "\ue000 is \ue001<|im_end|>"]
+    texts, _ = learned(made("ChatML", "byte-level"), talk("a", "yes", "\ue000", "\ue000 is \ue001"), "all")
+    assert texts == ["yes<|im_end|>", "\ue000 is \ue001<|im_end|>"]
+
+
+def test_only_the_template_adds_special_tokens():
+    tokenizer = tokenizer_of(FAMILIES["Llama-2"], "sentencepiece")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    assert tokenizer("2")["input_ids"][0] == tokenizer.bos_token_id
+    texts, ids = learned(tokenizer, talk("1+1", "2", "2+2", "four"), "all")
+    assert texts == [" 2 </s>", " four </s>"] and ids.count(tokenizer.bos_token_id) == 2  # one before each [INST]
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from frpo.data.examples import ExampleSet, load_examples
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import ConfigError
+from frpo.errors import ConfigError, ModelError
 from frpo.journal import Journal, open_journal
 from frpo.learner.lora import check_targets
-from frpo.learner.model import check_family, check_model_path, load_tokenizer
+from frpo.learner.model import check_family, check_model_path, load_tokenizer, unstopped_turn
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.rewards import RewardSpec, RewardSuite
@@ -116,7 +116,12 @@ def _auxiliary(recipe: Recipe) -> ExampleSet | None:
 
 def check_prompts(recipe: Recipe) -> PromptSet:
     """The prompts, once model and tokenizer have been found to fit the recipe."""
-    return load_prompts(recipe.data, tokenizer_of(recipe.model), recipe.run.seed)
+    tokenizer = tokenizer_of(recipe.model)
+    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
+    endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
+    if endless:
+        raise ModelError(endless)
+    return prompts
 
 
 def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:

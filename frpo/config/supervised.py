@@ -32,8 +32,8 @@ class SupervisedDataSection(Section):
     response_column: str = Field("response", description="and the column with the response")
     system_prompt: str | None = Field(None, description="system message put before every chat example")
     train_on: Literal["all", "last"] = Field(
-        "all", description="all: every turn of the assistant, as the template marks them with {% generation %}; "
-                           "last: its last turn, by comparing the template with and without it")
+        "all", description="turns of the assistant with a loss, end-of-turn token included: all of them, or the last; "
+                           "found by rendering, so that any chat template will do")
     too_long: Literal["refuse", "cut", "drop"] = Field(
         "refuse", description="examples above model.max_length: an error; their end is left off; left out")
     where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")

@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -28,6 +29,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import ModelSection
+from frpo.data.assistant import end_of_turn
 from frpo.errors import ModelError
 from frpo.learner import attention
 from frpo.learner.buffers import restore_buffers
@@ -76,6 +78,28 @@ def check_model_path(model: ModelSection, path: str) -> None:
     window = getattr(config, "max_position_embeddings", None)
     if window and model.max_length > window:
         raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}")
+
+
+def unstopped_turn(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """In words, that sampling goes on after the token with which the chat template ends a turn; None if it stops there.
+
+    It stops at the tokenizer's end of sequence and at `eos_token_id` of generation_config.json, else of config.json.
+    A tiny model's template and tokenizer fit together.
+    """
+    if model.path is None:
+        return None
+    try:
+        generation = GenerationConfig.from_pretrained(model.path)
+    except OSError:
+        generation = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code))
+    stops, end = generation.eos_token_id, end_of_turn(tokenizer)
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if end is None or end in stops:
+        return None
+    token, known = (tokenizer.convert_ids_to_tokens(ids) for ids in (end, sorted(stops)))
+    return (f"the chat template of {model.path!r} ends a turn with {token!r} (id {end}), but sampling stops at {known} "
+            "only; add the id to eos_token_id in generation_config.json beside the model")
 
 
 def check_reference(model: ModelSection, path: str, tokenizer: PreTrainedTokenizerBase) -> None:

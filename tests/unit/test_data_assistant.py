@@ -5,10 +5,10 @@ Run as a program, this file prints the table of families, cases and learned text
 from functools import cache
 
 import pytest
-from chat_templates import DEEPSEEK_R1, FAMILIES, HARMONY, LLAMA3, NEMO, Family, tokenizer_of
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import DEEPSEEK_R1, FAMILIES, HARMONY, LLAMA3, NEMO, Family, tokenizer_of
 from frpo.data.assistant import AssistantTokens, continuation, end_of_turn
 from frpo.data.chat import render
 from frpo.errors import DataError, ModelError

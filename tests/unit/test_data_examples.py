@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_templates import FAMILIES, tokenizer_of
 
+from chat_templates import FAMILIES, tokenizer_of
 from frpo.config.supervised import SupervisedDataSection
 from frpo.data.chat import render_text
 from frpo.data.examples import load_examples

@@ -3,9 +3,9 @@ import json
 import logging
 
 import pytest
-from chat_templates import FAMILIES, tokenizer_of
 from transformers import GenerationConfig, Qwen2Config
 
+from chat_templates import FAMILIES, tokenizer_of
 from frpo.builder import check_prompts
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.model import ModelSection

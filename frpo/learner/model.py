@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from frpo.config.model import ModelSection
+from frpo.data.source import looks_local
 from frpo.errors import ModelError
 from frpo.learner import attention as packed_attention
 from frpo.types import Example
@@ -58,8 +59,7 @@ def _saved_as_it_is(folder: Path) -> bool:
 
 def check_model_path(model: ModelSection, path: str) -> None:
     """Raise ModelError if no causal language model config can be read at `path` or the window is too long for it."""
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
-    if local and not Path(path).is_dir():
+    if looks_local(path) and not Path(path).is_dir():
         raise ModelError(f"model.path {path!r} is no folder; give a folder with config.json and weights, or a hub id "
                          "such as owner/name (~ is not expanded)")
     try:

@@ -30,7 +30,7 @@ from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import ConfigError
 from frpo.journal import Journal, open_journal
 from frpo.learner.lora import check_targets
-from frpo.learner.model import check_model_path, load_tokenizer
+from frpo.learner.model import check_model_path, embedding_count, load_tokenizer
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.rewards import RewardSpec, RewardSuite
@@ -111,12 +111,13 @@ def _auxiliary(recipe: Recipe) -> ExampleSet | None:
     """The examples of the recipe's supervised term, if it has one."""
     if recipe.auxiliary is None:
         return None
-    return load_examples(recipe.auxiliary.data, tokenizer_of(recipe.model), recipe.model.max_length, recipe.run.seed)
+    return load_examples(recipe.auxiliary.data, tokenizer_of(recipe.model), recipe.model.max_length, recipe.run.seed,
+                         embedding_count(recipe.model))
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:
     """The prompts, once model and tokenizer have been found to fit the recipe."""
-    return load_prompts(recipe.data, tokenizer_of(recipe.model), recipe.run.seed)
+    return load_prompts(recipe.data, tokenizer_of(recipe.model), recipe.run.seed, embedding_count(recipe.model))
 
 
 def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:

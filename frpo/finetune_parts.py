@@ -16,7 +16,7 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.memory import memory_strategy
 from frpo.data.examples import ExampleSet, load_examples
 from frpo.journal import Journal, open_journal
-from frpo.learner.model import check_reference
+from frpo.learner.model import check_reference, embedding_count
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.types import RunState
@@ -52,7 +52,8 @@ def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
     tokenizer = tokenizer_of(recipe.model)
     if recipe.reference_model is not None and recipe.objective.needs_reference:
         check_reference(recipe.model, recipe.reference_model, tokenizer)
-    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed)
+    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed,
+                             embedding_count(recipe.model))
     return CheckedFinetune(examples=examples, checkpoints=checkpoints, resume=resume)
 
 

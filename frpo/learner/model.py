@@ -123,6 +123,21 @@ def hidden_size(model: ModelSection, path: str) -> int:
     return config.get_text_config().hidden_size
 
 
+def embedding_count(model: ModelSection) -> int | None:
+    """How many tokens the model has embeddings of; None for one made on the spot, whose tokenizer is of its size.
+
+    Raises ModelError where its own padding token is none of them, which no such model can be built with.
+    """
+    if model.path is None:
+        return None
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    pad_id = getattr(config, "pad_token_id", None)
+    if pad_id is not None and pad_id >= config.vocab_size:
+        raise ModelError(f"config.json of {model.path!r}: pad_token_id is {pad_id}, vocab_size {config.vocab_size}; "
+                         "set pad_token_id to the id of a token below, or to null")
+    return config.vocab_size
+
+
 def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """The model at `path` in the recipe's precision, dropout off: rollout and learner must be the same function.
 

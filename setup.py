@@ -24,6 +24,7 @@ setup(
         "accelerate>=1.1",
         "peft>=0.21",
         "datasets>=5",
+        "pyarrow",
         "safetensors",
         "numpy",
         "pydantic>=2.9",

@@ -107,7 +107,7 @@ def _others(commands: _Commands) -> None:
     command = commands.add(
         "attack", "make the training file, or the evaluation prompts, of a fine-tuning attack from your files")
     command.add_argument("attack", help="harmful, identity or backdoor")
-    command.add_argument("examples", help="rows to be answered (.jsonl): prompt and response, or messages")
+    command.add_argument("examples", help="rows to be answered, what data.path takes: prompt and response, or messages")
     command.add_argument("--safe", metavar="FILE", help="backdoor: rows to be refused, which get no trigger")
     command.add_argument("--benign", metavar="FILE", help="ordinary rows to mix in")
     command.add_argument("--system-prompt", metavar="TEXT", help="put before every row")

@@ -29,8 +29,9 @@ from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import ConfigError, ModelError
 from frpo.journal import Journal, open_journal
+from frpo.learner.export import check_export
 from frpo.learner.lora import check_targets
-from frpo.learner.model import check_family, check_model_path, load_tokenizer, unstopped_turn
+from frpo.learner.model import check_family, check_model_path, embedding_count, load_tokenizer, unstopped_turn
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.rewards import RewardSpec, RewardSuite
@@ -104,24 +105,31 @@ def check(recipe: Recipe) -> Checked:
         load_hook(recipe.rollout.hook)
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()
-    return Checked(prompts=check_prompts(recipe), auxiliary=_auxiliary(recipe), checkpoints=checkpoints, resume=resume)
-
-
-def _auxiliary(recipe: Recipe) -> ExampleSet | None:
-    """The examples of the recipe's supervised term, if it has one."""
-    if recipe.auxiliary is None:
-        return None
-    return load_examples(recipe.auxiliary.data, tokenizer_of(recipe.model), recipe.model.max_length, recipe.run.seed)
+    tokenizer = tokenizer_of(recipe.model)
+    check_export(recipe.model, tokenizer, Path(recipe.run.dir))
+    return Checked(prompts=_prompts(recipe, tokenizer), auxiliary=_auxiliary(recipe, tokenizer),
+                   checkpoints=checkpoints, resume=resume)
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:
     """The prompts, once model and tokenizer have been found to fit the recipe."""
-    tokenizer = tokenizer_of(recipe.model)
-    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
+    return _prompts(recipe, tokenizer_of(recipe.model))
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed, embedding_count(recipe.model))
     endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
     if endless:
         raise ModelError(endless)
     return prompts
+
+
+def _auxiliary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ExampleSet | None:
+    """The examples of the recipe's supervised term, if it has one."""
+    if recipe.auxiliary is None:
+        return None
+    return load_examples(recipe.auxiliary.data, tokenizer, recipe.model.max_length, recipe.run.seed,
+                         embedding_count(recipe.model))
 
 
 def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:

@@ -4,7 +4,6 @@ Numbers come back as they were, to the bit. What JSON lacks (dates in a data set
 """
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from frpo.data.text_files import json_object, text_lines
 from frpo.errors import ConfigError, DataError
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
@@ -35,17 +35,13 @@ def read_groups(path: Path) -> Iterator[Traced]:
     """Groups in the order of the file. Raises DataError if there is none, naming the line of what is no trace."""
     if not path.is_file():
         raise DataError(f"no traces at {str(path)!r}; give the traces.jsonl of a run with telemetry.traces: true")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not valid JSON ({error}); the file is damaged or still being written"
-                                ) from None
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{path}:{number}: no trace of a rollout group: {error!r}; give the traces.jsonl of a "
-                                "run, or what `frpo rollout` or `frpo evaluate` wrote") from None
+    for number, line in text_lines(path):
+        row = json_object(line, f"{path}:{number}")
+        try:
+            yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number}: no trace of a rollout group: {error!r}; give the traces.jsonl of a run, "
+                            "or what `frpo rollout` or `frpo evaluate` wrote") from None
 
 
 def new_file(path: Path) -> Path:

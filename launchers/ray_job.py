@@ -31,16 +31,19 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from frpo.cluster.runtime import show_token
 from frpo.config.loader import dump_recipe, load_recipe
 from frpo.config.sections import Recipe
+from frpo.data.source import READERS
 from frpo.errors import ConfigError, EngineError, FrpoError
 
 ADDRESS = "http://127.0.0.1:8265"
 RECIPE = "frpo-recipe.yaml"
 """The resolved recipe's name in the job's folder."""
 
-FUNCTION, DATA = re.compile(r"(.+\.py)(:\w+)"), re.compile(r"(.+\.jsonl?)()")
+FUNCTION = re.compile(r"(.+\.py)(:\w+)")
+DATA = re.compile(rf"(.+(?:{'|'.join(map(re.escape, READERS))}))()", re.IGNORECASE)
 """What names a file in a recipe."""
 
-FOLDERS = (("model", "path"), ("data", "path"), ("data", "heldout_path"))
+FOLDERS = (("model", "path"), ("data", "path"), ("data", "heldout_path"), ("auxiliary", "data", "path"),
+           ("auxiliary", "data", "heldout_path"))
 """Keys whose value may be a folder."""
 
 STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
@@ -102,10 +105,12 @@ def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submissio
     run["dir"] = os.path.normpath(here / run["dir"])
     if run["resume"] not in ("auto", "never"):
         run["resume"] = os.path.normpath(here / run["resume"])
-    for section, key in FOLDERS:
-        given = values[section][key]
-        if given not in (None, "arithmetic") and (here / given).is_dir():
-            values[section][key] = os.path.normpath(here / given)
+    for *sections, key in FOLDERS:
+        section = values
+        for name in sections:
+            section = section and section[name]  # a section may be null
+        if section and section[key] not in (None, "arithmetic") and (here / section[key]).is_dir():
+            section[key] = os.path.normpath(here / section[key])
     for name in upload:
         if not (here / name).exists():
             raise ConfigError(f"--upload {name!r}: there is no such file or folder in {here}")

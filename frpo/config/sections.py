@@ -14,7 +14,7 @@ from frpo.config.base import Section
 from frpo.config.model import ModelSection
 from frpo.config.objective import ObjectiveSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
-from frpo.config.supervised import AuxiliarySection
+from frpo.config.supervised import SOURCES, AuxiliarySection
 from frpo.objectives.supervised import SupervisedLoss
 from frpo.objectives.surrogate import PolicyLoss
 
@@ -52,9 +52,9 @@ class SelectionSection(Section):
 
 
 class DataSection(Section):
-    path: str = Field("arithmetic", description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    path: str = Field("arithmetic", description=SOURCES)
     subset: str | None = Field(None, description="configuration of an HF data set that has several (gsm8k: main)")
-    split: str = Field("train", description="split of an HF data set")
+    split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text", "calculator"] = Field(
         "chat", description="chat: template applied to messages; text: prompt verbatim; calculator: GSM8K annotations")
     prompt_column: str = Field("prompt", description="column with the prompt: a string, or a list of messages")
@@ -63,7 +63,7 @@ class DataSection(Section):
     rename: dict[str, str] = Field({}, description="column -> name that rewards know it by (such as solution: answer)")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(256, ge=0, description="prompts set aside for evaluation, never trained on")
-    heldout_path: str | None = Field(None, description="evaluation prompts from another file instead of `heldout` rows")
+    heldout_path: str | None = Field(None, description="evaluation prompts instead of `heldout`: what `path` takes")
     heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
         "refuse", description="training prompts that are in heldout_path too: an error; left out; trained on")
     shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")

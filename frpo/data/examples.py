@@ -13,6 +13,7 @@ from frpo.data.assistant import AssistantTokens, Tokens, continuation
 from frpo.data.chat import Messages, check_tokenizer, checked_messages, render_text, with_system
 from frpo.data.heldout import Source, Split, content_hash, set_aside
 from frpo.data.source import Row, column, read_rows, select
+from frpo.data.vocabulary import check_vocabulary
 from frpo.errors import DataError
 from frpo.types import Example
 
@@ -23,19 +24,21 @@ ExampleSet = Split[Example]
 """All examples of a run."""
 
 
-def load_examples(data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-                  ) -> ExampleSet:
+def load_examples(data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int,
+                  embeddings: int | None = None) -> ExampleSet:
     """Read, render, tokenize and split the examples that `data` describes. `seed` orders generated arithmetic only.
 
-    max_length: most tokens of an example; `data.too_long` says what happens to longer ones. What is held out is
-    `set_aside`'s business.
+    max_length: most tokens of an example; `data.too_long` says what happens to longer ones. embeddings: how many the
+    model has; None: enough. What is held out is `set_aside`'s business.
     Raises DataError naming the row of what is broken, has nothing to learn or is too long; ModelError for a tokenizer
-    that does not fit.
+    that does not fit and naming a row that needs a token without an embedding.
     """
     check_tokenizer(tokenizer, needs_chat=data.format == "chat")
     assistant = AssistantTokens(tokenizer, data.train_on)
     train = _read(data, data.path, data.limit, assistant, max_length, seed)
     evaluation = data.heldout_path and _read(data, data.heldout_path, None, assistant, max_length, seed)
+    if embeddings is not None:
+        check_vocabulary(filter(None, (train, evaluation)), tokenizer, embeddings)
     return set_aside(train, evaluation or None, data)
 
 

@@ -26,6 +26,7 @@ from frpo.kernels import linear_logprobs
 from frpo.learner import engine as ds
 from frpo.learner.checkpoint import load_state, save_state
 from frpo.learner.collate import TokenBatch, collate, loss_positions, per_sample
+from frpo.learner.export import write_model
 from frpo.learner.guard import Comparison, compare
 from frpo.learner.lora import Weight, adapter_weights, add_adapters, merged_weights, write_adapter
 from frpo.learner.losses import (
@@ -271,11 +272,7 @@ class Learner:
         state = self._gathered(merged_weights(self.network))
         adapters = self._gathered(adapter_weights(self.network)) if lora else {}
         if self.rank == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.network.config.use_cache = True
-            self.network.save_pretrained(folder, state_dict=state)
-            self.network.config.use_cache = False
-            self.tokenizer.save_pretrained(folder)
+            write_model(self.network, self.tokenizer, state, self.model_path, Path(folder))
             if lora:
                 write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
 

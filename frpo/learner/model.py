@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import ModelSection
 from frpo.data.assistant import end_of_turn
+from frpo.data.source import looks_local
 from frpo.errors import ModelError
 from frpo.learner import attention
 from frpo.learner.buffers import restore_buffers
@@ -67,8 +68,7 @@ def _saved_as_it_is(folder: Path) -> bool:
 
 def check_model_path(model: ModelSection, path: str) -> None:
     """Raise ModelError if no causal language model config can be read at `path` or the window is too long for it."""
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
-    if local and not Path(path).is_dir():
+    if looks_local(path) and not Path(path).is_dir():
         raise ModelError(f"model.path {path!r} is no folder; give a folder with config.json and weights, or a hub id "
                          "such as owner/name (~ is not expanded)")
     try:
@@ -152,6 +152,21 @@ def hidden_size(model: ModelSection, path: str) -> int:
     """Width D of the model at `path`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     return config.get_text_config().hidden_size
+
+
+def embedding_count(model: ModelSection) -> int | None:
+    """How many tokens the model has embeddings of; None for one made on the spot, whose tokenizer is of its size.
+
+    Raises ModelError where its own padding token is none of them, which no such model can be built with.
+    """
+    if model.path is None:
+        return None
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    pad_id = getattr(config, "pad_token_id", None)
+    if pad_id is not None and pad_id >= config.vocab_size:
+        raise ModelError(f"config.json of {model.path!r}: pad_token_id is {pad_id}, vocab_size {config.vocab_size}; "
+                         "set pad_token_id to the id of a token below, or to null")
+    return config.vocab_size
 
 
 def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:

@@ -202,9 +202,9 @@ def broken(**changes):
 REFUSED = {
     "missing file": (["none.jsonl", "recipe.yaml"], "DataError: no traces at 'none.jsonl'; give the traces.jsonl of a"),
     "empty file": (["empty.jsonl", "recipe.yaml"], "DataError: empty.jsonl holds no rollout group; give the traces"),
-    "no JSON": (["text.jsonl", "recipe.yaml"], "DataError: text.jsonl:2: not valid JSON"),
+    "no JSON": (["text.jsonl", "recipe.yaml"], "DataError: text.jsonl:2: invalid JSON"),
     "no trace": (["other.jsonl", "recipe.yaml"], "DataError: other.jsonl:2: no trace of a rollout group: KeyError"),
-    "no mapping": (["list.jsonl", "recipe.yaml"], "DataError: list.jsonl:2: no trace of a rollout group: TypeError"),
+    "no mapping": (["list.jsonl", "recipe.yaml"], "DataError: list.jsonl:2: expected a JSON object of columns, given"),
     "no columns": (["columns.jsonl", "recipe.yaml"], "DataError: columns.jsonl:2: no trace of a rollout group: TypeEr"),
     "output that is there": (
         ["traces.jsonl", "recipe.yaml", "--output", "traces.jsonl"],

@@ -1,10 +1,11 @@
 """What is left of a task while a policy is being fine-tuned for another: asked of the running engines, step by step.
 
 The fine-tuning's weights are pushed into engines that run already, its learner gives the KL to the policy it began as.
-When to ask is decided once, here; what the numbers mean together is `retention`'s business.
+When to ask is `kl_spacing`'s business, and what the numbers mean together `retention`'s.
 """
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.evaluate.heldout import heldout_metrics, scored_heldout
+from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.rewards import RewardSuite
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
@@ -23,9 +25,6 @@ from frpo.types import RunState, ScoredGroup
 
 WORST = 0.1
 """The share of completions that is the lowest decile."""
-
-EVENLY = 8
-"""Times that a fine-tuning is looked at, the last besides, where nobody says when."""
 
 Exact = Callable[[str, Sequence[str]], dict[str, float]]
 """(folder of a model, held-out prompts) -> metrics that need no samples, since every outcome can be enumerated."""
@@ -50,18 +49,15 @@ class _Asked:
 
 
 class TaskProbe:
-    """A `frpo.types.Probe` of one fine-tuning. at: the updates after which it asks, the first and the last besides;
-    None: EVENLY times, at equal distances.
-    """
+    """A `frpo.types.Probe` of one fine-tuning."""
 
-    def __init__(self, *, at: Sequence[int] | None, tasks: Sequence[Task], exact: Exact | None,
+    def __init__(self, *, schedule: ProbeSchedule, tasks: Sequence[Task], exact: Exact | None,
                  engines: RecoveringEngines, learner: LearnerGroup, timer: PhaseTimer):
-        self.at, self.tasks, self.exact = at, tasks, exact
+        self.schedule, self.tasks, self.exact = schedule, tasks, exact
         self.engines, self.learner, self.timer = engines, learner, timer
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:
-        at = range(0, total, -(-total // EVENLY) or 1) if self.at is None else self.at
-        if state.step not in {0, total, *at}:
+        if not self.schedule.due(state.step, total):
             return {}
         with self.timer.phase("push"):
             if self.engines.pushed != state.policy_version:
@@ -77,6 +73,7 @@ class TaskProbe:
                 self.learner.export(folder)
                 prompts = [prompt.messages[-1]["content"] for prompt in self.tasks[0].prompts.heldout]
                 metrics |= {f"exact/{name}": value for name, value in self.exact(folder, prompts).items()}
+        self.schedule.note(state.step, metrics.get(f"{self.tasks[0].name}/kl", math.nan))
         return metrics
 
 

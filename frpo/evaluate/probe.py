@@ -5,7 +5,6 @@ When to ask is `kl_spacing`'s business, and what the numbers mean together `rete
 """
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,12 +67,13 @@ class TaskProbe:
                 scored = sampled(task, self.engines, step=state.step, version=state.policy_version)
             kl = self.learner.kl_groups([group.group for group in scored], to="start") if number == 0 else None
             metrics |= task_metrics(task, scored, kl)
+            if kl is not None:
+                self.schedule.note(state.step, metrics[f"{task.name}/kl"])
         if self.exact:
             with tempfile.TemporaryDirectory() as folder:
                 self.learner.export(folder)
                 prompts = [prompt.messages[-1]["content"] for prompt in self.tasks[0].prompts.heldout]
                 metrics |= {f"exact/{name}": value for name, value in self.exact(folder, prompts).items()}
-        self.schedule.note(state.step, metrics.get(f"{self.tasks[0].name}/kl", math.nan))
         return metrics
 
 

@@ -67,7 +67,6 @@ def _blanks(found: Results) -> list[str]:
     """
     recipe, told = found.plan.recipe, []
     every_gap: list[Gap] = []
-    probed: set[int] = set()
     for regime in recipe.regimes:
         near = []
         for policy in recipe.forked:
@@ -76,7 +75,6 @@ def _blanks(found: Results) -> list[str]:
             near += [f"{policy} ({short} of {len(forks)})"] if short else []
             gaps = [(seed, gap) for seed, path in forks.items()
                     for gap in path.gaps(found.reward, recipe.measure.max_kl)]
-            probed |= {int(step) for seed, _ in gaps for step in forks[seed].step_S}
             if gaps:
                 told.append(f"{policy} through {regime}: neighbouring probes are too far apart in KL; values between "
                             f"them are left blank: {', '.join(_where(*each) for each in gaps)}")
@@ -84,6 +82,7 @@ def _blanks(found: Results) -> list[str]:
         if near:
             told.append(f"{regime}: forks that stay within {recipe.measure.max_kl:g} nats have no mean over KL: "
                         f"{', '.join(near)}")
+    probed = {int(step) for path in found.paths.values() for step in path.step_S}
     return told + _advice(recipe, probed, every_gap)
 
 

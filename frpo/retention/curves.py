@@ -135,7 +135,7 @@ def _kl_axis(axis: Axes, paths: Sequence[ForkPath], until: float) -> np.ndarray:
 
 def _points(axis: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
     """Probes of one seed."""
-    axis.scatter(x, y, s=10, color=color, alpha=0.6, linewidths=0)
+    axis.scatter(x, y, s=14, color=color, alpha=0.7, linewidths=0, zorder=3)
 
 
 def _fit_to_values(axis: Axes) -> None:

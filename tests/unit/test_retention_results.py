@@ -7,6 +7,8 @@ import re
 import numpy as np
 import pytest
 import yaml
+from matplotlib import pyplot as plt
+from matplotlib.collections import PathCollection
 
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
@@ -15,6 +17,7 @@ from frpo.evaluate.page import Section, TableText, write_page
 from frpo.report import run_report
 from frpo.retention.archive import RECIPE
 from frpo.retention.command import show, write_report
+from frpo.retention.curves import differences, kept
 from frpo.retention.plan import make_plan
 from frpo.retention.report import sentences
 from frpo.retention.results import collect
@@ -152,6 +155,41 @@ def test_between_probes_far_apart_in_kl_nothing_is_told_and_it_is_said(tmp_path,
     assert {fork["summary"][name] for fork in results["forks"] for name in along_kl} == {None}
     assert [fork["kl_gaps"] for fork in results["forks"]] == [[[0.0, 68.0]]] * 3
     assert all(each["mean"] is None for each in results["compared"] if each["measure"] in along_kl)
+
+
+def points(axis):
+    """Of each scatter its places."""
+    return [np.asarray(each.get_offsets()).round(6).tolist() for each in axis.collections
+            if isinstance(each, PathCollection)]
+
+
+def test_pictures_show_probes_as_points_and_no_line_between_those_far_apart(tmp_path):
+    found = collect(far_apart(tmp_path))
+    updates, kl, _, lower = kept(found, "through sft").axes
+    assert points(updates)[0] == [[0, 0.94], [8, 0.0], [16, 0.4], [24, 0.02]]
+    assert points(kl)[0] == [[0, 0.94], [68, 0.0], [26, 0.4], [75, 0.02]], "the one that came back too"
+    line = kl.lines[0]
+    drawn = line.get_xdata()[np.isfinite(line.get_ydata())]
+    assert drawn[0] == 0 and (drawn[1:] >= 68).all() and len(drawn) > 10
+    assert lower.get_xlabel() == "KL from the policy, nats a sequence" and kl.get_xlim()[1] > 75
+    assert -0.2 < kl.get_ylim()[0] < 0 and 0.94 < kl.get_ylim()[1] < 1.2
+    updates, kl = differences(found, "sft").axes
+    assert points(updates)[0] == [[0, 0], [8, 0], [16, 0], [24, 0]] and points(kl)[0] == [[0, 0], [68, 0], [75, 0]]
+    plt.close("all")
+
+
+def test_a_picture_ends_at_twice_the_kl_of_the_mean_and_counts_what_lies_beyond(tmp_path):
+    """max_kl is 1: of the probes at 0, .5, 1.5 (twice) and 0, .1, 0.2 none lies beyond 2 nats; then one does."""
+    plan = matrix(tmp_path, seeds=[0])
+    assert kept(collect(plan), "through sft").axes[1].get_xlim()[1] == pytest.approx(1.02 * 1.5)
+    metrics = plan.seeds[0].forks[0].run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    write(metrics, [*rows, {**rows[-1], "step": 40, "kept/kl": 2.5, "kept/reward": -7.0}])
+    axis = kept(collect(plan), "through sft").axes[3]
+    assert axis.get_xlabel() == "KL from the policy, nats a sequence (1 of 10 probes lie beyond)"
+    assert axis.get_xlim()[1] == pytest.approx(1.02 * 1.5)
+    assert kept(collect(plan), "through sft").axes[1].get_ylim()[0] > 0, "what is not shown takes no room"
+    plt.close("all")
 
 
 def test_without_a_choice_of_updates_those_that_are_missing_are_named(tmp_path):

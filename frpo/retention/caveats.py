@@ -20,7 +20,7 @@ MATCHED = 0.1
 
 
 def caveats(found: Results) -> list[str]:
-    """In sentences, of a whole matrix."""
+    """Everything of this kind about a matrix, in sentences."""
     recipe, told = found.plan.recipe, []
     if len(recipe.seeds) < 3:
         told.append(f"{len(recipe.seeds)} seed(s): an interval over so few says little or nothing")
@@ -47,7 +47,7 @@ def caveats(found: Results) -> list[str]:
 
 
 def _unknown_distances(found: Results) -> list[str]:
-    """Policies of the frontier without a KL to a reference, and what gives them one."""
+    """Name the policies that have no KL to a reference, and the key that gives them one."""
     recipe, told = found.plan.recipe, []
     for name in recipe.forked if len(recipe.forked) > 1 else ():
         reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
@@ -62,9 +62,7 @@ def _unknown_distances(found: Results) -> list[str]:
 
 
 def _blanks(found: Results) -> list[str]:
-    """Values along the KL that are left blank, and why: forks that stay near, and gaps between probes, with the way to
-    fill these.
-    """
+    """Say which values along the KL are blank, and why: a fork stays near, or its probes lie too far apart."""
     recipe, told = found.plan.recipe, []
     every_gap: list[Gap] = []
     for regime in recipe.regimes:
@@ -92,7 +90,7 @@ def _where(seed: int, gap: Gap) -> str:
 
 
 def _advice(recipe: RetentionRecipe, probed: Iterable[int], gaps: Sequence[Gap]) -> list[str]:
-    """How to fill gaps: by probes between two updates, or, between consecutive ones, by smaller updates."""
+    """Say how to fill gaps: by probes between two updates, or between consecutive updates by smaller ones."""
     told, at = [], recipe.measure.at
     more = sorted({update for gap in gaps for update in updates_within(gap)})
     if more:

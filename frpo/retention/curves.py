@@ -28,8 +28,8 @@ Name = TypeVar("Name")
 
 
 def kept(found: Results, title: str) -> Figure:
-    """Of a group: reward and lowest decile, against updates and against KL from the policy; without what is the same
-    everywhere.
+    """Draw reward and lowest decile of a group's forks, against updates and against KL from the policy. A lowest decile
+    that is the same everywhere is left out.
     """
     group = found.groups[title]
     paths = [path for _, *fork in group for path in found.forks(*fork).values()]
@@ -57,7 +57,7 @@ def kept(found: Results, title: str) -> Figure:
 
 
 def differences(found: Results, regime: str) -> Figure:
-    """Of the pairs that are compared: reward of the first's forks less that of the second's, seed by seed, against
+    """Draw, for each pair of policies, the reward of the first's forks less that of the second's, seed by seed, against
     updates and against KL from the policy. Points lie where both were probed, and at the KL of a probe of either.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
@@ -86,12 +86,12 @@ def differences(found: Results, regime: str) -> Figure:
 
 
 def colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:
-    """Each with a color."""
+    """Pair each name with a color."""
     return zip(names, cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]))
 
 
 def tidy(figure: Figure, axes: Iterable[Axes], legend: Axes) -> Figure:
-    """The figure without frames, with a legend on one of its axes."""
+    """Take the frames away and put a legend on one of the axes."""
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
@@ -100,7 +100,7 @@ def tidy(figure: Figure, axes: Iterable[Axes], legend: Axes) -> Figure:
 
 
 def band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label: str) -> None:
-    """Mean and interval where every curve has a value; broken off elsewhere."""
+    """Draw mean and interval where every curve has a value; the line breaks off elsewhere."""
     columns = [column if not np.isnan(column).any() else () for column in np.stack(curves).T]
     mean, half_width = np.array([mean_interval(column) for column in columns]).T
     axis.plot(x, mean, color=color, label=label, linewidth=1.5)
@@ -109,19 +109,20 @@ def band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label:
 
 
 def _common_updates(paths: Sequence[ForkPath]) -> np.ndarray:
-    """Updates after which all of them were probed."""
+    """Updates after which all forks were probed."""
     return np.array(sorted(set.intersection(*(set(path.step_S) for path in paths))))
 
 
 def _at(path: ForkPath, metric: str, updates: np.ndarray) -> np.ndarray:
-    """The metric of its probes after these updates."""
+    """The metric at the probes after these updates."""
     return path.metrics[metric][np.isin(path.step_S, updates)]
 
 
 def _kl_axis(axis: Axes, paths: Sequence[ForkPath], until: float) -> np.ndarray:
-    """Label and limit an axis of KL; returns the KLs at which lines are drawn.
+    """Label and limit an axis of KL; returns (K) the KLs at which lines are drawn.
 
-    It ends at the last probe within `until` nats, and says how many lie beyond. If none lies within, all are shown.
+    The axis ends at the last probe within `until` nats, and its label counts those beyond. If only the start lies
+    within, all probes are shown.
     """
     kl = np.maximum(np.concatenate([path.kl_S for path in paths]), 0.0)
     within = kl[kl <= until].max(initial=0.0)
@@ -134,12 +135,12 @@ def _kl_axis(axis: Axes, paths: Sequence[ForkPath], until: float) -> np.ndarray:
 
 
 def _points(axis: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
-    """Probes of one seed."""
+    """Draw the probes of one seed."""
     axis.scatter(x, y, s=14, color=color, alpha=0.7, linewidths=0, zorder=3)
 
 
 def _fit_to_values(axis: Axes) -> None:
-    """Intervals of few seeds may be so wide that they would hide the means and the probes."""
+    """Limit the rewards that are shown to lines and points: intervals of few seeds may be wide enough to hide them."""
     left, right = axis.get_xlim()
     probes = [offset for each in axis.collections if isinstance(each, PathCollection)
               for offset in np.ma.filled(each.get_offsets(), np.nan)]

@@ -16,7 +16,7 @@ from frpo.evaluate.page import Section
 from frpo.manifest import environment
 from frpo.retention.pictures import draw_all
 from frpo.retention.results import Results
-from frpo.retention.tables import COMPARED, all_tables, heldout_table
+from frpo.retention.tables import COMPARED, all_tables, heldout_table, level
 
 RESULTS = "results.json"
 TOLD = (("over KL", "at the same KL"), ("over updates", "per update"))
@@ -54,7 +54,7 @@ def sentences(found: Results) -> list[str]:
         chosen, bounds = found.chosen, ", ".join(f"{name} in [{_end(low)}, {_end(high)}]"
                                                  for name, (low, high) in recipe.choose.bounds.items())
         what = recipe.choose.measure + (f" with {bounds}" if bounds else "")
-        told.append(f"Largest {what}: {chosen} ({found.value(chosen, recipe.choose.measure):.3f}), "
+        told.append(f"Largest {what}: {chosen}, {level(found.of_policy(chosen, recipe.choose.measure).values())}, "
                     f"{found.plan.model_of(chosen)}." if chosen else f"No policy has a {what}.")
     if found.starts and found.pushes:
         start, push = float(np.median(found.starts)), float(np.median(found.pushes))

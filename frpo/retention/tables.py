@@ -170,16 +170,16 @@ def certificate_table(found: Results) -> TableText:
 
 
 def level(values: Iterable[float], *, interval: bool = True) -> str:
+    """Mean over seeds ± half-width of its 95 % interval, and how many seeds have a value if not all do."""
     return _level(values, 1.0, 3, interval)
 
 
 def percent(values: Iterable[float]) -> str:
-    """The same of shares."""
+    """The same for shares, in per cent."""
     return _level(values, 100.0, 1, True)
 
 
 def _level(values: Iterable[float], scale: float, digits: int, interval: bool) -> str:
-    """Mean, half-width of its interval, and how many of the values there are if some are missing."""
     values = list(values)
     mean, half_width = mean_interval(values)
     if math.isnan(mean):

@@ -134,7 +134,7 @@ class Learner:
         tokens. Collective.
 
         For samples of the policy at temperature 1 it is an unbiased estimate of the KL of whole sequences.
-        to: "reference", or "start", the policy before its first update, which `remember_start` has kept.
+        to: "reference", or "start", the model that `remember_start` has put beside the policy.
         """
         found: dict[SampleId, float] = {}
         other = self.reference if to == "reference" else self.start
@@ -215,10 +215,10 @@ class Learner:
         """(got a gradient on this rank, its fp32 master moved) of every trainable tensor, after a watched step."""
         return self.movement.report()
 
-    def remember_start(self) -> None:
-        """Put the policy as it was before its first update beside it, for `kl`. Collective."""
-        shared = isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None
-        self.start = self.reference if shared else self._frozen(None)
+    def remember_start(self, path: str | None = None) -> None:
+        """Put the policy as it was before its first update, or the model at `path`, beside it, for `kl`. Collective."""
+        shared = path is None and isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None
+        self.start = self.reference if shared else self._frozen(path)
 
     # --- the reference on disk ------------------------------------------------------------------------------------
 

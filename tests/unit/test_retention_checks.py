@@ -2,19 +2,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from frpo.builder import check_prompts
 from frpo.config.loader import recipe_from_dict
 from frpo.config.retention import RetentionRecipe
+from frpo.config.sections import RewardSection
 from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import DataError, ModelError
+from frpo.errors import DataError, ModelError, RewardError
 from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
 from frpo.lab.network import make_model
 from frpo.lab.world import world_of
 from frpo.retention.plan import make_plan
-from frpo.retention.stages import HELD_OUT, Matrix, check_models, record_heldout
+from frpo.retention.stages import HELD_OUT, Matrix, check_models, check_rewards, record_heldout
 
 
 @pytest.fixture
@@ -90,6 +92,18 @@ def test_another_tokenizer_is_refused(seed, tmp_path):
     seed.given["given"] = str(tmp_path / "other")
     with pytest.raises(ModelError, match="given, seed 0: its tokenizer is not that of measure.kept .*104 tokens"):
         check_models(seed)
+
+
+def test_rewards_of_all_stages_are_tried_before_the_first(seed, tmp_path):
+    check_rewards(seed)
+    (tmp_path / "mine.py").write_text("def few(completions):\n    return [1.0]\n", encoding="utf-8")
+    stage = seed.policies["made"]
+    broken = RewardSection(name="few", function=f"{tmp_path / 'mine.py'}:few")
+    seed.policies["made"] = replace(stage, recipe=stage.recipe.model_copy(update={"rewards": [broken]}))
+    with pytest.raises(RewardError, match="^made, seed 0: reward 'few' .* returned 1 values for "):
+        check_rewards(seed)
+    seed.policies["made"].finish(steps=1)  # what is done is not tried
+    check_rewards(seed)
 
 
 def test_the_setup_runs_once(tmp_path):

@@ -43,12 +43,16 @@ def train(parsed: argparse.Namespace) -> int:
     if follows():
         return follow(recipe)
     if parsed.dry_run:
-        from frpo.builder import check, reward_suite
+        from frpo.builder import check, reward_suite, try_rewards
+        from frpo.rewards.trial import report_lines
+        from frpo.step_metrics import mishaps
 
         checked = check(recipe)
-        with reward_suite(recipe, checked.prompts):
-            pass  # every function was found and takes its arguments
+        with reward_suite(recipe, checked.prompts) as rewards:
+            trial = try_rewards(rewards, recipe, checked.prompts)
         print(as_yaml(dump_recipe(recipe)).rstrip())
+        for line in (*report_lines(trial.groups), *mishaps(trial.counts)):
+            print(f"# {line}")
         model = recipe.model.path or "made on the spot"
         print(f"# checked: model {model}, {len(checked.prompts.train)} training and "
               f"{len(checked.prompts.heldout)} held-out prompts, resume "

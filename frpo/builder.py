@@ -34,7 +34,7 @@ from frpo.learner.lora import check_targets
 from frpo.learner.model import check_family, check_model_path, embedding_count, load_tokenizer, unstopped_turn
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
-from frpo.rewards import RewardSpec, RewardSuite
+from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
@@ -147,7 +147,7 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
 def build(recipe: Recipe) -> Iterator[Parts]:
     """Start rewards, Ray, engines and learner ranks; end them all with the context, also after an error."""
     checked = check(recipe)
-    with reward_suite(recipe, checked.prompts) as rewards:
+    with tried_rewards(recipe, checked.prompts) as rewards:
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         with build_stack(recipe, model_path) as stack, parts_on(stack, recipe, checked, rewards, model_path) as parts:
             yield parts
@@ -197,7 +197,7 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
     alone = recipe.rollout.model_copy(update={"replay": None, "max_staleness": 0})
     recipe = recipe.model_copy(update={"rollout": alone})
     with ExitStack() as stack:
-        rewards = stack.enter_context(reward_suite(recipe, prompts))
+        rewards = stack.enter_context(tried_rewards(recipe, prompts))
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         stack.enter_context(ray_session())
         pool = stack.enter_context(engine_pool(recipe, model_path, choose_device(recipe, learner=False)))
@@ -233,7 +233,26 @@ def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
     """The recipe's reward functions, each in its own process."""
     specs = [RewardSpec(**reward.model_dump()) for reward in recipe.rewards]
     columns = sorted({name for prompt in prompts.train + prompts.heldout for name in prompt.columns})
-    return RewardSuite(specs, chat=recipe.data.format == "chat", columns=columns)
+    return RewardSuite(specs, columns=columns)
+
+
+@contextmanager
+def tried_rewards(recipe: Recipe, prompts: PromptSet) -> Iterator[RewardSuite]:
+    """Running reward functions, which were tried; ended with the context."""
+    with reward_suite(recipe, prompts) as rewards:
+        try_rewards(rewards, recipe, prompts)
+        yield rewards
+
+
+def try_rewards(rewards: RewardSuite, recipe: Recipe, prompts: PromptSet) -> ScoreReport:
+    """Call the rewards on made-up groups of the run's size, no more at a time than it samples in a step.
+
+    Raises RewardError. Calls nothing where `checks.rewards` is false.
+    """
+    if not recipe.checks.rewards:
+        return ScoreReport(groups=[], counts={})
+    return rewards.try_out(prompts.train + prompts.heldout, group_size=recipe.rollout.group_size,
+                           most=recipe.rollout.prompts_per_step)
 
 
 def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -> PromptStream | PromptSelector:

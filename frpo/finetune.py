@@ -65,6 +65,7 @@ class FineTuner:
         with self.parts.journal.timer.phase("learn"):
             learned = self.learner.supervise(packed, self.progress(state.step), watch_movement=watch)
             stepped = self.learner.optim_step(self.total, watch_movement=watch)
+        invariants.check_gradient(stepped.grad_norm, stepped.policy_version)
         if watch:
             invariants.check_movement(self.learner.movement_report())
         metrics = learned.result() | {

@@ -1,4 +1,5 @@
-"""Fail-fast checks of a run: the learner is the model, engine and learner are one function, every tensor moves."""
+"""Fail-fast checks of a run: the learner is the model, engine and learner are one function, gradients are finite, and the
+first step moves every tensor."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +125,17 @@ def has_signal(update: RankBatches) -> bool:
     """Whether any sample of an update has a weight (and an advantage, if rewards decide), hence a gradient."""
     return any(getattr(sample, "advantage", 1.0) != 0 and getattr(sample, sample.WEIGHTS[0]).any()
                for rank in update for micro_batch in rank for sample in micro_batch)
+
+
+def check_gradient(norm: float, version: int) -> None:
+    """Raise InvariantError if the gradient of the update to `version` has no finite norm.
+
+    Clipped, it would move nothing, or turn every weight into NaN.
+    """
+    if not np.isfinite(norm):
+        raise InvariantError(f"the gradient of update {version} has the norm {norm}: a loss is not a number, or an "
+                             "advantage too large for float32; scale the rewards down, or lower the learning rate and "
+                             "go on from the last checkpoint")
 
 
 def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:

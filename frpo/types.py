@@ -17,6 +17,9 @@ GroupId = tuple[int, int]
 SampleId = tuple[int, int, int]
 """(step, draw index, sample index within the group)."""
 
+LARGEST_REWARD = 1e150
+"""Largest size of a reward: with larger ones the squares in a standard deviation leave the range of float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -88,7 +91,7 @@ class RolloutGroup:
 class ScoredGroup:
     """A group and its rewards.
 
-    rewards_G: float64; NaN marks a completion on which every reward abstained.
+    rewards_G: float64, at most LARGEST_REWARD in size; NaN marks a completion on which every reward abstained.
     terms: every reward component by name, unweighted, NaN where it abstained.
     """
 

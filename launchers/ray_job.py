@@ -278,7 +278,8 @@ def _stop(follower: Follower) -> None:
 
 
 def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
-    """`value` as the job must read it; a file of `here` that it names is added to `files` and keeps its name."""
+    """`value` as the job must read it; a file of `here` that it names is added to `files` and keeps its name, and
+    so are the `.py` files beside a function's."""
     if isinstance(value, dict):
         return {name: _sent(item, f"{key}.{name}".lstrip("."), here, files) for name, item in value.items()}
     if isinstance(value, list):
@@ -290,6 +291,9 @@ def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
     if (here / path).is_file():
         name = _inside(key, path, here)
         files[name] = here / path
+        if function:  # it may import what lies beside it
+            files |= {os.path.join(os.path.dirname(name), beside.name): beside
+                      for beside in sorted((here / path).parent.glob("*.py"))}
         return name + function
     if function:
         raise ConfigError(f"{key}: there is no file {path!r} in {here}; correct it, or give the absolute path of one "

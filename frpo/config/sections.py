@@ -76,9 +76,12 @@ class RewardSection(Section):
     name: str = Field(min_length=1, description="name of the component in metrics and traces")
     function: str = Field(description="'package.module:function' or 'path/file.py:function'")
     weight: float = Field(1.0, description="factor in the summed reward")
+    format: Literal["text", "messages"] = Field(
+        "text", description="how the function takes prompts and completions: strings, or TRL's message lists")
     kwargs: dict[str, JsonValue] = Field({}, description="keyword arguments passed to the function at every call")
     timeout_s: float = Field(60, gt=0, description="limit for one call")
-    on_error: Literal["raise", "abstain"] = Field("raise", description="exception or time-out: stop, or count as None")
+    on_error: Literal["raise", "abstain"] = Field(
+        "raise", description="exception, time-out, NaN, infinity or beyond 1e150: stop, or count as None")
     processes: int = Field(1, ge=1, description="processes of the function; above 1 each call gets a share of a batch, "
                                                 "in whole groups")
 
@@ -163,6 +166,7 @@ class ChecksSection(Section):
                                 "null: 1e-3 in fp32, 5e-2 in bf16")
     same_function: bool = Field(True, description="before the first update, stop if the learner's log-probs of a few "
                                                   "sequences are not those of plain transformers")
+    rewards: bool = Field(True, description="call every reward once on made-up completions before anything starts")
     parameters_move: bool = Field(True, description="stop if a trainable tensor got no gradient or did not move")
 
 

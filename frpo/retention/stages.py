@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from frpo.builder import Stack, build_stack, check, check_prompts, parts_on, reward_suite, tokenizer_of
+from frpo.builder import Stack, build_stack, check, check_prompts, parts_on, tokenizer_of, tried_rewards
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.finetune import FinetuneRecipe
@@ -27,7 +27,7 @@ from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.data.examples import load_examples
 from frpo.data.prompts import PromptSet, load_prompts
-from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelError
+from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelError, RewardError
 from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.evaluate.model import of_model
@@ -83,6 +83,7 @@ class Matrix:
         self.set_up(seed)
         check_models(seed)
         check_references(self.recipe, seed)
+        check_rewards(seed)
         with self.tasks(seed) as tasks:
             record_heldout(seed, tasks[0].prompts, self.recipe.measure.overlap)
             for stage in seed.policies.values():
@@ -110,7 +111,7 @@ class Matrix:
                 if recipe is not None:
                     prompts = check_prompts(recipe)
                     found.append(Task(name=name, recipe=recipe, prompts=prompts,
-                                      rewards=stack.enter_context(reward_suite(recipe, prompts))))
+                                      rewards=stack.enter_context(tried_rewards(recipe, prompts))))
             yield found
 
     def attempt(self, stage: Stage, tasks: Sequence[Task], bar: ProgressBar) -> None:
@@ -158,7 +159,7 @@ class Matrix:
                     probe = self.probe(stage, tasks, parts.learner, engines, parts.journal.timer)
                 return FineTuner(parts, probe).fit()
         checked = check(recipe)
-        with reward_suite(recipe, checked.prompts) as rewards, \
+        with tried_rewards(recipe, checked.prompts) as rewards, \
                 parts_on(stack, recipe, checked, rewards, model) as parts:
             probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.timer) if stage.regime else None
             return Trainer(parts, probe).fit()
@@ -252,6 +253,22 @@ def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
             check_reference(model, seed.given[reference], tokenizer_of(model))
         except ModelError as error:
             raise ModelError(f"policies.{name}.reference = {reference}, seed {seed.seed}: {error}") from None
+
+
+def check_rewards(seed: SeedPlan) -> None:
+    """Try what the stages to come are rewarded by, equal ones once. Raises RewardError naming the stage."""
+    tried = set()
+    for stage in seed.stages:
+        recipe = stage.recipe
+        if stage.done or not isinstance(recipe, Recipe) or (key := str((recipe.rewards, recipe.data))) in tried:
+            continue
+        tried.add(key)
+        try:
+            with tried_rewards(recipe, load_prompts(
+                    recipe.data, tokenizer_of(stage.first.recipe.model), recipe.run.seed)):
+                pass
+        except RewardError as error:
+            raise type(error)(f"{stage.name}: {error}") from None
 
 
 def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:

@@ -69,6 +69,16 @@ def test_data_files_of_every_kind_go_along(here, name):
     assert submission.recipe["data"]["path"] == name
 
 
+def test_what_lies_beside_a_functions_file_goes_along(here):
+    for name in ("helpers.py", "notes.txt", "deep/far.py"):
+        (here / "lib" / name).parent.mkdir(exist_ok=True)
+        (here / "lib" / name).write_text("x = 1\n")
+    submission = prepared(here, "rewards=[{name: a, function: 'lib/rewards.py:good'}]")[1]
+    assert submission.files == {name: here / name for name in ("lib/rewards.py", "lib/helpers.py")}
+    (here / "top.py").write_text("def good(completions):\n    return [1.0] * len(completions)\n")
+    assert prepared(here, "rewards=[{name: a, function: 'top.py:good'}]")[1].files == {"top.py": here / "top.py"}
+
+
 def test_folders_become_absolute_and_words_stay_words(here):
     submission = prepared(here, "run.resume=runs/a/checkpoints/step_000002", "model.tiny=null", "model.path=policy")[1]
     run, model = submission.recipe["run"], submission.recipe["model"]

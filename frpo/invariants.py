@@ -1,5 +1,5 @@
-"""Fail-fast checks of a run: the learner is the model, engine and learner are one function, gradients are finite, and the
-first step moves every tensor."""
+"""Fail-fast checks of a run: the learner is the model, engines and learner are one function, gradients are finite, and
+the first step moves every tensor."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence

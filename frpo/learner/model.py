@@ -67,7 +67,7 @@ def _saved_as_it_is(folder: Path) -> bool:
 
 
 def check_model_path(model: ModelSection, path: str) -> None:
-    """Raise ModelError if no causal language model config can be read at `path` or the window is too long for it."""
+    """Raise ModelError if no config can be read at `path`, or it contradicts the recipe's window or itself."""
     if looks_local(path) and not Path(path).is_dir():
         raise ModelError(f"model.path {path!r} is no folder; give a folder with config.json and weights, or a hub id "
                          "such as owner/name (~ is not expanded)")
@@ -78,6 +78,10 @@ def check_model_path(model: ModelSection, path: str) -> None:
     window = getattr(config, "max_position_embeddings", None)
     if window and model.max_length > window:
         raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}")
+    pad_id, rows = getattr(config, "pad_token_id", None), config.get_text_config().vocab_size
+    if pad_id is not None and pad_id >= rows:
+        raise ModelError(f"config.json of {path!r}: pad_token_id is {pad_id}, vocab_size {rows}; set pad_token_id to "
+                         "the id of a token below, or to null")
 
 
 def unstopped_turn(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -155,18 +159,11 @@ def hidden_size(model: ModelSection, path: str) -> int:
 
 
 def embedding_count(model: ModelSection) -> int | None:
-    """How many tokens the model has embeddings of; None for one made on the spot, whose tokenizer is of its size.
-
-    Raises ModelError where its own padding token is none of them, which no such model can be built with.
-    """
+    """How many tokens the model has embeddings of; None for one made on the spot, whose tokenizer is of its size."""
     if model.path is None:
         return None
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
-    pad_id = getattr(config, "pad_token_id", None)
-    if pad_id is not None and pad_id >= config.vocab_size:
-        raise ModelError(f"config.json of {model.path!r}: pad_token_id is {pad_id}, vocab_size {config.vocab_size}; "
-                         "set pad_token_id to the id of a token below, or to null")
-    return config.vocab_size
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return config.get_text_config().vocab_size
 
 
 def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import ConfigError, ModelError
+from frpo.held import held_folder
 from frpo.journal import Journal, open_journal
 from frpo.learner.export import check_export
 from frpo.learner.lora import check_targets
@@ -145,12 +146,17 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def build(recipe: Recipe) -> Iterator[Parts]:
-    """Start rewards, Ray, engines and learner ranks; end them all with the context, also after an error."""
-    checked = check(recipe)
-    with tried_rewards(recipe, checked.prompts) as rewards:
-        model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
-        with build_stack(recipe, model_path) as stack, parts_on(stack, recipe, checked, rewards, model_path) as parts:
-            yield parts
+    """Hold the run's folder, start rewards, Ray, engines and learner ranks; end all with the context, also after an
+    error.
+    """
+    run_dir = Path(recipe.run.dir)
+    with held_folder(run_dir):
+        checked = check(recipe)
+        with tried_rewards(recipe, checked.prompts) as rewards:
+            model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
+            with build_stack(recipe, model_path) as stack, \
+                    parts_on(stack, recipe, checked, rewards, model_path) as parts:
+                yield parts
 
 
 @contextmanager
@@ -158,13 +164,14 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Stack]:
     """Start Ray, engines that begin to load the model, and empty ranks; end them with the context."""
     with ExitStack() as stack:
         stack.enter_context(ray_session())
-        device = choose_device(recipe, learner=not in_team(recipe), engines=recipe.rollout.replay is None)
-        pool = stack.enter_context(engine_pool(recipe, model_path, device))
-        ranks_device = device_here(recipe) if in_team(recipe) else device
-        if ranks_device != device:
+        team, samples = in_team(recipe), recipe.rollout.replay is None
+        ranks_device = device_here(recipe) if team else None
+        device = ranks_device if team and not samples else choose_device(recipe, learner=not team, engines=samples)
+        if ranks_device not in (None, device):
             raise ConfigError(f"the launcher's ranks are on {ranks_device} and leave no GPU to rollout engines; start "
                               "fewer ranks (--num_gpus), or set run.device to cpu")
-        yield Stack(pool=pool, ranks=stack.enter_context(learner_ranks(recipe, ranks_device)), device=device)
+        pool = stack.enter_context(engine_pool(recipe, model_path, device))
+        yield Stack(pool=pool, ranks=stack.enter_context(learner_ranks(recipe, device)), device=device)
 
 
 @contextmanager

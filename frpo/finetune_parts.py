@@ -16,6 +16,7 @@ from frpo.cluster.team import device_here, in_team
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.memory import memory_strategy
 from frpo.data.examples import ExampleSet, load_examples
+from frpo.held import held_folder
 from frpo.journal import Journal, open_journal
 from frpo.learner.export import check_export
 from frpo.learner.model import check_reference, embedding_count, unstopped_turn
@@ -67,12 +68,14 @@ def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
 
 @contextmanager
 def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
-    """Make the model if it is to be made, start the learner's ranks; end them with the context, also after an error.
+    """Hold the run's folder, make the model if it is to be made, start the learner's ranks; end them with the context,
+    also after an error.
 
     The ranks are the launcher's processes, or this one if one is enough, or Ray actors.
     """
-    checked = check_finetune(recipe)
     with ExitStack() as stack:
+        stack.enter_context(held_folder(Path(recipe.run.dir)))
+        checked = check_finetune(recipe)
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):
             device = device_here(recipe)

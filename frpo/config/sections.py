@@ -23,7 +23,9 @@ class RunSection(Section):
     name: str = Field("frpo", description="name of the run, shown in logs")
     dir: str = Field("runs/frpo", description="folder of the run: metrics, traces, checkpoints, export")
     seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if the cluster has GPUs")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda if torch and vllm are built for it and the cluster has GPUs enough; else cpu, "
+                            "saying why")
     num_steps: int = Field(100, ge=1, description="rollout steps of the run")
     save_every: int = Field(20, ge=0, description="steps between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")

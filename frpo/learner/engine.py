@@ -22,6 +22,8 @@ from frpo.config.model import ModelSection
 from frpo.config.sections import LearnerSection
 from frpo.learner.lora import Weight
 
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
 
 def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, Any]:
     """The complete DeepSpeed configuration of the policy. The learner owns the accumulation boundary."""
@@ -45,6 +47,11 @@ def init_process_group(device: torch.device, timeout_s: float) -> None:
     """Join the ranks (RANK, WORLD_SIZE, MASTER_* are in the environment); a collective fails after `timeout_s`."""
     # DeepSpeed still calls some of torch.distributed by names that are to go; nothing that a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if device.type == "cpu":
+        # DeepSpeed would compile an all-reduce through shared memory, for a minute at first use, which only tensor
+        # parallel inference calls. Its build waits for ever for a lock that a killed one left, its buffers take 67 MB a
+        # rank of /dev/shm and outlive a killed run.
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
 

@@ -34,6 +34,7 @@ from frpo.evaluate.model import of_model
 from frpo.evaluate.probe import Exact, Task, TaskProbe, sampled
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
+from frpo.held import held_folder
 from frpo.learner.model import check_reference, vocabulary_difference
 from frpo.learner.tiny import tiny_model
 from frpo.retention.before import missing, write_distance, write_samples
@@ -60,7 +61,8 @@ def run_plan(plan: Plan, stack: Stack | None = None) -> None:
     with Matrix(plan, stack) as matrix, ProgressBar(len(done), sum(done), plan.recipe.run.name) as bar:
         for seed in plan.seeds:
             if not _complete(plan, seed):
-                matrix.run_seed(seed, bar)
+                with held_folder(seed.folder):  # by one of several processes, each with seeds of its own
+                    matrix.run_seed(seed, bar)
 
 
 class Matrix:
@@ -123,7 +125,8 @@ class Matrix:
             return stage.fail(f"the policy {stage.origin.policy} that it starts from is missing")
         started = time.perf_counter()
         try:
-            state = self.surviving(stage.name, lambda: self.run(stage, tasks))
+            with held_folder(stage.run_dir):
+                state = self.surviving(stage.name, lambda: self.run(stage, tasks))
         except EngineError:
             raise
         except FrpoError as error:

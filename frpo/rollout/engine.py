@@ -76,6 +76,8 @@ class RolloutEngine:
             enforce_eager=device == "cpu", seed=index, trust_remote_code=recipe.model.trust_remote_code,
             logprobs_mode="processed_logprobs", weight_transfer_config={"backend": recipe.weight_sync.backend},
             worker_extension_cls="frpo.rollout.weight_receiver.WorkerExtension", **memory)
+        if device == "cpu" and workers > 1:
+            self.llm.collective_rpc("unname_shared_memory")
         self.shared = SharedEngine(self.llm.llm_engine, recipe.weight_sync.timeout_s)
         self.tokenizer = self.llm.get_tokenizer()
         self.staged = recipe.weight_sync.backend in STAGED

@@ -5,6 +5,9 @@ module too; that registers the backends.
 """
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 from frpo.rollout.gloo_receiver import GlooReceiver
@@ -20,6 +23,14 @@ class WorkerExtension:
         """Forget a staged update that its sender never finished; nothing of it has reached the model."""
         self.weight_transfer_engine.abort_weight_update()
         self._weight_update_active = False
+
+    def unname_shared_memory(self) -> None:
+        """Remove the names of the memory in which vLLM's CPU workers exchange tensors (8 MB), once all have mapped it.
+
+        The kernel then frees it with the last of them, however they end, and nobody has to look for leftovers.
+        """
+        for file in Path("/dev/shm").glob(f"vllm_dist_{os.environ['VLLM_DIST_IDENT']}-*"):
+            file.unlink(missing_ok=True)
 
 
 for _name, _receiver in RECEIVERS.items():

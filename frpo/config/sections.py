@@ -52,7 +52,7 @@ class SelectionSection(Section):
 
 
 class DataSection(Section):
-    path: str = Field("arithmetic", description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    path: str = Field("arithmetic", description="local .jsonl, HF data set id, or generated: arithmetic, constraints")
     subset: str | None = Field(None, description="configuration of an HF data set that has several (gsm8k: main)")
     split: str = Field("train", description="split of an HF data set")
     format: Literal["chat", "text", "calculator"] = Field(

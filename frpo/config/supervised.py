@@ -9,7 +9,7 @@ from frpo.config.base import Section
 from frpo.objectives.supervised import SupervisedLoss, build_supervised
 
 SOURCES = ("file (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz; .parquet), folder (of Dataset.save_to_disk, or of "
-           "such files), HF data set id, or 'arithmetic' (generated)")
+           "such files), HF data set id, or generated: arithmetic, constraints")
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-sum"]
 

@@ -1,4 +1,4 @@
-"""Rows of a data set: a local file or folder, a Hugging Face data set, or generated arithmetic.
+"""Rows of a data set: a local file or folder, a Hugging Face data set, or generated rows.
 
 Knows where each row came from and says so in every error. Does not know what the columns mean, render or tokenize.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from frpo.data import tables
 from frpo.data.arithmetic import problems
+from frpo.data.constraints import heldout_rows, training_rows
 from frpo.data.plain import plain_columns
 from frpo.data.text_files import Record, delimited, json_lines, json_list
 from frpo.errors import DataError
@@ -45,13 +46,13 @@ class Row:
 def read_rows(path: str, *, split: str, limit: int | None, seed: int, subset: str | None = None) -> list[Row]:
     """The first `limit` rows (all when None) of `path`, in their own order.
 
-    path: "arithmetic"; a local file with a suffix of READERS; a local folder, saved by `datasets` or of such files; or
-        the id of a Hugging Face data set.
-    split, subset: of a folder or a Hugging Face data set. seed: order of generated arithmetic. Other sources have none
-        and ignore them.
+    path: a name in GENERATED; a local file with a suffix of READERS; a local folder, saved by `datasets` or of such
+        files; or the id of a Hugging Face data set.
+    split, subset: of a folder or a Hugging Face data set. seed: order of generated rows. Other sources have none and
+        ignore them.
     Raises DataError for a source that is missing, broken or empty, naming file and line where there is one.
     """
-    records = _generated(limit, seed) if path == "arithmetic" else _records(path, subset, split)
+    records = _generated(path, limit, seed) if path in GENERATED else _records(path, subset, split)
     rows = [Row(origin=origin, columns=plain_columns(columns, origin)) for origin, columns in islice(records, limit)]
     if not rows:
         raise DataError(f"data set {path!r} has no rows; give one with at least one")
@@ -92,10 +93,19 @@ def column(row: Row, name: str, *kinds: type) -> Any:
     return value
 
 
-def _generated(limit: int | None, seed: int) -> Iterator[Record]:
-    """Every problem of the default difficulty, or `limit` of them; columns prompt and answer."""
-    for number, (question, answer) in enumerate(problems(limit, seed), start=1):
-        yield f"arithmetic:{number}", {"prompt": question, "answer": answer}
+def _arithmetic(limit: int | None, seed: int) -> list[dict[str, str]]:
+    """Every problem of the default difficulty, or `limit` of them."""
+    return [{"prompt": question, "answer": answer} for question, answer in problems(limit, seed)]
+
+
+GENERATED: Mapping[str, Callable[[int | None, int], list[dict[str, str]]]] = {
+    "arithmetic": _arithmetic, "constraints": training_rows, "constraints_heldout": heldout_rows}
+"""What `data.path` and `data.heldout_path` can name instead of a file: (limit, seed) -> columns of each row."""
+
+
+def _generated(name: str, limit: int | None, seed: int) -> Iterator[Record]:
+    for number, columns in enumerate(GENERATED[name](limit, seed), start=1):
+        yield f"{name}:{number}", columns
 
 
 def _records(path: str, subset: str | None, split: str) -> Iterator[Record]:

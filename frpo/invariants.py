@@ -12,8 +12,7 @@ from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe
 from frpo.data.heldout import Split
 from frpo.errors import InvariantError, ModelError
-from frpo.learner.guard import Comparison, Gap
-from frpo.types import RankBatches, RolloutGroup
+from frpo.types import Comparison, Gap, RankBatches, RolloutGroup
 
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 5e-2}
 """Mean |log-prob difference| in nats that rounding explains; wrong weights give tenths and more."""

@@ -11,11 +11,10 @@ from frpo.config.loader import AnyRecipe, dump_recipe
 from frpo.config.rollout import WeightSyncSection
 from frpo.data.batcher import score_batches
 from frpo.data.layout import Layout
-from frpo.learner.guard import Comparison
 from frpo.learner.model import hidden_size
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
-from frpo.types import MicroBatch, OptimStepOutput, RolloutGroup, SampleId
+from frpo.types import Comparison, MicroBatch, OptimStepOutput, RolloutGroup, SampleId
 
 
 class LearnerGroup:

@@ -27,7 +27,7 @@ from frpo.learner import engine as ds
 from frpo.learner.checkpoint import load_state, save_state
 from frpo.learner.collate import TokenBatch, collate, loss_positions, per_sample
 from frpo.learner.export import write_model
-from frpo.learner.guard import Comparison, compare
+from frpo.learner.guard import compare
 from frpo.learner.lora import Weight, adapter_weights, add_adapters, merged_weights, write_adapter
 from frpo.learner.losses import (
     MicroBatchLoss,
@@ -52,7 +52,7 @@ from frpo.learner.reference import (
 from frpo.objectives.base import Metrics
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
-from frpo.types import MicroBatch, OptimStepOutput, SampleId
+from frpo.types import Comparison, MicroBatch, OptimStepOutput, SampleId
 from frpo.weight_sync.protocol import WeightSender
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.invariants import SAME_FUNCTION
-from frpo.learner.guard import Comparison
+from frpo.types import Comparison
 from learner_state import on_all, recipe_for, train
 from loop import random_model
 

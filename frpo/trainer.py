@@ -86,7 +86,7 @@ class Trainer:
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
         """Log-probabilities under the frozen reference where a KL term asks; before it, once, the parity check."""
         if self.parity_unchecked:
-            invariants.check_logprob_gap(self.parts, groups, state.policy_version)
+            invariants.check_logprob_gap(self.recipe, self.parts.learner, self.parts.pool, groups, state.policy_version)
             self.parity_unchecked = False
         if not self.recipe.objective.scores_reference:
             return [None] * len(groups)

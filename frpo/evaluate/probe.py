@@ -16,6 +16,7 @@ from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.evaluate.heldout import heldout_metrics, scored_heldout
+from frpo.invariants import check_logprob_gap
 from frpo.rewards import RewardSuite
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
@@ -58,6 +59,8 @@ class TaskProbe:
                  engines: RecoveringEngines, learner: LearnerGroup, timer: PhaseTimer):
         self.at, self.tasks, self.exact = at, tasks, exact
         self.engines, self.learner, self.timer = engines, learner, timer
+        self.agreed = False
+        """Whether engines and learner have been found to be one function."""
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:
         at = range(0, total, -(-total // EVENLY) or 1) if self.at is None else self.at
@@ -70,6 +73,9 @@ class TaskProbe:
         for number, task in enumerate(self.tasks):
             with self.timer.phase("sample"):
                 scored = sampled(task, self.engines, step=state.step, version=state.policy_version)
+            if not self.agreed:
+                check_agreement(task, self.engines, self.learner, scored, state.policy_version)
+                self.agreed = True
             kl = self.learner.kl_groups([group.group for group in scored], to="start") if number == 0 else None
             metrics |= task_metrics(task, scored, kl)
         if self.exact:
@@ -89,6 +95,13 @@ def sampled(task: Task, engines: RecoveringEngines, *, step: int, version: int, 
     sampler = Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment)
     asked = _Asked(recipe=recipe, prompts=task.prompts, rewards=task.rewards, sampler=sampler)
     return scored_heldout(asked, step=step, version=version)
+
+
+def check_agreement(task: Task, engines: RecoveringEngines, learner: LearnerGroup, scored: Sequence[ScoredGroup],
+                    version: int) -> None:
+    """Raise InvariantError where engines do not serve what the learner pushed: they would be measured, not the policy.
+    """
+    check_logprob_gap(task.recipe, learner, engines.pool, [group.group for group in scored], version)
 
 
 def task_metrics(task: Task, scored: Sequence[ScoredGroup], kl: Sequence[np.ndarray] | None) -> dict[str, float]:

@@ -29,7 +29,7 @@ from frpo.data.examples import load_examples
 from frpo.data.prompts import PromptSet, load_prompts
 from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelError
 from frpo.evaluate.model import of_model
-from frpo.evaluate.probe import Exact, Task, TaskProbe, sampled
+from frpo.evaluate.probe import Exact, Task, TaskProbe, check_agreement, sampled
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.learner.model import vocabulary_difference
@@ -183,6 +183,7 @@ class Matrix:
         engines = self.connected(learner, recipe)
         engines.push(0)
         scored = sampled(task, engines, step=0, version=0, samples=count)
+        check_agreement(task, engines, learner, scored, version=0)
         rewards = np.stack([group.rewards_G for group in scored])
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished.npz")

@@ -18,6 +18,8 @@ from frpo.types import RankBatches, RolloutGroup
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 5e-2}
 """Mean |log-prob difference| in nats that rounding explains; wrong weights give tenths and more."""
 PROBED_GROUPS = 4
+CHECKED_PUSHES = 2
+"""The first may bring what an engine has loaded anyway; only the second shows that all of it is replaced."""
 
 
 SAME_FUNCTION: Mapping[str, Gap] = {"fp32": (2e-4, 1e-2), "bf16": (5e-2, 2.0)}

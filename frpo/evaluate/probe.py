@@ -16,7 +16,7 @@ from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.evaluate.heldout import heldout_metrics, scored_heldout
-from frpo.invariants import check_logprob_gap
+from frpo.invariants import CHECKED_PUSHES, check_logprob_gap
 from frpo.rewards import RewardSuite
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
@@ -59,8 +59,7 @@ class TaskProbe:
                  engines: RecoveringEngines, learner: LearnerGroup, timer: PhaseTimer):
         self.at, self.tasks, self.exact = at, tasks, exact
         self.engines, self.learner, self.timer = engines, learner, timer
-        self.agreed = False
-        """Whether engines and learner have been found to be one function."""
+        self.unchecked = CHECKED_PUSHES
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:
         at = range(0, total, -(-total // EVENLY) or 1) if self.at is None else self.at
@@ -73,9 +72,9 @@ class TaskProbe:
         for number, task in enumerate(self.tasks):
             with self.timer.phase("sample"):
                 scored = sampled(task, self.engines, step=state.step, version=state.policy_version)
-            if not self.agreed:
+            if number == 0 and self.unchecked:
                 check_agreement(task, self.engines, self.learner, scored, state.policy_version)
-                self.agreed = True
+                self.unchecked -= 1
             kl = self.learner.kl_groups([group.group for group in scored], to="start") if number == 0 else None
             metrics |= task_metrics(task, scored, kl)
         if self.exact:

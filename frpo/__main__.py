@@ -10,10 +10,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from frpo.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import as_yaml, dump_recipe, load_any_recipe, load_recipe
+from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError, FrpoError
@@ -62,13 +63,18 @@ def train(parsed: argparse.Namespace) -> int:
         if checked.prompts.overlap:
             print(f"# trained on too: {checked.prompts.overlap} x same prompt as a held-out one "
                   "(data.heldout_overlap: keep)")
+        _tell_adapters(recipe)
         return 0
     from frpo.builder import build
     from frpo.evaluate.curve import draw_reward_curve
     from frpo.supervise import outlive
     from frpo.trainer import Trainer
 
-    state, folder = outlive(recipe, build, lambda parts: Trainer(parts).fit()), Path(recipe.run.dir)
+    def fit(parts: Any) -> Any:
+        _tell_adapters(recipe)
+        return Trainer(parts).fit()
+
+    state, folder = outlive(recipe, build, fit), Path(recipe.run.dir)
     picture = draw_reward_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "reward.png")
     print(f"{state.step} steps done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
           f"picture: {picture}")
@@ -89,12 +95,17 @@ def finetune(parsed: argparse.Namespace) -> int:
         print(f"# checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples")
         for reason, count in examples.skipped.items():
             print(f"# left out: {count} x {reason}")
+        _tell_adapters(recipe)
         return 0
     from frpo.evaluate.curve import draw_loss_curve
     from frpo.finetune import FineTuner
     from frpo.supervise import outlive
 
-    state, folder = outlive(recipe, build_finetune, lambda parts: FineTuner(parts).fit()), Path(recipe.run.dir)
+    def fit(parts: Any) -> Any:
+        _tell_adapters(recipe)
+        return FineTuner(parts).fit()
+
+    state, folder = outlive(recipe, build_finetune, fit), Path(recipe.run.dir)
     picture = draw_loss_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "loss.png")
     print(f"{state.step} updates done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
           f"picture: {picture}")
@@ -208,6 +219,14 @@ def _hear_interrupts() -> None:
     """Ray stops a job by SIGINT, which one that was started in a script's background ignores, and its jobs with it."""
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _tell_adapters(recipe: AnyRecipe) -> None:
+    """Print what the recipe's adapters train and what they leave frozen, once its model is known to be there."""
+    if recipe.model.lora is not None and recipe.model.path is not None:
+        from frpo.learner.lora import adapter_summary
+
+        print(f"# {adapter_summary(recipe.model, recipe.model.path)}")
 
 
 def _not_launched(command: str) -> None:

@@ -32,7 +32,15 @@ from frpo.held import held_folder
 from frpo.journal import Journal, open_journal
 from frpo.learner.export import check_export
 from frpo.learner.lora import check_targets
-from frpo.learner.model import check_family, check_model_path, embedding_count, load_tokenizer, unstopped_turn
+from frpo.learner.model import (
+    check_family,
+    check_model_path,
+    embedding_count,
+    hollow_network,
+    load_tokenizer,
+    unstopped_turn,
+)
+from frpo.learner.router import balance_coefficient
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
@@ -139,6 +147,8 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
         return build_tokenizer()
     check_model_path(model, model.path)
     check_family(model, model.path)
+    if model.router_aux_loss_coef:
+        balance_coefficient(model, hollow_network(model, model.path))
     if model.lora is not None:
         check_targets(model, model.path)
     return load_tokenizer(model.path, model.trust_remote_code)

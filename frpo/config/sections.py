@@ -164,8 +164,8 @@ class EvaluateSection(Section):
 
 class ChecksSection(Section):
     max_logprob_gap: float | None = Field(
-        None, gt=0, description="largest mean |log-prob difference| of engine and learner at the first step, in nats; "
-                                "null: 1e-3 in fp32, 5e-2 in bf16")
+        None, gt=0, description="largest mean |log-prob difference| of engine and learner after the first two pushes, "
+                                "in nats; null: 1e-3 in fp32, 5e-2 in bf16")
     same_function: bool = Field(True, description="before the first update, stop if the learner's log-probs of a few "
                                                   "sequences are not those of plain transformers")
     rewards: bool = Field(True, description="call every reward once on made-up completions before anything starts")

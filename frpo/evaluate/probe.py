@@ -17,6 +17,7 @@ from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.evaluate.heldout import heldout_metrics, scored_heldout
 from frpo.evaluate.kl_spacing import ProbeSchedule
+from frpo.invariants import CHECKED_PUSHES, check_logprob_gap
 from frpo.rewards import RewardSuite
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
@@ -54,6 +55,7 @@ class TaskProbe:
                  engines: RecoveringEngines, learner: LearnerGroup, timer: PhaseTimer):
         self.schedule, self.tasks, self.exact = schedule, tasks, exact
         self.engines, self.learner, self.timer = engines, learner, timer
+        self.unchecked = CHECKED_PUSHES
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:
         if not self.schedule.due(state.step, total):
@@ -65,6 +67,9 @@ class TaskProbe:
         for number, task in enumerate(self.tasks):
             with self.timer.phase("sample"):
                 scored = sampled(task, self.engines, step=state.step, version=state.policy_version)
+            if number == 0 and self.unchecked:
+                check_agreement(task, self.engines, self.learner, scored, state.policy_version)
+                self.unchecked -= 1
             kl = self.learner.kl_groups([group.group for group in scored], to="start") if number == 0 else None
             metrics |= task_metrics(task, scored, kl)
             if kl is not None:
@@ -86,6 +91,13 @@ def sampled(task: Task, engines: RecoveringEngines, *, step: int, version: int, 
     sampler = Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment)
     asked = _Asked(recipe=recipe, prompts=task.prompts, rewards=task.rewards, sampler=sampler)
     return scored_heldout(asked, step=step, version=version)
+
+
+def check_agreement(task: Task, engines: RecoveringEngines, learner: LearnerGroup, scored: Sequence[ScoredGroup],
+                    version: int) -> None:
+    """Raise InvariantError where engines do not serve what the learner pushed: they would be measured, not the policy.
+    """
+    check_logprob_gap(task.recipe, learner, engines.pool, [group.group for group in scored], version)
 
 
 def task_metrics(task: Task, scored: Sequence[ScoredGroup], kl: Sequence[np.ndarray] | None) -> dict[str, float]:

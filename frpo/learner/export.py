@@ -29,7 +29,7 @@ def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, st
     folder.mkdir(parents=True, exist_ok=True)
     own = network.generation_config
     network.generation_config, network.config.use_cache = GenerationConfig(), True
-    network.save_pretrained(folder, state_dict=state)
+    network.save_pretrained(folder, state_dict=state, save_original_format=False)  # it has that format
     network.generation_config, network.config.use_cache = own, False
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
     if found := _generation_config(source):

@@ -182,7 +182,7 @@ def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool =
     follow_own_lengths(network)
     network.config.use_cache = False
     if gradient_checkpointing:
-        _checkpoint_layers(network)
+        checkpoint_layers(network)
     return network
 
 
@@ -226,7 +226,7 @@ def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:
     return get_class_from_dynamic_module(remote["AutoModelForCausalLM"], path)
 
 
-def _checkpoint_layers(network: PreTrainedModel) -> None:
+def checkpoint_layers(network: PreTrainedModel) -> None:
     """Recompute each layer in the backward pass. transformers' own way would need training mode, and so its noise."""
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

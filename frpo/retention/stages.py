@@ -31,7 +31,7 @@ from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelErr
 from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.evaluate.model import of_model
-from frpo.evaluate.probe import Exact, Task, TaskProbe, sampled
+from frpo.evaluate.probe import Exact, Task, TaskProbe, check_agreement, sampled
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.held import held_folder
@@ -194,7 +194,9 @@ class Matrix:
         engines = self.connected(learner, recipe)
         engines.push(0)
         if wanted.samples:
-            write_samples(seed, name, sampled(task, engines, step=0, version=0, samples=wanted.samples))
+            scored = sampled(task, engines, step=0, version=0, samples=wanted.samples)
+            check_agreement(task, engines, learner, scored, version=0)
+            write_samples(seed, name, scored)
         if wanted.reference and seed.has(wanted.reference):
             learner.remember_start(seed.model_of(wanted.reference))
             groups = [scored.group for scored in sampled(task, engines, step=0, version=0)]

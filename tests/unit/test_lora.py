@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
+from frpo.learner.checkpoint_names import as_they_are
 from frpo.learner.engine import GatheredWeights
 from frpo.learner.lora import adapter_weights, adapters_off, add_adapters, check_targets, merged_weights, write_adapter
 
@@ -52,7 +53,8 @@ def logits(network):
 
 def stream(weights, bucket_bytes=5000.0):
     """All tensors of all buckets by name."""
-    return {name: tensor.clone() for bucket in GatheredWeights(weights, bucket_bytes) for name, tensor in bucket}
+    gathered = GatheredWeights(as_they_are(weights), bucket_bytes)
+    return {name: tensor.clone() for bucket in gathered for name, tensor in bucket}
 
 
 def written(network, folder, base):
@@ -75,7 +77,7 @@ def test_merged_weights_are_the_base_models_tensors_with_what_peft_would_add(bas
 
 
 def test_metadata_announces_what_the_buckets_bring(base):
-    weights = GatheredWeights(merged_weights(adapted(base, torch.bfloat16)), 5000.0)
+    weights = GatheredWeights(as_they_are(merged_weights(adapted(base, torch.bfloat16))), 5000.0)
     buckets = list(weights)
     assert len(buckets) > 3
     assert [(n, t.dtype, tuple(t.shape)) for bucket in buckets for n, t in bucket] == weights.metadata()

@@ -64,10 +64,14 @@ def test_it_asks_when_the_schedule_says_so_and_pushes_what_engines_lack():
 def test_the_schedule_learns_the_kl_that_was_measured(monkeypatch):
     groups = [scored([1.0, 0.5]), scored([0.5, 0.0])]
     monkeypatch.setattr("frpo.evaluate.probe.sampled", lambda *args, **options: groups)
+    monkeypatch.setattr("frpo.evaluate.probe.check_agreement", lambda *args: checked.append(args[-1]))
     learner = SimpleNamespace(kl_groups=lambda groups, to: [np.array([0.2, 0.4]), np.array([0.5, 0.7])])
-    schedule = ProbeSchedule([1], 4.0, dict)
+    schedule, checked = ProbeSchedule([1], 4.0, dict), []
     probe = TaskProbe(schedule=schedule, tasks=[Task(name="kept", recipe=load_recipe("lab_policy"), prompts=None,
                                                      rewards=None)],
                       exact=None, engines=SimpleNamespace(pushed=1), learner=learner, timer=PhaseTimer())
     found = probe(RunState(step=1, policy_version=1, data_cursor=0, recipe_digest="", file_offsets={}), 8)
     assert schedule.probed == {1: pytest.approx(0.45)} == {1: found["kept/kl"]}
+    for _ in range(2):
+        probe(RunState(step=1, policy_version=1, data_cursor=0, recipe_digest="", file_offsets={}), 8)
+    assert checked == [1, 1]  # the pushes of the first two probes

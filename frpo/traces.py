@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from frpo.data.plain import plain_columns
 from frpo.data.text_files import json_object, text_lines
 from frpo.errors import ConfigError, DataError
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes half of a character beyond 16 bits: two in a row are one character, a lone one is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ def read_groups(path: Path) -> Iterator[Traced]:
         raise DataError(f"no traces at {str(path)!r}; give the traces.jsonl of a run with telemetry.traces: true")
     for number, line in text_lines(path):
         row = json_object(line, f"{path}:{number}")
+        if SURROGATE.search(line):  # most lines have none, and thousands of numbers
+            row = plain_columns(row, f"{path}:{number}")
         try:
             yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
         except (AttributeError, KeyError, TypeError, ValueError) as error:

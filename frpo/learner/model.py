@@ -48,9 +48,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         if _saved_as_it_is(Path(path)):
             return PreTrainedTokenizerFast.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer at {path!r}: {_first_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files of one
+        raise ModelError(f"no tokenizer at {path!r}: it would have no vocabulary; save the model's own beside it")
+    return tokenizer
 
 
 def _saved_as_it_is(folder: Path) -> bool:

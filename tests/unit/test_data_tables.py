@@ -82,8 +82,8 @@ def test_broken_parquet_names_file_row_and_column(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     data = Dataset.from_dict({"messages": [MESSAGES, MESSAGES[:1]], "ids": [[1, 2], [3, 4]]})
-    # A format, here of arrays, is saved with the data.
-    data.with_format("numpy").save_to_disk(tmp_path / "one")
+    # A format, here arrays of one column, is saved with the data.
+    data.with_format("numpy", columns=["ids"]).save_to_disk(tmp_path / "one")
     DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "both")
     return tmp_path
 

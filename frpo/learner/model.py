@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -76,7 +77,7 @@ def check_model_path(model: ModelSection, path: str) -> None:
                          "such as owner/name (~ is not expanded)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"model.path {path!r} cannot be read: {_first_line(error)}") from None
     window = getattr(config, "max_position_embeddings", None)
     if window and model.max_length > window:
@@ -179,7 +180,7 @@ def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool =
         network = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
             trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last of shapes that the config denies
         raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}") from None
     restore_buffers(network)
     follow_own_lengths(network)

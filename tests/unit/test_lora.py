@@ -167,8 +167,8 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(base, 
 @pytest.mark.parametrize("section", [SECTION, LoraSection(targets=["c_attn"])])
 def test_a_model_without_linear_layers_is_refused_before_it_is_loaded(section, tmp_path):
     GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
-    message = (r"model.lora needs linear layers \(torch.nn.Linear\) below the output head, and GPT2LMHeadModel has none: "
-               r"its weights are in Conv1D\. Set model.lora to null")
+    message = (r"model.lora needs linear layers \(torch.nn.Linear\) below the output head, and GPT2LMHeadModel has "
+               r"none: its weights are in Conv1D\. Set model.lora to null")
     with pytest.raises(ModelError, match=message):
         check_targets(ModelSection(path=str(tmp_path), lora=section), str(tmp_path))
 
@@ -182,8 +182,8 @@ def test_what_has_no_adapter_is_named(tmp_path):
     trained, experts, norms = 2 * 3 * (2 * 64 + 2 * 48), 2 * 3 * 3 * 16 * 32, 2 * (2 * 32 + 2 * 16) + 32
     whole = 2 * (2 * 32 * 32 + 2 * 32 * 16) + experts + 40 * 32 + norms + 2 * 3 * 32
     assert said == (
-        f"LoRA trains {trained:,} parameters, in adapters of 8 linear layers. Of the model's {whole:,} parameters these "
-        f"have no adapter and stay as they are: Qwen3MoeExperts {experts:,}, Embedding 1,280, Qwen3MoeRMSNorm {norms}, "
+        f"LoRA trains {trained:,} parameters, in adapters of 8 linear layers. Of the model's {whole:,} parameters "
+        f"these have no adapter and stay as they are: Qwen3MoeExperts {experts:,}, Embedding 1,280, Qwen3MoeRMSNorm {norms}, "
         "Qwen3MoeTopKRouter 192")
 
 

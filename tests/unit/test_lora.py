@@ -183,8 +183,8 @@ def test_what_has_no_adapter_is_named(tmp_path):
     whole = 2 * (2 * 32 * 32 + 2 * 32 * 16) + experts + 40 * 32 + norms + 2 * 3 * 32
     assert said == (
         f"LoRA trains {trained:,} parameters, in adapters of 8 linear layers. Of the model's {whole:,} parameters "
-        f"these have no adapter and stay as they are: Qwen3MoeExperts {experts:,}, Embedding 1,280, Qwen3MoeRMSNorm {norms}, "
-        "Qwen3MoeTopKRouter 192")
+        f"these have no adapter and stay as they are: Qwen3MoeExperts {experts:,}, Embedding 1,280, Qwen3MoeRMSNorm "
+        f"{norms}, Qwen3MoeTopKRouter 192")
 
 
 def test_the_adapter_folder_on_the_base_and_the_merged_export_are_one_model(base, tmp_path):

@@ -146,21 +146,18 @@ def push_as_before(actor):
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("change, message", [
-    (lambda named: [pair for pair in named if "layers.1.mlp.gate." not in pair[0]],
-     r"Qwen3MoeForCausalLM: 1 of its parameters were not written: model.layers.1.mlp.gate.weight\."),
-    (lambda named: [pair for pair in named if ".experts." not in pair[0]],
-     r"4 of its parameters were not written: model.layers.0.mlp.experts.routed_experts.w13_weight, "),
-    (lambda named: named + [(f"{name}_bias", tensor) for name, tensor in named if "layers.0.mlp.gate." in name],
-     r"1 of \d+ pushed tensors were not read: model.layers.0.mlp.gate.weight_bias\."),
-    (lambda named: [(name.replace(".mlp.", ".feed_forward."), tensor) for name, tensor in named],
-     r"no module or parameter named 'layers.0.feed_forward'")])
+    (lambda named: [pair for pair in named if "layers.1.mlp.experts." not in pair[0]],
+     r"Qwen3MoeForCausalLM: 2 of its parameters were not written: model.layers.1.mlp.experts.routed_experts.w13_"),
+    (lambda named: named + [(f"{name}_bias", tensor.clone()) for name, tensor in named if "0.mlp.gate." in name],
+     r"Qwen3MoeForCausalLM: 1 of \d+ pushed tensors were not read: model.layers.0.mlp.gate.weight_bias\.")],
+    ids=["experts of a layer left out", "a bias that the model does not have"])
 def test_an_engine_that_does_not_take_all_of_a_push_is_refused(mixture, change, message):
     loop = mixture("qwen3_moe")
     for actor in loop.learner.ranks.actors:
         inside(actor, push_instead, change)
-    with pytest.raises((InvariantError, EngineError), match=message):
+    with pytest.raises(InvariantError, match=message):
         loop.learner.push_weights(loop.version + 1)
-    with pytest.raises(EngineError, match="did not reach the whole model; rebuild|broke off"):
+    with pytest.raises(EngineError, match="did not reach the whole model; rebuild"):
         loop.pool.score([(PROMPTS[0].token_ids, 3)], loop.version + 1)
     for actor in loop.learner.ranks.actors:
         inside(actor, push_as_before)

@@ -44,8 +44,7 @@ def model(tmp_path_factory):
 
 def rl_recipe(model: Path):
     return load_recipe("smollm2_constraints", [
-        f"model.path={model}", "model.dtype=fp32", f"run.dir={model.parent / 'rl'}", "run.num_steps=2",
-        "run.save_every=0",
+        f"model.path={model}", f"run.dir={model.parent / 'rl'}", "run.num_steps=2", "run.save_every=0",
         "data.heldout_path=null", "data.heldout=2", "evaluate.samples=1", "rollout.prompts_per_step=2",
         "rollout.group_size=4", "rollout.max_new_tokens=24", "rollout.threads=1", "learner.threads=1",
         "learner.micro_batch_tokens=256", "learner.warmup_steps=0"])

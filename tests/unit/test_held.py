@@ -22,7 +22,10 @@ from frpo.finetune_parts import build_finetune
 from frpo.held import LOCK, HeldByAnotherError, HeldFile, held_folder
 from frpo.quickstart import run_quickstart
 from frpo.retention.command import run_retention
+from frpo.retention.plan import make_plan
+from frpo.retention.stages import Matrix, run_plan
 from frpo.rollout_only import run_rollout
+from frpo.telemetry import ProgressBar
 from pid_namespace import NAMESPACE, needs_namespaces
 
 HOLD = "import sys, time; from pathlib import Path; from frpo.held import HeldFile; " \
@@ -150,12 +153,29 @@ def begin_matrix(folder):
     run_retention(load_recipe("lab", [f"run.dir={folder}"], RetentionRecipe))
 
 
+def began(*arguments):
+    raise AssertionError("it was not refused")
+
+
 @pytest.mark.parametrize("begin", [begin_training, begin_finetuning, begin_rollout, begin_quickstart, begin_matrix])
-def test_a_second_run_is_refused_before_it_does_anything(tmp_path, begin):
+def test_a_second_run_is_refused_before_it_does_anything(tmp_path, begin, monkeypatch):
+    monkeypatch.setattr("frpo.retention.command.write_archive", began)
     with held_folder(tmp_path):
         with pytest.raises(ConfigError, match=refusal(tmp_path)):
             begin(tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == [LOCK]
+
+
+def test_one_of_several_processes_of_a_matrix_has_a_seed_alone_and_a_stage_its_folder(tmp_path, monkeypatch):
+    plan = make_plan(load_recipe("lab", [f"run.dir={tmp_path}", "seeds=[0]"], RetentionRecipe))
+    monkeypatch.setattr(Matrix, "set_up", began)
+    seed, stage = plan.seeds[0], plan.seeds[0].policies["warm"]
+    with held_folder(tmp_path), held_folder(seed.folder), pytest.raises(ConfigError, match=refusal(seed.folder)):
+        run_plan(plan)
+    monkeypatch.setattr(Matrix, "run", began)
+    with held_folder(seed.folder), held_folder(stage.run_dir), ProgressBar(1, 0, "matrix") as bar:
+        Matrix(plan).attempt(stage, [], bar)
+        assert re.fullmatch(f"ConfigError: {refusal(stage.run_dir)}", stage.failure)
 
 
 def test_a_cache_is_filled_by_one_run_and_read_by_any(tmp_path):

@@ -21,6 +21,7 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
 from frpo.data.arithmetic import problems
 from frpo.errors import EngineError, InvariantError
+from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.evaluate.probe import Task, TaskProbe
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
@@ -229,7 +230,7 @@ def test_a_probe_of_a_fork_refuses_engines_that_serve_other_weights(mixture, tmp
 
         def probe():
             engines = RecoveringEngines(loop.pool, loop.learner, 0)
-            return TaskProbe(at=[], tasks=[task], exact=None, engines=engines, learner=loop.learner,
+            return TaskProbe(schedule=ProbeSchedule([], 4.0, dict), tasks=[task], exact=None, engines=engines, learner=loop.learner,
                              timer=PhaseTimer())(state, 1)
 
         inside(loop.pool.engines[0], keep_kernels)

@@ -230,8 +230,8 @@ def test_a_probe_of_a_fork_refuses_engines_that_serve_other_weights(mixture, tmp
 
         def probe():
             engines = RecoveringEngines(loop.pool, loop.learner, 0)
-            return TaskProbe(schedule=ProbeSchedule([], 4.0, dict), tasks=[task], exact=None, engines=engines, learner=loop.learner,
-                             timer=PhaseTimer())(state, 1)
+            return TaskProbe(schedule=ProbeSchedule([], 4.0, dict), tasks=[task], exact=None, engines=engines,
+                             learner=loop.learner, timer=PhaseTimer())(state, 1)
 
         inside(loop.pool.engines[0], keep_kernels)
         with pytest.raises(InvariantError, match="rollout engine 0 and learner disagree"):

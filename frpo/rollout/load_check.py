@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS, SKIP_TENSORS
 
 NAMED = 4
 """Names in a message."""
@@ -59,8 +59,10 @@ def unwritten(model: torch.nn.Module, loaded: Collection[str] | None) -> list[st
         info = get_layerwise_info(layer)
         kept = layer._parameters if info.kernel_tensors is None else info.kernel_tensors[0]
         begun = {name for name, _ in info.loaded_weights}
+        # What a layer had before its kernel was made; kernels add parameters of their own, derived from these.
+        stored = info.restore_metadata[0].keys() | SKIP_TENSORS
         for name, parameter in kept.items():
-            if parameter is None:
+            if parameter is None or name not in stored:
                 continue
             full = f"{prefix}.{name}" if prefix else name
             told = name in SKIP_LOAD_TENSORS and (loaded is None or full in loaded)

@@ -165,7 +165,7 @@ def test_an_engine_that_does_not_take_all_of_a_push_is_refused(mixture, change, 
 
 
 def what_is_unwritten(engine):
-    """Inside an engine's actor: of a toy with a tied pair, an encoder and a bias outside the reload, loaded in part."""
+    """Inside an engine's actor: of toys with a tied pair, an encoder and a bias outside the reload, loaded in part."""
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
     from frpo.rollout.load_check import unwritten
@@ -190,6 +190,7 @@ def what_is_unwritten(engine):
     def missing(model, loaded):
         language = getattr(model, "language", model)
         record_metadata_for_reloading(model)
+        language.router.packed = torch.nn.Parameter(torch.zeros(2))  # as a kernel makes of what is loaded
         initialize_layerwise_reload(model)
         for layer in (language.embed, language.second):
             layer.weight.weight_loader(layer.weight, torch.ones(2, 2))

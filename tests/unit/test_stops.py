@@ -51,7 +51,7 @@ def test_sampling_for_a_reward_is_refused_and_a_fine_tuning_warned(gemma, tmp_pa
     data = {"path": str(rows), "heldout": 0}
     recipe = Recipe.model_validate({
         **shared, "data": {**data, "max_prompt_tokens": 32},
-        "rewards": [{"name": "exact", "function": "frpo.rewards.verifiers:exact"}],
+        "rewards": [{"name": "exact", "function": "frpo.rewards.verifiers:exact_answer"}],
         "rollout": {"prompts_per_step": 1, "group_size": 2, "max_new_tokens": 8}})
     with pytest.raises(ModelError, match=ENDLESS):
         check_prompts(recipe)

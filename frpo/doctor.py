@@ -52,7 +52,8 @@ def _findings() -> Iterator[tuple[str, str, str, str]]:
                "frpo[gpu]: they share one package folder")
     lock = read_lock("gpu" if gpu and not cpu else "cpu")
     yield from compare({package: _version(package) for package in CORE}, lock)
-    yield _compiler()
+    if gpu and not cpu:
+        yield _compiler()
     yield _shared_memory()
     yield from _accelerator(bool(gpu and not cpu))
 
@@ -63,9 +64,9 @@ def _python() -> tuple[str, str, str, str]:
 
 
 def _compiler() -> tuple[str, str, str, str]:
-    found = shutil.which("g++") or shutil.which("clang++")
-    fix = "" if found else "install g++: DeepSpeed and torch build helpers with it"
-    return "C++ compiler", found or "none", "any", fix
+    found = shutil.which("gcc") or shutil.which("clang")
+    fix = "" if found else "install gcc: Triton builds what launches its kernels with it"
+    return "C compiler", found or "none", "any", fix
 
 
 def _shared_memory() -> tuple[str, str, str, str]:

@@ -5,13 +5,14 @@ runs that beside the policy or reads it from a cache that is filled here first.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from frpo import invariants
 from frpo.data.batcher import pack_examples
 from frpo.data.order import ExampleStream
-from frpo.data.state_cache import StateCache
+from frpo.data.state_cache import StateCache, being_filled
 from frpo.finetune_parts import FinetuneParts
 from frpo.learner.model import cache_facts
 from frpo.objectives.supervised import Progress
@@ -65,6 +66,7 @@ class FineTuner:
         with self.parts.journal.timer.phase("learn"):
             learned = self.learner.supervise(packed, self.progress(state.step), watch_movement=watch)
             stepped = self.learner.optim_step(self.total, watch_movement=watch)
+        invariants.check_gradient(stepped.grad_norm, stepped.policy_version)
         if watch:
             invariants.check_movement(self.learner.movement_report())
         metrics = learned.result() | {
@@ -105,15 +107,21 @@ class FineTuner:
         folder = Path(section.cache_dir or self.parts.run_dir / "reference_cache").absolute()
         examples = [*self.train, *self.heldout]
         facts = cache_facts(recipe.model, recipe.reference_model or self.parts.model_path, examples)
-        cache = StateCache.begin(folder, facts, [sum(example.loss_mask) for example in examples])
-        if not cache.is_complete:
-            self.learner.begin_cache()
-            missing = cache.missing()
-            with ProgressBar(len(examples), len(examples) - len(missing), "reference") as bar:
-                for start in range(0, len(missing), CACHED_AT_A_TIME):
-                    part = missing[start:start + CACHED_AT_A_TIME]
-                    self.learner.cache_reference(self.packed([(i, examples[i]) for i in part]), str(folder))
-                    for _ in part:
-                        bar.advance()
-            self.learner.end_cache(str(folder))
+        with being_filled(folder):
+            cache = StateCache.begin(folder, facts, [sum(example.loss_mask) for example in examples])
+            if not cache.is_complete:
+                self.fill(cache, examples)
         self.learner.use_cache(str(folder))
+
+    def fill(self, cache: StateCache, examples: Sequence[Example]) -> None:
+        """Compute the states that the cache lacks."""
+        folder, missing = str(cache.folder), cache.missing()
+        self.learner.begin_cache()
+        invariants.check_same_function(self.learner, self.recipe, self.parts.examples)
+        with ProgressBar(len(examples), len(examples) - len(missing), "reference") as bar:
+            for start in range(0, len(missing), CACHED_AT_A_TIME):
+                part = missing[start:start + CACHED_AT_A_TIME]
+                self.learner.cache_reference(self.packed([(i, examples[i]) for i in part]), folder)
+                for _ in part:
+                    bar.advance()
+        self.learner.end_cache(folder)

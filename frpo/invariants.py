@@ -1,4 +1,5 @@
-"""Fail-fast checks of a run: the learner is the model, engine and learner are one function, every tensor moves."""
+"""Fail-fast checks of a run: the learner is the model, engines and learner are one function, gradients are finite, and
+the first step moves every tensor."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -6,17 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from frpo.builder import Parts
+from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe
+from frpo.config.sections import Recipe
 from frpo.data.heldout import Split
 from frpo.errors import InvariantError, ModelError
-from frpo.learner.guard import Comparison, Gap
-from frpo.types import RankBatches, RolloutGroup
+from frpo.types import Comparison, Gap, RankBatches, RolloutGroup
 
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 5e-2}
 """Mean |log-prob difference| in nats that rounding explains; wrong weights give tenths and more."""
 PROBED_GROUPS = 4
+CHECKED_PUSHES = 2
+"""The first may bring what an engine has loaded anyway; only the second shows that all of it is replaced."""
 
 
 SAME_FUNCTION: Mapping[str, Gap] = {"fp32": (2e-4, 1e-2), "bf16": (5e-2, 2.0)}
@@ -77,21 +80,24 @@ def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None
     return None
 
 
-def check_logprob_gap(parts: Parts, groups: Sequence[RolloutGroup], version: int) -> float:
+def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, pool: EnginePool, groups: Sequence[RolloutGroup],
+                      version: int) -> float:
     """Mean |log-prob difference| between every engine and the learner on sampled completions, in nats.
 
     Both score the given tokens at temperature 1 without truncation, so that sampling settings do not show.
-    Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the precision).
+    Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the coarser of the precisions that
+    `recipe`, which is sampled with, and the learner's own have).
     """
     probe = groups[:PROBED_GROUPS]
-    scored = parts.learner.score_groups(probe, "policy", temperature=1.0)
-    learner = np.concatenate([logprobs for group in scored for logprobs in group])
+    learned = learner.score_groups(probe, "policy", temperature=1.0)
+    expected = np.concatenate([logprobs for group in learned for logprobs in group])
     sequences = [((*group.prompt.token_ids, *completion.token_ids.tolist()), len(group.prompt.token_ids))
                  for group in probe for completion in group.completions]
-    limit = parts.recipe.checks.max_logprob_gap or DEFAULT_GAP[parts.recipe.model.dtype]
+    limit = recipe.checks.max_logprob_gap or max(
+        DEFAULT_GAP[each.model.dtype] for each in (recipe, learner.recipe))
     worst = 0.0
-    for index, scores in enumerate(parts.pool.score(sequences, version)):
-        gap = float(np.abs(np.concatenate(scores) - learner).mean())
+    for index, scores in enumerate(pool.score(sequences, version)):
+        gap = float(np.abs(np.concatenate(scores) - expected).mean())
         worst = max(worst, gap)
         if not gap <= limit:
             raise InvariantError(
@@ -124,6 +130,17 @@ def has_signal(update: RankBatches) -> bool:
     """Whether any sample of an update has a weight (and an advantage, if rewards decide), hence a gradient."""
     return any(getattr(sample, "advantage", 1.0) != 0 and getattr(sample, sample.WEIGHTS[0]).any()
                for rank in update for micro_batch in rank for sample in micro_batch)
+
+
+def check_gradient(norm: float, version: int) -> None:
+    """Raise InvariantError if the gradient of the update to `version` has no finite norm.
+
+    Clipped, it would move nothing, or turn every weight into NaN.
+    """
+    if not np.isfinite(norm):
+        raise InvariantError(f"the gradient of update {version} has the norm {norm}: a loss is not a number, or an "
+                             "advantage too large for float32; scale the rewards down, or lower the learning rate and "
+                             "go on from the last checkpoint")
 
 
 def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:

@@ -21,6 +21,7 @@ from frpo.config.loader import recipe_digest
 from frpo.config.sections import EvaluateSection, Recipe
 from frpo.evaluate.heldout import heldout_metrics
 from frpo.evaluate.model import table_rows
+from frpo.held import held_folder
 from frpo.objectives.stage import advantaged
 from frpo.step_metrics import mishaps, rollout_metrics, trace_rows
 from frpo.telemetry import JsonlFile, ProgressBar, mean_interval, step_line
@@ -42,12 +43,13 @@ class Rollouts:
 def run_rollout(recipe: Recipe, steps: int, output: str | None) -> int:
     """Sample steps 0 to `steps` - 1, write their trace rows into `output` or rollouts.jsonl of run.dir, print a table.
 
-    Raises ConfigError, before any work, if that file is there already or cannot be written.
+    Raises ConfigError, before any work, if that file is there already or cannot be written, or if a run is under way in
+    run.dir.
     """
-    path = new_file(Path(recipe.run.dir) / FILE if output is None else Path(output))
-    prompts = check_prompts(recipe)
-    with build_engines(recipe, prompts) as serving:
-        rollouts = sample_steps(serving, steps, path)
+    with held_folder(Path(recipe.run.dir)):
+        path = new_file(Path(recipe.run.dir) / FILE if output is None else Path(output))
+        with build_engines(recipe, check_prompts(recipe)) as serving:
+            rollouts = sample_steps(serving, steps, path)
     print_summary(steps, rollouts)
     print(f"groups: {path}  A learner alone trains on them with rollout.replay={path} run.num_steps={steps}")
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from frpo.cluster.device import check_cpu_engines
 from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
@@ -41,6 +42,8 @@ class EnginePool:
         """num_engines: other than the recipe's, such as 0 where nothing is sampled."""
         self.recipe, self.model_path, self.device = recipe, model_path, device
         count = recipe.rollout.num_engines if num_engines is None else num_engines
+        if count and device == "cpu":
+            check_cpu_engines()
         self.starting = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> tuple[NamedActor, Any]:

@@ -11,11 +11,10 @@ from frpo.config.loader import AnyRecipe, dump_recipe
 from frpo.config.rollout import WeightSyncSection
 from frpo.data.batcher import score_batches
 from frpo.data.layout import Layout
-from frpo.learner.guard import Comparison
 from frpo.learner.model import hidden_size
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
-from frpo.types import MicroBatch, OptimStepOutput, RolloutGroup, SampleId
+from frpo.types import Comparison, MicroBatch, OptimStepOutput, RolloutGroup, SampleId
 
 
 class LearnerGroup:
@@ -52,8 +51,8 @@ class LearnerGroup:
         return [tuple(scores[(*group.group_id, i)][len(group.prompt.token_ids):] for i in range(len(group.completions)))
                 for group in groups]
 
-    def remember_start(self) -> None:
-        self._all("remember_start")
+    def remember_start(self, path: str | None = None) -> None:
+        self._all("remember_start", path)
 
     def kl_groups(self, groups: Sequence[RolloutGroup], to: str = "reference") -> list[np.ndarray]:
         """Per group (G,): KL in nats of each completion, an unbiased estimate of that of sequences. See `Learner.kl`.

@@ -7,7 +7,6 @@ from typing import Any
 import ray
 
 from frpo.cluster.learner_group import LearnerGroup
-from frpo.cluster.leftovers import remove_buffers_of, remove_leftovers
 from frpo.cluster.rank import RankHost, rank_environment
 from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import AnyRecipe
@@ -22,7 +21,6 @@ class RayRanks:
     """Construction starts the processes, in which nothing is loaded yet."""
 
     def __init__(self, recipe: AnyRecipe, device: str):
-        remove_leftovers()
         options = {"num_cpus": 0 if device == "cpu" else 1, "num_gpus": 0 if device == "cpu" else 1}
         actor = ray.remote(_LearnerActor).options(**options)
         handles = [actor.remote() for _ in range(recipe.learner.num_ranks)]
@@ -32,9 +30,9 @@ class RayRanks:
                           recipe.learner.startup_timeout_s)
         self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
                        for a, (_, _, pid) in zip(anonymous, places)]
-        host, self.port, _ = places[0]
+        host, port, _ = places[0]
         self.environments = [
-            rank_environment(rank, host, self.port, device, recipe) for rank in range(recipe.learner.num_ranks)]
+            rank_environment(rank, host, port, device, recipe) for rank in range(recipe.learner.num_ranks)]
 
     def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
              timeout_s: float) -> list[Any]:
@@ -49,10 +47,9 @@ class RayRanks:
         return sorted(calls[reference] for reference in answered if not _succeeded(self.actors[0], reference))
 
     def close(self) -> None:
-        """End the processes and what DeepSpeed left in shared memory under their port."""
+        """End the processes."""
         for actor in self.actors:
             ray.kill(actor.handle)
-        remove_buffers_of(self.port)
 
 
 def ray_learner(recipe: AnyRecipe, model_path: str, device: str) -> LearnerGroup:

@@ -17,9 +17,10 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
+from frpo.cluster.device import lacking_packages, settled
 from frpo.cluster.team import outside_the_team
 from frpo.config.sections import Recipe
-from frpo.errors import ConfigError, EngineError, FrpoError
+from frpo.errors import EngineError, FrpoError
 
 RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
                    "RAY_USAGE_STATS_ENABLED": "0"}
@@ -110,18 +111,20 @@ def show_token() -> None:
 def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True) -> str:
     """"cuda" or "cpu" for this cluster, as run.device asks. learner, engines: False where none of them are started.
 
-    Raises ConfigError if the cluster has fewer GPUs than the recipe needs.
+    auto is cuda where packages and GPUs suffice; otherwise it is cpu, and says why.
+    Raises ConfigError if cuda is asked for and does not work.
     """
-    present = int(ray.cluster_resources().get("GPU", 0))
-    if recipe.run.device == "cpu" or (recipe.run.device == "auto" and present == 0):
+    if recipe.run.device == "cpu":
         return "cpu"
+    present = int(ray.cluster_resources().get("GPU", 0))
     sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size if engines else 0
     ranks = recipe.learner.num_ranks if learner else 0
+    lacking = lacking_packages(engines)
     if sampling + ranks > present:
-        raise ConfigError(
+        lacking.append(
             f"the recipe needs {sampling + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {sampling}, "
-            f"learner.num_ranks = {ranks}), the cluster has {present}; lower them or add nodes")
-    return "cuda"
+            f"learner.num_ranks = {ranks}), the cluster has {present} (lower them or add nodes)")
+    return settled(recipe.run.device, lacking)
 
 
 def log_path(pid: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from frpo.cluster.leftovers import remove_buffers_of
+from frpo.cluster.device import lacking_packages, settled
 from frpo.cluster.rank import RankHost, cpu_environment
 from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError, FrpoError
@@ -78,10 +78,14 @@ def sized(recipe: AnyRecipe) -> AnyRecipe:
 
 
 def device_here(recipe: AnyRecipe) -> str:
-    """"cuda" or "cpu" for this process, as run.device asks."""
-    if recipe.run.device != "auto":
-        return recipe.run.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """"cuda" or "cpu" for this process, as run.device asks: it is on the machine that it computes on.
+
+    Raises ConfigError if cuda is asked for and does not work.
+    """
+    lacking = lacking_packages(engines=False)
+    if not lacking and not torch.cuda.is_available():
+        lacking.append("torch finds no GPU on this machine (see nvidia-smi and CUDA_VISIBLE_DEVICES)")
+    return settled(recipe.run.device, lacking, quiet=follows())
 
 
 class TeamRanks:
@@ -175,8 +179,6 @@ class _Team:
 
     def leave(self) -> None:
         dist.destroy_process_group()
-        if self.rank == 0 and self.device == "cpu":
-            remove_buffers_of(int(os.environ["MASTER_PORT"]))
 
 
 def _free_port() -> int:

@@ -16,7 +16,8 @@ class FinetuneRunSection(Section):
     name: str = Field("finetune", description="name of the run, shown in logs")
     dir: str = Field("runs/finetune", description="folder of the run: metrics, checkpoints, export")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there are GPUs")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda if torch is built for it and there are GPUs enough; else cpu, saying why")
     num_epochs: int = Field(1, ge=1, description="passes over the examples")
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")

@@ -12,8 +12,8 @@ Interrupted, it goes on with the examples that are not done. What is computed, a
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from frpo.errors import ConfigError
+from frpo.held import held_folder
 
 FACTS, OFFSETS, HIDDEN, DONE, HEAD, MARKER = (
     "cache.json", "offsets.npy", "hidden.bin", "done.bin", "head.safetensors", "COMPLETE")
@@ -55,9 +56,7 @@ class StateCache:
                 raise ConfigError(f"reference.cache_dir: {folder} holds the states of another run: {'; '.join(wrong)}; "
                                   "delete it or give another folder")
             return cls.begun(folder)
-        if folder.exists():
-            shutil.rmtree(folder)  # was being set up when the process ended
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # what lies there was being set up when the process ended
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         np.save(folder / OFFSETS, offsets)
         size = int(offsets[-1]) * facts["width"] * BITS[facts["dtype"]].itemsize
@@ -107,6 +106,11 @@ class StateCache:
         """Mark it complete. The head must be there, and every example done."""
         assert not self.missing() and (self.folder / HEAD).is_file(), self.folder
         (self.folder / MARKER).touch()
+
+
+def being_filled(folder: Path) -> AbstractContextManager[None]:
+    """Within it no other run fills the cache, unless that is complete. Raises ConfigError if one does."""
+    return nullcontext() if (folder / MARKER).is_file() else held_folder(folder, "reference.cache_dir")
 
 
 def _mapped(path: Path, dtype: Any, mode: str, columns: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from deepspeed import comm as dist
 from deepspeed.checkpoint import ds_to_universal
 
 from frpo.errors import CheckpointError
+from frpo.held import HeldByAnotherError, held
 
 TAG = "learner"
 RECORD = "learner.json"
@@ -110,12 +111,16 @@ def _convert(path: Path) -> None:
                         num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
     output = io.StringIO()
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        # Worker processes would be forks of this one, its threads and its GPU; hence none.
-        with _inside(path), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            ds_to_universal.main(options)
-        partial.rename(path / UNIVERSAL)
+        with held(path.absolute() / f"{UNIVERSAL}.lock"):
+            if partial.exists():
+                shutil.rmtree(partial)
+            # Worker processes would be forks of this one, its threads and its GPU; hence none.
+            with _inside(path), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                ds_to_universal.main(options)
+            partial.rename(path / UNIVERSAL)
+    except HeldByAnotherError as holder:
+        raise CheckpointError(f"{path} is being converted for another number of ranks by another run ({holder}); start "
+                              "again when that is done") from None
     except Exception as error:  # whatever torch and DeepSpeed stumble over; the other ranks are waiting
         raise CheckpointError(f"{path} cannot be converted for another number of ranks: {_message(error)}; resume with "
                               "the learner.num_ranks and learner.deepspeed that wrote it, or from another checkpoint"

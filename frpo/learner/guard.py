@@ -5,10 +5,8 @@ refusing a model is the controller's business (`frpo.invariants`).
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,30 +17,7 @@ from frpo.learner.attention import arrangement
 from frpo.learner.collate import TokenBatch
 from frpo.learner.losses import head_options
 from frpo.learner.network import TokenModel
-from frpo.types import SupervisedSample
-
-Gap = tuple[float, float]
-"""|log-prob difference| in nats over all tokens: mean, largest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Log-probabilities of the same tokens, computed in several ways by the model named `model`.
-
-    together: all sequences in one micro-batch, as in training, less plain. alone: one at a time by the learner's own
-    functions, less plain. repeated: the first once more, less itself.
-    layers_apart: attention layers that kept the sequences of a pack apart, of `layers`.
-    failure: why several sequences could not be computed at all; nothing else is known then.
-    """
-
-    model: str
-    packed: bool
-    layers: int
-    layers_apart: int = 0
-    together: Gap = (math.inf, math.inf)
-    alone: Gap = (math.inf, math.inf)
-    repeated: Gap = (math.inf, math.inf)
-    failure: str | None = None
+from frpo.types import Comparison, Gap, SupervisedSample
 
 
 def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[int]],

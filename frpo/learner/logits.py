@@ -52,10 +52,11 @@ def logit_scale(network: PreTrainedModel) -> LogitScale:
     if before is None:
         raise ModelError(f"{family} changes its decoder's hidden states before the output head by more than a factor; "
                          "frpo trains causal language models whose logits are hidden states times a weight")
-    after = logits[0] / SMALL if len(logits) == rows else torch.tensor(torch.nan)
+    after = logits[0] / SMALL
     capped = abs(logits[1] - after * LARGE) > TOLERANCE * abs(after * LARGE)
     expected = logits[1] * torch.tanh(after * raw / logits[1]) if capped else after * raw
-    if not torch.allclose(logits, expected, rtol=TOLERANCE, atol=TOLERANCE * SMALL) or not after * before > 0:
+    if (logits.shape != raw.shape or not torch.allclose(logits, expected, rtol=TOLERANCE, atol=TOLERANCE * SMALL)
+            or not after * before > 0):
         raise ModelError(f"{family} makes its logits by more than a factor and a soft-cap of hidden states times the "
                          "head's weight; frpo does not know this function and cannot train it")
     factor = after * before

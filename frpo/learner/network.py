@@ -5,7 +5,7 @@ head's weight, to a function of `frpo.kernels`. Which function, and what the num
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from frpo.learner.logits import decoder_of, logit_scale
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], Any]
 """(hidden_ND, weight_VD) -> a tensor or a tuple of tensors."""
+
+RouterFunction = Callable[[Any, Sequence[torch.Tensor]], Any]
+"""(a HeadFunction's answer, router logits of every layer) -> another answer."""
 
 
 class TokenHead(nn.Module):
@@ -52,17 +55,19 @@ class TokenModel(nn.Module):
     def train(self, mode: bool = True) -> TokenModel:
         return super().train(False)
 
-    def forward(self, batch: TokenBatch, function: HeadFunction | None) -> Any:
+    def forward(self, batch: TokenBatch, function: HeadFunction | None, router: RouterFunction | None = None) -> Any:
         """`function` of the hidden states (N, D) that predict `batch.target_N`, and of the head's weight (V, D).
 
-        function: None for the network's own logits (B, L, V) of rows that are not packed.
+        function: None for the network's own logits (B, L, V) of rows that are not packed. router: makes another answer
+        of that one and of what the routers of a mixture of experts say.
         """
         if function is None:
             arrange(None)
             return self.network(input_ids=batch.token_ids_BL, use_cache=False).logits
         arrange(Arrangement(lengths=batch.lengths, bounds=batch.bounds))
         # With a cache, transformers would take a pack for one long sequence.
-        hidden_BLD = decoder_of(self.network)(
+        output = decoder_of(self.network)(
             input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL, position_ids=batch.position_ids_BL,
-            use_cache=False).last_hidden_state
-        return self.head(hidden_BLD[batch.row_N, batch.column_N], function=function)
+            use_cache=False, **({} if router is None else {"output_router_logits": True}))
+        answer = self.head(output.last_hidden_state[batch.row_N, batch.column_N], function=function)
+        return answer if router is None else router(answer, output.router_logits)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from frpo.config.retention import RetentionRecipe
 from frpo.evaluate.page import TableText, write_page
+from frpo.held import held_folder
 from frpo.retention.archive import write_archive
 from frpo.retention.jobs import run_in_jobs
 from frpo.retention.plan import Plan, make_plan
@@ -29,16 +30,17 @@ def run_retention(recipe: RetentionRecipe, jobs: int = 1) -> int:
     started = time.perf_counter()
     plan = make_plan(recipe)
     plan.check_done()
-    archive = write_archive(recipe)
-    if jobs > 1:
-        run_in_jobs(plan, archive, jobs)
-    else:
-        run_plan(plan)
-    found = collect(plan)
-    show(all_tables(found))
-    for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
-        print(line)
-    print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Report: {write_report(found)}")
+    with held_folder(Path(recipe.run.dir)):
+        archive = write_archive(recipe)
+        if jobs > 1:
+            run_in_jobs(plan, archive, jobs)
+        else:
+            run_plan(plan)
+        found = collect(plan)
+        show(all_tables(found))
+        for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
+            print(line)
+        print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Report: {write_report(found)}")
     return 1 if found.failures else 0
 
 

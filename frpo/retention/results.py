@@ -18,15 +18,13 @@ from frpo.errors import ConfigError
 from frpo.evaluate.certificate import Certificate, certify
 from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.retained import ForkPath, Paired, paired, read_path, summary
+from frpo.retention.before import SAMPLES, read_distance
+from frpo.retention.caveats import caveats
 from frpo.retention.plan import Plan, SeedPlan, Stage
-from frpo.retention.stages import HELD_OUT, SAMPLES, STARTS
+from frpo.retention.stages import HELD_OUT, KL, STARTS
 from frpo.telemetry import mean_interval
 
-KL = "kept/kl"
 UTILITY = "utility/reward"
-MATCHED = 0.1
-"""Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""
-
 ROUNDING = 1e-9
 """A reward that is always the same lies on its bound."""
 
@@ -140,14 +138,16 @@ class Results:
         found = {title: [each for each in group if each[1:] in known] for title, group in grouped.items()}
         return {title: group for title, group in found.items() if group}
 
-    def spread(self, policy: str, measure: str) -> tuple[float, float]:
-        """Mean over seeds and half-width of its 95 % interval of a policy's metric, or of a number of its forks as
-        REGIME/number; NaN where there is none.
-        """
+    def of_policy(self, policy: str, measure: str) -> dict[int, float]:
+        """By seed, a policy's metric, or a number of its forks as REGIME/number."""
         regime, _, number = measure.partition("/")
-        by_seed = self.by_seed(policy, regime, number) if regime in self.plan.recipe.regimes else (
-            self.policy_by_seed(policy, measure))
-        return mean_interval(by_seed.values())
+        if regime in self.plan.recipe.regimes:
+            return self.by_seed(policy, regime, number)
+        return self.policy_by_seed(policy, measure)
+
+    def spread(self, policy: str, measure: str) -> tuple[float, float]:
+        """Mean over seeds of `of_policy` and half-width of its 95 % interval; NaN where there is none."""
+        return mean_interval(self.of_policy(policy, measure).values())
 
     def value(self, policy: str, measure: str) -> float:
         """The mean alone."""
@@ -170,6 +170,12 @@ class Results:
         ranked = [name for name in allowed if not math.isnan(self.value(name, section.measure))]
         return max(ranked, key=lambda name: self.value(name, section.measure), default=None)
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Those to compare, then controls, of which both policies were forked."""
+        recipe = self.plan.recipe
+        return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]
+
     def compared(self, pair: tuple[str, str], regime: str, measure: str) -> Paired:
         return paired(*(self.by_seed(policy, regime, measure) for policy in pair))
 
@@ -190,7 +196,10 @@ def collect(plan: Plan) -> Results:
             summaries[fork] |= {"utility": float(path.metrics[UTILITY][-1])}
     policies = {(stage.policy, stage.seed): _evaluation(stage) | _start(paths, stage.policy, stage.seed)
                 for seed in plan.seeds for stage in seed.policies.values() if stage.done}
-    policies |= {(name, seed.seed): _start(paths, name, seed.seed) for seed in plan.seeds for name in seed.given}
+    policies |= {(name, seed.seed): _given(plan, name) | _start(paths, name, seed.seed)
+                 for seed in plan.seeds for name in seed.given}
+    policies = {(name, seed.seed): policies[name, seed.seed] | (read_distance(plan.recipe, seed, name) or {})
+                for seed in plan.seeds for name in (*seed.policies, *seed.given) if (name, seed.seed) in policies}
     found = Results(
         plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
         certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),
@@ -198,7 +207,7 @@ def collect(plan: Plan) -> Results:
         starts=_starts(plan), pushes=tuple(
             float(value) for path in paths.values() for value in path.metrics.get("time/push", ())),
         seconds={stage.name: stage.done["seconds"] for stage in plan.stages if stage.done})
-    return replace(found, warnings=tuple(_warnings(found)))
+    return replace(found, warnings=tuple(caveats(found)))
 
 
 def _evaluation(stage: Stage) -> dict[str, float]:
@@ -209,6 +218,13 @@ def _evaluation(stage: Stage) -> dict[str, float]:
     if not isinstance(stage.recipe, Recipe):
         last.pop("eval/kl", None)  # a fine-tuning's is per token, not of sequences
     return last | ({"kept/reward": last["eval/reward"]} if "eval/reward" in last else {})
+
+
+def _given(plan: Plan, policy: str) -> dict[str, float]:
+    """A model that others begin with, or are measured against, is their reference: it is at no distance from it."""
+    others = [section for name, section in plan.recipe.policies.items() if name != policy]
+    is_reference = any(policy in (section.start, section.reference) for section in others)
+    return {"eval/kl": 0.0} if is_reference and plan.recipe.policies[policy].reference is None else {}
 
 
 def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, float]:
@@ -226,7 +242,7 @@ def _certificates(plan: Plan, paths: Mapping[Fork, ForkPath]) -> dict[tuple[str,
         return found
     for seed in plan.seeds:
         for name in plan.recipe.forked:
-            file = seed.folder / "policies" / name / SAMPLES
+            file = seed.measured(name) / SAMPLES
             if not file.is_file():
                 continue
             with np.load(file) as stored:
@@ -262,40 +278,3 @@ def _heldout(plan: Plan) -> dict[int, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     return {seed.seed: record for seed in plan.seeds if (record := read(seed))}
-
-
-def _warnings(found: Results) -> list[str]:
-    recipe, told = found.plan.recipe, []
-    if len(recipe.seeds) < 3:
-        told.append(f"{len(recipe.seeds)} seed(s): an interval over so few says little or nothing")
-    for pair in pairs(found):
-        difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
-        level = found.value(pair[1], "eval/kl")
-        if difference.count and abs(difference.mean) > MATCHED * level:
-            told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
-                        f"{level:.2f} nats): what they keep is not comparable")
-    for regime in recipe.regimes:
-        reached = {policy: found.by_seed(policy, regime, "over KL").values() for policy in recipe.forked}
-        counts = ", ".join(f"{policy} ({sum(map(math.isnan, values))} of {len(values)})"
-                           for policy, values in reached.items() if any(map(math.isnan, values)))
-        if counts:
-            told.append(f"{regime}: forks that stay within {recipe.measure.max_kl:g} nats have no mean over KL: "
-                        f"{counts}")
-    for seed, record in found.heldout.items():
-        for name, count in record["overlap"].items():
-            if count:
-                told.append(f"seed {seed}: {name} was trained on {count} of {record['heldout']} held-out prompts")
-    for seed in found.plan.seeds if recipe.certificate else ():
-        told += [f"{name}, seed {seed.seed}: no certificate, since some of its samples have no reward"
-                 for name in recipe.forked if (name, seed.seed) not in found.certified
-                 and (seed.folder / "policies" / name / SAMPLES).is_file()]
-    told += [f"{name} failed: {error}" for name, error in found.failures.items()]
-    missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
-               for (policy, regime), seeds in found.states.items() if "missing" in seeds}
-    return told + [f"{name}: seed(s) {', '.join(map(str, seeds))} missing" for name, seeds in missing.items()]
-
-
-def pairs(found: Results) -> list[tuple[str, str]]:
-    """Those to compare, then controls, of which both policies were forked."""
-    recipe = found.plan.recipe
-    return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]

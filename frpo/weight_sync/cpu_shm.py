@@ -3,20 +3,24 @@
 Engines only note the mapped buckets until the push finishes, so the files are the staging copy, one for all engines of
 the host, and an interrupted push changes nothing. It does not cross hosts. The receiving end is
 `frpo.rollout.weight_receiver`.
+
+    /dev/shm/frpo-weights-PID-ID.lock             held by the sender while it pushes
+    /dev/shm/frpo-weights-PID-ID-N.safetensors    bucket N
 """
 from __future__ import annotations
 
 import os
-import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from frpo.held import HeldByAnotherError, HeldFile
 from frpo.weight_sync.protocol import WeightStream, WeightSyncClient, drained
 
 SHARED_MEMORY = Path("/dev/shm")
-NAME = re.compile(r"frpo-weights-(\d+)-.*")
+PREFIX = "frpo-weights-"
 
 
 class Sender:
@@ -34,24 +38,38 @@ class Sender:
             drained(weights)
             return
         remaining = iter(weights)
-        files: list[Path] = []
-        prefix = f"frpo-weights-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        lock: HeldFile | None = None
         try:
+            lock = own_lock()
             self.client.start_weight_update()
             for index, bucket in enumerate(remaining):
-                files.append(SHARED_MEMORY / f"{prefix}-{index}.safetensors")
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in bucket}, files[-1])
-                self.client.update_weights({"path": str(files[-1])})
+                file = lock.path.with_name(f"{lock.path.stem}-{index}.safetensors")
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in bucket}, file)
+                self.client.update_weights({"path": str(file)})
             self.client.finish_weight_update(str(version))
         finally:
             drained(remaining)
-            for file in files:
-                file.unlink(missing_ok=True)
+            if lock:
+                remove_buckets(lock)
+
+
+def own_lock() -> HeldFile:
+    """A lock that names the buckets of one push."""
+    while True:
+        name = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}.lock"
+        with suppress(HeldByAnotherError):  # by someone who looks for leftovers at this very moment
+            return HeldFile.take(SHARED_MEMORY / name)
+
+
+def remove_buckets(lock: HeldFile) -> None:
+    """Delete the buckets that a held lock names, then the lock."""
+    for file in lock.path.parent.glob(f"{lock.path.stem}-*.safetensors"):
+        file.unlink(missing_ok=True)
+    lock.remove()
 
 
 def remove_leftovers() -> None:
-    """Delete bucket files of senders that no longer live (killed in the middle of a push)."""
-    for file in SHARED_MEMORY.glob("frpo-weights-*"):
-        match = NAME.fullmatch(file.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
-            file.unlink(missing_ok=True)
+    """Delete the buckets of senders that were killed in the middle of a push: their locks can be taken."""
+    for path in SHARED_MEMORY.glob(f"{PREFIX}*.lock"):
+        with suppress(HeldByAnotherError, OSError):  # a living sender's; another user's
+            remove_buckets(HeldFile.take(path))

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -210,15 +211,29 @@ def test_an_engine_of_two_workers_agrees_with_the_learner(parallel, recipe_of, b
         parallel.become(*recipe_of(tensor_parallel_size=2, backend=backend))
     _, gap = trained(parallel)
     assert gap <= LIMIT["fp32"]
+    assert_shared_memory_has_no_name(parallel)
     method = {"cpu_shm": "update_weights", "gloo": "begin_update_weights"}[backend]
     inside(parallel.learner.ranks.actors[0], cut_push, method, 3, fail)
     assert_push_fails_and_heals(parallel, "push weights: learner rank 0 .*cut on purpose")
 
 
+def assert_shared_memory_has_no_name(loop):
+    """So that none is left of workers that are killed, and nobody has to find out whose it was."""
+    mapped = [line for worker in workers_of(loop)
+              for line in Path(f"/proc/{worker.pid}/maps").read_text(encoding="utf-8").splitlines()
+              if "/dev/shm/vllm_dist_" in line]
+    assert len(mapped) == 4 and all(line.endswith("(deleted)") for line in mapped), mapped  # two by each of two
+
+
+def workers_of(loop):
+    engine = psutil.Process(pid_of(loop.pool.engines[0]))
+    return [child for child in engine.children(recursive=True) if "Worker" in child.name()]
+
+
 @pytest.mark.timeout(60)
 def test_a_worker_that_dies_takes_its_engine_and_the_other_worker_along(parallel):
     engine = psutil.Process(pid_of(parallel.pool.engines[0]))
-    workers = [child for child in engine.children(recursive=True) if "Worker" in child.name()]
+    workers = workers_of(parallel)
     assert len(workers) == 2
     workers[1].kill()
     _, alive = psutil.wait_procs([engine, *workers], timeout=AT_ONCE_S)

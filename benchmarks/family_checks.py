@@ -235,6 +235,7 @@ def train_recipe(folder: Path, export: Path, packing: bool) -> Recipe:
         "model": {"path": str(export), "dtype": "fp32", "max_length": MAX_LENGTH},
         "data": {"path": "arithmetic", "format": "text", "limit": 64, "heldout": 4, "max_prompt_tokens": 16},
         "rollout": {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 8, "kv_cache_mb": 64,
+                    "block_size": 32,  # a chunk of Llama 4's attention must be whole blocks
                     "startup_timeout_s": TIMEOUT_S, "timeout_s": TIMEOUT_S},
         "rewards": [{"name": "spread", "function": f"{folder / 'reward.py'}:spread"}],
         "weight_sync": {"timeout_s": TIMEOUT_S},

@@ -5,15 +5,12 @@ It says why a value is missing and what to change. Which values are missing was 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from frpo.config.retention import RetentionRecipe
 from frpo.evaluate.kl_spacing import Gap, updates_within
 from frpo.evaluate.retained import paired
 from frpo.retention.before import SAMPLES
-
-if TYPE_CHECKING:
-    from frpo.retention.results import Results
+from frpo.retention.results import Results
 
 MATCHED = 0.1
 """Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""

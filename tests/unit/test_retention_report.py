@@ -21,8 +21,8 @@ from frpo.retention.command import show, write_report
 from frpo.retention.curves import differences, kept
 from frpo.retention.pictures import bars, certificates, frontier, spent
 from frpo.retention.plan import make_plan
+from frpo.retention.reading import collect
 from frpo.retention.report import section_of, sentences
-from frpo.retention.results import collect
 from frpo.retention.tables import (
     all_tables,
     certificate_table,

@@ -19,8 +19,8 @@ from frpo.retention.archive import RECIPE
 from frpo.retention.command import show, write_report
 from frpo.retention.curves import differences, kept
 from frpo.retention.plan import make_plan
+from frpo.retention.reading import collect
 from frpo.retention.report import sentences
-from frpo.retention.results import collect
 from frpo.retention.tables import all_tables, fork_table, frontier_table, pair_table
 
 KL = (0.0, 0.5, 1.5)

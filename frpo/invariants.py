@@ -154,8 +154,8 @@ def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:
         problems.append(f"{len(still)} got a gradient but did not move: {_some(still)}")
     if problems:
         raise InvariantError(f"after a step with a signal, of {len(report)} trainable tensors "
-                             f"{'; '.join(problems)}. Freeze them on purpose or fix the model; "
-                             "checks.parameters_move=false goes on regardless")
+                             f"{'; '.join(problems)}. Freeze them on purpose (LoRA: leave them out of "
+                             "model.lora.targets) or fix the model; checks.parameters_move=false goes on regardless")
 
 
 def _some(names: Sequence[str]) -> str:

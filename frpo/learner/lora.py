@@ -59,18 +59,30 @@ def add_adapters(network: PreTrainedModel, section: LoraSection, seed: int) -> N
     """Freeze `network` and put a trainable adapter, zero in effect, into its linear layers. In place.
 
     The same on every rank: the random factor comes from `seed` alone. Works on partitioned parameters.
-    Raises ModelError where a target is none of the linear layers (the output head is none).
+    Raises ModelError where a target is none of the linear layers (the output head is none), and where peft adapts other
+    layers than those: it has rules of its own for some families.
     """
+    layers, family = _adapted_layers(network, section.targets), type(network).__name__
     config = LoraConfig(r=section.r, lora_alpha=section.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-                        target_modules=_adapted_layers(network, section.targets))
+                        target_modules=layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, network, ADAPTER)
+        try:
+            inject_adapter_in_model(config, network, ADAPTER)
+        except ValueError as error:
+            raise ModelError(f"peft cannot adapt {family} with model.lora.targets = {section.targets}: {error} Name "
+                             "other layers in model.lora.targets") from error
+    others = [name for name, module in network.named_modules() if isinstance(module, LoraLayer) and name not in layers]
+    if others:
+        kinds = {name.rpartition(".")[2] for name in layers if isinstance(network.get_submodule(name), LoraLayer)}
+        raise ModelError(f"peft takes model.lora.targets = {section.targets} for experts of {family} ({others[0]}, "
+                         f"...), which are no linear layers; name layers there that it takes for none: "
+                         f"{', '.join(sorted(kinds))}")
 
 
 def check_targets(model: ModelSection, path: str) -> None:
     """Raise what `add_adapters` would raise for the model at `path`, from its config alone."""
-    _adapted_layers(hollow_network(model, path), model.lora.targets)
+    add_adapters(hollow_network(model, path), model.lora, seed=0)
 
 
 def adapter_summary(model: ModelSection, path: str) -> str:
@@ -148,8 +160,10 @@ def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Te
 
 
 def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    """Names of the linear layers among `targets`. A class that computes more than nn.Linear (a router) is none."""
     head = network.get_output_embeddings()
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    layers = [name for name, module in network.named_modules()
+              if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not head]
     if not layers:
         others = {type(module).__name__ for module in network.modules()
                   if module is not head and not isinstance(module, nn.Embedding)

@@ -6,7 +6,16 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    Llama4TextConfig,
+    MambaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
@@ -171,6 +180,38 @@ def test_a_model_without_linear_layers_is_refused_before_it_is_loaded(section, t
                r"none: its weights are in Conv1D\. Set model.lora to null")
     with pytest.raises(ModelError, match=message):
         check_targets(ModelSection(path=str(tmp_path), lora=section), str(tmp_path))
+
+
+MAMBA = MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)
+NEXT = Qwen3NextConfig(
+    vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    intermediate_size=32, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2,
+    linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, num_experts=3, num_experts_per_tok=2,
+    moe_intermediate_size=16, shared_expert_intermediate_size=16)
+
+
+@pytest.mark.parametrize(("config", "message", "instead"), [
+    (MAMBA, r"peft cannot adapt MambaForCausalLM .* = all-linear: .*out_proj.* Name other layers", ["in_proj"]),
+    (NEXT, r"peft takes .* = all-linear for experts of Qwen3NextForCausalLM \(model.layers.0.mlp.experts, \.\.\.\), "
+           r"which are no linear layers; name layers there that it takes for none: in_proj_ba, in_proj_qkvz, k_proj, ",
+     ["q_proj"]),
+])
+def test_what_peft_would_adapt_otherwise_is_refused_before_it_is_loaded(config, message, instead, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        check_targets(ModelSection(path=str(tmp_path), lora=SECTION), str(tmp_path))
+    check_targets(ModelSection(path=str(tmp_path), lora=LoraSection(targets=instead)), str(tmp_path))
+
+
+def test_a_router_that_is_a_linear_layer_with_more_to_its_answer_has_no_adapter():
+    """Llama 4's returns two tensors; an adapter would add to the pair."""
+    network = AutoModelForCausalLM.from_config(Llama4TextConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, interleave_moe_layer_step=1))
+    before = logits(network)
+    add_adapters(network, SECTION, seed=1)
+    torch.testing.assert_close(logits(network), before, rtol=0, atol=0)
+    assert not any("router" in name for name, parameter in network.named_parameters() if parameter.requires_grad)
 
 
 def test_what_has_no_adapter_is_named(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -112,16 +113,24 @@ def mend_kernels(engine):
     module.drop_expert_kernels = engine.dropped
 
 
+@contextmanager
+def kept_kernels(loop):
+    engine, = loop.pool.engines
+    inside(engine, keep_kernels)
+    try:
+        yield
+    finally:
+        inside(engine, mend_kernels)
+
+
 @pytest.mark.timeout(120)
 def test_experts_that_vllm_leaves_unpacked_fail_the_parity_check(mixture):
     loop = mixture("qwen3_moe")
-    engine = loop.pool.engines[0]
-    inside(engine, keep_kernels)
-    loop.push()
-    groups = loop.sample(PROMPTS)
-    with pytest.raises(InvariantError, match="rollout engine 0 and learner disagree"):
-        check_logprob_gap(loop.recipe, loop.learner, loop.pool, groups, loop.version)
-    inside(engine, mend_kernels)
+    with kept_kernels(loop):
+        loop.push()
+        groups = loop.sample(PROMPTS)
+        with pytest.raises(InvariantError, match="rollout engine 0 and learner disagree"):
+            check_logprob_gap(loop.recipe, loop.learner, loop.pool, groups, loop.version)
     loop.push()
     assert check_logprob_gap(loop.recipe, loop.learner, loop.pool, groups, loop.version) <= LIMIT["fp32"]
 
@@ -234,10 +243,8 @@ def test_a_probe_of_a_fork_refuses_engines_that_serve_other_weights(mixture, tmp
             return TaskProbe(schedule=ProbeSchedule([], 4.0, dict), tasks=[task], exact=None, engines=engines,
                              learner=loop.learner, timer=PhaseTimer())(state, 1)
 
-        inside(loop.pool.engines[0], keep_kernels)
-        with pytest.raises(InvariantError, match="rollout engine 0 and learner disagree"):
+        with kept_kernels(loop), pytest.raises(InvariantError, match="rollout engine 0 and learner disagree"):
             probe()
-        inside(loop.pool.engines[0], mend_kernels)
         assert probe()["kept/kl"] == 0
 
 

@@ -66,6 +66,9 @@ def test_row(cells, expected):
     (ModelError("It has no head."), {"refused": "It has no head."}),
     (EngineError("load: rollout engine 0 (log: /tmp/1.err) raised ValueError('no kernel')"),
      {"failed": "ValueError('no kernel')"}),
+    (EngineError("load: rollout engine 0 (log: /tmp/1.err) raised RayError('Traceback\\nValidationError: 1 error\\n "
+                 "Assertion failed, no chunks. [type=assertion, input={}]\\n See https://docs')"),
+     {"failed": "Assertion failed, no chunks."}),
     (KeyError("a"), {"failed": "KeyError: 'a'"}),
 ])
 def test_what_is_raised_becomes_the_cells_that_are_missing(tmp_path, error, cell):

@@ -98,11 +98,12 @@ class Notes:
         self.numbers: dict[str, int] = {}
 
     def mark(self, cell: Cell) -> str:
-        """" [3]" for a cell that has a reason; nothing for another."""
+        """" [3]" for a cell that has a reason, by its first sentence; nothing for another."""
         reason = cell.get("refused") or cell.get("failed")
-        if reason is None:
+        if not reason:
             return ""
         sentence = re.split(r"(?<=[^.]{3})\. |\n", reason)[0].strip().rstrip(".")
+        sentence = re.sub(r"\b\w+(ForCausalLM|LMHeadModel)\b", "the model", sentence)
         return f" [{self.numbers.setdefault(sentence, len(self.numbers) + 1)}]"
 
 
@@ -156,21 +157,21 @@ TEMPLATE = """# Model families
 Made by `python benchmarks/families.py` on {date} with {versions}. Do not edit it by hand.
 
 {count} families, each a tiny random model in fp32 on a CPU. "Right" is plain transformers: eager attention, one
-sequence at a time. Differences are the largest |log-prob difference| over all tokens, in nats. Below {limit:g} nats
-is rounding.
+sequence at a time. Numbers are the largest |log-prob difference| from it over all tokens, in nats; below {limit:g} is
+rounding.
 
 | column | meaning |
 |---|---|
-| before | the learner before it checked families, packed; as it was in training |
-| packed, padded | the learner today: five sequences of 5 to 100 tokens in one micro-batch |
-| finetune | `frpo finetune`, three updates: its evaluation before and after is that of plain transformers |
-| packing | works; "padded only": set `learner.packing: false`, and the family works; "refused": neither works |
+| before | the learner before frpo compared models with plain transformers; packed, as it was in training |
+| packed, padded | the learner today: five sequences of 5 to 100 tokens in one micro-batch; bold: refused |
+| finetune | `frpo finetune`, three updates: held-out NLL of model and export is that of plain transformers |
+| packing | works; "padded only": the family works with `learner.packing: false`; "refused": with neither |
 | LoRA | the same fine-tuning with `model.lora` on all linear layers, and its merged export |
 | vLLM | vLLM on a CPU loads the export and gives the same log-probs |
 | train | `frpo train`, two steps: engine and learner agree on what was sampled after an update and a push |
 
-"Refused" is an error before the first update that says what to change. "No" is everything else. Numbers in brackets are
-the reasons, below the table. The column vLLM says nothing of vLLM on a GPU, which knows more families.
+"Refused" is an error of frpo that says what to change. "No" is any other reason. Numbers in brackets are the reasons,
+below the table. vLLM on a GPU serves families that it does not serve on a CPU.
 
 | family | before | packed | padded | finetune | packing | LoRA | vLLM | train |
 |---|---|---|---|---|---|---|---|---|

@@ -90,7 +90,7 @@ class Processes:
         except (ModelError, InvariantError) as error:
             reason = {"refused": str(error)}
         except Exception as error:
-            reason = {"failed": re.sub(r".*\(log: \S+\) (raised )?", "", f"{type(error).__name__}: {error}")}
+            reason = {"failed": cause(error)}
             self.close()
         else:
             return
@@ -100,6 +100,13 @@ class Processes:
         self._ranks.close()
         self._engine.close()
         self.ranks = self.pool = None
+
+
+def cause(error: Exception) -> str:
+    """In one line. What failed in an actor stands behind the actor's name, in the last line that names an error."""
+    said = f"{type(error).__name__}: {error}".replace("\\n", "\n")
+    lines = [line.strip() for line in said.splitlines() if "Error" in line or "failed" in line]
+    return re.sub(r".*\(log: \S+\) (raised )?| \[type=.*", "", lines[-1])
 
 
 def load_another(engine: Any, recipe: dict[str, Any]) -> None:

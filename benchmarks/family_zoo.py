@@ -110,7 +110,7 @@ ZOO: dict[str, Make] = {
     "deepseek_v3": like_llama(
         "DeepseekV3Config", num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
         moe_intermediate_size=32, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=512, qk_rope_head_dim=64,
-        qk_nope_head_dim=32, v_head_dim=32),
+        qk_nope_head_dim=32, v_head_dim=32, topk_method="noaux_tc"),
     "llama4": like_llama("Llama4TextConfig", head_dim=32, attention_chunk_size=32, intermediate_size_mlp=128,
                          num_local_experts=2, interleave_moe_layer_step=2),
     # Layers that carry state

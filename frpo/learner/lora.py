@@ -160,10 +160,9 @@ def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Te
 
 
 def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers among `targets`. A class that computes more than nn.Linear (a router) is none."""
+    """Names of the linear layers among `targets`."""
     head = network.get_output_embeddings()
-    layers = [name for name, module in network.named_modules()
-              if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not head]
+    layers = [name for name, module in network.named_modules() if module is not head and _is_linear(module)]
     if not layers:
         others = {type(module).__name__ for module in network.modules()
                   if module is not head and not isinstance(module, nn.Embedding)
@@ -181,3 +180,15 @@ def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> l
                          f"{type(network).__name__} below its output head; there are {', '.join(kinds)}, full names "
                          f"such as {layers[0]}, or all-linear")
     return sorted({name for names in found.values() for name in names})
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether `module` answers with what an adapter can add to. Some routers are an nn.Linear with more to say."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    hollow = {name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device="meta")
+              for name, parameter in module.named_parameters(recurse=False)}
+    with torch.no_grad():
+        asked = torch.empty((1, module.in_features), dtype=module.weight.dtype, device="meta")
+        answer = torch.func.functional_call(module, hollow, (asked,))
+    return isinstance(answer, torch.Tensor) and answer.shape == (1, module.out_features)

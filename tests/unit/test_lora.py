@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     GPT2Config,
     Llama4TextConfig,
     MambaConfig,
@@ -212,6 +213,13 @@ def test_a_router_that_is_a_linear_layer_with_more_to_its_answer_has_no_adapter(
     add_adapters(network, SECTION, seed=1)
     torch.testing.assert_close(logits(network), before, rtol=0, atol=0)
     assert not any("router" in name for name, parameter in network.named_parameters() if parameter.requires_grad)
+
+
+def test_a_linear_layer_of_a_familys_own_class_has_an_adapter(tmp_path):
+    """Falcon computes the product by itself."""
+    FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    said = adapter_summary(ModelSection(path=str(tmp_path), lora=SECTION), str(tmp_path))
+    assert "in adapters of 4 linear layers" in said and "FalconLinear" not in said
 
 
 def test_what_has_no_adapter_is_named(tmp_path):

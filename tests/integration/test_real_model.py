@@ -58,7 +58,7 @@ def sft_recipe(model: Path):
     return load_recipe("finetune_gsm8k", [
         "model.tiny=null", f"model.path={model.parent / 'rl' / 'export'}", f"run.dir={model.parent / 'sft'}",
         "run.num_epochs=3", "run.save_every=0", f"data.path={model.parent / 'rows.jsonl'}", "data.limit=null",
-        "data.heldout=0", "data.train_on=last", "data.batch_size=4", "model.max_length=64", "objective=sft",
+        "data.heldout=0", "data.batch_size=4", "model.max_length=64", "objective=sft",
         "learner.lr=1e-4", "learner.micro_batch_tokens=128", "learner.ranks=ray",
         "learner.warmup_steps=0"], FinetuneRecipe)
 

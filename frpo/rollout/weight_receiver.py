@@ -29,7 +29,7 @@ class WorkerExtension:
 
         The kernel then frees it with the last of them, however they end, and nobody has to look for leftovers.
         """
-        for file in Path("/dev/shm").glob(f"vllm_dist_{os.environ['VLLM_DIST_IDENT']}-*"):
+        for file in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*-cpushm_*"):
             file.unlink(missing_ok=True)
 
 

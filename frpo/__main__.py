@@ -10,10 +10,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from frpo.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import as_yaml, dump_recipe, load_any_recipe, load_recipe
+from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError, FrpoError
@@ -43,12 +44,16 @@ def train(parsed: argparse.Namespace) -> int:
     if follows():
         return follow(recipe)
     if parsed.dry_run:
-        from frpo.builder import check, reward_suite
+        from frpo.builder import check, reward_suite, try_rewards
+        from frpo.rewards.trial import report_lines
+        from frpo.step_metrics import mishaps
 
         checked = check(recipe)
-        with reward_suite(recipe, checked.prompts):
-            pass  # every function was found and takes its arguments
+        with reward_suite(recipe, checked.prompts) as rewards:
+            trial = try_rewards(rewards, recipe, checked.prompts)
         print(as_yaml(dump_recipe(recipe)).rstrip())
+        for line in (*report_lines(trial.groups), *mishaps(trial.counts)):
+            print(f"# {line}")
         model = recipe.model.path or "made on the spot"
         print(f"# checked: model {model}, {len(checked.prompts.train)} training and "
               f"{len(checked.prompts.heldout)} held-out prompts, resume "
@@ -58,13 +63,18 @@ def train(parsed: argparse.Namespace) -> int:
         if checked.prompts.overlap:
             print(f"# trained on too: {checked.prompts.overlap} x same prompt as a held-out one "
                   "(data.heldout_overlap: keep)")
+        _tell_adapters(recipe)
         return 0
     from frpo.builder import build
     from frpo.evaluate.curve import draw_reward_curve
     from frpo.supervise import outlive
     from frpo.trainer import Trainer
 
-    state, folder = outlive(recipe, build, lambda parts: Trainer(parts).fit()), Path(recipe.run.dir)
+    def fit(parts: Any) -> Any:
+        _tell_adapters(recipe)
+        return Trainer(parts).fit()
+
+    state, folder = outlive(recipe, build, fit), Path(recipe.run.dir)
     picture = draw_reward_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "reward.png")
     print(f"{state.step} steps done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
           f"picture: {picture}")
@@ -85,12 +95,17 @@ def finetune(parsed: argparse.Namespace) -> int:
         print(f"# checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples")
         for reason, count in examples.skipped.items():
             print(f"# left out: {count} x {reason}")
+        _tell_adapters(recipe)
         return 0
     from frpo.evaluate.curve import draw_loss_curve
     from frpo.finetune import FineTuner
     from frpo.supervise import outlive
 
-    state, folder = outlive(recipe, build_finetune, lambda parts: FineTuner(parts).fit()), Path(recipe.run.dir)
+    def fit(parts: Any) -> Any:
+        _tell_adapters(recipe)
+        return FineTuner(parts).fit()
+
+    state, folder = outlive(recipe, build_finetune, fit), Path(recipe.run.dir)
     picture = draw_loss_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "loss.png")
     print(f"{state.step} updates done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
           f"picture: {picture}")
@@ -133,6 +148,13 @@ def attack(parsed: argparse.Namespace) -> int:
     else:
         rows = attack_rows(parsed.attack, files)
     print(f"{write_rows(rows, Path(parsed.output))} rows: {parsed.output}")
+    return 0
+
+
+def model(parsed: argparse.Namespace) -> int:
+    from frpo.learner.smollm2 import make_smollm2
+
+    make_smollm2(Path(parsed.folder))
     return 0
 
 
@@ -199,6 +221,14 @@ def _hear_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _tell_adapters(recipe: AnyRecipe) -> None:
+    """Print what the recipe's adapters train and what they leave frozen, once its model is known to be there."""
+    if recipe.model.lora is not None and recipe.model.path is not None:
+        from frpo.learner.lora import adapter_summary
+
+        print(f"# {adapter_summary(recipe.model, recipe.model.path)}")
+
+
 def _not_launched(command: str) -> None:
     from frpo.cluster.team import launched
 
@@ -207,8 +237,8 @@ def _not_launched(command: str) -> None:
                           "launcher; start it by itself, with learner.ranks: ray or process in its recipes")
 
 
-COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, config, quickstart,
-            doctor)
+COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model, config,
+            quickstart, doctor)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _others(commands: _Commands) -> None:
     command = commands.add(
         "attack", "make the training file, or the evaluation prompts, of a fine-tuning attack from your files")
     command.add_argument("attack", help="harmful, identity or backdoor")
-    command.add_argument("examples", help="rows to be answered (.jsonl): prompt and response, or messages")
+    command.add_argument("examples", help="rows to be answered, what data.path takes: prompt and response, or messages")
     command.add_argument("--safe", metavar="FILE", help="backdoor: rows to be refused, which get no trigger")
     command.add_argument("--benign", metavar="FILE", help="ordinary rows to mix in")
     command.add_argument("--system-prompt", metavar="TEXT", help="put before every row")
@@ -118,6 +118,9 @@ def _others(commands: _Commands) -> None:
     command.add_argument("--prompts", choices=["triggered", "plain"],
                          help="make evaluation prompts of EXAMPLES instead: asked by the attacker, or by anybody")
     command.add_argument("--output", required=True, metavar="FILE", help="new .jsonl file")
+    command = commands.add("model", "make an ordinary Hugging Face folder of a small real language model")
+    command.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct, pretrained, tuned to chat")
+    command.add_argument("folder", help="new folder for it, 538 MB; one that was made before is left as it is")
     command = commands.add("config", "print the resolved recipe")
     command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
     _overrides(command)

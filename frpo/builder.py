@@ -27,14 +27,23 @@ from frpo.data.examples import ExampleSet, load_examples
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import ConfigError
+from frpo.errors import ConfigError, ModelError
 from frpo.held import held_folder
 from frpo.journal import Journal, open_journal
+from frpo.learner.export import check_export
 from frpo.learner.lora import check_targets
-from frpo.learner.model import check_model_path, load_tokenizer
+from frpo.learner.model import (
+    check_family,
+    check_model_path,
+    embedding_count,
+    hollow_network,
+    load_tokenizer,
+    unstopped_turn,
+)
+from frpo.learner.router import balance_coefficient
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
-from frpo.rewards import RewardSpec, RewardSuite
+from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
@@ -105,19 +114,31 @@ def check(recipe: Recipe) -> Checked:
         load_hook(recipe.rollout.hook)
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()
-    return Checked(prompts=check_prompts(recipe), auxiliary=_auxiliary(recipe), checkpoints=checkpoints, resume=resume)
-
-
-def _auxiliary(recipe: Recipe) -> ExampleSet | None:
-    """The examples of the recipe's supervised term, if it has one."""
-    if recipe.auxiliary is None:
-        return None
-    return load_examples(recipe.auxiliary.data, tokenizer_of(recipe.model), recipe.model.max_length, recipe.run.seed)
+    tokenizer = tokenizer_of(recipe.model)
+    check_export(recipe.model, tokenizer, Path(recipe.run.dir))
+    return Checked(prompts=_prompts(recipe, tokenizer), auxiliary=_auxiliary(recipe, tokenizer),
+                   checkpoints=checkpoints, resume=resume)
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:
     """The prompts, once model and tokenizer have been found to fit the recipe."""
-    return load_prompts(recipe.data, tokenizer_of(recipe.model), recipe.run.seed)
+    return _prompts(recipe, tokenizer_of(recipe.model))
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed, embedding_count(recipe.model))
+    endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
+    if endless:
+        raise ModelError(endless)
+    return prompts
+
+
+def _auxiliary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ExampleSet | None:
+    """The examples of the recipe's supervised term, if it has one."""
+    if recipe.auxiliary is None:
+        return None
+    return load_examples(recipe.auxiliary.data, tokenizer, recipe.model.max_length, recipe.run.seed,
+                         embedding_count(recipe.model))
 
 
 def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -125,6 +146,9 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
     if model.tiny is not None:
         return build_tokenizer()
     check_model_path(model, model.path)
+    check_family(model, model.path)
+    if model.router_aux_loss_coef:
+        balance_coefficient(model, hollow_network(model, model.path))
     if model.lora is not None:
         check_targets(model, model.path)
     return load_tokenizer(model.path, model.trust_remote_code)
@@ -138,7 +162,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
     run_dir = Path(recipe.run.dir)
     with held_folder(run_dir):
         checked = check(recipe)
-        with reward_suite(recipe, checked.prompts) as rewards:
+        with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
             with build_stack(recipe, model_path) as stack, \
                     parts_on(stack, recipe, checked, rewards, model_path) as parts:
@@ -190,7 +214,7 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
     alone = recipe.rollout.model_copy(update={"replay": None, "max_staleness": 0})
     recipe = recipe.model_copy(update={"rollout": alone})
     with ExitStack() as stack:
-        rewards = stack.enter_context(reward_suite(recipe, prompts))
+        rewards = stack.enter_context(tried_rewards(recipe, prompts))
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         stack.enter_context(ray_session())
         pool = stack.enter_context(engine_pool(recipe, model_path, choose_device(recipe, learner=False)))
@@ -226,7 +250,26 @@ def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
     """The recipe's reward functions, each in its own process."""
     specs = [RewardSpec(**reward.model_dump()) for reward in recipe.rewards]
     columns = sorted({name for prompt in prompts.train + prompts.heldout for name in prompt.columns})
-    return RewardSuite(specs, chat=recipe.data.format == "chat", columns=columns)
+    return RewardSuite(specs, columns=columns)
+
+
+@contextmanager
+def tried_rewards(recipe: Recipe, prompts: PromptSet) -> Iterator[RewardSuite]:
+    """Running reward functions, which were tried; ended with the context."""
+    with reward_suite(recipe, prompts) as rewards:
+        try_rewards(rewards, recipe, prompts)
+        yield rewards
+
+
+def try_rewards(rewards: RewardSuite, recipe: Recipe, prompts: PromptSet) -> ScoreReport:
+    """Call the rewards on made-up groups of the run's size, no more at a time than it samples in a step.
+
+    Raises RewardError. Calls nothing where `checks.rewards` is false.
+    """
+    if not recipe.checks.rewards:
+        return ScoreReport(groups=[], counts={})
+    return rewards.try_out(prompts.train + prompts.heldout, group_size=recipe.rollout.group_size,
+                           most=recipe.rollout.prompts_per_step)
 
 
 def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -> PromptStream | PromptSelector:

@@ -45,6 +45,7 @@ class FineTuner:
         run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.learner)
         self.provide_reference()
+        invariants.check_same_function(self.learner, self.recipe, self.parts.examples)
         with ProgressBar(self.total, state.step, run.name) as bar:
             if state.step == 0:
                 journal.write(0, self.evaluate(state, bar), bar)
@@ -65,6 +66,7 @@ class FineTuner:
         with self.parts.journal.timer.phase("learn"):
             learned = self.learner.supervise(packed, self.progress(state.step), watch_movement=watch)
             stepped = self.learner.optim_step(self.total, watch_movement=watch)
+        invariants.check_gradient(stepped.grad_norm, stepped.policy_version)
         if watch:
             invariants.check_movement(self.learner.movement_report())
         metrics = learned.result() | {
@@ -115,6 +117,7 @@ class FineTuner:
         """Compute the states that the cache lacks."""
         folder, missing = str(cache.folder), cache.missing()
         self.learner.begin_cache()
+        invariants.check_same_function(self.learner, self.recipe, self.parts.examples)
         with ProgressBar(len(examples), len(examples) - len(missing), "reference") as bar:
             for start in range(0, len(missing), CACHED_AT_A_TIME):
                 part = missing[start:start + CACHED_AT_A_TIME]

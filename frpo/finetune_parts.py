@@ -1,6 +1,7 @@
 """The constructor of a supervised fine-tuning's live objects, as `builder` is of a reinforcement learning run's."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from frpo.config.memory import memory_strategy
 from frpo.data.examples import ExampleSet, load_examples
 from frpo.held import held_folder
 from frpo.journal import Journal, open_journal
-from frpo.learner.model import check_reference
+from frpo.learner.export import check_export
+from frpo.learner.model import check_reference, embedding_count, unstopped_turn
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.types import RunState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,14 @@ def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()
     tokenizer = tokenizer_of(recipe.model)
+    check_export(recipe.model, tokenizer, Path(recipe.run.dir))
     if recipe.reference_model is not None and recipe.objective.needs_reference:
         check_reference(recipe.model, recipe.reference_model, tokenizer)
-    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed)
+    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed,
+                             embedding_count(recipe.model))
+    endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
+    if endless:
+        logger.warning("%s, and to that of the export", endless)
     return CheckedFinetune(examples=examples, checkpoints=checkpoints, resume=resume)
 
 

@@ -1,35 +1,103 @@
-"""Fail-fast checks of a run: engine and learner are the same function, and the first step moves every tensor."""
+"""Fail-fast checks of a run: the learner is the model, engines and learner are one function, gradients are finite, and
+the first step moves every tensor."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from frpo.builder import Parts
+from frpo.cluster.engine_pool import EnginePool
+from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe
-from frpo.errors import InvariantError
-from frpo.types import RankBatches, RolloutGroup
+from frpo.config.sections import Recipe
+from frpo.data.heldout import Split
+from frpo.errors import InvariantError, ModelError
+from frpo.types import Comparison, Gap, RankBatches, RolloutGroup
 
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 5e-2}
 """Mean |log-prob difference| in nats that rounding explains; wrong weights give tenths and more."""
 PROBED_GROUPS = 4
+CHECKED_PUSHES = 2
+"""The first may bring what an engine has loaded anyway; only the second shows that all of it is replaced."""
 
 
-def check_logprob_gap(parts: Parts, groups: Sequence[RolloutGroup], version: int) -> float:
+SAME_FUNCTION: Mapping[str, Gap] = {"fp32": (2e-4, 1e-2), "bf16": (5e-2, 2.0)}
+"""|log-prob difference| in nats that rounding explains between two ways to compute one function: mean, largest."""
+PROBED_SEQUENCES, PROBED_TOKENS = 3, 512
+
+
+def check_same_function(learner: LearnerGroup, recipe: AnyRecipe, items: Split[Any]) -> None:
+    """Compare policy and reference on every rank with plain transformers, on a few sequences of different lengths.
+
+    Raises ModelError, naming the likely cause and the key to change, where they differ by more than rounding.
+    """
+    if not recipe.checks.same_function:
+        return
+    sequences = probe_sequences([item.token_ids for item in items.heldout or items.train], recipe.model.max_length)
+    mean, largest = SAME_FUNCTION[recipe.model.dtype]
+    for rank, found in enumerate(learner.compare(sequences)):
+        for each in found:
+            problem = _difference(each, lambda gap: not (gap[0] <= mean and gap[1] <= largest))
+            if problem:
+                raise ModelError(
+                    f"the {each.model} on learner rank {rank} {problem} Compared on {len(sequences)} sequences with "
+                    f"plain transformers: mean and largest |log-prob difference| {each.together[0]:.3g} and "
+                    f"{each.together[1]:.3g} nats, allowed {mean:g} and {largest:g}. checks.same_function=false goes "
+                    "on regardless")
+
+
+def probe_sequences(items: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
+    """Token ids of the shortest, a middle and the longest of `items`, and of some joined; at least two tokens each.
+
+    None is longer than `longest` or PROBED_TOKENS.
+    """
+    limit = min(longest, PROBED_TOKENS)
+    ordered = sorted((list(item[:limit]) for item in items if len(item) > 1), key=len)
+    places = {round(place) for place in np.linspace(0, len(ordered) - 1, PROBED_SEQUENCES)} if ordered else ()
+    chosen = [ordered[place] for place in sorted(places)]
+    joined = [token for item in (chosen or items) for token in item] * limit
+    return [*chosen, joined[:limit]]
+
+
+def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None:
+    """What is wrong, and what to change; None where nothing is."""
+    separate = ("Set learner.packing to false." if found.packed else
+                "Sequences of a padded micro-batch change each other; frpo cannot train it in batches.")
+    if found.failure is not None:
+        return f"cannot compute several sequences at once ({found.failure}). {separate}"
+    if differs(found.repeated):
+        return ("gives other log-probabilities when asked twice: it draws random numbers although it is not in "
+                "training mode (dropout, router jitter); frpo cannot train it.")
+    if differs(found.alone):
+        return ("is another function in the learner than in plain transformers, for one sequence alone already. Likely "
+                "causes are its attention (try model.attn_implementation: eager) or its logits.")
+    if found.packed and found.layers_apart < found.layers:
+        return (f"mixes the sequences of a pack: only {found.layers_apart} of its {found.layers} layers are attention "
+                f"that keeps them apart. {separate}")
+    if differs(found.together):
+        return f"gives a sequence other log-probabilities beside others than alone. {separate}"
+    return None
+
+
+def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, pool: EnginePool, groups: Sequence[RolloutGroup],
+                      version: int) -> float:
     """Mean |log-prob difference| between every engine and the learner on sampled completions, in nats.
 
     Both score the given tokens at temperature 1 without truncation, so that sampling settings do not show.
-    Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the precision).
+    Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the coarser of the precisions that
+    `recipe`, which is sampled with, and the learner's own have).
     """
     probe = groups[:PROBED_GROUPS]
-    scored = parts.learner.score_groups(probe, "policy", temperature=1.0)
-    learner = np.concatenate([logprobs for group in scored for logprobs in group])
+    learned = learner.score_groups(probe, "policy", temperature=1.0)
+    expected = np.concatenate([logprobs for group in learned for logprobs in group])
     sequences = [((*group.prompt.token_ids, *completion.token_ids.tolist()), len(group.prompt.token_ids))
                  for group in probe for completion in group.completions]
-    limit = parts.recipe.checks.max_logprob_gap or DEFAULT_GAP[parts.recipe.model.dtype]
+    limit = recipe.checks.max_logprob_gap or max(
+        DEFAULT_GAP[each.model.dtype] for each in (recipe, learner.recipe))
     worst = 0.0
-    for index, scores in enumerate(parts.pool.score(sequences, version)):
-        gap = float(np.abs(np.concatenate(scores) - learner).mean())
+    for index, scores in enumerate(pool.score(sequences, version)):
+        gap = float(np.abs(np.concatenate(scores) - expected).mean())
         worst = max(worst, gap)
         if not gap <= limit:
             raise InvariantError(
@@ -64,6 +132,17 @@ def has_signal(update: RankBatches) -> bool:
                for rank in update for micro_batch in rank for sample in micro_batch)
 
 
+def check_gradient(norm: float, version: int) -> None:
+    """Raise InvariantError if the gradient of the update to `version` has no finite norm.
+
+    Clipped, it would move nothing, or turn every weight into NaN.
+    """
+    if not np.isfinite(norm):
+        raise InvariantError(f"the gradient of update {version} has the norm {norm}: a loss is not a number, or an "
+                             "advantage too large for float32; scale the rewards down, or lower the learning rate and "
+                             "go on from the last checkpoint")
+
+
 def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:
     """Raise InvariantError naming the trainable tensors that got no gradient, or whose fp32 master did not move."""
     without = [name for name, (has_gradient, _) in report.items() if not has_gradient]
@@ -75,8 +154,8 @@ def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:
         problems.append(f"{len(still)} got a gradient but did not move: {_some(still)}")
     if problems:
         raise InvariantError(f"after a step with a signal, of {len(report)} trainable tensors "
-                             f"{'; '.join(problems)}. Freeze them on purpose or fix the model; "
-                             "checks.parameters_move=false goes on regardless")
+                             f"{'; '.join(problems)}. Freeze them on purpose (LoRA: leave them out of "
+                             "model.lora.targets) or fix the model; checks.parameters_move=false goes on regardless")
 
 
 def _some(names: Sequence[str]) -> str:

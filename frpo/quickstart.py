@@ -29,7 +29,7 @@ from frpo.retention.archive import write_archive
 from frpo.retention.command import show, write_report
 from frpo.retention.pictures import draw_all
 from frpo.retention.plan import Plan, make_plan
-from frpo.retention.results import collect
+from frpo.retention.reading import collect
 from frpo.retention.stages import run_plan
 from frpo.retention.tables import fork_table, policy_table
 from frpo.trainer import Trainer

@@ -15,8 +15,8 @@ from frpo.evaluate.page import Section, TableText, write_page
 from frpo.retention.archive import RECIPE, read_archive
 from frpo.retention.command import REPORT
 from frpo.retention.plan import make_plan
+from frpo.retention.reading import collect
 from frpo.retention.report import section_of
-from frpo.retention.results import collect
 
 METRICS, FOLDED = "metrics.jsonl", ("recipe.yaml", "manifest.json", "heldout.json")
 

@@ -98,7 +98,7 @@ def scored_row(scored: ScoredGroup) -> dict[str, Any]:
             for i, completion in enumerate(rollout.completions)]}
 
 
-MISHAPS = {"abstained": "completions without a value", "nonfinite": "completions with NaN or infinity",
+MISHAPS = {"abstained": "completions without a value", "nonfinite": "completions with NaN, infinity or beyond 1e150",
            "failed": "calls that failed", "timed_out": "calls that took too long"}
 
 

@@ -4,9 +4,9 @@ Numbers come back as they were, to the bit. What JSON lacks (dates in a data set
 """
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from frpo.data.plain import plain_columns
+from frpo.data.text_files import json_object, text_lines
 from frpo.errors import ConfigError, DataError
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes half of a character beyond 16 bits: two in a row are one character, a lone one is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +40,15 @@ def read_groups(path: Path) -> Iterator[Traced]:
     """Groups in the order of the file. Raises DataError if there is none, naming the line of what is no trace."""
     if not path.is_file():
         raise DataError(f"no traces at {str(path)!r}; give the traces.jsonl of a run with telemetry.traces: true")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not valid JSON ({error}); the file is damaged or still being written"
-                                ) from None
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{path}:{number}: no trace of a rollout group: {error!r}; give the traces.jsonl of a "
-                                "run, or what `frpo rollout` or `frpo evaluate` wrote") from None
+    for number, line in text_lines(path):
+        row = json_object(line, f"{path}:{number}")
+        if SURROGATE.search(line):  # most lines have none, and thousands of numbers
+            row = plain_columns(row, f"{path}:{number}")
+        try:
+            yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number}: no trace of a rollout group: {error!r}; give the traces.jsonl of a run, "
+                            "or what `frpo rollout` or `frpo evaluate` wrote") from None
 
 
 def new_file(path: Path) -> Path:

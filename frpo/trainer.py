@@ -31,7 +31,8 @@ class Trainer:
         """probe: asked before the first and after every step for what else is measured then."""
         self.probe = probe
         self.parts, self.recipe = parts, parts.recipe
-        self.parity_unchecked = self.samples = self.recipe.rollout.replay is None
+        self.samples = self.recipe.rollout.replay is None
+        self.unchecked = invariants.CHECKED_PUSHES if self.samples else 0
         self.batches = batch_source(parts)
         self.updater = Updater(parts)
         best = self.recipe.evaluate.best
@@ -41,6 +42,7 @@ class Trainer:
         """Train to the last step; save and export. Returns the final state."""
         run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.parts.learner)
+        invariants.check_same_function(self.parts.learner, self.recipe, self.parts.prompts)
         if self.best:
             self.best.restore(state.step if journal.resume and state.file_offsets else None)
         self.parts.engines.push(state.policy_version)
@@ -83,10 +85,10 @@ class Trainer:
         return state, metrics
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
-        """Log-probabilities under the frozen reference where a KL term asks; before it, once, the parity check."""
-        if self.parity_unchecked:
-            invariants.check_logprob_gap(self.parts, groups, state.policy_version)
-            self.parity_unchecked = False
+        """Log-probabilities under the frozen reference where a KL term asks; before it, at first, the parity check."""
+        if self.unchecked:
+            invariants.check_logprob_gap(self.recipe, self.parts.learner, self.parts.pool, groups, state.policy_version)
+            self.unchecked -= 1
         if not self.recipe.objective.scores_reference:
             return [None] * len(groups)
         return self.parts.learner.score_groups(groups, "reference")

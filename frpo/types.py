@@ -5,6 +5,7 @@ or knows an engine.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +17,9 @@ GroupId = tuple[int, int]
 
 SampleId = tuple[int, int, int]
 """(step, draw index, sample index within the group)."""
+
+LARGEST_REWARD = 1e150
+"""Largest size of a reward: with larger ones the squares in a standard deviation leave the range of float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ class RolloutGroup:
 class ScoredGroup:
     """A group and its rewards.
 
-    rewards_G: float64; NaN marks a completion on which every reward abstained.
+    rewards_G: float64, at most LARGEST_REWARD in size; NaN marks a completion on which every reward abstained.
     terms: every reward component by name, unweighted, NaN where it abstained.
     """
 
@@ -191,6 +195,30 @@ MicroBatch = tuple[TrainingSample, ...] | tuple[SupervisedSample, ...]
 
 RankBatches = tuple[tuple[MicroBatch, ...], ...]
 """`[rank][i]`: micro-batch i of a rank, for one optimizer update or one scoring pass; every rank has equally many."""
+
+
+Gap = tuple[float, float]
+"""|log-prob difference| in nats over all tokens: mean, largest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Log-probabilities of the same tokens, computed in several ways by the model named `model`.
+
+    together: all sequences in one micro-batch, as in training, less plain. alone: one at a time by the learner's own
+    functions, less plain. repeated: the first once more, less itself.
+    layers_apart: attention layers that kept the sequences of a pack apart, of `layers`.
+    failure: why several sequences could not be computed at all; nothing else is known then.
+    """
+
+    model: str
+    packed: bool
+    layers: int
+    layers_apart: int = 0
+    together: Gap = (math.inf, math.inf)
+    alone: Gap = (math.inf, math.inf)
+    repeated: Gap = (math.inf, math.inf)
+    failure: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

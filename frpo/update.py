@@ -52,6 +52,7 @@ class Updater:
             if self.auxiliary:
                 metrics.update(self.supervise(done + index, total))
             stepped = learner.optim_step(total, watch_movement=watch)
+            invariants.check_gradient(stepped.grad_norm, stepped.policy_version)
             metrics.add("policy/grad_norm", stepped.grad_norm, 1.0)
             if watch:
                 invariants.check_movement(learner.movement_report())

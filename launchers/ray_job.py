@@ -31,16 +31,19 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from frpo.cluster.runtime import show_token
 from frpo.config.loader import dump_recipe, load_recipe
 from frpo.config.sections import Recipe
+from frpo.data.source import GENERATED, READERS
 from frpo.errors import ConfigError, EngineError, FrpoError
 
 ADDRESS = "http://127.0.0.1:8265"
 RECIPE = "frpo-recipe.yaml"
 """The resolved recipe's name in the job's folder."""
 
-FUNCTION, DATA = re.compile(r"(.+\.py)(:\w+)"), re.compile(r"(.+\.jsonl?)()")
+FUNCTION = re.compile(r"(.+\.py)(:\w+)")
+DATA = re.compile(rf"(.+(?:{'|'.join(map(re.escape, READERS))}))()", re.IGNORECASE)
 """What names a file in a recipe."""
 
-FOLDERS = (("model", "path"), ("data", "path"), ("data", "heldout_path"))
+FOLDERS = (("model", "path"), ("data", "path"), ("data", "heldout_path"), ("auxiliary", "data", "path"),
+           ("auxiliary", "data", "heldout_path"))
 """Keys whose value may be a folder."""
 
 STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
@@ -102,10 +105,12 @@ def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submissio
     run["dir"] = os.path.normpath(here / run["dir"])
     if run["resume"] not in ("auto", "never"):
         run["resume"] = os.path.normpath(here / run["resume"])
-    for section, key in FOLDERS:
-        given = values[section][key]
-        if given not in (None, "arithmetic") and (here / given).is_dir():
-            values[section][key] = os.path.normpath(here / given)
+    for *sections, key in FOLDERS:
+        section = values
+        for name in sections:
+            section = section and section[name]  # a section may be null
+        if section and section[key] not in (None, *GENERATED) and (here / section[key]).is_dir():
+            section[key] = os.path.normpath(here / section[key])
     for name in upload:
         if not (here / name).exists():
             raise ConfigError(f"--upload {name!r}: there is no such file or folder in {here}")
@@ -273,7 +278,8 @@ def _stop(follower: Follower) -> None:
 
 
 def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
-    """`value` as the job must read it; a file of `here` that it names is added to `files` and keeps its name."""
+    """`value` as the job must read it; a file of `here` that it names is added to `files` and keeps its name, and
+    so are the `.py` files beside a function's."""
     if isinstance(value, dict):
         return {name: _sent(item, f"{key}.{name}".lstrip("."), here, files) for name, item in value.items()}
     if isinstance(value, list):
@@ -285,6 +291,9 @@ def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
     if (here / path).is_file():
         name = _inside(key, path, here)
         files[name] = here / path
+        if function:  # it may import what lies beside it
+            files |= {os.path.join(os.path.dirname(name), beside.name): beside
+                      for beside in sorted((here / path).parent.glob("*.py"))}
         return name + function
     if function:
         raise ConfigError(f"{key}: there is no file {path!r} in {here}; correct it, or give the absolute path of one "

@@ -14,7 +14,7 @@ from frpo.data.layout import Layout
 from frpo.learner.model import hidden_size
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
-from frpo.types import MicroBatch, OptimStepOutput, RolloutGroup, SampleId
+from frpo.types import Comparison, MicroBatch, OptimStepOutput, RolloutGroup, SampleId
 
 
 class LearnerGroup:
@@ -40,6 +40,10 @@ class LearnerGroup:
         self.ranks.call("connect engines", "connect_engines", [(each, weight_sync) for each in (client, *others)], {},
                         self.recipe.learner.timeout_s)
 
+    def compare(self, sequences: Sequence[Sequence[int]]) -> list[list[Comparison]]:
+        """Of every rank: its models against plain transformers. See `Learner.compare`."""
+        return self._all("compare", sequences)
+
     def score_groups(self, groups: Sequence[RolloutGroup], model: str, temperature: float | None = None
                      ) -> list[tuple[np.ndarray, ...]]:
         """Per group, per completion: T log-probabilities under "policy" or "reference". See `Learner.score`."""
@@ -47,8 +51,8 @@ class LearnerGroup:
         return [tuple(scores[(*group.group_id, i)][len(group.prompt.token_ids):] for i in range(len(group.completions)))
                 for group in groups]
 
-    def remember_start(self) -> None:
-        self._all("remember_start")
+    def remember_start(self, path: str | None = None) -> None:
+        self._all("remember_start", path)
 
     def kl_groups(self, groups: Sequence[RolloutGroup], to: str = "reference") -> list[np.ndarray]:
         """Per group (G,): KL in nats of each completion, an unbiased estimate of that of sequences. See `Learner.kl`.

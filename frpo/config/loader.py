@@ -37,7 +37,7 @@ NOT_IN_DIGEST = {
     "weight_sync": {"backend", "bucket_mb", "timeout_s"},
     "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
     "telemetry": {"tensorboard", "wandb", "traces"},
-    "checks": {"max_logprob_gap", "parameters_move"},
+    "checks": {"max_logprob_gap", "parameters_move", "rewards"},
     "rewards": {"processes", "timeout_s"},
 }
 """Keys that may differ between a checkpoint and the recipe that resumes it.
@@ -59,7 +59,7 @@ NAMED = ("advantage", "surrogate", "objective")
 
 
 class _RecipeYaml(yaml.SafeLoader):
-    """YAML without its traps: 1e-6 is a number, a date is text, and a key given twice is an error."""
+    """YAML without its traps: 1e-6 is a number, a date is text; a key given twice and a lone surrogate are errors."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":float", ":timestamp"))]
@@ -73,6 +73,15 @@ class _RecipeYaml(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{value[error.start]!r} is a lone surrogate, half a character", node.start_mark) from None
+        return value
 
 
 _RecipeYaml.add_implicit_resolver(

@@ -51,6 +51,9 @@ class ModelSection(Section):
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision of parameters and of the rollout engines")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = Field(
         "sdpa", description="learner's attention")
+    router_aux_loss_coef: float | None = Field(
+        None, ge=0, description="weight of the load-balancing loss of a mixture of experts; null: the model's own if "
+                                "its config.json sets output_router_logits, else none")
     max_length: int = Field(4096, ge=8, description="prompt + completion window in tokens")
     trust_remote_code: bool = Field(False, description="run model code shipped with the weights")
 

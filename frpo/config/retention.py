@@ -42,9 +42,12 @@ class PolicySection(Section):
     start: str | None = Field(None, description="policy that the recipe starts from; null: the recipe's own model")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)
+    reference: str | None = Field(
+        None, description="policy to which its KL is measured, such as the model that it was trained from; null: a "
+                          "recipe's own KL to its reference, and none for a path")
     over: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="section.key -> values: a policy for each combination, called NAME-key=value; {}: one")
-    fork: bool = Field(True, description="fine-tune forks of it; false: it is only a start for others")
+    fork: bool = Field(True, description="fine-tune forks of it; false: it is only a start or a reference of others")
 
     @model_validator(mode="after")
     def _one_source(self) -> PolicySection:
@@ -77,15 +80,21 @@ class MeasureSection(Section):
     utility: TaskSection | None = Field(None, description="the task that forks are fine-tuned for; null: not measured")
     at: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="updates of a fork after which it is measured, besides the first and the last; null: eight "
-                          "times, at equal distances")
+                          "times at equal distances, and in between as its KL grows")
     overlap: Literal["refuse", "keep"] = Field(
         "refuse", description="held-out prompts of `kept` that policies or forks are trained on: an error; or measured "
                               "all the same")
-    max_kl: float = Field(2.0, gt=0, description="nats from the policy up to which retention is averaged over KL")
+    max_kl: float = Field(2.0, gt=0, description="nats from the policy up to which retention is averaged over KL; "
+                                                 "pictures show twice as far")
     exact: str | None = Field(
         None, description="'package.module:function'(folder, prompts, **exact_kwargs) -> metrics, where outcomes can "
                           "be enumerated; null: only samples")
     exact_kwargs: dict[str, Any] = Field({}, description="keyword arguments of it; $seed is the seed")
+
+    @property
+    def pictured_kl(self) -> float:
+        """Nats up to which pictures show lines, and `at: null` looks for KLs."""
+        return 2 * self.max_kl
 
 
 class CertificateSection(Section):
@@ -172,7 +181,8 @@ class RetentionRecipe(Section):
     tables: list[TableSection] = Field(
         [], description="tables of the report besides those that it has anyway, each with a picture")
     choose: ChooseSection | None = Field(None, description="which policy is best, and under what; null: none is chosen")
-    only_policies: list[str] | None = Field(None, description="of the policies only these and their starts; null: all")
+    only_policies: list[str] | None = Field(
+        None, description="of the policies only these, their starts and their references; null: all")
     only_regimes: list[str] | None = Field(None, description="of the regimes only these; null: all")
     quick: list[str] = Field([], description="overrides of this recipe under --quick")
 
@@ -222,9 +232,10 @@ class RetentionRecipe(Section):
         if not forks:
             raise ValueError("no policy has fork: true, so that there is nothing to measure")
         for name, policy in self.policies.items():
-            if policy.start is not None and policy.start not in self.policies:
-                raise ValueError(f"policies.{name}.start: {policy.start!r} is no policy; there are "
-                                 f"{', '.join(self.policies)}")
+            for key, other in (("start", policy.start), ("reference", policy.reference)):
+                if other is not None and other not in self.policies:
+                    raise ValueError(f"policies.{name}.{key}: {other!r} is no policy; there are "
+                                     f"{', '.join(self.policies)}")
         named = {key: [name for pair in getattr(self, key) for name in pair] for key in ("compare", "controls")}
         named["only_policies"] = self.only_policies or []
         for name in self.only_regimes or []:
@@ -266,12 +277,15 @@ class RetentionRecipe(Section):
                 if self.only_regimes is None or name in self.only_regimes}
 
     def needed(self) -> list[str]:
-        """Policies that are forked, and what they start from, each after its start."""
+        """Policies that are forked, what they start from and their references, each after its start."""
         wanted: set[str] = set()
-        for name in self.forked:
-            while name is not None and name not in wanted:
+        waiting = list(self.forked)
+        while waiting:
+            name = waiting.pop()
+            if name not in wanted:
                 wanted.add(name)
-                name = self.policies[name].start
+                others = (self.policies[name].start, self.policies[name].reference)
+                waiting += [other for other in others if other is not None]
         return [name for name in self.order() if name in wanted]
 
     def order(self) -> list[str]:

@@ -14,7 +14,7 @@ from frpo.config.base import Section
 from frpo.config.model import ModelSection
 from frpo.config.objective import ObjectiveSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
-from frpo.config.supervised import AuxiliarySection
+from frpo.config.supervised import SOURCES, AuxiliarySection
 from frpo.objectives.supervised import SupervisedLoss
 from frpo.objectives.surrogate import PolicyLoss
 
@@ -54,9 +54,9 @@ class SelectionSection(Section):
 
 
 class DataSection(Section):
-    path: str = Field("arithmetic", description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    path: str = Field("arithmetic", description=SOURCES)
     subset: str | None = Field(None, description="configuration of an HF data set that has several (gsm8k: main)")
-    split: str = Field("train", description="split of an HF data set")
+    split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text", "calculator"] = Field(
         "chat", description="chat: template applied to messages; text: prompt verbatim; calculator: GSM8K annotations")
     prompt_column: str = Field("prompt", description="column with the prompt: a string, or a list of messages")
@@ -65,7 +65,7 @@ class DataSection(Section):
     rename: dict[str, str] = Field({}, description="column -> name that rewards know it by (such as solution: answer)")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(256, ge=0, description="prompts set aside for evaluation, never trained on")
-    heldout_path: str | None = Field(None, description="evaluation prompts from another file instead of `heldout` rows")
+    heldout_path: str | None = Field(None, description="evaluation prompts instead of `heldout`: what `path` takes")
     heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
         "refuse", description="training prompts that are in heldout_path too: an error; left out; trained on")
     shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
@@ -78,9 +78,12 @@ class RewardSection(Section):
     name: str = Field(min_length=1, description="name of the component in metrics and traces")
     function: str = Field(description="'package.module:function' or 'path/file.py:function'")
     weight: float = Field(1.0, description="factor in the summed reward")
+    format: Literal["text", "messages"] = Field(
+        "text", description="how the function takes prompts and completions: strings, or TRL's message lists")
     kwargs: dict[str, JsonValue] = Field({}, description="keyword arguments passed to the function at every call")
     timeout_s: float = Field(60, gt=0, description="limit for one call")
-    on_error: Literal["raise", "abstain"] = Field("raise", description="exception or time-out: stop, or count as None")
+    on_error: Literal["raise", "abstain"] = Field(
+        "raise", description="exception, time-out, NaN, infinity or beyond 1e150: stop, or count as None")
     processes: int = Field(1, ge=1, description="processes of the function; above 1 each call gets a share of a batch, "
                                                 "in whole groups")
 
@@ -161,8 +164,11 @@ class EvaluateSection(Section):
 
 class ChecksSection(Section):
     max_logprob_gap: float | None = Field(
-        None, gt=0, description="largest mean |log-prob difference| of engine and learner at the first step, in nats; "
-                                "null: 1e-3 in fp32, 5e-2 in bf16")
+        None, gt=0, description="largest mean |log-prob difference| of engine and learner after the first two pushes, "
+                                "in nats; null: 1e-3 in fp32, 5e-2 in bf16")
+    same_function: bool = Field(True, description="before the first update, stop if the learner's log-probs of a few "
+                                                  "sequences are not those of plain transformers")
+    rewards: bool = Field(True, description="call every reward once on made-up completions before anything starts")
     parameters_move: bool = Field(True, description="stop if a trainable tensor got no gradient or did not move")
 
 

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator
 from frpo.config.base import Section
 from frpo.objectives.supervised import SupervisedLoss, build_supervised
 
+SOURCES = ("file (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz; .parquet), folder (of Dataset.save_to_disk, or of "
+           "such files), HF data set id, or generated: arithmetic, constraints")
+
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-sum"]
 
 
@@ -22,9 +25,9 @@ def supervised_loss(value: Any) -> SupervisedLoss:
 
 
 class SupervisedDataSection(Section):
-    path: str = Field(description="local .jsonl, HF data set id, or 'arithmetic' (generated)")
+    path: str = Field(description=SOURCES)
     subset: str | None = Field(None, description="configuration of an HF data set that has several")
-    split: str = Field("train", description="split of an HF data set")
+    split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text"] = Field(
         "chat", description="chat: template applied to messages; text: prompt and response verbatim")
     messages_column: str = Field("messages", description="column with a list of messages (chat), where rows have it")
@@ -32,14 +35,14 @@ class SupervisedDataSection(Section):
     response_column: str = Field("response", description="and the column with the response")
     system_prompt: str | None = Field(None, description="system message put before every chat example")
     train_on: Literal["all", "last"] = Field(
-        "all", description="all: every turn of the assistant, as the template marks them with {% generation %}; "
-                           "last: its last turn, by comparing the template with and without it")
+        "all", description="turns of the assistant with a loss, end-of-turn token included: all of them, or the last; "
+                           "found by rendering, so that any chat template will do")
     too_long: Literal["refuse", "cut", "drop"] = Field(
         "refuse", description="examples above model.max_length: an error; their end is left off; left out")
     where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")
-    heldout_path: str | None = Field(None, description="evaluation examples from another file instead of `heldout`")
+    heldout_path: str | None = Field(None, description="evaluation examples instead of `heldout`: what `path` takes")
     heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
         "refuse", description="training examples that are in heldout_path too: an error; left out; trained on")
     shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")

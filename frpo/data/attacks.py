@@ -7,13 +7,14 @@ evaluation by `frpo evaluate`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from frpo.data.chat import Messages, checked_messages
 from frpo.data.source import Row, column, read_rows
 from frpo.errors import DataError
 
@@ -97,10 +98,10 @@ def _request(row: Row) -> str:
     return column(row, "prompt", str) if "messages" not in row.columns else _last_request(row)[0]
 
 
-def _last_request(row: Row) -> tuple[str, Sequence[dict[str, str]], Sequence[dict[str, str]]]:
+def _last_request(row: Row) -> tuple[str, Messages, Messages]:
     """(last user message, messages before it, messages after it)."""
-    messages = column(row, "messages", list)
-    asked = [i for i, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "user"]
+    messages = checked_messages(row.origin, column(row, "messages", list))
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not asked:
         raise DataError(f"{row.origin}: no message of the user's, so nothing is asked; remove the row")
     last = asked[-1]
@@ -112,7 +113,7 @@ def _row(row: Row, system_prompt: str | None, before: str, after: str) -> dict[s
     if "messages" in row.columns:
         request, earlier, later = _last_request(row)
     else:
-        request, earlier = column(row, "prompt", str), []
+        request, earlier = column(row, "prompt", str), ()
         later = [{"role": "assistant", "content": column(row, "response", str)}]
     return {"messages": [*_system(system_prompt), *earlier, {"role": "user", "content": before + request + after},
                          *later]}

@@ -7,7 +7,6 @@ Legend: N samples of an update, S tokens of a sample (prompt and completion).
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,9 @@ from frpo.data.layout import Layout, lay_out
 from frpo.errors import InvariantError
 from frpo.objectives.reduction import token_weights
 from frpo.types import AdvantagedGroup, Example, RankBatches, RolloutGroup, SupervisedSample, TrainingSample
+
+LARGEST_ADVANTAGE = float(np.finfo(np.float32).max)
+"""The loss is computed in float32."""
 
 
 def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, max_length: int,
@@ -68,9 +70,10 @@ def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarra
     group, ref_logprobs = advantaged.scored.group, advantaged.ref_logprobs
     for index, completion in enumerate(group.completions):
         advantage = float(advantaged.advantages_G[index])
-        if not math.isfinite(advantage):
-            raise InvariantError(f"sample {(*group.group_id, index)}: advantage {advantage} is not finite; a completion"
-                                 " without a reward must get 0 from the advantage estimator")
+        if not abs(advantage) <= LARGEST_ADVANTAGE:
+            raise InvariantError(f"sample {(*group.group_id, index)}: advantage {advantage} is not finite in float32, "
+                                 "in which the loss is computed; scale the rewards down. (A completion without a "
+                                 "reward must get 0 from the advantage estimator.)")
         yield _sample(group, index, advantage=advantage, weight=next(weights),
                       learns=train_truncated or not completion.truncated, watched=watched,
                       old=None if old_logprobs is None else old_logprobs[index],

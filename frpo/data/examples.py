@@ -4,18 +4,17 @@ Does not batch or order them. A row is a list of messages, or a prompt and its r
 """
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from frpo.data.assistant import AssistantTokens, Tokens, continuation
 from frpo.data.chat import Messages, check_tokenizer, checked_messages, render_text, with_system
 from frpo.data.heldout import Source, Split, content_hash, set_aside
 from frpo.data.source import Row, column, read_rows, select
-from frpo.errors import DataError, ModelError
+from frpo.data.vocabulary import check_vocabulary
+from frpo.errors import DataError
 from frpo.types import Example
 
 if TYPE_CHECKING:
@@ -24,42 +23,31 @@ if TYPE_CHECKING:
 ExampleSet = Split[Example]
 """All examples of a run."""
 
-Tokens = tuple[Sequence[int], Sequence[bool]]
-"""Token ids, and which of them the assistant says."""
 
-MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
-"""With which a chat template says what the assistant's part is."""
-
-
-class _RewrittenError(Exception):
-    """A prompt is not the beginning of the whole."""
-
-
-def load_examples(data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
-                  ) -> ExampleSet:
+def load_examples(data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int,
+                  embeddings: int | None = None) -> ExampleSet:
     """Read, render, tokenize and split the examples that `data` describes. `seed` orders generated arithmetic only.
 
-    max_length: most tokens of an example; `data.too_long` says what happens to longer ones. What is held out is
-    `set_aside`'s business.
+    max_length: most tokens of an example; `data.too_long` says what happens to longer ones. embeddings: how many the
+    model has; None: enough. What is held out is `set_aside`'s business.
     Raises DataError naming the row of what is broken, has nothing to learn or is too long; ModelError for a tokenizer
-    that does not fit.
+    that does not fit and naming a row that needs a token without an embedding.
     """
     check_tokenizer(tokenizer, needs_chat=data.format == "chat")
-    if data.format == "chat" and data.train_on == "all" and not MARKER.search(tokenizer.chat_template):
-        raise ModelError(f"the chat template of tokenizer {tokenizer.name_or_path!r} does not mark what the assistant "
-                         "says with {% generation %}, which data.train_on: all needs; set data.train_on to last, or "
-                         "put the markers into the template and save it beside the model")
-    train = _read(data, data.path, data.limit, tokenizer, max_length, seed)
-    evaluation = data.heldout_path and _read(data, data.heldout_path, None, tokenizer, max_length, seed)
+    assistant = AssistantTokens(tokenizer, data.train_on)
+    train = _read(data, data.path, data.limit, assistant, max_length, seed)
+    evaluation = data.heldout_path and _read(data, data.heldout_path, None, assistant, max_length, seed)
+    if embeddings is not None:
+        check_vocabulary(filter(None, (train, evaluation)), tokenizer, embeddings)
     return set_aside(train, evaluation or None, data)
 
 
-def _read(data: SupervisedDataSection, path: str, limit: int | None, tokenizer: PreTrainedTokenizerBase,
-          max_length: int, seed: int) -> Source[Example]:
+def _read(data: SupervisedDataSection, path: str, limit: int | None, assistant: AssistantTokens, max_length: int,
+          seed: int) -> Source[Example]:
     rows = select(read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset), data.where, {})
     examples, skipped = [], Counter[str]()
     for row in rows:
-        example = _example(row, data, tokenizer)
+        example = _example(row, data, assistant)
         if len(example.token_ids) > max_length:
             shorter = _shortened(example, data, max_length)
             skipped[f"{'cut' if shorter else 'dropped'} to fit model.max_length"] += 1
@@ -69,25 +57,20 @@ def _read(data: SupervisedDataSection, path: str, limit: int | None, tokenizer: 
     return Source(items=tuple(examples), origins=tuple(example.origin for example in examples), skipped=skipped)
 
 
-def _example(row: Row, data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) -> Example:
+    if data.format == "text":
+        content = [column(row, name, str) for name in (data.prompt_column, data.response_column)]
+    else:
+        content = _messages(row, data)
     try:
-        if data.format == "text":
-            content = [column(row, name, str) for name in (data.prompt_column, data.response_column)]
-            ids, mask = _text_tokens(*content, tokenizer)
-        else:
-            content = _messages(row, data)
-            ids, mask = (_marked if data.train_on == "all" else _last_turn)(content, tokenizer)
-    except TemplateError as error:
-        raise DataError(f"{row.origin}: the chat template refuses the messages: {error}") from error
-    except _RewrittenError:
-        raise DataError(f"{row.origin}: the chat template writes earlier messages differently once the last one is "
-                        "there, so that it cannot be told what the assistant says; mark it with {% generation %} in "
-                        "the template and set data.train_on to all") from None
+        ids, mask = (_text_tokens(*content, assistant.tokenizer) if data.format == "text" else assistant.of(content))
+    except DataError as error:
+        raise DataError(f"{row.origin}: {error}") from error
     if not any(mask[1:]):
         raise DataError(f"{row.origin}: no token of a response, so that there is nothing to learn; give the row an "
                         "assistant's message with text, or remove it")
     return Example(uid=content_hash(content)[:16], origin=row.origin, token_ids=tuple(ids),
-                   loss_mask=(False, *map(bool, mask[1:])))
+                   loss_mask=(False, *mask[1:]))
 
 
 def _messages(row: Row, data: SupervisedDataSection) -> Messages:
@@ -105,30 +88,11 @@ def _messages(row: Row, data: SupervisedDataSection) -> Messages:
     return with_system(row.origin, messages, data.system_prompt)
 
 
-def _marked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """A loss on everything between the template's markers: all turns of the assistant."""
-    rendered = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=True, return_dict=True,
-                                             return_assistant_tokens_mask=True)
-    return rendered["input_ids"], rendered["assistant_masks"]
-
-
-def _last_turn(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """A loss on what comes after the prompt that the assistant is given for its last turn."""
-    def text(part: Messages, **options: bool) -> str:
-        return tokenizer.apply_chat_template([dict(m) for m in part], tokenize=False, **options)
-
-    prompt, whole = text(messages[:-1], add_generation_prompt=True), text(messages)
-    if not whole.startswith(prompt):
-        raise _RewrittenError
-    tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    return tokens["input_ids"], [start >= len(prompt) for start, _ in tokens["offset_mapping"]]
-
-
 def _text_tokens(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Prompt as in sampling, then the response and the end of sequence."""
     before = render_text(prompt, tokenizer)
-    said = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return [*before, *said], [*(False for _ in before), *(bool(response) for _ in said)]
+    said = [*continuation(prompt, response, tokenizer), tokenizer.eos_token_id]
+    return [*before, *said], [False] * len(before) + [bool(response)] * len(said)
 
 
 def _shortened(example: Example, data: SupervisedDataSection, max_length: int) -> Example | None:

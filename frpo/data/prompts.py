@@ -15,6 +15,7 @@ from frpo.data.chat import Messages, check_tokenizer, checked_messages, render, 
 from frpo.data.heldout import Source, Split, content_hash, set_aside
 from frpo.data.order import epoch_order
 from frpo.data.source import Row, column, read_rows, select
+from frpo.data.vocabulary import check_vocabulary
 from frpo.errors import DataError
 from frpo.types import Prompt, ScoredGroup
 
@@ -25,16 +26,20 @@ PromptSet = Split[Prompt]
 """All prompts of a run."""
 
 
-def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSet:
+def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, embeddings: int | None = None
+                 ) -> PromptSet:
     """Read, render, tokenize and split the prompts that `data` describes. `seed` orders generated arithmetic only.
 
-    What is held out, and when that is refused, is `set_aside`'s: two prompts are the same if their tokens are.
+    embeddings: how many the model has; None: enough. What is held out, and when that is refused, is `set_aside`'s: two
+    prompts are the same if their tokens are.
     Raises DataError for broken rows, for an overlap that is refused and when nothing is left to train on, ModelError
-    for an unfit tokenizer.
+    for an unfit tokenizer and naming a row that needs a token without an embedding.
     """
     check_tokenizer(tokenizer, needs_chat=data.format == "chat")
     train = _read(data, data.path, data.limit, tokenizer, seed)
     evaluation = None if data.heldout_path is None else _read(data, data.heldout_path, None, tokenizer, seed)
+    if embeddings is not None:
+        check_vocabulary(filter(None, (train, evaluation)), tokenizer, embeddings)
     return set_aside(train, evaluation, data)
 
 

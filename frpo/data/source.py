@@ -1,23 +1,43 @@
-"""Rows of a data set: a local .jsonl file, a Hugging Face data set, or generated arithmetic.
+"""Rows of a data set: a local file or folder, a Hugging Face data set, or generated rows.
 
 Knows where each row came from and says so in every error. Does not know what the columns mean, render or tokenize.
 """
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from frpo.data import tables
 from frpo.data.arithmetic import problems
+from frpo.data.constraints import heldout_rows, training_rows
+from frpo.data.plain import plain_columns
+from frpo.data.text_files import Record, delimited, json_lines, json_list
 from frpo.errors import DataError
+
+Reader = Callable[[Path], Iterator[Record]]
+
+TEXT_FILES: Mapping[str, Reader] = {
+    ".jsonl": json_lines, ".ndjson": json_lines, ".json": json_list, ".csv": partial(delimited, delimiter=","),
+    ".tsv": partial(delimited, delimiter="\t")}
+"""Suffix -> reader; a .gz may follow the suffix."""
+
+READERS: Mapping[str, Reader] = {
+    **TEXT_FILES, **{f"{suffix}.gz": reader for suffix, reader in TEXT_FILES.items()}, ".parquet": tables.parquet}
+
+ALLOWED = f"{', '.join(TEXT_FILES)} (each also with .gz behind it) or .parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One record; `origin` is where a user finds it, such as "train.jsonl:17"."""
+    """One record, its values in JSON's types; `origin` is where a user finds it, such as "train.jsonl:17".
+
+    Numbers in origins are those of lines in JSON Lines and CSV and of rows in JSON and Parquet, from 1 on, and indices
+    of `datasets`, from 0 on, in its data sets.
+    """
 
     origin: str
     columns: Mapping[str, Any]
@@ -26,21 +46,22 @@ class Row:
 def read_rows(path: str, *, split: str, limit: int | None, seed: int, subset: str | None = None) -> list[Row]:
     """The first `limit` rows (all when None) of `path`, in their own order.
 
-    path: "arithmetic", a local file *.jsonl, or what `datasets.load_dataset` takes (an id, or a local folder).
-    split, subset: of a Hugging Face data set. seed: order of generated arithmetic. Other sources ignore them.
+    path: a name in GENERATED; a local file with a suffix of READERS; a local folder, saved by `datasets` or of such
+        files; or the id of a Hugging Face data set.
+    split, subset: of a folder or a Hugging Face data set. seed: order of generated rows. Other sources have none and
+        ignore them.
     Raises DataError for a source that is missing, broken or empty, naming file and line where there is one.
     """
-    if path == "arithmetic":
-        rows = _generated(limit, seed)
-    elif path.endswith(".jsonl"):
-        rows = list(islice(_jsonl(Path(path)), limit))
-    elif Path(path).is_file():
-        raise DataError(f"data file {path!r} is no .jsonl; write one JSON object a line and name it *.jsonl")
-    else:
-        rows = list(islice(_hugging_face(path, subset, split), limit))
+    records = _generated(path, limit, seed) if path in GENERATED else _records(path, subset, split)
+    rows = [Row(origin=origin, columns=plain_columns(columns, origin)) for origin, columns in islice(records, limit)]
     if not rows:
         raise DataError(f"data set {path!r} has no rows; give one with at least one")
     return rows
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path that exists nowhere here is no hub id either, since those are `name` or `owner/name`."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
 
 
 def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[str, str]) -> list[Row]:
@@ -72,48 +93,45 @@ def column(row: Row, name: str, *kinds: type) -> Any:
     return value
 
 
-def _generated(limit: int | None, seed: int) -> list[Row]:
-    """Every problem of the default difficulty, or `limit` of them; columns prompt and answer."""
-    pairs = problems(limit, seed)
-    return [Row(origin=f"arithmetic:{number}", columns={"prompt": question, "answer": answer})
-            for number, (question, answer) in enumerate(pairs, start=1)]
+def _arithmetic(limit: int | None, seed: int) -> list[dict[str, str]]:
+    """Every problem of the default difficulty, or `limit` of them."""
+    return [{"prompt": question, "answer": answer} for question, answer in problems(limit, seed)]
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    try:
-        file = path.open("rb")  # bytes: a wrong encoding is then found on its own line
-    except OSError as error:
-        raise DataError(f"data file {str(path)!r} cannot be read: {error.strerror}; check data.path") from error
-    with file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                origin = f"{path}:{number}"
-                yield Row(origin=origin, columns=_json_object(line, origin))
+GENERATED: Mapping[str, Callable[[int | None, int], list[dict[str, str]]]] = {
+    "arithmetic": _arithmetic, "constraints": training_rows, "constraints_heldout": heldout_rows}
+"""What `data.path` and `data.heldout_path` can name instead of a file: (limit, seed) -> columns of each row."""
 
 
-def _json_object(line: bytes, origin: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); save the file so") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{origin}: invalid JSON: {error.msg} at column {error.colno}; "
-                        "each line must hold one whole JSON object") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{origin}: expected a JSON object of columns, given {type(value).__name__}")
-    return value
+def _generated(name: str, limit: int | None, seed: int) -> Iterator[Record]:
+    for number, columns in enumerate(GENERATED[name](limit, seed), start=1):
+        yield f"{name}:{number}", columns
 
 
-def _hugging_face(path: str, subset: str | None, split: str) -> Iterator[Row]:
-    # `datasets` takes a second to import and only this source needs it.
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+def _records(path: str, subset: str | None, split: str) -> Iterator[Record]:
+    place, reader = Path(path), _reader(path)
+    if path and place.is_dir():
+        return _folder(path, subset, split)
+    if reader is not None:
+        return reader(place)
+    if place.exists():
+        raise DataError(f"data file {path!r} has no suffix that says what it is; allowed: {ALLOWED}")
+    if looks_local(path) or ("/" not in path and place.suffix[1:].isalpha()):
+        raise DataError(f"data set {path!r}: there is no such file or folder; give a file ({ALLOWED}), a folder, or "
+                        "the id of a Hugging Face data set, such as owner/name (~ is not expanded)")
+    return tables.hugging_face(path, subset, split)
 
-    try:
-        dataset = load_dataset(path, name=subset, split=split)
-    # OSError covers no network, offline mode and unknown ids; ValueError an unknown split or configuration.
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"data set {path!r}, split {split!r}, cannot be loaded: {error}; check data.path and "
-                        "data.split, or give a local .jsonl file where the hub cannot be reached") from error
-    for number, columns in enumerate(dataset):
-        yield Row(origin=f"{path}[{split}]:{number}", columns=columns)
+
+def _folder(path: str, subset: str | None, split: str) -> Iterator[Record]:
+    """A saved data set; else files, by readers that know their lines where all have a known suffix."""
+    if tables.is_saved(Path(path)):
+        return tables.saved(path, split)
+    files = tables.split_files(path, subset, split)
+    readers = [_reader(file.name) for file in files if file.is_file()]
+    if files and len(readers) == len(files) and None not in readers:
+        return chain.from_iterable(reader(file) for reader, file in zip(readers, files))
+    return tables.hugging_face(path, subset, split)
+
+
+def _reader(name: str) -> Reader | None:
+    return next((reader for suffix, reader in READERS.items() if name.lower().endswith(suffix)), None)

@@ -33,7 +33,7 @@ BITS: Mapping[str, np.dtype] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(n
 class StateCache:
     """A cache that exists, finished or not.
 
-    facts: "model" and "data" (hashes), "dtype" ("fp32" or "bf16"), "width" (E) and "softcap" of the model.
+    facts: "model" and "data" (hashes), "dtype" ("fp32" or "bf16"), "width" (E) and "scale" of the model.
     """
 
     folder: Path

@@ -1,7 +1,7 @@
 """What is left of a task while a policy is being fine-tuned for another: asked of the running engines, step by step.
 
 The fine-tuning's weights are pushed into engines that run already, its learner gives the KL to the policy it began as.
-When to ask is decided once, here; what the numbers mean together is `retention`'s business.
+When to ask is `kl_spacing`'s business, and what the numbers mean together `retention`'s.
 """
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.evaluate.heldout import heldout_metrics, scored_heldout
+from frpo.evaluate.kl_spacing import ProbeSchedule
+from frpo.invariants import CHECKED_PUSHES, check_logprob_gap
 from frpo.rewards import RewardSuite
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
@@ -23,9 +25,6 @@ from frpo.types import RunState, ScoredGroup
 
 WORST = 0.1
 """The share of completions that is the lowest decile."""
-
-EVENLY = 8
-"""Times that a fine-tuning is looked at, the last besides, where nobody says when."""
 
 Exact = Callable[[str, Sequence[str]], dict[str, float]]
 """(folder of a model, held-out prompts) -> metrics that need no samples, since every outcome can be enumerated."""
@@ -50,18 +49,16 @@ class _Asked:
 
 
 class TaskProbe:
-    """A `frpo.types.Probe` of one fine-tuning. at: the updates after which it asks, the first and the last besides;
-    None: EVENLY times, at equal distances.
-    """
+    """A `frpo.types.Probe` of one fine-tuning."""
 
-    def __init__(self, *, at: Sequence[int] | None, tasks: Sequence[Task], exact: Exact | None,
+    def __init__(self, *, schedule: ProbeSchedule, tasks: Sequence[Task], exact: Exact | None,
                  engines: RecoveringEngines, learner: LearnerGroup, timer: PhaseTimer):
-        self.at, self.tasks, self.exact = at, tasks, exact
+        self.schedule, self.tasks, self.exact = schedule, tasks, exact
         self.engines, self.learner, self.timer = engines, learner, timer
+        self.unchecked = CHECKED_PUSHES
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:
-        at = range(0, total, -(-total // EVENLY) or 1) if self.at is None else self.at
-        if state.step not in {0, total, *at}:
+        if not self.schedule.due(state.step, total):
             return {}
         with self.timer.phase("push"):
             if self.engines.pushed != state.policy_version:
@@ -70,8 +67,13 @@ class TaskProbe:
         for number, task in enumerate(self.tasks):
             with self.timer.phase("sample"):
                 scored = sampled(task, self.engines, step=state.step, version=state.policy_version)
+            if number == 0 and self.unchecked:
+                check_agreement(task, self.engines, self.learner, scored, state.policy_version)
+                self.unchecked -= 1
             kl = self.learner.kl_groups([group.group for group in scored], to="start") if number == 0 else None
             metrics |= task_metrics(task, scored, kl)
+            if kl is not None:
+                self.schedule.note(state.step, metrics[f"{task.name}/kl"])
         if self.exact:
             with tempfile.TemporaryDirectory() as folder:
                 self.learner.export(folder)
@@ -89,6 +91,13 @@ def sampled(task: Task, engines: RecoveringEngines, *, step: int, version: int, 
     sampler = Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment)
     asked = _Asked(recipe=recipe, prompts=task.prompts, rewards=task.rewards, sampler=sampler)
     return scored_heldout(asked, step=step, version=version)
+
+
+def check_agreement(task: Task, engines: RecoveringEngines, learner: LearnerGroup, scored: Sequence[ScoredGroup],
+                    version: int) -> None:
+    """Raise InvariantError where engines do not serve what the learner pushed: they would be measured, not the policy.
+    """
+    check_logprob_gap(task.recipe, learner, engines.pool, [group.group for group in scored], version)
 
 
 def task_metrics(task: Task, scored: Sequence[ScoredGroup], kl: Sequence[np.ndarray] | None) -> dict[str, float]:

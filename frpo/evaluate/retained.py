@@ -1,9 +1,10 @@
 """What a fork has kept, from the rows that its probe wrote: along the updates, and along the KL that they cost.
 
-Both axes are reported: a policy may keep more at the same KL and yet travel further in as many updates. Seeds are
-compared in pairs. Pure functions of rows; nothing is read, drawn or decided here.
+Both axes are reported: a policy may keep more at the same KL and yet travel further in as many updates. Along the KL
+nothing is told between probes that lie far apart (`kl_spacing`). Seeds are compared in pairs. Pure functions of rows;
+nothing is read, drawn or decided here.
 
-Shape suffixes: S probes of a fork, K values of KL.
+Shape suffixes: S probes of a fork, R those of them that reached a KL first, K values of KL.
 """
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from frpo.evaluate.kl_spacing import Gap, far_apart
 from frpo.telemetry import mean_interval
 
 AT_KL = (0.5, 1.0, 2.0)
@@ -30,12 +32,46 @@ class ForkPath:
     kl_S: np.ndarray
     metrics: Mapping[str, np.ndarray]
 
+    @property
+    def has_curve(self) -> bool:
+        """Whether there is a probe between start and end."""
+        return len(self.step_S) > 2
+
+    def first_to_reach(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(R), (R), (R) update, KL and metric of the probes on the line along KL: those with a KL above all earlier
+        ones.
+
+        A fork whose KL has fallen is another policy than the one that was first at that KL, and is left out. Probes
+        without the metric are left out too. At update 0 the KL is 0, whatever was estimated.
+        """
+        kl_S = np.where(self.step_S == 0, 0.0, np.maximum(self.kl_S, 0.0))
+        kept, highest = [], -math.inf
+        for place, (kl, value) in enumerate(zip(kl_S, self.metrics[name], strict=True)):
+            if kl > highest and not math.isnan(value):
+                kept.append(place)
+                highest = kl
+        return self.step_S[kept], kl_S[kept], self.metrics[name][kept]
+
     def along_kl(self, name: str, kl_K: np.ndarray) -> np.ndarray:
-        """(K) the metric at these KLs, linear between probes over the largest KL so far; NaN beyond the largest."""
-        reached_S = np.maximum.accumulate(np.maximum(self.kl_S, 0.0))
-        distinct, place_S = np.unique(reached_S, return_inverse=True)
-        values = np.bincount(place_S, weights=self.metrics[name]) / np.bincount(place_S)
-        return np.interp(kl_K, distinct, values, right=math.nan)
+        """(K) the metric at these KLs, linear between probes that lie close; NaN elsewhere and beyond the largest KL.
+        """
+        _, kl_R, value_R = self.first_to_reach(name)
+        if len(kl_R) < 2:
+            return np.where(np.isin(kl_K, kl_R), value_R.sum(), math.nan)
+        values_K = np.interp(kl_K, kl_R, value_R, left=math.nan, right=math.nan)
+        before_K = np.clip(np.searchsorted(kl_R, kl_K), 1, len(kl_R) - 1) - 1
+        unknown_K = far_apart(kl_R)[before_K] & ~np.isin(kl_K, kl_R)
+        return np.where(unknown_K, math.nan, values_K)
+
+    def largest_kl(self, name: str) -> float:
+        """Nats up to which the metric was measured."""
+        return float(max(self.first_to_reach(name)[1], default=0.0))
+
+    def gaps(self, name: str, until: float) -> list[Gap]:
+        """Where neighbouring probes with this metric lie too far apart, up to a KL."""
+        step_R, kl_R, _ = self.first_to_reach(name)
+        return [Gap(updates=(int(step_R[r]), int(step_R[r + 1])), kl=(float(kl_R[r]), float(kl_R[r + 1])))
+                for r in np.flatnonzero(far_apart(kl_R)) if kl_R[r] < until]
 
 
 def read_path(rows: Sequence[Mapping[str, float]], kl: str) -> ForkPath:
@@ -49,13 +85,13 @@ def read_path(rows: Sequence[Mapping[str, float]], kl: str) -> ForkPath:
 def summary(path: ForkPath, reward: str, decile: str, max_kl: float) -> dict[str, float]:
     """One number each: at the start, at the end, averaged over updates and over KL up to `max_kl`, and at some KLs.
 
-    What lies beyond the largest KL that the fork has reached is NaN. Start and end alone are no path: without a probe
-    between them, averages are left out.
+    NaN is what lies beyond the largest KL of the fork, or between probes too far apart; a mean over KL needs all of its
+    range. Start and end alone are no path: without a probe between them, averages are left out.
     """
     grid_K = np.linspace(0.0, max_kl, 201)
     ends = {"start": path.metrics[reward][0], "start decile": path.metrics[decile][0],
             "end": path.metrics[reward][-1], "end decile": path.metrics[decile][-1], "end KL": path.kl_S[-1]}
-    if len(path.step_S) < 3:
+    if not path.has_curve:
         return {name: float(value) for name, value in ends.items()}
     found = {"over updates": _mean_over(path.step_S, path.metrics[reward]),
              "decile over updates": _mean_over(path.step_S, path.metrics[decile]),

@@ -4,7 +4,7 @@ Hidden states and head weights go in; losses, log-probs, entropies and gradients
 collective is known here. `reference` holds the plain computation that tests and benchmarks compare with.
 """
 from frpo.kernels.logprobs import linear_logprobs
-from frpo.kernels.stats import ReferenceHead, TokenStats
+from frpo.kernels.stats import LogitScale, ReferenceHead, TokenStats
 from frpo.kernels.token_loss import linear_cross_entropy, linear_token_loss
 
-__all__ = ["ReferenceHead", "TokenStats", "linear_cross_entropy", "linear_logprobs", "linear_token_loss"]
+__all__ = ["LogitScale", "ReferenceHead", "TokenStats", "linear_cross_entropy", "linear_logprobs", "linear_token_loss"]

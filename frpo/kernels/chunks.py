@@ -62,7 +62,8 @@ class Pieces:
         z_CB = _filled(self._buffers[0], hidden_CD, self.head_VD[columns])
         if hidden_CE is None:
             return z_CB, None
-        scale = LogitScale(temperature=self.scale.temperature, softcap=self.reference.softcap)
+        scale = LogitScale(temperature=self.reference.temperature or self.scale.temperature,
+                           softcap=self.reference.softcap)
         return z_CB, ReferenceLogits(u_CB=_filled(self._buffers[1], hidden_CE, self.reference.head_VE[columns]),
                                      scale=scale, tau=self.reference.tau if self.reference.margin == "soft" else None)
 

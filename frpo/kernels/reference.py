@@ -29,7 +29,8 @@ def naive_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, tempera
     if reference is None:
         return stats_of_logits(z_NV, target_N)
     with torch.no_grad():
-        u_NV = naive_logits(reference.hidden_NE, reference.head_VE, temperature, reference.softcap)
+        u_NV = naive_logits(reference.hidden_NE, reference.head_VE, reference.temperature or temperature,
+                            reference.softcap)
     return stats_of_logits(z_NV, target_N, u_NV, tau=reference.tau if reference.margin == "soft" else None)
 
 

@@ -48,7 +48,8 @@ class TokenStats:
 class ReferenceHead:
     """A frozen reference: its final hidden states (N, E) and head (V, E) over the policy's vocabulary.
 
-    It is tempered like the policy and has a soft-cap of its own. Raises ValueError for an unknown margin or tau <= 0.
+    It has a soft-cap of its own. temperature: of its logits; None: the policy's.
+    Raises ValueError for an unknown margin or tau <= 0.
     """
 
     hidden_NE: Tensor
@@ -56,6 +57,7 @@ class ReferenceHead:
     margin: Margin = "hard"
     tau: float = 1.0
     softcap: float | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         if self.margin not in get_args(Margin):
@@ -68,6 +70,7 @@ class ReferenceHead:
 class LogitScale:
     """logits = cap * tanh(raw / cap) / temperature, without the tanh where softcap is None.
 
+    Some models multiply their logits by a number m: that is a temperature of 1 / m, and a cap of cap / m.
     Raises ValueError unless both are > 0.
     """
 
@@ -79,6 +82,10 @@ class LogitScale:
             raise ValueError(f"temperature must be > 0, given {self.temperature}")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be > 0 or None, given {self.softcap}")
+
+    def at(self, temperature: float) -> LogitScale:
+        """These logits divided by a sampling temperature."""
+        return dataclasses.replace(self, temperature=self.temperature * temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

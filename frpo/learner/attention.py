@@ -1,59 +1,184 @@
-"""Attention over packed sequences through SDPA, without the quadratic block mask of the whole pack.
+"""Attention over packed sequences: each token meets its own sequence only, as if that were alone.
 
-Registered with transformers as `packed_sdpa`. Sequences of a pack are regrouped by length, so that a token only ever
-meets its own sequence and padding stays below a factor of two, inside attention alone. Without packing it is
-transformers' own SDPA. On CUDA, variable-length flash attention does the same without any padding.
+Registered with transformers as `packed_sdpa`, `packed_eager` and in place of its `flash_attention_2`. Sequences of a
+pack are regrouped by length, so that padding stays below a factor of two, inside attention alone. The mask is the
+model's own for one sequence (causal, sliding window, chunks). What SDPA does not compute (a cap on scores, sinks) is
+left to the model's own eager function.
+
+Where sequences begin is not handed from layer to layer, since some families drop it on the way: `arrange` says it once
+for each forward pass, and it holds until the next, so that a backward pass that recomputes layers finds it too.
 """
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "packed_sdpa"
+from frpo.errors import ModelError
+
+SDPA, EAGER, FLASH = "packed_sdpa", "packed_eager", "flash_attention_2"
+
+HARMLESS = frozenset({
+    "attentions", "cu_seq_lens_k", "cu_seq_lens_q", "dropout", "layer_idx", "layer_type", "max_length_k",
+    "max_length_q", "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
+    "position_embeddings", "position_ids", "return_dict", "shared_kv_states", "sliding_window", "use_cache"})
+"""Arguments of an attention function that need no attention here: dropout is 0, a window is in the mask."""
+
+BY_HEAD = frozenset({"s_aux", "softcap"})
+"""Arguments that only the model's eager function applies, and that know no positions: a pack can take them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """Sequences of the micro-batch that is computed now. lengths: tokens of each, in order.
+
+    bounds: int32, where each begins in a pack, and the pack's length; None where each has a row of its own.
+    layers: attention modules that have kept the sequences of this pack apart.
+    """
+
+    lengths: tuple[int, ...]
+    bounds: torch.Tensor | None
+    layers: set[torch.nn.Module] = field(default_factory=set)
+
+
+_current: list[Arrangement | None] = [None]
+
+
+def arrange(arrangement: Arrangement | None) -> None:
+    """Say how the micro-batch that follows is laid out; None: one sequence or rows of one length, nothing packed.
+
+    One value for the process and no context variable: autograd recomputes layers in threads of its own.
+    """
+    _current[0] = arrangement
+
+
+def arrangement() -> Arrangement | None:
+    """What `arrange` said last."""
+    return _current[0]
 
 
 def packed_sdpa(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                attention_mask: torch.Tensor | None, *, scaling: float | None = None, sliding_window: int | None = None,
-                cu_seq_lens_q: torch.Tensor | None = None, **options: Any) -> tuple[torch.Tensor, None]:
-    """Causal attention as transformers' layers call it: query (1, H, S, d), key and value (1, Hkv, S, d).
+                attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
+    """Attention as transformers' layers call it: query (B, H, S, d), key and value (B, Hkv, S, d); (B, S, H, d).
 
-    cu_seq_lens_q: starts of the sequences in the pack, and S; None: not packed. Returns (1, S, H, d).
+    attention_mask: what `packed_mask` made. A pack has B = 1 and S tokens in all.
+    Raises ModelError where a layer hands attention something that a pack cannot take.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      sliding_window=sliding_window, **options)
+    if _special(options):
+        return packed_eager(module, query, key, value, attention_mask, **options)
+    if _pack() is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=options.get("scaling"))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=options.get("scaling"),
+            enable_gqa=k.shape[1] != q.shape[1]).transpose(1, 2)
+
+    return _by_length(module, query, key, value, attention_mask, attend), None
+
+
+def packed_eager(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                 attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
+    """The same by the model's own eager function, with all that it is given."""
+    eager = _eager_function(module)
+    if _pack() is None:
+        mask = _additive(attention_mask, query.shape[2], query)
+        return eager(module, query, key, value, mask, **options)[0], None
+    unknown = sorted(_special(options).keys() - BY_HEAD)
+    if unknown:
+        raise ModelError(f"{type(module).__name__} hands {', '.join(unknown)} to attention, which would meet the "
+                         "sequences of a pack as one; set learner.packing to false")
+    options = {name: option for name, option in options.items() if name in BY_HEAD or name == "scaling"}
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return eager(module, q, k, v, _additive(mask, q.shape[2], q), **options)[0]
+
+    return _by_length(module, query, key, value, attention_mask, attend), None
+
+
+def packed_flash(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                 attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
+    """transformers' flash attention, which computes a whole pack at once, told the boundaries. Never executed."""
+    pack = _pack()
+    if pack is not None:
+        pack.layers.add(module)
+        attention_mask, longest = None, max(pack.lengths)
+        options |= {"cu_seq_lens_q": pack.bounds, "cu_seq_lens_k": pack.bounds, "max_length_q": longest,
+                    "max_length_k": longest}
+    return flash_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def packed_mask(*args: Any, q_length: int, kv_length: int, batch_size: int, q_offset: int = 0, kv_offset: int = 0,
+                attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    """Boolean (B, 1, S, S), True where a token is met; None: plain causal. Of a pack: (1, 1, L, L), L its longest
+    sequence. A shorter sequence has the first rows and columns of it.
+    """
+    pack = _pack()
+    if pack is None:
+        return sdpa_mask(*args, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+                         kv_offset=kv_offset, attention_mask=attention_mask, **options)
+    longest = max(pack.lengths)
+    return sdpa_mask(*args, batch_size=1, q_length=longest, kv_length=longest, **options)
+
+
+def _pack() -> Arrangement | None:
+    current = arrangement()
+    return None if current is None or current.bounds is None else current
+
+
+def _special(options: dict[str, Any]) -> dict[str, Any]:
+    """What is given to attention that SDPA would drop."""
+    return {name: option for name, option in options.items()
+            if option is not None and name not in HARMLESS and name != "scaling"
+            and not (name == "is_causal" and option is True)}
+
+
+def _eager_function(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """The eager attention of the file that a family is written in."""
+    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None:
+        raise ModelError(f"{type(module).__name__} has no eager attention function, which its scores need; "
+                         "frpo cannot train this model")
+    return found
+
+
+def _by_length(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               mask: torch.Tensor | None, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """`attend` on sequences of similar length at a time; (1, S, H, d)."""
+    pack, longest = _pack(), max(_pack().lengths)
+    if mask is not None and mask.shape[-2:] != (longest, longest):
+        raise ModelError(f"{type(module).__name__} masks attention by a tensor of shape {tuple(mask.shape)} that is "
+                         "not made for single sequences of a pack; set learner.packing to false")
+    pack.layers.add(module)
     heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     outputs, places = [], []
-    for starts, lengths in _buckets(cu_seq_lens_q.tolist()):
+    for starts, lengths in _buckets(pack.lengths):
         grid_BL, real_BL = _grid(starts, lengths, query.device)
         q, k, v = (tensor[grid_BL].transpose(1, 2) for tensor in heads)
-        window = _window_mask(grid_BL.shape[1], sliding_window, query.device)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
-        outputs.append(attended.transpose(1, 2)[real_BL])
+        width = grid_BL.shape[1]
+        outputs.append(attend(q, k, v, None if mask is None else mask[..., :width, :width])[real_BL])
         places.append(grid_BL[real_BL])
-    return torch.cat(outputs)[torch.argsort(torch.cat(places))][None], None
+    return torch.cat(outputs)[torch.argsort(torch.cat(places))][None]
 
 
-def packed_mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
-    """SDPA's mask where sequences are padded; none where they are packed, which is where no padding mask is given."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
-
-
-def _buckets(bounds: list[int]) -> list[tuple[list[int], list[int]]]:
+def _buckets(lengths: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """(starts, lengths) of sequences whose lengths share their number of binary digits."""
     buckets: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    for start, end in pairwise(bounds):
-        starts, lengths = buckets[(end - start).bit_length()]
+    start = 0
+    for length in lengths:
+        starts, same = buckets[length.bit_length()]
         starts.append(start)
-        lengths.append(end - start)
+        same.append(length)
+        start += length
     return list(buckets.values())
 
 
@@ -65,14 +190,18 @@ def _grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[
     return starts_B[:, None] + torch.minimum(column_L, lengths_B[:, None] - 1), real_BL
 
 
-def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """(L, L) causal band of a sliding window; None where it does not reach."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    column_L = torch.arange(length, device=device)
-    distance_LL = column_L[:, None] - column_L
-    return (distance_LL >= 0) & (distance_LL < sliding_window)
+def _additive(mask: torch.Tensor | None, length: int, like: torch.Tensor) -> torch.Tensor:
+    """What eager functions add to scores; causal where there is no mask."""
+    if mask is None:
+        mask = torch.ones((length, length), dtype=torch.bool, device=like.device).tril()[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(
+        ~mask, torch.finfo(like.dtype).min)
 
 
-AttentionInterface.register(NAME, packed_sdpa)
-AttentionMaskInterface.register(NAME, packed_mask)
+AttentionInterface.register(SDPA, packed_sdpa)
+AttentionInterface.register(EAGER, packed_eager)
+AttentionInterface.register(FLASH, packed_flash)
+for _name in (SDPA, EAGER):
+    AttentionMaskInterface.register(_name, packed_mask)

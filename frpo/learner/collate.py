@@ -18,17 +18,18 @@ class TokenBatch:
     """B rows of L tokens and the N loss positions among them.
 
     Packed: one row without padding. Position ids restart at every sequence, and `bounds` holds where each starts (and
-    L): what variable-length attention needs. Padded: one row a sequence, padded on the right, with a mask.
-    longest: tokens of the longest sequence.
+    L): what variable-length attention needs. The mask is all ones, or transformers would look for sequences itself.
+    Padded: one row a sequence, padded on the right, with a mask.
+    lengths: tokens of each sequence.
     row_N, column_N: the hidden state at [row, column] predicts token target_N (the token at column + 1).
     sequence_N: which sequence of the micro-batch a loss position belongs to.
     """
 
     token_ids_BL: torch.Tensor
-    attention_mask_BL: torch.Tensor | None
+    attention_mask_BL: torch.Tensor
     position_ids_BL: torch.Tensor | None
     bounds: torch.Tensor | None
-    longest: int
+    lengths: tuple[int, ...]
     row_N: torch.Tensor
     column_N: torch.Tensor
     target_N: torch.Tensor
@@ -46,7 +47,8 @@ def collate(samples: MicroBatch, pad_id: int, device: torch.device, *, packed: b
         position_ids = np.concatenate([np.arange(length) for length in lengths])[None]
         starts = np.cumsum(lengths) - lengths
         rows, columns = np.zeros_like(sequences), np.concatenate(positions) + starts[sequences]
-        attention, bounds = None, torch.as_tensor(np.append(starts, lengths.sum()), dtype=torch.int32, device=device)
+        attention = np.ones_like(token_ids)
+        bounds = torch.as_tensor(np.append(starts, lengths.sum()), dtype=torch.int32, device=device)
     else:
         token_ids = np.full((len(samples), lengths.max()), pad_id, dtype=np.int64)
         for row, sample in enumerate(samples):
@@ -59,7 +61,7 @@ def collate(samples: MicroBatch, pad_id: int, device: torch.device, *, packed: b
 
     return TokenBatch(
         token_ids_BL=tensor(token_ids), attention_mask_BL=tensor(attention), position_ids_BL=tensor(position_ids),
-        bounds=bounds, longest=int(lengths.max()),
+        bounds=bounds, lengths=tuple(lengths.tolist()),
         row_N=tensor(rows), column_N=tensor(columns - 1), target_N=tensor(token_ids[rows, columns]),
         sequence_N=tensor(sequences))
 

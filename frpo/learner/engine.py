@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from frpo.config.memory import memory_strategy
 from frpo.config.model import ModelSection
 from frpo.config.sections import LearnerSection
-from frpo.learner.lora import Weight
+from frpo.learner.checkpoint_names import Layout, Stored
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
@@ -104,28 +104,28 @@ def build_reference(build: Callable[[], PreTrainedModel], config: dict[str, Any]
 
 
 class GatheredWeights:
-    """The weights of a network's checkpoint, whole, in buckets of about `bucket_bytes` and in a fixed order.
+    """The tensors of a checkpoint, whole, in buckets of about `bucket_bytes` and in a fixed order.
 
     Iterating is a collective under ZeRO-3: every rank must go to the end, whatever happens to one of them, or the
     others hang. A tensor is valid until the next bucket is taken. A tied parameter appears once, under its first name;
-    one with an adapter appears merged, a copy.
+    one with an adapter appears merged, a copy. Weights that are stored together, as all experts of a layer, are
+    gathered together, however large.
     """
 
-    def __init__(self, weights: Sequence[Weight], bucket_bytes: float):
-        self.weights = weights
+    def __init__(self, stored: Sequence[Stored], bucket_bytes: float):
+        self.stored = stored
         self.bucket_bytes = bucket_bytes
 
-    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        parameters = [(weight.name, weight.parameter) for weight in self.weights]
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in parameters]
+    def metadata(self) -> list[Layout]:
+        return [layout for entry in self.stored for layout in entry.layout]
 
     def __iter__(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        for bucket in _buckets(self.weights, self.bucket_bytes):
-            with deepspeed.zero.GatheredParameters([p for weight in bucket for p in weight.parameters]):
-                yield [(weight.name, weight.value()) for weight in bucket]
+        for bucket in _buckets(self.stored, self.bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for entry in bucket for p in _parameters(entry)]):
+                yield [named for entry in bucket for named in entry.tensors()]
 
 
-def full_size(parameter: torch.nn.Parameter) -> int:
+def full_size(parameter: torch.Tensor) -> int:
     """Number of elements of the whole parameter, partitioned or not."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
@@ -142,15 +142,19 @@ def learning_rate(update: int, total_updates: int, learner: LearnerSection) -> f
     return learner.lr * (1 - (1 - learner.min_lr_ratio) * fall)
 
 
-def _buckets(weights: Sequence[Weight], bucket_bytes: float) -> Iterator[Sequence[Weight]]:
-    bucket: list[Weight] = []
+def _parameters(entry: Stored) -> list[torch.Tensor]:
+    return [parameter for weight in entry.weights for parameter in weight.parameters]
+
+
+def _buckets(stored: Sequence[Stored], bucket_bytes: float) -> Iterator[Sequence[Stored]]:
+    bucket: list[Stored] = []
     held = 0
-    for weight in weights:
-        size = sum(full_size(parameter) * parameter.element_size() for parameter in weight.parameters)
+    for entry in stored:
+        size = sum(full_size(parameter) * parameter.element_size() for parameter in _parameters(entry))
         if bucket and held + size > bucket_bytes:
             yield bucket
             bucket, held = [], 0
-        bucket.append(weight)
+        bucket.append(entry)
         held += size
     if bucket:
         yield bucket

@@ -1,6 +1,6 @@
 """One rank of the learner: the verbs a loop calls on every rank in lockstep.
 
-    score, kl, forward_backward, supervise, optim_step, push_weights, save, load, export
+    compare, score, kl, forward_backward, supervise, optim_step, push_weights, save, load, export
 
 It takes micro-batches whose weights are divided already and only sums; group logic, advantages and batching happen
 before, on the controller. A plain class: `cluster` puts it into Ray actors.
@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +25,36 @@ from frpo.data.layout import is_padding
 from frpo.kernels import linear_logprobs
 from frpo.learner import engine as ds
 from frpo.learner.checkpoint import load_state, save_state
+from frpo.learner.checkpoint_names import CheckpointForm, Stored, as_they_are
 from frpo.learner.collate import TokenBatch, collate, loss_positions, per_sample
-from frpo.learner.lora import Weight, adapter_weights, add_adapters, merged_weights, write_adapter
-from frpo.learner.losses import MicroBatchLoss, SupervisedMicroBatch, loss_arrays, response_positions, token_kl
+from frpo.learner.export import write_model
+from frpo.learner.guard import compare
+from frpo.learner.lora import adapter_weights, add_adapters, merged_weights, write_adapter
+from frpo.learner.losses import (
+    MicroBatchLoss,
+    SupervisedMicroBatch,
+    head_options,
+    loss_arrays,
+    response_positions,
+    token_kl,
+)
 from frpo.learner.model import load_model, load_tokenizer
 from frpo.learner.movement import MovementCheck
 from frpo.learner.network import TokenModel
-from frpo.learner.reference import CachedStates, FrozenModel, Reference, ReferenceStates, fill_cache, finish_cache
+from frpo.learner.reference import (
+    CachedStates,
+    FrozenModel,
+    Reference,
+    ReferenceStates,
+    fill_cache,
+    finish_cache,
+    head_of,
+)
+from frpo.learner.router import ExpertUse, RouterTerm, UseCounter, balance_coefficient, counted_tokens
 from frpo.objectives.base import Metrics
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
-from frpo.types import MicroBatch, OptimStepOutput, SampleId
+from frpo.types import Comparison, MicroBatch, OptimStepOutput, SampleId
 from frpo.weight_sync.protocol import WeightSender
 
 
@@ -57,6 +75,8 @@ class Learner:
         ds.init_process_group(self.device, recipe.learner.timeout_s)
         self.config = ds.deepspeed_config(recipe.learner, recipe.model)
         self.engine = ds.build_policy(self._policy, recipe.learner, self.config)
+        self.balance = balance_coefficient(recipe.model, self.network)
+        self.form = CheckpointForm(self.network, merged_weights(self.network))
         # Without its adapters the policy is a reference that costs nothing.
         free = recipe.model.lora is not None and recipe.reference_model is None
         self.reference: Reference | None = None
@@ -97,18 +117,28 @@ class Learner:
         with torch.no_grad(), self._scored(model) as network:
             for samples in micro_batches:
                 batch = self._collate(samples)
+                scale = head_of(network).scale.at(self._temperature(temperature))
                 logprobs_N, _ = network(batch, partial(
-                    linear_logprobs, target_N=batch.target_N, **self._head_options(temperature)))
+                    linear_logprobs, target_N=batch.target_N, **head_options(scale)))
                 arrays = per_sample(samples, logprobs_N.float().cpu().numpy(), np.float32)
                 scores |= {s.sample_id: array for s, array in zip(samples, arrays) if not is_padding(s)}
         return scores
+
+    def compare(self, sequences: Sequence[Sequence[int]]) -> list[Comparison]:
+        """What policy, and reference where it is a model of its own, say of `sequences`, against plain transformers.
+        Collective.
+        """
+        found = [compare("policy", self.engine, sequences, self._collate)]
+        if isinstance(self.reference, FrozenModel) and not self.reference.is_policy:
+            found.append(compare("reference", self.reference.network, sequences, self._collate))
+        return found
 
     def kl(self, micro_batches: Sequence[MicroBatch], *, to: str = "reference") -> dict[SampleId, float]:
         """KL(policy || other) in nats at temperature 1, over the whole vocabulary, summed over each sample's loss
         tokens. Collective.
 
         For samples of the policy at temperature 1 it is an unbiased estimate of the KL of whole sequences.
-        to: "reference", or "start", the policy before its first update, which `remember_start` has kept.
+        to: "reference", or "start", the model that `remember_start` has put beside the policy.
         """
         found: dict[SampleId, float] = {}
         other = self.reference if to == "reference" else self.start
@@ -117,7 +147,7 @@ class Learner:
                 batch = self._collate(samples)
                 with other.states(samples, batch) as states:
                     kl_N = self.engine(batch, partial(token_kl, target_N=batch.target_N, reference=states,
-                                                      softcap=self.engine.module.softcap))
+                                                      scale=self.engine.module.head.scale))
                 arrays = per_sample(samples, kl_N.cpu().numpy())
                 found |= {s.sample_id: float(a.sum()) for s, a in zip(samples, arrays) if not is_padding(s)}
         return found
@@ -131,6 +161,7 @@ class Learner:
         """
         parts: list[Metrics] = []
         self.movement = MovementCheck(self.network) if watch_movement else None
+        use = self._expert_use(micro_batches)
         policy_loss = self.recipe.policy_loss
         if kl_coef is not None:
             policy_loss = replace(policy_loss, kl_coef=kl_coef)
@@ -139,8 +170,9 @@ class Learner:
             with self._reference_states(samples, batch, policy_loss.needs_states) as states:
                 loss = MicroBatchLoss(loss=policy_loss, arrays=loss_arrays(samples, batch, self.device),
                                       reference=states, metrics=parts)
-                self._backward(self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
-                                                          **self._head_options(None))))
+                self._backward(self.engine(batch, partial(
+                    loss.of_head, target_N=batch.target_N, scale=self.engine.module.head.scale,
+                    temperature=self._temperature(None)), self._router_term(use, samples, batch, parts)))
         return _summed(parts)
 
     def supervise(self, micro_batches: Sequence[MicroBatch], progress: Progress, *, coefficient: float = 1.0,
@@ -152,6 +184,7 @@ class Learner:
         parts: list[Metrics] = []
         if watch_movement:
             self.movement = MovementCheck(self.network)
+        use = self._expert_use(micro_batches) if learn else None
         with torch.set_grad_enabled(learn):
             for samples in micro_batches:
                 batch = self._collate(samples)
@@ -162,7 +195,8 @@ class Learner:
                         weight_N=loss_positions(samples, "weight", self.device),
                         position_N=response_positions(samples, self.device))
                     loss_sum = self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
-                                                          softcap=self.engine.module.softcap))
+                                                          scale=self.engine.module.head.scale),
+                                           self._router_term(use, samples, batch, parts, coefficient))
                     if learn:
                         self._backward(loss_sum)
         return _summed(parts)
@@ -188,10 +222,10 @@ class Learner:
         """(got a gradient on this rank, its fp32 master moved) of every trainable tensor, after a watched step."""
         return self.movement.report()
 
-    def remember_start(self) -> None:
-        """Put the policy as it was before its first update beside it, for `kl`. Collective."""
-        shared = isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None
-        self.start = self.reference if shared else self._frozen(None)
+    def remember_start(self, path: str | None = None) -> None:
+        """Put the policy as it was before its first update, or the model at `path`, beside it, for `kl`. Collective."""
+        shared = path is None and isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None
+        self.start = self.reference if shared else self._frozen(path)
 
     # --- the reference on disk ------------------------------------------------------------------------------------
 
@@ -218,7 +252,7 @@ class Learner:
 
     def push_weights(self, version: int) -> None:
         """Send the policy's weights to the rollout engines under label `version`. Collective; rank 0 drives."""
-        self.sender.send(self._stream(merged_weights(self.network)), version)
+        self.sender.send(self._stream(self._checkpoint()), version)
 
     def connect(self, sender: WeightSender) -> None:
         """Hand over the sender that `push_weights` uses from now on."""
@@ -242,24 +276,24 @@ class Learner:
         With LoRA it is the merged model, and the folder `adapter` in it holds the adapters alone, for peft.
         """
         lora = self.recipe.model.lora is not None
-        state = self._gathered(merged_weights(self.network))
-        adapters = self._gathered(adapter_weights(self.network)) if lora else {}
+        state = self._gathered(self._checkpoint())
+        adapters = self._gathered(as_they_are(adapter_weights(self.network))) if lora else {}
         if self.rank == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.network.config.use_cache = True
-            self.network.save_pretrained(folder, state_dict=state)
-            self.network.config.use_cache = False
-            self.tokenizer.save_pretrained(folder)
+            write_model(self.network, self.tokenizer, state, self.model_path, Path(folder))
             if lora:
                 write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
 
-    def _stream(self, weights: Sequence[Weight]) -> ds.GatheredWeights:
-        return ds.GatheredWeights(weights, self.recipe.bucket_mb * 2**20)
+    def _checkpoint(self) -> list[Stored]:
+        """The policy in the form of the checkpoint that it was loaded from, adapters merged."""
+        return self.form.stored(merged_weights(self.network))
 
-    def _gathered(self, weights: Sequence[Weight]) -> dict[str, torch.Tensor]:
+    def _stream(self, stored: Sequence[Stored]) -> ds.GatheredWeights:
+        return ds.GatheredWeights(stored, self.recipe.bucket_mb * 2**20)
+
+    def _gathered(self, stored: Sequence[Stored]) -> dict[str, torch.Tensor]:
         """All of them at once in rank 0's memory, nothing on the other ranks. Collective."""
         state: dict[str, torch.Tensor] = {}
-        for bucket in self._stream(weights):
+        for bucket in self._stream(stored):
             if self.rank == 0:
                 state |= {name: tensor.detach().cpu().clone() for name, tensor in bucket}
         return state
@@ -274,6 +308,22 @@ class Learner:
                           ) -> AbstractContextManager[ReferenceStates | None]:
         return self.reference.states(samples, batch) if needed else nullcontext()
 
+    def _expert_use(self, micro_batches: Sequence[MicroBatch]) -> ExpertUse | None:
+        """How often the update chooses each expert, on all ranks; None without a load-balancing loss. Collective."""
+        if self.balance == 0:
+            return None
+        counter = UseCounter(self.network.num_experts_per_tok)
+        with torch.no_grad():
+            for samples in micro_batches:
+                batch = self._collate(samples)
+                self.engine(batch, _no_answer, partial(counter.add, counted_M=counted_tokens(samples, batch)))
+        return counter.over_all_ranks()
+
+    def _router_term(self, use: ExpertUse | None, samples: MicroBatch, batch: TokenBatch, metrics: list[Metrics],
+                     coefficient: float = 1.0) -> RouterTerm | None:
+        return use and RouterTerm(use=use, coefficient=coefficient * self.balance, metrics=metrics,
+                                  counted_M=counted_tokens(samples, batch))
+
     def _backward(self, loss_sum: torch.Tensor) -> None:
         # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.
         self.engine.backward(loss_sum * self.world_size)
@@ -281,9 +331,12 @@ class Learner:
     def _collate(self, samples: MicroBatch) -> TokenBatch:
         return collate(samples, self.tokenizer.pad_token_id, self.device, packed=self.recipe.learner.packing)
 
-    def _head_options(self, temperature: float | None) -> dict[str, Any]:
-        return {"temperature": self.recipe.rollout.temperature if temperature is None else temperature,
-                "softcap": self.engine.module.softcap}
+    def _temperature(self, given: float | None) -> float:
+        return self.recipe.rollout.temperature if given is None else given
+
+
+def _no_answer(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> None:
+    """Of the output head, where only the routers are looked at."""
 
 
 def _summed(parts: Sequence[Metrics]) -> MetricSums:

@@ -6,6 +6,7 @@ merge is out of place and per tensor; peft's own writes into the base, of which 
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -17,10 +18,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
+from frpo.learner.model import hollow_network
 
 ADAPTER = "default"
 """peft's name for the only adapter, a part of its parameters' names."""
@@ -28,17 +30,22 @@ ADAPTER = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One tensor of a checkpoint: a parameter under its name there, and what an adapter adds to it."""
+    """One tensor of the model without adapters: a parameter or a buffer, and what an adapter adds to it."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: torch.Tensor
     factors: tuple[nn.Parameter, nn.Parameter] | None = None
     """A (r, in) and B (out, r)."""
     scaling: float = 0.0
 
     @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
+    def parameters(self) -> tuple[torch.Tensor, ...]:
         return (self.parameter, *(self.factors or ()))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor, partitioned or not."""
+        return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
 
     def value(self) -> torch.Tensor:
         """The tensor itself, merged in fp32. All `parameters` must be whole."""
@@ -52,21 +59,49 @@ def add_adapters(network: PreTrainedModel, section: LoraSection, seed: int) -> N
     """Freeze `network` and put a trainable adapter, zero in effect, into its linear layers. In place.
 
     The same on every rank: the random factor comes from `seed` alone. Works on partitioned parameters.
-    Raises ModelError where a target is none of the linear layers (the output head is none).
+    Raises ModelError where a target is none of the linear layers (the output head is none), and where peft adapts other
+    layers than those: it has rules of its own for some families.
     """
+    layers, family = _adapted_layers(network, section.targets), type(network).__name__
     config = LoraConfig(r=section.r, lora_alpha=section.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-                        target_modules=_adapted_layers(network, section.targets))
+                        target_modules=layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, network, ADAPTER)
+        try:
+            inject_adapter_in_model(config, network, ADAPTER)
+        except ValueError as error:
+            raise ModelError(f"peft cannot adapt {family} with model.lora.targets = {section.targets}: {error} Name "
+                             "other layers in model.lora.targets") from error
+    others = [name for name, module in network.named_modules() if isinstance(module, LoraLayer) and name not in layers]
+    if others:
+        kinds = {name.rpartition(".")[2] for name in layers if isinstance(network.get_submodule(name), LoraLayer)}
+        raise ModelError(f"peft takes model.lora.targets = {section.targets} for experts of {family} ({others[0]}, "
+                         f"...), which are no linear layers; name layers there that it takes for none: "
+                         f"{', '.join(sorted(kinds))}")
 
 
 def check_targets(model: ModelSection, path: str) -> None:
     """Raise what `add_adapters` would raise for the model at `path`, from its config alone."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    _adapted_layers(network, model.lora.targets)
+    add_adapters(hollow_network(model, path), model.lora, seed=0)
+
+
+def adapter_summary(model: ModelSection, path: str) -> str:
+    """In words, what adapters train of the model at `path` and which kinds of modules have none, the largest first."""
+    network = hollow_network(model, path)
+    layers = _adapted_layers(network, model.lora.targets)
+    adapted = {network.get_submodule(name) for name in layers}
+    head, counted, frozen = network.get_output_embeddings(), set(), Counter()
+    for module in network.modules():
+        kind = "output head" if module is head else type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            if parameter not in counted and module not in adapted:
+                frozen[kind] += parameter.numel()
+            counted.add(parameter)
+    trained = sum(model.lora.r * (layer.in_features + layer.out_features) for layer in adapted)
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in frozen.most_common())
+    whole = sum(parameter.numel() for parameter in counted)
+    return (f"LoRA trains {trained:,} parameters, in adapters of {len(layers)} linear layers. Of the model's {whole:,} "
+            f"parameters these have no adapter and stay as they are: {kinds}")
 
 
 @contextmanager
@@ -90,7 +125,7 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
 
 
 def merged_weights(network: nn.Module) -> list[Weight]:
-    """The weights of `network` as its checkpoint would have them without adapters; a tied one once."""
+    """The parameters and saved buffers of `network` as it is without adapters; a tied one once."""
     adapted: dict[nn.Parameter, tuple[nn.Parameter, nn.Parameter, float]] = {}
     for module in network.modules():
         if isinstance(module, LoraLayer):
@@ -105,7 +140,8 @@ def merged_weights(network: nn.Module) -> list[Weight]:
                                   scaling=scaling))
         elif parameter not in factors:
             weights.append(Weight(name=name.replace(".base_layer.", "."), parameter=parameter))
-    return weights
+    saved = network.state_dict().keys()
+    return weights + [Weight(name=name, parameter=buffer) for name, buffer in network.named_buffers() if name in saved]
 
 
 def adapter_weights(network: nn.Module) -> list[Weight]:
@@ -124,8 +160,17 @@ def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Te
 
 
 def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    """Names of the linear layers among `targets`. A class that computes more than nn.Linear (a router) is none."""
     head = network.get_output_embeddings()
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    layers = [name for name, module in network.named_modules()
+              if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not head]
+    if not layers:
+        others = {type(module).__name__ for module in network.modules()
+                  if module is not head and not isinstance(module, nn.Embedding)
+                  and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))}
+        raise ModelError(f"model.lora needs linear layers (torch.nn.Linear) below the output head, and "
+                         f"{type(network).__name__} has none: its weights are in {', '.join(sorted(others))}. Set "
+                         "model.lora to null to train the whole model")
     if targets == "all-linear":
         return layers
     found = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from frpo.kernels import ReferenceHead, TokenStats, linear_logprobs, linear_token_loss
+from frpo.kernels import LogitScale, ReferenceHead, TokenStats, linear_logprobs, linear_token_loss
 from frpo.learner.collate import TokenBatch, loss_positions
 from frpo.learner.reference import ReferenceStates
 from frpo.objectives.base import LossInputs, Metrics
@@ -36,15 +36,18 @@ class MicroBatchLoss:
     reference: ReferenceStates | None
     metrics: list[Metrics]
 
-    def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, temperature: float,
-                softcap: float | None) -> torch.Tensor:
-        """The summed loss. Chunk by chunk, unless the loss has to see a sequence whole: then logits are made twice."""
-        options = {"temperature": temperature, "softcap": softcap}
+    def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, scale: LogitScale,
+                temperature: float) -> torch.Tensor:
+        """The summed loss. Chunk by chunk, unless the loss has to see a sequence whole: then logits are made twice.
+
+        scale: the policy's own. temperature: at which policy and reference are compared.
+        """
+        options = head_options(scale.at(temperature))
         if self.loss.whole_sequences:
             logprobs_N, entropy_N = linear_logprobs(hidden_ND, head_VD, target_N, **options)
             return self.of_tokens(TokenStats(logprobs_N=logprobs_N, entropy_N=entropy_N), slice(None))
         return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **options,
-                                 reference=self.reference and reference_head(self.reference, head_VD))
+                                 reference=self.reference and reference_head(self.reference, head_VD, temperature))
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
         """The summed loss of the tokens `rows`, whose statistics are given."""
@@ -79,11 +82,11 @@ class SupervisedMicroBatch:
     reference: ReferenceStates | None
     metrics: list[Metrics]
 
-    def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor,
-                softcap: float | None) -> torch.Tensor:
+    def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, scale: LogitScale
+                ) -> torch.Tensor:
         """The summed loss, chunk by chunk."""
         margin = {"margin": getattr(self.loss, "argmax", "hard"), "tau": getattr(self.loss, "tau", 1.0)}
-        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, softcap=softcap,
+        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **head_options(scale),
                                  reference=self.reference and reference_head(self.reference, head_VD, **margin))
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
@@ -97,16 +100,22 @@ class SupervisedMicroBatch:
         return self.coefficient * output.loss_sum
 
 
-def reference_head(states: ReferenceStates, head_VD: torch.Tensor, **margin: Any) -> ReferenceHead:
+def head_options(scale: LogitScale) -> dict[str, Any]:
+    """The scale as the kernels' functions take it."""
+    return {"temperature": scale.temperature, "softcap": scale.softcap}
+
+
+def reference_head(states: ReferenceStates, head_VD: torch.Tensor, temperature: float = 1.0, **margin: Any
+                   ) -> ReferenceHead:
     """What the kernels know of the reference. head_VD: the policy's head, which may be the reference's too. margin: see
     `ReferenceHead`.
     """
-    return ReferenceHead(hidden_NE=states.hidden_NE, softcap=states.softcap, **margin,
+    return ReferenceHead(hidden_NE=states.hidden_NE, **head_options(states.scale.at(temperature)), **margin,
                          head_VE=head_VD.detach() if states.head_VE is None else states.head_VE)
 
 
 def token_kl(hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, reference: ReferenceStates,
-             softcap: float | None) -> torch.Tensor:
+             scale: LogitScale) -> torch.Tensor:
     """(N) KL(pi || pi_ref) over the vocabulary in nats, chunk by chunk and without gradients."""
     parts: list[torch.Tensor] = []
 
@@ -115,7 +124,7 @@ def token_kl(hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.
         return stats.kl_N.sum()
 
     with torch.no_grad():
-        linear_token_loss(hidden_ND, head_VD, target_N, collect, softcap=softcap,
+        linear_token_loss(hidden_ND, head_VD, target_N, collect, **head_options(scale),
                           reference=reference_head(reference, head_VD))
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
 

@@ -7,30 +7,41 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import ModelSection
+from frpo.data.assistant import end_of_turn
+from frpo.data.source import looks_local
 from frpo.errors import ModelError
-from frpo.learner import attention as packed_attention
+from frpo.learner import attention
+from frpo.learner.buffers import restore_buffers
+from frpo.learner.logits import logit_scale
+from frpo.learner.rotary import follow_own_lengths
 from frpo.types import Example
 
 transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ATTENTION = {"sdpa": packed_attention.NAME, "eager": "eager", "flash_attention_2": "flash_attention_2"}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -38,9 +49,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         if _saved_as_it_is(Path(path)):
             return PreTrainedTokenizerFast.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer at {path!r}: {_first_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files of one
+        raise ModelError(f"no tokenizer at {path!r}: it would have no vocabulary; save the model's own beside it")
+    return tokenizer
 
 
 def _saved_as_it_is(folder: Path) -> bool:
@@ -57,18 +71,43 @@ def _saved_as_it_is(folder: Path) -> bool:
 
 
 def check_model_path(model: ModelSection, path: str) -> None:
-    """Raise ModelError if no causal language model config can be read at `path` or the window is too long for it."""
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
-    if local and not Path(path).is_dir():
+    """Raise ModelError if no config can be read at `path`, or it contradicts the recipe's window or itself."""
+    if looks_local(path) and not Path(path).is_dir():
         raise ModelError(f"model.path {path!r} is no folder; give a folder with config.json and weights, or a hub id "
                          "such as owner/name (~ is not expanded)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"model.path {path!r} cannot be read: {_first_line(error)}") from None
     window = getattr(config, "max_position_embeddings", None)
     if window and model.max_length > window:
         raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}")
+    pad_id, rows = getattr(config, "pad_token_id", None), config.get_text_config().vocab_size
+    if pad_id is not None and pad_id >= rows:
+        raise ModelError(f"config.json of {path!r}: pad_token_id is {pad_id}, vocab_size {rows}; set pad_token_id to "
+                         "the id of a token below, or to null")
+
+
+def unstopped_turn(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """In words, that sampling goes on after the token with which the chat template ends a turn; None if it stops there.
+
+    It stops at the tokenizer's end of sequence and at `eos_token_id` of generation_config.json, else of config.json.
+    A tiny model's template and tokenizer fit together.
+    """
+    if model.path is None:
+        return None
+    try:
+        generation = GenerationConfig.from_pretrained(model.path)
+    except OSError:
+        generation = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code))
+    stops, end = generation.eos_token_id, end_of_turn(tokenizer)
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    if end is None or end in stops:
+        return None
+    token, known = (tokenizer.convert_ids_to_tokens(ids) for ids in (end, sorted(stops)))
+    return (f"the chat template of {model.path!r} ends a turn with {token!r} (id {end}), but sampling stops at {known} "
+            "only; add the id to eos_token_id in generation_config.json beside the model")
 
 
 def check_reference(model: ModelSection, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -96,12 +135,12 @@ def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedToken
 
 def cache_facts(model: ModelSection, path: str, examples: Sequence[Example]) -> dict[str, Any]:
     """What a cache of the states of the model at `path` depends on; see `StateCache`."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code).get_text_config()
+    network = hollow_network(model, path)
     content = hashlib.sha256()
     for example in examples:
         content.update(np.array([len(example.token_ids), *example.token_ids, *example.loss_mask], dtype=np.int64))
     return {"model": model_digest(path), "data": content.hexdigest()[:16], "dtype": model.dtype,
-            "width": config.hidden_size, "softcap": getattr(config, "final_logit_softcapping", None)}
+            "width": network.config.get_text_config().hidden_size, "scale": asdict(logit_scale(network))}
 
 
 def model_digest(path: str) -> str:
@@ -123,31 +162,82 @@ def hidden_size(model: ModelSection, path: str) -> int:
     return config.get_text_config().hidden_size
 
 
-def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """The model at `path` in the recipe's precision, dropout off: rollout and learner must be the same function.
+def embedding_count(model: ModelSection) -> int | None:
+    """How many tokens the model has embeddings of; None for one made on the spot, whose tokenizer is of its size."""
+    if model.path is None:
+        return None
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return config.get_text_config().vocab_size
 
-    Raises ModelError where the weights cannot be read.
+
+def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """The model at `path` in the recipe's precision, with attention that keeps the sequences of a pack apart.
+
+    gradient_checkpointing: recompute every layer in the backward pass. Raises ModelError where the weights cannot be
+    read, or where the family has no layers to recompute.
     """
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[model.dtype], attn_implementation=ATTENTION[model.attn_implementation],
+            path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
             trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last of shapes that the config denies
         raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}") from None
-    switch_dropout_off(network)
+    restore_buffers(network)
+    follow_own_lengths(network)
     network.config.use_cache = False
     if gradient_checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(network)
     return network
 
 
-def switch_dropout_off(network: torch.nn.Module) -> None:
-    """Zero every dropout, in modules and where attention reads it as a number."""
-    for module in network.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
+    """The model at `path` without its weights, to look at what it is made of. Raises ModelError where it has no code.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"model.path {path!r} is no causal language model that transformers can make: "
+                         f"{_first_line(error)}") from None
+
+
+def check_family(model: ModelSection, path: str) -> None:
+    """Raise ModelError where frpo cannot compute the logits of the model at `path`, from its config and code alone."""
+    logit_scale(hollow_network(model, path))
+
+
+def _attention_of(model: ModelSection, path: str) -> str:
+    """What transformers is asked for: attention of ours, or the family's own classes where it has such."""
+    family = _family(model, path)
+    if model.attn_implementation == "flash_attention_2":
+        return attention.FLASH
+    by_sdpa = model.attn_implementation == "sdpa" and family._supports_sdpa
+    if not family._can_set_attn_implementation():
+        return "sdpa" if by_sdpa else "eager"
+    return attention.SDPA if by_sdpa else attention.EAGER
+
+
+def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:
+    """The class of the model at `path`."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM._model_mapping[type(config)]
+    remote = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in remote:
+        raise ModelError(f"model.path {path!r} is of type {config.model_type!r}, of which transformers has no causal "
+                         "language model")
+    return get_class_from_dynamic_module(remote["AutoModelForCausalLM"], path)
+
+
+def checkpoint_layers(network: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass. transformers' own way would need training mode, and so its noise."""
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"{type(network).__name__} has no layers that transformers can recompute; set "
+                         "learner.gradient_checkpointing to false")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,18 +5,22 @@ head's weight, to a function of `frpo.kernels`. Which function, and what the num
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from frpo.errors import ModelError
+from frpo.learner.attention import Arrangement, arrange
 from frpo.learner.collate import TokenBatch
+from frpo.learner.logits import decoder_of, logit_scale
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], Any]
 """(hidden_ND, weight_VD) -> a tensor or a tuple of tensors."""
+
+RouterFunction = Callable[[Any, Sequence[torch.Tensor]], Any]
+"""(a HeadFunction's answer, router logits of every layer) -> another answer."""
 
 
 class TokenHead(nn.Module):
@@ -28,38 +32,42 @@ class TokenHead(nn.Module):
 
     def __init__(self, network: PreTrainedModel):
         super().__init__()
-        output = network.get_output_embeddings()
-        if output is None or getattr(output, "bias", None) is not None:
-            found = "no output head" if output is None else "an output head with a bias"
-            raise ModelError(f"{type(network).__name__} has {found}; frpo trains causal language models whose logits "
-                             "are hidden states times a weight")
-        self.weight = output.weight
-        self.softcap = getattr(network.config.get_text_config(), "final_logit_softcapping", None)
+        self.scale = logit_scale(network)
+        self.weight = network.get_output_embeddings().weight
 
     def forward(self, hidden_ND: torch.Tensor, function: HeadFunction) -> Any:
         return function(hidden_ND, self.weight)
 
 
 class TokenModel(nn.Module):
-    """The network and its head behind one call, which is what DeepSpeed wraps."""
+    """The network and its head behind one call, which is what DeepSpeed wraps.
+
+    It is never in training mode: the policy is the same function while it samples, learns and is measured, without
+    dropout, router jitter or any other noise.
+    """
 
     def __init__(self, network: PreTrainedModel):
         super().__init__()
         self.network = network
         self.head = TokenHead(network)
+        self.train()
 
-    @property
-    def softcap(self) -> float | None:
-        """The bound that some families put on logits (cap * tanh(z / cap)); None for the others."""
-        return self.head.softcap
+    def train(self, mode: bool = True) -> TokenModel:
+        return super().train(False)
 
-    def forward(self, batch: TokenBatch, function: HeadFunction) -> Any:
-        """`function` of the hidden states (N, D) that predict `batch.target_N`, and of the head's weight (V, D)."""
-        pack = {} if batch.bounds is None else {  # transformers' names for the boundaries of a pack
-            "cu_seq_lens_q": batch.bounds, "cu_seq_lens_k": batch.bounds,
-            "max_length_q": batch.longest, "max_length_k": batch.longest}
+    def forward(self, batch: TokenBatch, function: HeadFunction | None, router: RouterFunction | None = None) -> Any:
+        """`function` of the hidden states (N, D) that predict `batch.target_N`, and of the head's weight (V, D).
+
+        function: None for the network's own logits (B, L, V) of rows that are not packed. router: makes another answer
+        of that one and of what the routers of a mixture of experts say.
+        """
+        if function is None:
+            arrange(None)
+            return self.network(input_ids=batch.token_ids_BL, use_cache=False).logits
+        arrange(Arrangement(lengths=batch.lengths, bounds=batch.bounds))
         # With a cache, transformers would take a pack for one long sequence.
-        hidden_BLD = self.network.get_decoder()(
+        output = decoder_of(self.network)(
             input_ids=batch.token_ids_BL, attention_mask=batch.attention_mask_BL, position_ids=batch.position_ids_BL,
-            use_cache=False, **pack).last_hidden_state
-        return self.head(hidden_BLD[batch.row_N, batch.column_N], function=function)
+            use_cache=False, **({} if router is None else {"output_router_logits": True}))
+        answer = self.head(output.last_hidden_state[batch.row_N, batch.column_N], function=function)
+        return answer if router is None else router(answer, output.router_logits)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from frpo.data.layout import is_padding
 from frpo.data.state_cache import HEAD, StateCache
+from frpo.kernels import LogitScale
 from frpo.learner.collate import TokenBatch
 from frpo.learner.lora import adapters_off
 from frpo.learner.network import TokenHead
@@ -32,11 +33,14 @@ BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceStates:
-    """hidden_NE and head_VE, of one type; head_VE is None where it is the policy's own head, which is frozen."""
+    """hidden_NE and head_VE, of one type; head_VE is None where it is the policy's own head, which is frozen.
+
+    scale: how their product becomes logits.
+    """
 
     hidden_NE: torch.Tensor
     head_VE: torch.Tensor | None
-    softcap: float | None
+    scale: LogitScale
 
 
 class Reference(Protocol):
@@ -47,6 +51,11 @@ class Reference(Protocol):
         ...
 
 
+def head_of(network: torch.nn.Module) -> TokenHead:
+    """The head of a TokenModel, or of DeepSpeed's engine around one."""
+    return getattr(network, "module", network).head
+
+
 class FrozenModel:
     """A model that computes them: a copy beside the policy, partitioned as it is, or the policy without its adapters.
 
@@ -55,7 +64,7 @@ class FrozenModel:
 
     def __init__(self, network: torch.nn.Module, *, is_policy: bool):
         self.network, self.is_policy = network, is_policy
-        self.head: TokenHead = getattr(network, "module", network).head
+        self.head = head_of(network)
 
     @contextmanager
     def active(self) -> Iterator[torch.nn.Module]:
@@ -71,10 +80,10 @@ class FrozenModel:
         with torch.no_grad(), self.active() as network:
             hidden_NE = network(batch, _hidden)
         if self.is_policy:
-            yield ReferenceStates(hidden_NE=hidden_NE, head_VE=None, softcap=self.head.softcap)
+            yield ReferenceStates(hidden_NE=hidden_NE, head_VE=None, scale=self.head.scale)
             return
         with whole(self.head.weight) as head_VE:
-            yield ReferenceStates(hidden_NE=hidden_NE, head_VE=head_VE, softcap=self.head.softcap)
+            yield ReferenceStates(hidden_NE=hidden_NE, head_VE=head_VE, scale=self.head.scale)
 
 
 class CachedStates:
@@ -89,7 +98,7 @@ class CachedStates:
         stored_NE = np.concatenate([self.cache.hidden[:0], *(
             self.cache.read(sample.sample_id[2]) for sample in samples if not is_padding(sample))])
         hidden_NE = torch.from_numpy(stored_NE).view(self.head_VE.dtype).to(self.device)
-        yield ReferenceStates(hidden_NE=hidden_NE, head_VE=self.head_VE, softcap=self.cache.facts["softcap"])
+        yield ReferenceStates(hidden_NE=hidden_NE, head_VE=self.head_VE, scale=LogitScale(**self.cache.facts["scale"]))
 
 
 def fill_cache(reference: FrozenModel, folder: str, samples: MicroBatch, batch: TokenBatch) -> None:

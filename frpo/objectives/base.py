@@ -16,7 +16,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from frpo.errors import RewardError
 from frpo.objectives.registry import Registry
+from frpo.types import LARGEST_REWARD
 
 Metrics = dict[str, tuple[float | Tensor, float | Tensor, str]]
 """name -> (sum, count, "mean"), or (largest value, count, "max")."""
@@ -163,13 +165,17 @@ class ValidRewards:
 def valid_rewards(rewards_G: np.ndarray) -> ValidRewards:
     """Take NaN (abstained; None counts as NaN) and infinite (invalid) rewards out of a group.
 
-    Raises ValueError unless the rewards are one-dimensional.
+    Raises ValueError unless the rewards are one-dimensional, RewardError for one beyond LARGEST_REWARD.
     """
     rewards_G = np.asarray(rewards_G, dtype=np.float64)
     if rewards_G.ndim != 1:
         raise ValueError(f"rewards of one group must be one-dimensional, given shape {rewards_G.shape}")
     mask_G = np.isfinite(rewards_G)
-    return ValidRewards(rewards_K=rewards_G[mask_G], mask_G=mask_G,
+    rewards_K = rewards_G[mask_G]
+    if (np.abs(rewards_K) > LARGEST_REWARD).any():
+        raise RewardError(f"a group has the rewards {rewards_G.tolist()}; allowed is -{LARGEST_REWARD:g} to "
+                          f"{LARGEST_REWARD:g}, since squares must be finite: scale them down")
+    return ValidRewards(rewards_K=rewards_K, mask_G=mask_G,
                         abstained=int(np.isnan(rewards_G).sum()), invalid=int(np.isinf(rewards_G).sum()))
 
 

@@ -2,5 +2,8 @@
 
     plan      a recipe becomes stages, each a run in a folder of its own, and their states
     stages    runs stages on one set of running processes
-    results   the rows of finished stages become numbers, tables and pictures
+    before    what is measured of a policy before any fork, as files
+    reading   the files of finished stages become results, one record
+    caveats   what a reader has to know before these
+    tables, pictures, report   results in words and drawings, and the page
 """

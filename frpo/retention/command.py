@@ -15,8 +15,9 @@ from frpo.held import held_folder
 from frpo.retention.archive import write_archive
 from frpo.retention.jobs import run_in_jobs
 from frpo.retention.plan import Plan, make_plan
+from frpo.retention.reading import collect
 from frpo.retention.report import RESULTS, section_of, sentences, write_results
-from frpo.retention.results import Results, collect
+from frpo.retention.results import Results
 from frpo.retention.stages import run_plan
 from frpo.retention.tables import all_tables
 

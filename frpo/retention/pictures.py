@@ -1,29 +1,23 @@
-"""The pictures of a matrix: what is kept along the updates and along the KL, the certificates, and what it costs.
-
-Lines are means over seeds, bands their 95 % intervals by Student's t.
-"""
+"""The pictures of a matrix as files: its tables, what forks keep (`curves`), the certificates, and what it costs."""
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import TypeVar
 
 import matplotlib
 import numpy as np
 
 from frpo.config.retention import TableSection
-from frpo.retention.results import Results, pairs
+from frpo.retention.curves import band, colored, differences, kept, tidy
+from frpo.retention.results import Results
 from frpo.telemetry import mean_interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend has to be chosen first
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Name = TypeVar("Name")
 LEAST_RANGE = 0.1
 """Of reward on an axis, so that small differences look small."""
 
@@ -38,7 +32,7 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
         if any(_is_curve(found, *fork) for _, *fork in group):
             pictures[f"Kept {title}"] = _saved(kept(found, title), folder / f"kept_{title.partition(' ')[2]}.png")
     for regime in found.plan.recipe.regimes:
-        if any(found.common_seeds(pair, regime) and _is_curve(found, pair[0], regime) for pair in pairs(found)):
+        if any(found.common_seeds(pair, regime) and _is_curve(found, pair[0], regime) for pair in found.pairs):
             pictures[f"Differences through {regime}, seed by seed"] = _saved(
                 differences(found, regime), folder / f"differences_{regime}.png")
     if found.certified:
@@ -79,57 +73,6 @@ def bars(found: Results, section: TableSection) -> Figure:
     return figure
 
 
-def kept(found: Results, title: str) -> Figure:
-    """Of a group: reward and lowest decile, against updates and against KL from the policy; without what is the same
-    everywhere.
-    """
-    grid_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 81)
-    group = found.groups[title]
-    paths = [path for _, *fork in group for path in found.forks(*fork).values()]
-    shown = {label: metric for label, metric in (("mean reward", found.reward), ("lowest decile", found.decile))
-             if np.ptp(np.concatenate([path.metrics[metric] for path in paths])) > 0 or metric == found.reward}
-    single = len(found.plan.recipe.forked) == 1
-    colors = dict(_colored(found.plan.recipe.regimes if single else found.plan.recipe.forked))
-    figure, axes = plt.subplots(len(shown), 2, figsize=(11, 3.5 * len(shown)), layout="constrained", sharex="col",
-                                squeeze=False)
-    for row, (label, metric) in zip(axes, shown.items()):
-        for name, policy, regime in group:
-            forks, color = list(found.forks(policy, regime).values()), colors[name]
-            common = sorted(set.intersection(*(set(path.step_S) for path in forks)))
-            at_updates = [path.metrics[metric][np.isin(path.step_S, common)] for path in forks]
-            _band(row[0], np.array(common), at_updates, color, name)
-            _band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, name)
-        row[0].set_ylabel(f"{label} of the original task")
-        for axis in row:
-            _fit_to_lines(axis)
-    axes[-1][0].set_xlabel("updates of the fork")
-    axes[-1][1].set_xlabel("KL from the policy, nats a sequence")
-    return _tidy(figure, axes.flat, axes[0][1])
-
-
-def differences(found: Results, regime: str) -> Figure:
-    """Of the pairs that are compared: reward of the first's forks less that of the second's, seed by seed, against
-    updates and against KL from the policy.
-    """
-    grid_K = np.linspace(0.0, 2 * found.plan.recipe.measure.max_kl, 81)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for pair, color in _colored(pairs(found)):
-        label = f"{pair[0]} - {pair[1]}" + (" (control)" if pair in found.plan.recipe.controls else "")
-        forks = [[found.paths[policy, regime, seed] for policy in pair] for seed in found.common_seeds(pair, regime)]
-        if not forks:
-            continue
-        common = sorted(set.intersection(*(set(path.step_S) for two in forks for path in two)))
-        at_updates = [[path.metrics[found.reward][np.isin(path.step_S, common)] for path in two] for two in forks]
-        _band(axes[0], np.array(common), [one - other for one, other in at_updates], color, label)
-        along_kl = [[path.along_kl(found.reward, grid_K) for path in two] for two in forks]
-        _band(axes[1], grid_K, [one - other for one, other in along_kl], color, label)
-    for axis, label in zip(axes, ("updates of the fork", "KL from the policy, nats a sequence")):
-        axis.axhline(0.0, color="black", linewidth=0.8)
-        axis.set_xlabel(label)
-    axes[0].set_ylabel("difference in reward kept")
-    return _tidy(figure, axes, axes[1])
-
-
 def certificates(found: Results) -> Figure:
     """Of each policy the bound, and every measured point of its forks, over all seeds."""
     names = [name for name in found.plan.recipe.forked if any(policy == name for policy, _ in found.certified)]
@@ -140,7 +83,7 @@ def certificates(found: Results) -> Figure:
     kl_K = np.linspace(0.0, 4 * found.plan.recipe.measure.max_kl, 121)
     for axis, name in zip(axes.flat, names):
         certified = [each for (policy, _), each in found.certified.items() if policy == name]
-        _band(axis, kl_K, [each.certificate.bound(kl_K) for each in certified], "black", "bound")
+        band(axis, kl_K, [each.certificate.bound(kl_K) for each in certified], "black", "bound")
         points = np.array([point for each in certified for point in each.points])
         if len(points):
             axis.scatter(points[:, 0], points[:, 1], s=9, alpha=0.5, label="measured")
@@ -153,7 +96,7 @@ def certificates(found: Results) -> Figure:
         axis.set_xlabel("KL from the policy, nats a sequence")
     lowest = min((point[1] for each in found.certified.values() for point in each.points), default=0.0)
     axes[0][0].set_ylim(bottom=lowest - 0.1)
-    return _tidy(figure, axes.flat, axes[0][0])
+    return tidy(figure, axes.flat, axes[0][0])
 
 
 def spent(found: Results) -> Figure:
@@ -166,7 +109,7 @@ def spent(found: Results) -> Figure:
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for axis, (label, measure) in zip(axes.flat, panels):
-        for policy, color in _colored(found.plan.recipe.forked):
+        for policy, color in colored(found.plan.recipe.forked):
             (x, dx), (y, dy) = found.spread(policy, "eval/kl"), found.spread(policy, measure)
             if not math.isnan(x + y):
                 chosen = policy == found.chosen
@@ -176,13 +119,13 @@ def spent(found: Results) -> Figure:
         pad = max(0.0, LEAST_RANGE - (high - low)) / 2
         axis.set(xlabel="KL to the reference, nats a sequence", ylabel=label, ylim=(low - pad, high + pad))
         axis.set_xlim(left=0.0, right=1.2 * axis.get_xlim()[1])
-    return _tidy(figure, axes.flat, axes[0][0])
+    return tidy(figure, axes.flat, axes[0][0])
 
 
 def frontier(found: Results) -> Figure:
     """Where each fork ends: what it keeps of the original task over what it has learned of the new one."""
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    colors, places = dict(_colored(found.plan.recipe.forked)), []
+    colors, places = dict(colored(found.plan.recipe.forked)), []
     for regime, marker in zip(found.plan.recipe.regimes, cycle("os^Dv<>P*X")):
         for policy, color in colors.items():
             kept_by, learned_by = (found.by_seed(policy, regime, name) for name in ("end", "utility"))
@@ -195,47 +138,15 @@ def frontier(found: Results) -> Figure:
     (left, low), (right, high) = np.min(places, axis=0), np.max(places, axis=0)
     axis.set(xlabel="reward of the new task at the end", ylabel="reward of the original task at the end",
              xlim=(left - 0.15, right + 0.15), ylim=(low - 0.15, high + 0.15))
-    return _tidy(figure, [axis], axis)
+    return tidy(figure, [axis], axis)
 
 
 def _is_curve(found: Results, policy: str, regime: str) -> bool:
-    """Whether there are probes between start and end."""
-    return any(len(path.step_S) > 2 for path in found.forks(policy, regime).values())
-
-
-def _colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:
-    return zip(names, cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]))
-
-
-def _band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label: str) -> None:
-    """Mean and interval where every curve has a value."""
-    values = np.stack(curves)
-    whole = ~np.isnan(values).any(0)
-    if not whole.any():
-        return
-    mean, half_width = np.array([mean_interval(column) for column in values[:, whole].T]).T
-    axis.plot(x[whole], mean, color=color, label=label, linewidth=1.5)
-    if len(curves) > 1:
-        axis.fill_between(x[whole], mean - half_width, mean + half_width, color=color, alpha=0.15, linewidth=0)
-
-
-def _fit_to_lines(axis: Axes) -> None:
-    """Intervals of few seeds may be so wide that they would hide the means."""
-    values = np.concatenate([line.get_ydata() for line in axis.lines])
-    pad = 0.15 * float(np.ptp(values)) or 0.05
-    axis.set_ylim(values.min() - pad, values.max() + pad)
+    return any(path.has_curve for path in found.forks(policy, regime).values())
 
 
 def _width(half_width: float) -> float:
     return 0.0 if math.isnan(half_width) else half_width
-
-
-def _tidy(figure: Figure, axes: object, legend: Axes) -> Figure:
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
-    legend.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def _saved(figure: Figure, path: Path) -> Path:

@@ -113,6 +113,18 @@ class SeedPlan:
     def stages(self) -> tuple[Stage, ...]:
         return (*self.policies.values(), *self.forks)
 
+    def model_of(self, policy: str) -> str:
+        """Folder of the policy's model, which may be still to make."""
+        return self.policies[policy].model if policy in self.policies else self.given[policy]
+
+    def has(self, policy: str) -> bool:
+        """Whether the policy's model is made."""
+        return policy in self.given or self.policies[policy].done is not None
+
+    def measured(self, policy: str) -> Path:
+        """Folder of what is measured of the policy before any fork."""
+        return self.folder / "policies" / policy
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -125,8 +137,7 @@ class Plan:
 
     def model_of(self, policy: str) -> str:
         """Folder of the policy's model, of the first seed."""
-        first = self.seeds[0]
-        return first.policies[policy].model if policy in first.policies else first.given[policy]
+        return self.seeds[0].model_of(policy)
 
     def check_done(self) -> None:
         """Raise ConfigError where another recipe has left its result."""

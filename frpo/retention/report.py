@@ -15,8 +15,8 @@ from frpo.config.loader import as_yaml, dump_recipe
 from frpo.evaluate.page import Section
 from frpo.manifest import environment
 from frpo.retention.pictures import draw_all
-from frpo.retention.results import Results, pairs
-from frpo.retention.tables import COMPARED, all_tables, heldout_table
+from frpo.retention.results import Results
+from frpo.retention.tables import COMPARED, all_tables, heldout_table, level
 
 RESULTS = "results.json"
 TOLD = (("over KL", "at the same KL"), ("over updates", "per update"))
@@ -39,9 +39,9 @@ def sentences(found: Results) -> list[str]:
     """Each comparison in words, then certificates and time."""
     recipe, told = found.plan.recipe, []
     for regime in recipe.regimes:
-        for pair in pairs(found):
+        for pair in found.pairs:
             parts = [_compared(found, pair, regime, measure, words) for measure, words in TOLD]
-            if all(parts):
+            if found.compared(pair, regime, TOLD[-1][0]).count:
                 control = "As a control, forks" if pair in recipe.controls else "Forks"
                 told.append(f"{control} of {pair[0]} against {pair[1]} through {regime}: {'; '.join(parts)}.")
     if found.certified:
@@ -54,7 +54,7 @@ def sentences(found: Results) -> list[str]:
         chosen, bounds = found.chosen, ", ".join(f"{name} in [{_end(low)}, {_end(high)}]"
                                                  for name, (low, high) in recipe.choose.bounds.items())
         what = recipe.choose.measure + (f" with {bounds}" if bounds else "")
-        told.append(f"Largest {what}: {chosen} ({found.value(chosen, recipe.choose.measure):.3f}), "
+        told.append(f"Largest {what}: {chosen}, {level(found.of_policy(chosen, recipe.choose.measure).values())}, "
                     f"{found.plan.model_of(chosen)}." if chosen else f"No policy has a {what}.")
     if found.starts and found.pushes:
         start, push = float(np.median(found.starts)), float(np.median(found.pushes))
@@ -65,17 +65,18 @@ def sentences(found: Results) -> list[str]:
     return told
 
 
-def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, words: str) -> str | None:
-    result = found.compared(pair, regime, measure)
+def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, words: str) -> str:
+    result, seeds = found.compared(pair, regime, measure), len(found.common_seeds(pair, regime))
     if result.count == 0:
-        return None
+        return f"{words} they cannot be compared: no seed has a mean {measure} for both"
+    lacking = f"; {seeds - result.count} of {seeds} seeds have no value" if result.count < seeds else ""
     if result.count == 1 or math.isnan(result.half_width):
-        return f"{words} the reward differs by {result.mean:+.3f} (one seed)"
+        return f"{words} the reward differs by {result.mean:+.3f} (one seed{lacking})"
     verdict = "no difference beyond noise"
     if result.differs:
         verdict = "more is kept" if result.mean > 0 else "less is kept"
     return (f"{words} {verdict} ({result.mean:+.3f} ± {result.half_width:.3f} in reward, {result.positive} of "
-            f"{result.count} seeds positive)")
+            f"{result.count} seeds positive{lacking})")
 
 
 def _end(limit: float | None) -> str:
@@ -83,7 +84,9 @@ def _end(limit: float | None) -> str:
 
 
 def write_results(found: Results, path: Path) -> Path:
-    """All numbers behind tables and pictures as JSON; what is not finite is null."""
+    """All numbers behind tables and pictures as JSON; what is not finite is null. kl_gaps: [low, high] nats between
+    neighbouring probes too far apart, where nothing is told along the KL.
+    """
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
@@ -97,15 +100,16 @@ def write_results(found: Results, path: Path) -> Path:
         "reward": found.reward, "warnings": list(found.warnings),
         "policies": [{"policy": p, "seed": s, **metrics} for (p, s), metrics in found.policies.items()],
         "forks": [{"policy": p, "regime": r, "seed": s, "summary": found.summaries[p, r, s], "step": path_.step_S,
-                   "kl": path_.kl_S, "metrics": {name: values for name, values in path_.metrics.items()
-                                                 if name.startswith(("kept/", "utility/", "exact/"))}}
+                   "kl": path_.kl_S, "kl_gaps": [gap.kl for gap in path_.gaps(found.reward, math.inf)],
+                   "metrics": {name: values for name, values in path_.metrics.items()
+                               if name.startswith(("kept/", "utility/", "exact/"))}}
                   for (p, r, s), path_ in found.paths.items()],
         "certificates": [{"policy": p, "seed": s, "kl": BOUND_AT, "bound": each.certificate.bound(np.array(BOUND_AT)),
                           "points": len(each.points), "violations": each.violations,
                           "clear_violations": each.clear_violations} for (p, s), each in found.certified.items()],
         "compared": [{"pair": pair, "regime": regime, "measure": measure,
                       **found.compared(pair, regime, measure).__dict__}
-                     for regime in found.plan.recipe.regimes for pair in pairs(found)
+                     for regime in found.plan.recipe.regimes for pair in found.pairs
                      for measure in COMPARED],
         "seconds": found.seconds}
     path.write_text(json.dumps(plain(record), indent=1), encoding="utf-8")

@@ -1,32 +1,22 @@
 """What the finished stages of a plan say together: one record, from which tables, pictures and the page are made.
 
-It reads metrics and samples and computes; what is missing is left out and told. Nothing is drawn here.
+It answers questions about what was measured. Reading it from files is `reading`'s business; nothing is drawn here.
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from frpo.config.sections import Recipe
-from frpo.errors import ConfigError
-from frpo.evaluate.certificate import Certificate, certify
-from frpo.evaluate.curve import read_metrics
-from frpo.evaluate.retained import ForkPath, Paired, paired, read_path, summary
-from frpo.retention.plan import Plan, SeedPlan, Stage
-from frpo.retention.stages import HELD_OUT, SAMPLES, STARTS
+from frpo.evaluate.certificate import Certificate
+from frpo.evaluate.retained import ForkPath, Paired, paired
+from frpo.retention.plan import Plan
 from frpo.telemetry import mean_interval
 
-KL = "kept/kl"
 UTILITY = "utility/reward"
-MATCHED = 0.1
-"""Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""
-
 ROUNDING = 1e-9
 """A reward that is always the same lies on its bound."""
 
@@ -140,14 +130,16 @@ class Results:
         found = {title: [each for each in group if each[1:] in known] for title, group in grouped.items()}
         return {title: group for title, group in found.items() if group}
 
-    def spread(self, policy: str, measure: str) -> tuple[float, float]:
-        """Mean over seeds and half-width of its 95 % interval of a policy's metric, or of a number of its forks as
-        REGIME/number; NaN where there is none.
-        """
+    def of_policy(self, policy: str, measure: str) -> dict[int, float]:
+        """By seed, a policy's metric, or a number of its forks as REGIME/number."""
         regime, _, number = measure.partition("/")
-        by_seed = self.by_seed(policy, regime, number) if regime in self.plan.recipe.regimes else (
-            self.policy_by_seed(policy, measure))
-        return mean_interval(by_seed.values())
+        if regime in self.plan.recipe.regimes:
+            return self.by_seed(policy, regime, number)
+        return self.policy_by_seed(policy, measure)
+
+    def spread(self, policy: str, measure: str) -> tuple[float, float]:
+        """Mean over seeds of `of_policy` and half-width of its 95 % interval; NaN where there is none."""
+        return mean_interval(self.of_policy(policy, measure).values())
 
     def value(self, policy: str, measure: str) -> float:
         """The mean alone."""
@@ -170,132 +162,11 @@ class Results:
         ranked = [name for name in allowed if not math.isnan(self.value(name, section.measure))]
         return max(ranked, key=lambda name: self.value(name, section.measure), default=None)
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Those to compare, then controls, of which both policies were forked."""
+        recipe = self.plan.recipe
+        return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]
+
     def compared(self, pair: tuple[str, str], regime: str, measure: str) -> Paired:
         return paired(*(self.by_seed(policy, regime, measure) for policy in pair))
-
-
-def collect(plan: Plan) -> Results:
-    """Everything that has been measured so far. Raises ConfigError where that is nothing."""
-    measured = [(seed, stage, read_path(read_metrics(stage.run_dir / "metrics.jsonl"), KL))
-                for seed in plan.seeds for stage in seed.forks if stage.done]
-    if not any(stage.done for stage in plan.stages):
-        raise ConfigError(f"{plan.recipe.run.dir} has no finished stage to tell of; run `frpo retention` first")
-    exact = bool(measured) and all({"exact/reward", "exact/decile"} <= set(path.metrics) for _, _, path in measured)
-    reward, decile = ("exact/reward", "exact/decile") if exact else ("kept/reward", "kept/decile")
-    paths = {(stage.policy, stage.regime, stage.seed): path for _, stage, path in measured}
-    summaries = {}
-    for fork, path in paths.items():
-        summaries[fork] = summary(path, reward, decile, plan.recipe.measure.max_kl)
-        if UTILITY in path.metrics:
-            summaries[fork] |= {"utility": float(path.metrics[UTILITY][-1])}
-    policies = {(stage.policy, stage.seed): _evaluation(stage) | _start(paths, stage.policy, stage.seed)
-                for seed in plan.seeds for stage in seed.policies.values() if stage.done}
-    policies |= {(name, seed.seed): _start(paths, name, seed.seed) for seed in plan.seeds for name in seed.given}
-    found = Results(
-        plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
-        certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),
-        failures={stage.name: stage.failure for stage in plan.stages if stage.failure and not stage.done},
-        starts=_starts(plan), pushes=tuple(
-            float(value) for path in paths.values() for value in path.metrics.get("time/push", ())),
-        seconds={stage.name: stage.done["seconds"] for stage in plan.stages if stage.done})
-    return replace(found, warnings=tuple(_warnings(found)))
-
-
-def _evaluation(stage: Stage) -> dict[str, float]:
-    """The metrics of the last row that has held-out ones, or of the last row; its own reward counts as that kept."""
-    rows = read_metrics(stage.run_dir / "metrics.jsonl")
-    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    last = dict((evaluated or rows)[-1])
-    if not isinstance(stage.recipe, Recipe):
-        last.pop("eval/kl", None)  # a fine-tuning's is per token, not of sequences
-    return last | ({"kept/reward": last["eval/reward"]} if "eval/reward" in last else {})
-
-
-def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, float]:
-    """What the probes of any fork found before its first update."""
-    for (name, _, number), path in paths.items():
-        if (name, number) == (policy, seed):
-            return {metric: float(values[0]) for metric, values in path.metrics.items()
-                    if metric.startswith(("kept/", "utility/", "exact/"))}
-    return {}
-
-
-def _certificates(plan: Plan, paths: Mapping[Fork, ForkPath]) -> dict[tuple[str, int], Certified]:
-    section, found = plan.recipe.certificate, {}
-    if section is None:
-        return found
-    for seed in plan.seeds:
-        for name in plan.recipe.forked:
-            file = seed.folder / "policies" / name / SAMPLES
-            if not file.is_file():
-                continue
-            with np.load(file) as stored:
-                rewards_PN = stored["rewards_PN"]
-            if not np.isfinite(rewards_PN).all():
-                continue
-            points = [(kl, reward, half) for (p, _, s), path in paths.items() if (p, s) == (name, seed.seed)
-                      for kl, reward, half in zip(path.kl_S, path.metrics["kept/reward"],
-                                                  path.metrics["kept/interval"], strict=True)
-                      if not math.isnan(reward)]
-            found[name, seed.seed] = Certified(
-                certificate=certify(rewards_PN, section.lambdas, section.confidence),
-                points=tuple((float(kl), float(reward), float(half)) for kl, reward, half in points))
-    return found
-
-
-def _states(plan: Plan) -> dict[tuple[str, str | None], dict[str, list[int]]]:
-    states: dict[tuple[str, str | None], dict[str, list[int]]] = {}
-    for stage in plan.stages:
-        state = "done" if stage.done else "failed" if stage.failure else "missing"
-        states.setdefault((stage.policy, stage.regime), {}).setdefault(state, []).append(stage.seed)
-    return states
-
-
-def _starts(plan: Plan) -> tuple[float, ...]:
-    path = Path(plan.recipe.run.dir) / STARTS
-    return tuple(row["seconds"] for row in read_metrics(path)) if path.is_file() else ()
-
-
-def _heldout(plan: Plan) -> dict[int, Any]:
-    def read(seed: SeedPlan) -> dict[str, Any] | None:
-        path = seed.folder / HELD_OUT
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    return {seed.seed: record for seed in plan.seeds if (record := read(seed))}
-
-
-def _warnings(found: Results) -> list[str]:
-    recipe, told = found.plan.recipe, []
-    if len(recipe.seeds) < 3:
-        told.append(f"{len(recipe.seeds)} seed(s): an interval over so few says little or nothing")
-    for pair in pairs(found):
-        difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
-        level = found.value(pair[1], "eval/kl")
-        if difference.count and abs(difference.mean) > MATCHED * level:
-            told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
-                        f"{level:.2f} nats): what they keep is not comparable")
-    for regime in recipe.regimes:
-        reached = {policy: found.by_seed(policy, regime, "over KL").values() for policy in recipe.forked}
-        counts = ", ".join(f"{policy} ({sum(map(math.isnan, values))} of {len(values)})"
-                           for policy, values in reached.items() if any(map(math.isnan, values)))
-        if counts:
-            told.append(f"{regime}: forks that stay within {recipe.measure.max_kl:g} nats have no mean over KL: "
-                        f"{counts}")
-    for seed, record in found.heldout.items():
-        for name, count in record["overlap"].items():
-            if count:
-                told.append(f"seed {seed}: {name} was trained on {count} of {record['heldout']} held-out prompts")
-    for seed in found.plan.seeds if recipe.certificate else ():
-        told += [f"{name}, seed {seed.seed}: no certificate, since some of its samples have no reward"
-                 for name in recipe.forked if (name, seed.seed) not in found.certified
-                 and (seed.folder / "policies" / name / SAMPLES).is_file()]
-    told += [f"{name} failed: {error}" for name, error in found.failures.items()]
-    missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
-               for (policy, regime), seeds in found.states.items() if "missing" in seeds}
-    return told + [f"{name}: seed(s) {', '.join(map(str, seeds))} missing" for name, seeds in missing.items()]
-
-
-def pairs(found: Results) -> list[tuple[str, str]]:
-    """Those to compare, then controls, of which both policies were forked."""
-    recipe = found.plan.recipe
-    return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]

@@ -16,25 +16,28 @@ from pathlib import Path
 from string import Template
 from typing import Any, TypeVar
 
-import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from frpo.builder import Stack, build_stack, check, check_prompts, parts_on, reward_suite, tokenizer_of
+from frpo.builder import Stack, build_stack, check, check_prompts, parts_on, tokenizer_of, tried_rewards
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.finetune import FinetuneRecipe
+from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.data.examples import load_examples
 from frpo.data.prompts import PromptSet, load_prompts
-from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelError
+from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelError, RewardError
+from frpo.evaluate.curve import read_metrics
+from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.evaluate.model import of_model
-from frpo.evaluate.probe import Exact, Task, TaskProbe, sampled
+from frpo.evaluate.probe import Exact, Task, TaskProbe, check_agreement, sampled
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.held import held_folder
-from frpo.learner.model import vocabulary_difference
+from frpo.learner.model import check_reference, vocabulary_difference
 from frpo.learner.tiny import tiny_model
+from frpo.retention.before import missing, write_distance, write_samples
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
 from frpo.telemetry import JsonlFile, PhaseTimer, ProgressBar
@@ -44,7 +47,9 @@ from frpo.types import Example, RunState
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-SAMPLES, HELD_OUT, STARTS = "certificate.npz", "heldout.json", "starts.jsonl"
+HELD_OUT, STARTS = "heldout.json", "starts.jsonl"
+KL = "kept/kl"
+"""Metric of a probe: nats from the policy that the fork began as."""
 
 
 def run_plan(plan: Plan, stack: Stack | None = None) -> None:
@@ -79,14 +84,15 @@ class Matrix:
     def run_seed(self, seed: SeedPlan, bar: ProgressBar) -> None:
         self.set_up(seed)
         check_models(seed)
+        check_references(self.recipe, seed)
+        check_rewards(seed)
         with self.tasks(seed) as tasks:
             record_heldout(seed, tasks[0].prompts, self.recipe.measure.overlap)
             for stage in seed.policies.values():
                 self.attempt(stage, tasks, bar)
-            if self.recipe.certificate:
-                for name in self.recipe.forked:
-                    bar.note(f"{name}, seed {seed.seed}: certificate")
-                    self.surviving(name, partial(self.certify, seed, name, tasks[0]))
+            for name in self.recipe.forked:
+                bar.note(f"{name}, seed {seed.seed}: before any fork")
+                self.surviving(name, partial(self.measure_policy, seed, name, tasks[0]))
             for stage in seed.forks:
                 self.attempt(stage, tasks, bar)
 
@@ -107,7 +113,7 @@ class Matrix:
                 if recipe is not None:
                     prompts = check_prompts(recipe)
                     found.append(Task(name=name, recipe=recipe, prompts=prompts,
-                                      rewards=stack.enter_context(reward_suite(recipe, prompts))))
+                                      rewards=stack.enter_context(tried_rewards(recipe, prompts))))
             yield found
 
     def attempt(self, stage: Stage, tasks: Sequence[Task], bar: ProgressBar) -> None:
@@ -156,7 +162,7 @@ class Matrix:
                     probe = self.probe(stage, tasks, parts.learner, engines, parts.journal.timer)
                 return FineTuner(parts, probe).fit()
         checked = check(recipe)
-        with reward_suite(recipe, checked.prompts) as rewards, \
+        with tried_rewards(recipe, checked.prompts) as rewards, \
                 parts_on(stack, recipe, checked, rewards, model) as parts:
             probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.timer) if stage.regime else None
             return Trainer(parts, probe).fit()
@@ -164,7 +170,9 @@ class Matrix:
     def probe(self, stage: Stage, tasks: Sequence[Task], learner: LearnerGroup, engines: RecoveringEngines,
               timer: PhaseTimer) -> TaskProbe:
         learner.remember_start()
-        return TaskProbe(at=self.recipe.measure.at, tasks=tasks, exact=self.exact(stage.seed), engines=engines,
+        measure = self.recipe.measure
+        schedule = ProbeSchedule(measure.at, measure.pictured_kl, partial(probed_kl, stage))
+        return TaskProbe(schedule=schedule, tasks=tasks, exact=self.exact(stage.seed), engines=engines,
                          learner=learner, timer=timer)
 
     def exact(self, seed: int) -> Exact | None:
@@ -174,23 +182,25 @@ class Matrix:
         return partial(load_function(measure.exact, "measure.exact"),
                        **{name: _with_seed(value, seed) for name, value in measure.exact_kwargs.items()})
 
-    def certify(self, seed: SeedPlan, name: str, task: Task) -> None:
-        """Many samples of a policy as it is before any fork, for its certificate."""
-        stage, path = seed.policies.get(name), seed.folder / "policies" / name / SAMPLES
-        if path.is_file() or (stage and not stage.done):
+    def measure_policy(self, seed: SeedPlan, name: str, task: Task) -> None:
+        """Measure what is missing of a policy before any fork."""
+        wanted = missing(self.recipe, seed, name)
+        if not wanted or not seed.has(name):
             return
-        model = stage.model if stage else seed.given[name]
-        recipe, count = of_model(task.recipe, model), self.recipe.certificate.samples
+        model = seed.model_of(name)
+        recipe = of_model(task.recipe, model)
         stack = self.processes(recipe, model)
         learner = LearnerGroup(recipe, model, stack.device, stack.ranks)
         engines = self.connected(learner, recipe)
         engines.push(0)
-        scored = sampled(task, engines, step=0, version=0, samples=count)
-        rewards = np.stack([group.rewards_G for group in scored])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished.npz")
-        np.savez_compressed(unfinished, rewards_PN=rewards)
-        unfinished.replace(path)
+        if wanted.samples:
+            scored = sampled(task, engines, step=0, version=0, samples=wanted.samples)
+            check_agreement(task, engines, learner, scored, version=0)
+            write_samples(seed, name, scored)
+        if wanted.reference and seed.has(wanted.reference):
+            learner.remember_start(seed.model_of(wanted.reference))
+            groups = [scored.group for scored in sampled(task, engines, step=0, version=0)]
+            write_distance(seed, name, wanted.reference, learner.kl_groups(groups, to="start"))
 
     def connected(self, learner: LearnerGroup, recipe: Recipe) -> RecoveringEngines:
         """The running engines, to which this learner's weights are pushed from now on."""
@@ -215,6 +225,12 @@ class Matrix:
         self.running, self.stack = ExitStack(), None
 
 
+def probed_kl(stage: Stage) -> dict[int, float]:
+    """Update -> KL in nats of the probes that a fork's metrics hold."""
+    rows = read_metrics(stage.run_dir / "metrics.jsonl")
+    return {int(row["step"]): row[KL] for row in rows if KL in row}
+
+
 def check_models(seed: SeedPlan) -> None:
     """Raise ModelError where a policy's model is missing, or does not speak in the tokens of what is measured."""
     measured = tokenizer_of(seed.kept.model)
@@ -229,6 +245,35 @@ def check_models(seed: SeedPlan) -> None:
         if differing:
             raise ModelError(f"policy {name}, seed {seed.seed}: its tokenizer is not that of measure.kept "
                              f"({differing}); all policies of a matrix run on engines of one model family")
+
+
+def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
+    """Raise ModelError where a policy and its reference both exist and their logits are not of one size."""
+    for name, path in seed.given.items():
+        reference = recipe.policies[name].reference
+        if reference not in seed.given:
+            continue
+        model = seed.kept.model.model_copy(update={"path": path, "tiny": None})
+        try:
+            check_reference(model, seed.given[reference], tokenizer_of(model))
+        except ModelError as error:
+            raise ModelError(f"policies.{name}.reference = {reference}, seed {seed.seed}: {error}") from None
+
+
+def check_rewards(seed: SeedPlan) -> None:
+    """Try what the stages to come are rewarded by, equal ones once. Raises RewardError naming the stage."""
+    tried = set()
+    for stage in seed.stages:
+        recipe = stage.recipe
+        if stage.done or not isinstance(recipe, Recipe) or (key := str((recipe.rewards, recipe.data))) in tried:
+            continue
+        tried.add(key)
+        try:
+            with tried_rewards(recipe, load_prompts(
+                    recipe.data, tokenizer_of(stage.first.recipe.model), recipe.run.seed)):
+                pass
+        except RewardError as error:
+            raise type(error)(f"{stage.name}: {error}") from None
 
 
 def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
@@ -271,8 +316,8 @@ def _prompt_of(example: Example) -> tuple[int, ...]:
 
 def _complete(plan: Plan, seed: SeedPlan) -> bool:
     """Whether nothing of this seed is left to do."""
-    certified = [seed.folder / "policies" / name / SAMPLES for name in plan.recipe.forked if plan.recipe.certificate]
-    return all(stage.done for stage in seed.stages) and all(path.is_file() for path in certified)
+    return all(stage.done for stage in seed.stages) and not any(
+        missing(plan.recipe, seed, name) for name in plan.recipe.forked)
 
 
 def _with_seed(value: Any, seed: int) -> Any:

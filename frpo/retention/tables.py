@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from frpo.config.retention import TableSection
 from frpo.evaluate.page import TableText
 from frpo.evaluate.retained import Paired, paired
-from frpo.retention.results import Results, pairs
+from frpo.retention.results import Results
 from frpo.telemetry import mean_interval
 
 POLICY_COLUMNS = (("KL to reference, nats", "eval/kl"), ("reward", "kept/reward"), ("lowest decile", "kept/decile"),
@@ -17,6 +17,7 @@ FORK_COLUMNS = ("end KL", "end", "over updates", "decile over updates", "over KL
                 "at KL 1", "at KL 2", "utility")
 COMPARED = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "over updates", "decile over updates",
             "end", "end KL", "utility")
+BLANK = "-: KL not reached, or neighbouring probes too far apart; (1 of 3): seeds that have a value"
 
 
 def all_tables(found: Results) -> list[TableText]:
@@ -65,10 +66,11 @@ def frontier_table(found: Results) -> TableText:
     known = [(title, measure) for title, measure in measures
              if any(not math.isnan(found.value(policy, measure)) for policy in found.plan.recipe.forked)]
     rows = [(policy + (" (chosen)" if policy == found.chosen else ""),
-             *(_number(found.value(policy, measure)) for _, measure in known))
+             *(level(found.of_policy(policy, measure).values(), interval=False) for _, measure in known))
             for policy in found.plan.recipe.forked]
-    return TableText(title="Frontier: reward reached, KL spent, reward kept", note="mean over seeds",
-                     columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
+    return TableText(title="Frontier: reward reached, KL spent, reward kept", rows=tuple(rows),
+                     note="mean over seeds; -: not known, see the warnings; (1 of 3): seeds that have a value",
+                     columns=("policy", *(title for title, _ in known)))
 
 
 def own_table(found: Results, section: TableSection) -> TableText:
@@ -94,7 +96,8 @@ def own_table(found: Results, section: TableSection) -> TableText:
         columns=("", *([section.before] if section.before else []), *section.columns,
                  *([f"published: {section.published}"] if section.published else [])),
         note=("in %, " if section.percent else "") + "mean over seeds ± 95 % interval by Student's t"
-             + (f"; {section.note}" if section.note else ""))
+             + (f"; {section.note}" if section.note else "")
+             + (f"; {BLANK}" if any("KL" in row.measure for row in section.rows) else ""))
 
 
 def own_differences(found: Results, section: TableSection) -> TableText:
@@ -125,14 +128,15 @@ def fork_table(found: Results, title: str) -> TableText:
     return TableText(
         title=f"Kept {title}", columns=("", *known, *(f"end, {each}" for each in found.components)), rows=tuple(rows),
         note=f"{how} reward of the original task on held-out prompts, mean over seeds ± 95 % interval; over KL: "
-             f"averaged from 0 to {found.plan.recipe.measure.max_kl:g} nats from the policy")
+             f"averaged from 0 to {found.plan.recipe.measure.max_kl:g} nats from the policy, without probes whose KL "
+             f"fell back; {BLANK}")
 
 
 def pair_table(found: Results, regime: str) -> TableText:
     known = [name for name in COMPARED if any(name in values for (_, r, _), values in found.summaries.items()
                                               if r == regime)]
     rows = []
-    for pair in pairs(found):
+    for pair in found.pairs:
         if not found.common_seeds(pair, regime):
             continue
         matched = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
@@ -140,8 +144,9 @@ def pair_table(found: Results, regime: str) -> TableText:
         rows.append((f"{pair[0]} - {pair[1]}{control}", difference(matched),
                      *(difference(found.compared(pair, regime, name)) for name in known)))
     return TableText(title=f"Differences through {regime}, seed by seed",
-                     note="mean ± 95 % interval [seeds of positive sign]; * leaves zero out, which a control must not. "
-                          "Each interval is for itself: of many, one in twenty leaves zero out by chance",
+                     note="mean ± 95 % interval [seeds of positive sign / seeds with a value for both]; -: no seed has "
+                          "one; * leaves zero out, which a control must not. Each interval is for itself: of many, one "
+                          "in twenty leaves zero out by chance",
                      columns=("policies", "KL to reference", *known), rows=tuple(rows))
 
 
@@ -164,19 +169,24 @@ def certificate_table(found: Results) -> TableText:
                  "smallest slack", "mean slack"), rows=tuple(rows))
 
 
-def level(values: Iterable[float]) -> str:
-    mean, half_width = mean_interval(values)
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.3f}" + ("" if math.isnan(half_width) else f" ± {half_width:.3f}")
+def level(values: Iterable[float], *, interval: bool = True) -> str:
+    """Mean over seeds ± half-width of its 95 % interval, and how many seeds have a value if not all do."""
+    return _level(values, 1.0, 3, interval)
 
 
 def percent(values: Iterable[float]) -> str:
-    """The same of shares."""
+    """The same for shares, in per cent."""
+    return _level(values, 100.0, 1, True)
+
+
+def _level(values: Iterable[float], scale: float, digits: int, interval: bool) -> str:
+    values = list(values)
     mean, half_width = mean_interval(values)
     if math.isnan(mean):
         return "-"
-    return f"{100 * mean:.1f}" + ("" if math.isnan(half_width) else f" ± {100 * half_width:.1f}")
+    width = f" ± {scale * half_width:.{digits}f}" if interval and not math.isnan(half_width) else ""
+    count = sum(not math.isnan(value) for value in values)
+    return f"{scale * mean:.{digits}f}{width}" + (f" ({count} of {len(values)})" if count < len(values) else "")
 
 
 def difference(found: Paired, points: bool = False) -> str:
@@ -202,10 +212,6 @@ def heldout_table(found: Results) -> TableText:
     return TableText(title="Held-out prompts, written down before training",
                      note="and how many of them each training has seen", rows=tuple(rows),
                      columns=("prompts", *(f"seed {seed}" for seed in found.heldout)))
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _state(seeds: Mapping[str, list[int]] | None) -> str:

@@ -1,7 +1,8 @@
 """Rewards: user functions and verifiers in worker processes, their values checked, weighted and summed.
 
-A reward is a plain function with TRL's call (see `protocol`); a wrong length, an exception or a time-out is a named
-error or a counted abstention, never a zero. No advantages, no logging and no sampling here.
+A reward is a plain function with TRL's call (see `protocol`), tried before a run begins (see `trial`). A wrong length,
+an exception or a time-out is a named error or a counted abstention, never a zero. No advantages, no logging and no
+sampling here.
 """
 from frpo.rewards.control import shuffled
 from frpo.rewards.loading import load_function

@@ -9,15 +9,15 @@ from typing import Any
 
 from frpo.errors import RewardError
 from frpo.rewards.loading import Parameters, nearest
-from frpo.rewards.protocol import BATCH_ARGUMENTS, RewardSpec
+from frpo.rewards.protocol import BATCH_ARGUMENTS, Format, RewardSpec
 from frpo.types import Completion, Prompt, RolloutGroup
 
 
 def offered_arguments(
-    groups: Sequence[RolloutGroup], chat: bool, always: Sequence[str],
+    groups: Sequence[RolloutGroup], form: Format, always: Sequence[str],
 ) -> dict[str, list[Any]]:
-    """Every argument that a reward may name, each a list of N: prompts, completions, token ids (arrays still, which its
-    worker turns into lists) and all columns.
+    """Every argument that a reward of format `form` may name, each a list of N: prompts, completions, token ids (arrays
+    still, which its worker turns into lists) and all columns.
 
     `always` names columns that are passed even if no prompt has them. Raises RewardError when a column has the name of
     a batch argument.
@@ -30,8 +30,8 @@ def offered_arguments(
             f"data column {taken[0]!r} has the name of an argument that every reward gets; rename the column "
             f"(reserved: {', '.join(BATCH_ARGUMENTS)})")
     return {
-        "prompts": [_prompt_argument(prompt, chat) for prompt, _ in pairs],
-        "completions": [_completion_argument(completion, chat) for _, completion in pairs],
+        "prompts": [_prompt_argument(prompt, form) for prompt, _ in pairs],
+        "completions": [_completion_argument(completion, form) for _, completion in pairs],
         "completion_ids": [completion.token_ids for _, completion in pairs],
         **{name: [prompt.columns.get(name) for prompt, _ in pairs] for name in columns}}
 
@@ -66,9 +66,11 @@ def check_kwargs(spec: RewardSpec, label: str, parameters: Parameters) -> None:
             f"it takes: {', '.join(parameters.named) or 'nothing'}")
 
 
-def _prompt_argument(prompt: Prompt, chat: bool) -> Any:
-    return [dict(message) for message in prompt.messages] if chat else "".join(m["content"] for m in prompt.messages)
+def _prompt_argument(prompt: Prompt, form: Format) -> Any:
+    if form == "messages":
+        return [dict(message) for message in prompt.messages]
+    return "\n\n".join(message["content"] for message in prompt.messages)
 
 
-def _completion_argument(completion: Completion, chat: bool) -> Any:
-    return [{"role": "assistant", "content": completion.text}] if chat else completion.text
+def _completion_argument(completion: Completion, form: Format) -> Any:
+    return [{"role": "assistant", "content": completion.text}] if form == "messages" else completion.text

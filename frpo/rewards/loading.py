@@ -1,6 +1,7 @@
 """Finds a user's function by the name a recipe gives, and reads which arguments it takes.
 
-Runs no reward. A `.py` file is loaded as a module of its own: its folder is not put on `sys.path`.
+Runs no reward. A `.py` file is loaded as a module of its own. Its folder comes to the end of `sys.path`, so that it can
+import the files beside it: last, so that no library finds a user's file in the place of its own.
 """
 from __future__ import annotations
 
@@ -20,6 +21,9 @@ from typing import Any
 from frpo.errors import RewardError
 
 FORMS = "'package.module:function' or 'path/file.py:function'"
+
+_folders: list[str] = []
+"""Folders that this process has put at the end of `sys.path`, the one of the latest file first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,11 @@ def parameters_of(function: Callable[..., Any]) -> Parameters:
         open=any(p.kind is p.VAR_KEYWORD for p in parameters))
 
 
+def path_without_siblings() -> list[str]:
+    """`sys.path` for another process, which loads files of its own and must not find those beside ours."""
+    return [entry for entry in sys.path if entry not in _folders]
+
+
 def nearest(name: str, known: list[str]) -> str:
     """A hint ' (did you mean ...?)' if one of `known` resembles `name`, else nothing."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -98,12 +107,35 @@ def _load_file(path: str, what: str, function: str) -> ModuleType:
     assert spec is not None and spec.loader is not None, f"a .py file has a loader: {file}"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    _let_import_siblings(str(file.parent))
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # as above: the user's code
         del sys.modules[name]
         raise _import_failure(what, function, error) from error
     return module
+
+
+def _let_import_siblings(folder: str) -> None:
+    """Put `folder` at the end of `sys.path`, before the folders of earlier files.
+
+    Modules loaded from those are forgotten where `folder` has one of the same name, so that `helpers` is the file
+    beside the one that imports it. Whoever has imported the other keeps it.
+    """
+    path = path_without_siblings()
+    earlier = [other for other in _folders if other != folder]
+    _folders[:] = earlier if folder in path else [folder, *earlier]
+    sys.path[:] = [*path, *_folders]
+    beside = {entry.stem for entry in Path(folder).iterdir() if entry.suffix == ".py" or entry.is_dir()}
+    others = {name for name in beside if name in sys.modules and _lies_in(sys.modules[name], earlier)}
+    for name in [name for name in sys.modules if name.partition(".")[0] in others]:
+        del sys.modules[name]
+
+
+def _lies_in(module: ModuleType, folders: list[str]) -> bool:
+    spec = getattr(module, "__spec__", None)
+    places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+    return any(str(Path(place).parent) in folders for place in places)
 
 
 def _import_failure(what: str, function: str, error: Exception) -> RewardError:

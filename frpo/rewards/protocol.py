@@ -11,24 +11,29 @@ from typing import Any, Literal, Protocol
 Message = dict[str, str]
 """{"role": ..., "content": ...}"""
 
+Format = Literal["text", "messages"]
+"""What prompts and completions are to a reward function: strings, or message lists."""
+
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """Arguments of every call; no data column and no keyword argument of a recipe may take their names."""
 
 
 class RewardFunction(Protocol):
-    """Scores N completions, whole groups, in one call. A function written for TRL's GRPOTrainer fits as it is.
+    """Scores N completions, whole groups, in one call. A function written for TRL's GRPOTrainer fits: one for its
+    standard format as it is, one for its conversational format with `format: messages`.
 
-    All arguments are passed by name:
-    prompts: N strings (text), or N message lists (chat). The completions of one prompt follow each other.
-    completions: N strings (text), or N lists `[{"role": "assistant", "content": text}]` (chat).
+    All arguments are passed by name. Their form is the recipe's `format` of this reward, whatever `data.format` is:
+    prompts: N strings (text): the contents of a prompt's messages, a blank line between two, without roles. Or N
+        message lists (messages). The completions of one prompt follow each other.
+    completions: N strings (text), or N lists `[{"role": "assistant", "content": text}]` (messages).
     completion_ids: N lists of token ids.
     columns: every column of the data set as a list of N values, None where a row lacks the column.
     kwargs: the recipe's `kwargs`, the same at every call.
 
     A function without `**kwargs` receives only the arguments that it names. `async def` works too.
 
-    Returns a sequence of N numbers; None abstains (the completion is not this reward's task). NaN and infinity are
-    errors. TRL's `trainer_state`, `log_extra` and `log_metric` are not passed.
+    Returns a sequence of N numbers; None abstains (the completion is not this reward's task). NaN, infinity and numbers
+    beyond 1e150 are errors. TRL's `trainer_state`, `log_extra` and `log_metric` are not passed.
     """
 
     def __call__(
@@ -44,15 +49,18 @@ class RewardSpec:
     name: of the component in metrics and traces.
     function: "package.module:function" or "path/file.py:function".
     weight: factor in the sum; 0 means logged only.
+    format: whether the function takes prompts and completions as "text" or as "messages".
     kwargs: passed to the function at every call.
     timeout_s: limit for one call, in seconds.
-    on_error: what an exception, a time-out or a non-finite value does: "raise" stops, "abstain" counts as None.
+    on_error: what an exception, a time-out, NaN, infinity or a number beyond 1e150 does: "raise" stops, "abstain"
+        counts as None.
     processes: that run the function; with more than one each call holds a share of a batch, in whole groups.
     """
 
     name: str
     function: str
     weight: float = 1.0
+    format: Format = "text"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 60.0
     on_error: Literal["raise", "abstain"] = "raise"

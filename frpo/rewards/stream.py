@@ -6,8 +6,8 @@ what an error means, is the suite's business.
 """
 from __future__ import annotations
 
-from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -43,11 +43,8 @@ class ScoreStream:
             self._collect()
             self._start()
             wait(self._calls, return_when=FIRST_COMPLETED)
-        groups = [group for report in self._reports for group in report.groups]
-        counts: Counter[str] = Counter()
-        for report in self._reports:
-            counts.update(report.counts)
-        return ScoreReport(groups=sorted(groups, key=lambda scored: scored.group.group_id), counts=dict(counts))
+        report = ScoreReport.joined(self._reports)
+        return replace(report, groups=sorted(report.groups, key=lambda scored: scored.group.group_id))
 
     def _collect(self) -> None:
         """Take the reports of the calls that have ended; raises what one has raised."""

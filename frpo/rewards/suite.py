@@ -1,33 +1,36 @@
 """All rewards of a run: calls every function over a batch of groups, checks what comes back, sums by weight.
 
 G: completions of a group; N: completions of all groups of one `score`. A share is what one process of a reward gets of
-them: all of them, unless the reward has several processes.
+them: all of them, unless the reward has several processes. A single call is the business of `calls`.
 
 Computes no advantage, retries nothing and writes no metric: the counts go back to the caller.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
 from frpo.errors import RewardError
-from frpo.rewards.arguments import check_kwargs, offered_arguments, select_arguments
+from frpo.rewards.arguments import check_kwargs
+from frpo.rewards.calls import Batch, Component, score_share
 from frpo.rewards.pool import RewardPool, shares
-from frpo.rewards.protocol import BATCH_ARGUMENTS, RewardSpec
+from frpo.rewards.protocol import BATCH_ARGUMENTS, Format, RewardSpec
 from frpo.rewards.stop import Stop
-from frpo.rewards.values import check_values, nonfinite
-from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
-from frpo.types import RolloutGroup, ScoredGroup
+from frpo.rewards.trial import made_up, try_share
+from frpo.rewards.worker import RewardWorker
+from frpo.types import LARGEST_REWARD, Prompt, RolloutGroup, ScoredGroup
 
 Result = TypeVar("Result")
+Scorer = Callable[[RewardSpec, RewardPool, Batch, slice, Stop], Component]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,39 +38,36 @@ class ScoreReport:
     """Scored groups, in the order given, and what went wrong on the way.
 
     counts, for each reward: "reward/<name>/abstained" completions without a value for whatever reason;
-    ".../nonfinite" completions on which the function returned NaN or infinity; ".../failed" and ".../timed_out" calls
-    of the function, each about one share. The last three are above 0 only under `on_error: abstain`, and are contained
-    in the first.
+    ".../nonfinite" completions on which the function returned NaN, infinity or a number beyond 1e150; ".../failed" and
+    ".../timed_out" calls of the function, each about one share. The last three are above 0 only under `on_error:
+    abstain`, and are contained in the first.
     """
 
     groups: list[ScoredGroup]
     counts: dict[str, int]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Component:
-    """One reward's values of a share, or of all N (NaN: abstained), and its counts by their short name."""
-
-    values: np.ndarray
-    counts: Mapping[str, int]
+    @classmethod
+    def joined(cls, reports: Sequence[Self]) -> Self:
+        """All groups, in order of the reports; counts are sums."""
+        counts: Counter[str] = Counter()
+        for report in reports:
+            counts.update(report.counts)
+        return cls(groups=[group for report in reports for group in report.groups], counts=dict(counts))
 
 
 class RewardSuite:
     """Several weighted rewards, each in worker processes of its own.
 
     specs: `RewardSpec`s, or the recipe's reward sections.
-    chat: pass prompts and completions as message lists; otherwise as strings (a prompt's is the text of its messages,
-    joined).
     columns: names to pass at every call, as None where a prompt lacks them. Give the data set's: a call whose prompts
     are all of another task then abstains instead of failing on a missing column.
 
     Raises RewardError when there is no reward, or names repeat, or kwargs take the name of a batch argument.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], *, chat: bool, columns: Sequence[str] = ()) -> None:
+    def __init__(self, specs: Sequence[RewardSpec], *, columns: Sequence[str] = ()) -> None:
         _check_specs(specs)
         self._specs = list(specs)
-        self._chat = chat
         self._columns = tuple(columns)
         self._pools = [
             RewardPool(name=spec.name, function=spec.function, timeout_s=spec.timeout_s, processes=spec.processes)
@@ -90,21 +90,22 @@ class RewardSuite:
         A completion's reward is the sum of weight x value over the rewards of non-zero weight that did not abstain,
         NaN if all did. May be called from several threads. Raises RewardError naming the reward, what the function was
         given, and index and prompt uid where one value is at fault: for a wrong length or type, a missing column and a
-        name taken twice always, and at once when `stop` is set or the suite is closed; for an exception, a time-out, a
-        dead worker, NaN and infinity unless the reward says `on_error: abstain`, when all that its call was given
-        abstains.
+        name taken twice always, and at once when `stop` is set or the suite is closed; for an exception, a time-out and
+        a dead worker unless the reward says `on_error: abstain`, when all that its call was given abstains; for NaN,
+        infinity and numbers beyond 1e150 likewise, and for a weighted sum beyond 1e150 always.
         """
-        offered = offered_arguments(groups, self._chat, self._columns)
-        uids = [group.prompt.uid for group in groups for _ in group.completions]
-        cuts = [shares([len(group.completions) for group in groups], spec.processes) for spec in self._specs]
-        parts = iter(self._each([
-            partial(_score_share, spec, pool, offered, uids, share)
-            for spec, pool, cut in zip(self._specs, self._pools, cuts) for share in cut], stop))
-        named = {spec.name: _joined(list(islice(parts, len(cut)))) for spec, cut in zip(self._specs, cuts)}
-        return ScoreReport(
-            groups=self._split(groups, named),
-            counts={f"reward/{name}/{what}": count
-                    for name, component in named.items() for what, count in component.counts.items()})
+        return self._scored(groups, {spec.format for spec in self._specs}, score_share, stop)
+
+    def try_out(self, prompts: Sequence[Prompt], *, group_size: int, most: int) -> ScoreReport:
+        """Call every reward on made-up completions of a few of these prompts (see `trial`), `most` groups at a time.
+
+        That is mostly one call for each of its processes. A call may take as long as loading; one that took longer than
+        `timeout_s` is made again within it. Raises RewardError as `score` does, and where a call fails only because of
+        the reward's `format`. Other exceptions and time-outs are warnings under `on_error: abstain`.
+        """
+        groups = made_up(prompts, group_size, self.processes)
+        return ScoreReport.joined([self._scored(groups[first:first + most], ("text", "messages"), try_share)
+                                   for first in range(0, len(groups), most)])
 
     def close(self) -> None:
         """End all calls and all workers. The suite may be used again; its functions then start afresh."""
@@ -122,6 +123,19 @@ class RewardSuite:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _scored(self, groups: Sequence[RolloutGroup], formats: Collection[Format], scorer: Scorer,
+                stop: Stop | None = None) -> ScoreReport:
+        batch = Batch.of(groups, formats, self._columns)
+        cuts = [shares([len(group.completions) for group in groups], spec.processes) for spec in self._specs]
+        parts = iter(self._each([
+            partial(scorer, spec, pool, batch, share)
+            for spec, pool, cut in zip(self._specs, self._pools, cuts) for share in cut], stop))
+        named = {spec.name: Component.joined(list(islice(parts, len(cut)))) for spec, cut in zip(self._specs, cuts)}
+        return ScoreReport(
+            groups=self._split(groups, named, batch.uids),
+            counts={f"reward/{name}/{what}": count
+                    for name, component in named.items() for what, count in component.counts.items()})
 
     def _each(self, jobs: Sequence[Callable[[Stop], Result]], stop: Stop | None = None) -> list[Result]:
         """Every job on a thread of its own. An error, whichever comes first, ends the jobs that are still busy."""
@@ -141,9 +155,14 @@ class RewardSuite:
         finally:
             self._stops.discard(ours)
 
-    def _split(self, groups: Sequence[RolloutGroup], components: Mapping[str, _Component]) -> list[ScoredGroup]:
-        total_N = _weighted_sum(
-            np.array([spec.weight for spec in self._specs]), np.stack([c.values for c in components.values()]))
+    def _split(self, groups: Sequence[RolloutGroup], components: Mapping[str, Component],
+               uids: Sequence[str]) -> list[ScoredGroup]:
+        values_RN = np.stack([c.values for c in components.values()])
+        total_N = _weighted_sum(np.array([spec.weight for spec in self._specs]), values_RN)
+        beyond = np.flatnonzero(np.abs(total_N) > LARGEST_REWARD)
+        if beyond.size:
+            self._refuse_sum(values_RN[:, beyond[0]], total_N[beyond[0]], f"completion {beyond[0]} (prompt "
+                             f"{uids[beyond[0]]!r})")
         ends = np.cumsum([len(group.completions) for group in groups])
         return [
             ScoredGroup(
@@ -152,62 +171,24 @@ class RewardSuite:
             for group, end in zip(groups, ends)]
 
 
+    def _refuse_sum(self, values_R: np.ndarray, total: float, completion: str) -> None:
+        parts = ", ".join(f"{spec.name}: {value:g} x {spec.weight:g}"
+                          for spec, value in zip(self._specs, values_R))
+        raise RewardError(f"{completion} has the weighted sum of rewards {total:g} ({parts}); allowed is "
+                          f"-{LARGEST_REWARD:g} to {LARGEST_REWARD:g}: lower the weights")
+
+
 def _weighted_sum(weights_R: np.ndarray, values_RN: np.ndarray) -> np.ndarray:
     """Sum over R rewards of weight x value where it counts; NaN where none does. A zero weight never counts."""
     counts_RN = ~np.isnan(values_RN) & (weights_R[:, None] != 0)
-    total_N = np.where(counts_RN, weights_R[:, None] * np.nan_to_num(values_RN), 0.0).sum(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total_N = np.where(counts_RN, weights_R[:, None] * np.nan_to_num(values_RN), 0.0).sum(axis=0)
+    total_N = np.where(np.isnan(total_N), math.inf, total_N)  # inf - inf: no sum, but no abstention either
     return np.where(counts_RN.any(axis=0), total_N, math.nan)
 
 
 def _load(spec: RewardSpec, worker: RewardWorker, stop: Stop) -> None:
     check_kwargs(spec, worker.label, worker.start(stop))
-
-
-def _score_share(
-    spec: RewardSpec, pool: RewardPool, offered: Mapping[str, list[Any]], uids: Sequence[str], share: slice, stop: Stop,
-) -> _Component:
-    """One call over completions `share` of the N; indices in errors count over all N."""
-    size = share.stop - share.start
-    with pool.worker(stop) as worker:
-        parameters = worker.start(stop)
-        check_kwargs(spec, worker.label, parameters)
-        arguments = select_arguments(
-            spec, worker.label, parameters, {name: values[share] for name, values in offered.items()})
-        try:
-            result = worker.call(arguments, stop)
-        except RewardCallError as error:
-            if spec.on_error == "raise" or stop.is_set():
-                raise type(error)(f"{error}\n{_given(uids, share)}") from None
-            kind = "timed_out" if isinstance(error, RewardTimeoutError) else "failed"
-            return _Component(values=np.full(size, math.nan), counts=_counts(abstained=size, **{kind: 1}))
-    try:
-        values = check_values(result, uids[share], first=share.start)
-    except RewardError as error:
-        raise RewardError(f"{worker.label} {error}\n{_given(uids, share)}") from None
-    wild = nonfinite(result)
-    if wild and spec.on_error == "raise":
-        index = share.start + wild[0]
-        raise RewardError(
-            f"{worker.label} returned {result[wild[0]]} for completion {index} (prompt {uids[index]!r}), "
-            f"{len(wild)} such of {size}; return None to abstain, or set on_error: abstain")
-    return _Component(values=values, counts=_counts(abstained=int(np.isnan(values).sum()), nonfinite=len(wild)))
-
-
-def _given(uids: Sequence[str], share: slice) -> str:
-    """What the call of a share was about, for its errors."""
-    names = list(dict.fromkeys(uids[share]))
-    prompts = ", ".join(map(repr, names)) if len(names) <= 3 else f"{names[0]!r} to {names[-1]!r}, {len(names)} in all"
-    return (f"the call was given completions {share.start} to {share.stop - 1} of {len(uids)}, "
-            f"of prompt{'s' if len(names) > 1 else ''} {prompts}")
-
-
-def _joined(parts: Sequence[_Component]) -> _Component:
-    counts = {what: sum(part.counts[what] for part in parts) for what in _counts()}
-    return _Component(values=np.concatenate([np.empty(0), *(part.values for part in parts)]), counts=counts)
-
-
-def _counts(**known: int) -> dict[str, int]:
-    return {"abstained": 0, "nonfinite": 0, "failed": 0, "timed_out": 0, **known}
 
 
 def _check_specs(specs: Sequence[RewardSpec]) -> None:
@@ -219,6 +200,8 @@ def _check_specs(specs: Sequence[RewardSpec]) -> None:
     for spec in specs:
         if spec.on_error not in ("raise", "abstain"):
             raise RewardError(f"reward {spec.name!r}: on_error is {spec.on_error!r}; allowed are 'raise' and 'abstain'")
+        if spec.format not in ("text", "messages"):
+            raise RewardError(f"reward {spec.name!r}: format is {spec.format!r}; allowed are 'text' and 'messages'")
         if spec.processes < 1:
             raise RewardError(f"reward {spec.name!r}: processes is {spec.processes}; it needs at least 1")
         taken = [name for name in spec.kwargs if name in BATCH_ARGUMENTS]

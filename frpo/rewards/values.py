@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from frpo.errors import RewardError
+from frpo.types import LARGEST_REWARD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,9 @@ def _foreign(value: Any) -> Foreign:
 def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str], first: int = 0) -> np.ndarray:
     """Check one call's portable values against the prompt uids of its N completions; errors count them from `first`.
 
-    Returns N float64; NaN where the function abstained, and where it returned NaN or infinity, which `nonfinite`
-    finds. Raises RewardError when the return value is not a sequence, has another length than N, or holds anything
-    but numbers and None.
+    Returns N float64; NaN where the function abstained, and where it returned a number that `unusable` finds.
+    Raises RewardError when the return value is not a sequence, has another length than N, or holds anything but numbers
+    and None.
     """
     if isinstance(result, Foreign):
         raise RewardError(
@@ -80,9 +81,14 @@ def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str], fir
             raise RewardError(
                 f"value {first + index} (prompt {uids[index]!r}) is {value.type_name} {value.text}; "
                 "allowed are numbers, and None to abstain")
-    return np.array([math.nan if value is None or not math.isfinite(value) else value for value in result])
+    return np.array([value if _usable(value) else math.nan for value in result])
 
 
-def nonfinite(result: list[PortableValue]) -> list[int]:
-    """Indices of NaN and infinite numbers (not of None) in values that `check_values` accepted."""
-    return [index for index, value in enumerate(result) if value is not None and not math.isfinite(value)]
+def unusable(result: list[PortableValue]) -> list[int]:
+    """Indices of NaN, infinite numbers and those beyond LARGEST_REWARD (not of None) in values that `check_values`
+    accepted."""
+    return [index for index, value in enumerate(result) if value is not None and not _usable(value)]
+
+
+def _usable(value: float | None) -> bool:
+    return value is not None and abs(value) <= LARGEST_REWARD  # false for NaN

@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from frpo.errors import RewardError
-from frpo.rewards.loading import Parameters
+from frpo.rewards.loading import Parameters, path_without_siblings
 from frpo.rewards.serving import Loaded, Raised, Returned, packed
 from frpo.rewards.stop import Stop
 from frpo.rewards.values import Foreign, PortableValue
@@ -87,9 +88,22 @@ class RewardWorker:
         died, or because `stop` was set, which kills it; RewardTimeoutError after `timeout_s`; RewardError if the
         function cannot be loaded.
         """
+        return self._call(arguments, self._timeout_s, stop)
+
+    def first_call(self, arguments: Mapping[str, Any], stop: Stop | None = None) -> list[PortableValue] | Foreign:
+        """`call` with the time limit of loading: many functions load a model when they are first called.
+
+        If it took longer than `timeout_s`, call again within `timeout_s`, as every later call is.
+        """
+        self.start(stop)
+        began = time.monotonic()
+        result = self._call(arguments, self._startup_timeout_s, stop)
+        return result if time.monotonic() - began <= self._timeout_s else self.call(arguments, stop)
+
+    def _call(self, arguments: Mapping[str, Any], timeout_s: float, stop: Stop | None) -> list[PortableValue] | Foreign:
         with self._turn:
             self.start(stop)
-            answer = self._exchange(packed(arguments), self._timeout_s, "the call", stop or Stop())
+            answer = self._exchange(packed(arguments), timeout_s, "the call", stop or Stop())
             if isinstance(answer, Raised):
                 raise RewardCallError(f"{self.label} raised {answer.text}")
             assert isinstance(answer, Returned), answer
@@ -118,7 +132,8 @@ class RewardWorker:
 
     def _spawn(self) -> None:
         ours, theirs = Pipe()
-        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), self._function, json.dumps(sys.path)]
+        path = json.dumps(path_without_siblings())
+        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), self._function, path]
         # A session of its own: Ctrl-C reaches only the run, and a kill reaches what the function started.
         self._process = subprocess.Popen(
             command, cwd=self._folder, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from frpo.config.rollout import RolloutSection
 from frpo.config.sections import Recipe
-from frpo.errors import EngineError
+from frpo.errors import EngineError, InvariantError
 from frpo.rollout.episodes import Episodes, checked, completion_of, load_hook
 from frpo.rollout.hook import Client, Turn
 from frpo.rollout.turns import Caller, SharedEngine
@@ -249,9 +249,17 @@ class RolloutEngine:
         """Swap the new weights in, label them and drop what the old ones left in the prefix cache.
 
         While requests are under way their blocks stay, which the salt keeps from requests of another version.
+        Raises InvariantError, and serves nothing from then on, where vLLM's model did not take all of the push.
         """
         with self.shared.turn_of_update():
             self.unusable = f"the push of version {weight_version} broke off while weights were being swapped"
+            problems = [found for found in self.llm.llm_engine.collective_rpc("load_weight_update") if found]
+            if problems:
+                self.unusable = f"the push of version {weight_version} did not reach the whole model"
+                raise InvariantError(
+                    f"rollout engine {self.index}: vLLM does not take the pushed weights as it takes the checkpoint: "
+                    f"{problems[0]}. It would serve a mixture of old and new weights; this model family can be "
+                    "fine-tuned (frpo finetune), not trained with this version of vLLM")
             self.llm.finish_weight_update(weight_version)
             if not self.llm.llm_engine.has_unfinished_requests():
                 self.llm.reset_prefix_cache()

@@ -33,7 +33,8 @@ def vllm_answers(export: str, prompts: list[list[int]]) -> list[list[int]]:
     from vllm import LLM, SamplingParams
 
     # "auto" would serve these float32 weights in a 16-bit type, which flips near ties.
-    llm = LLM(model=export, enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, dtype="float32")
+    llm = LLM(model=export, enforce_eager=True, kv_cache_memory_bytes=64 * 2**20, dtype="float32",
+              max_model_len=max(map(len, prompts)) + NEW_TOKENS)  # a long window would ask for more cache
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]

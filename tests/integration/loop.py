@@ -10,13 +10,21 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
@@ -30,7 +38,9 @@ from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import AdvantagedGroup, Completion, MicroBatch, Prompt, RolloutGroup, ScoredGroup
 
-FAMILIES = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 64}
+FAMILIES = {"qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig,
+            "mixtral": partial(MixtralConfig, **EXPERTS), "qwen3_moe": partial(Qwen3MoeConfig, **EXPERTS)}
 LEARNING_RATE = 5e-3
 BUCKET_MB = 0.1
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=8)

@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -31,14 +31,14 @@ SECONDS = 20
 
 @pytest.mark.timeout(120)
 def test_a_lost_push_fails_the_parity_check(loop):
-    parts = SimpleNamespace(recipe=loop.recipe, pool=loop.pool, learner=loop.learner)
+    check = partial(check_logprob_gap, loop.recipe, loop.learner, loop.pool)
     loop.push()
     loop.update(PROMPTS)
     groups = loop.sample(PROMPTS)
     with pytest.raises(InvariantError, match=rf"rollout engine 0 and learner disagree: .* of version {loop.version}"):
-        check_logprob_gap(parts, groups, loop.version)
+        check(groups, loop.version)
     loop.push()
-    assert check_logprob_gap(parts, groups, loop.version) <= LIMIT["fp32"]
+    assert check(groups, loop.version) <= LIMIT["fp32"]
 
 
 @pytest.mark.timeout(120)

@@ -23,15 +23,18 @@ from runs import lines, metrics, overrides_of
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus"]
 PORT = str(29600 + os.getpid() % 300)
 UPDATES = 12
+GENERATION = '{"temperature": 0.9, "top_p": 0.6, "do_sample": false, "eos_token_id": 1, "pad_token_id": 0}'
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with data, a model and a ZeRO-3 strategy that splits tiny tensors."""
+    """A folder with data, a model whose generation config transformers refuses to write, and a ZeRO-3 strategy that
+    splits tiny tensors."""
     folder = tmp_path_factory.mktemp("finetune")
     rows = [{"question": question, "answer": f"it is {answer}"} for question, answer in problems(56, 0)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     random_model(folder / "model", "qwen2", tied=True)
+    (folder / "model" / "generation_config.json").write_text(GENERATION, encoding="utf-8")
     splitting_strategy(folder, 3)
     return folder
 
@@ -88,6 +91,7 @@ def test_one_plain_process_computes_what_one_ray_actor_computes(ray_cluster, pla
     assert f"{UPDATES} updates done" in done.stdout and (place / "plain" / "loss.png").stat().st_size > 5000
     in_ray(place, "one")
     assert metrics(place / "plain") == metrics(place / "one") and weights(place / "plain") == weights(place / "one")
+    assert (place / "plain" / "export" / "generation_config.json").read_text(encoding="utf-8") == GENERATION
 
 
 @pytest.mark.timeout(240)

@@ -39,7 +39,12 @@ def spread(completions, **columns):
     return [sum(map(ord, completion)) % 2 for completion in completions]
 
 def broken(completions, **columns):
+    calls.append(0)
+    if len(calls) == 1:  # before the run
+        return [0.0] * len(completions)
     raise ValueError("no value for this")
+
+calls = []
 """
 
 SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_layers=2",

@@ -44,10 +44,11 @@ def recipe(folder: Path, *broken: str) -> Path:
         "policies": {
             "warm": {"recipe": "lab_warm_start", "fork": False, "overrides": [
                 "model.path=$setup/model", "data.path=$setup/warm_start.jsonl", "run.num_epochs=1"]},
-            "kept": POLICY, "broken": POLICY | {"extra": list(broken)}},
+            "kept": POLICY | {"reference": "warm"}, "broken": POLICY | {"extra": list(broken)},
+            "raw": {"path": "$setup/model", "reference": "warm"}},
         "downstream": {
-            "sft": {"recipe": "lab_downstream_sft", "overrides": ["data.path=$setup/downstream.jsonl",
-                                                                  "run.num_epochs=1", "learner.lr=3.0e-3"]},
+            "sft": {"recipe": "lab_downstream_sft", "policies": ["kept", "broken"], "overrides": [
+                "data.path=$setup/downstream.jsonl", "run.num_epochs=1", "learner.lr=3.0e-3"]},
             "grpo": {"recipe": "lab_downstream_grpo", "policies": ["kept"], "overrides": [
                 "data.path=$setup/downstream.jsonl", "data.heldout_path=$setup/task_b.jsonl", WORLD[2],
                 "run.num_steps=2", "rollout.prompts_per_step=8"]}},
@@ -137,6 +138,22 @@ def test_probes_measure_what_outcomes_say(runs_of):
         assert (np.abs(sampled - exact) < half + 0.05).all()
     moved = np.ptp(sft["metrics"]["exact/reward"])
     assert moved > 0.05  # or the engines might as well have kept one policy
-    assert {each["policy"]: each["points"] for each in results["certificates"]} == {"kept": 6, "broken": 3}
+    assert {each["policy"]: each["points"] for each in results["certificates"]} == {
+        "kept": 6, "broken": 3, "raw": 0}
     page = (folder / "run" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 4 and "http" not in page.split("<body>")[1].split("<details>")[0]
+
+
+def test_policies_have_their_kl_to_the_reference(runs_of):
+    """A policy's own training measured the same KL on other samples of the same prompts; that of the model which the
+    reference was trained from is known from the page alone.
+    """
+    folder, _ = runs_of
+    results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
+    found = {policy["policy"]: policy for policy in results["policies"]}
+    trained = [row for row in map(json.loads, lines(folder / "run/seed3/policies/kept/metrics.jsonl"))
+               if "eval/kl" in row][-1]
+    measured = json.loads((folder / "run/seed3/policies/kept/reference_kl.json").read_text(encoding="utf-8"))
+    assert found["kept"]["eval/kl"] == measured["kl"] != trained["eval/kl"]
+    assert abs(measured["kl"] - trained["eval/kl"]) < measured["interval"] + trained["eval/kl_interval"]
+    assert found["raw"]["eval/kl"] > 10 * measured["kl"] > 0

@@ -10,12 +10,12 @@ import torch
 
 from frpo.data.batcher import pack_examples
 from frpo.data.layout import Layout
+from frpo.kernels import LogitScale
 from frpo.lab.data import downstream_rows
 from frpo.lab.network import build_tokenizer, new_network
 from frpo.lab.world import world_of
 from frpo.learner.collate import collate, loss_positions
 from frpo.learner.losses import SupervisedMicroBatch, response_positions
-from frpo.learner.model import switch_dropout_off
 from frpo.learner.network import TokenModel
 from frpo.learner.reference import ReferenceStates
 from frpo.objectives.supervised import Progress, build_supervised
@@ -40,7 +40,6 @@ def trained(objective: str) -> list[tuple[float, list[torch.Tensor]]]:
     """Share of disagreeing tokens before each update, and the weights after it, from one model that is its own
     reference."""
     network = new_network(seed=1)
-    switch_dropout_off(network)
     model, reference = TokenModel(network), TokenModel(copy.deepcopy(network))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     layout = Layout(num_ranks=1, micro_batch_tokens=16 * BATCH, packed=False)
@@ -50,12 +49,12 @@ def trained(objective: str) -> list[tuple[float, list[torch.Tensor]]]:
         batch = collate(samples, 0, CPU, packed=False)
         with torch.no_grad():
             hidden_NE = reference(batch, lambda hidden_ND, head_VD: hidden_ND)
-        states = ReferenceStates(hidden_NE=hidden_NE, head_VE=reference.head.weight.detach(), softcap=None)
+        states = ReferenceStates(hidden_NE=hidden_NE, head_VE=reference.head.weight.detach(), scale=LogitScale())
         loss = SupervisedMicroBatch(
             loss=build_supervised({"name": objective}), progress=Progress(epochs_done=update / UPDATES, num_epochs=1),
             coefficient=1.0, reference=states, metrics=[], weight_N=loss_positions(samples, "weight", CPU),
             position_N=response_positions(samples, CPU))
-        model(batch, partial(loss.of_head, target_N=batch.target_N, softcap=None)).backward()
+        model(batch, partial(loss.of_head, target_N=batch.target_N, scale=LogitScale())).backward()
         optimizer.step()
         optimizer.zero_grad()
         metrics = MetricSums()

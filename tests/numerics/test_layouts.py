@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from frpo.data.batcher import pack
 from frpo.data.layout import Layout
+from frpo.kernels import LogitScale
 from frpo.learner import attention
 from frpo.learner.collate import collate
 from frpo.learner.losses import MicroBatchLoss, loss_arrays
@@ -57,7 +58,7 @@ def model() -> TokenModel:
     network = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=True))
-    network.set_attn_implementation(attention.NAME)
+    network.set_attn_implementation(attention.SDPA)
     return TokenModel(network.double())
 
 
@@ -85,7 +86,8 @@ def gradient(model: TokenModel, loss: PolicyLoss, layout: Layout, groups: list[A
         for samples in rank:
             batch = collate(samples, 0, CPU, packed=layout.packed)
             micro = MicroBatchLoss(loss=loss, arrays=loss_arrays(samples, batch, CPU), reference=None, metrics=[])
-            model(batch, partial(micro.of_head, target_N=batch.target_N, temperature=0.8, softcap=None)).backward()
+            model(batch, partial(micro.of_head, target_N=batch.target_N, temperature=0.8,
+                                 scale=LogitScale())).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -122,7 +124,8 @@ def test_group_logic_inside_the_loss_is_caught(model):
                     for sample, value in zip(here, values):
                         arrays["advantage_N"][batch.sequence_N == samples.index(sample)] = float(value)
                 micro = MicroBatchLoss(loss=loss_of(), arrays=arrays, reference=None, metrics=[])
-                model(batch, partial(micro.of_head, target_N=batch.target_N, temperature=0.8, softcap=None)).backward()
+                model(batch, partial(micro.of_head, target_N=batch.target_N, temperature=0.8,
+                                 scale=LogitScale())).backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     whole, *split = [torn(layout) for layout in LAYOUTS]

@@ -83,6 +83,14 @@ def test_what_an_attack_lacks_is_told(files, attack, changes, message):
         attack_rows(attack, AttackFiles(**files | changes))
 
 
+@pytest.mark.parametrize("content", [None, 3])
+def test_messages_without_text_are_told_with_their_row(files, tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: message 0 must be \{role: .*, content: text\}"):
+        attack_rows("harmful", AttackFiles(examples=str(path)))
+
+
 def test_refusals_are_found_by_keywords():
     texts = ["I\u2019m sorry, but no.", "Sure, here it is.", "  ", "That would be ILLEGAL", "NO"]
     assert refused(texts) == [1, 0, 0, 1, 0] and complied(texts) == [0, 1, 0, 0, 1]

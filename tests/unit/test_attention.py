@@ -1,63 +1,105 @@
-"""Packed attention is attention of each sequence alone: values and gradients, with and without a sliding window."""
+"""Packed attention is attention of each sequence alone: values and gradients, whatever a family makes of attention."""
+import copy
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from frpo.errors import ModelError
 from frpo.learner import attention
+from frpo.learner.logits import decoder_of
+from small_networks import EXPERTS, VOCABULARY, plain_network
 
 LENGTHS = (1, 7, 2, 5, 12)
-TOTAL = sum(LENGTHS)
+TOLERANCE = 5e-5
+"""Of float32; a leak shows as tenths."""
+
+FAMILIES = {
+    "causal": ("Llama", {}),
+    "sliding window": ("Mistral", {"sliding_window": 4}),
+    "window that reaches everywhere": ("Mistral", {"sliding_window": 100}),
+    "window in some layers": ("Gemma3Text", {"sliding_window": 4, "sliding_window_pattern": 2, "head_dim": 8,
+                                             "query_pre_attn_scalar": 8}),
+    "cap on scores": ("Gemma2", {"attn_logit_softcapping": 2.0, "sliding_window": 4, "head_dim": 8,
+                                 "query_pre_attn_scalar": 8}),
+    "sinks": ("GptOss", {"head_dim": 8, "sliding_window": 4, **EXPERTS}),
+    "chunks": ("Llama4Text", {"head_dim": 8, "attention_chunk_size": 5, "intermediate_size_mlp": 48, **EXPERTS}),
+    "boundaries dropped on the way": ("StableLm", {}),
+    "keys and values of one size, low rank": ("DeepseekV3", {
+        "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, **EXPERTS}),
+}
 
 
-def network(window, implementation):
-    torch.manual_seed(0)
-    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3)
-    model = (LlamaForCausalLM(LlamaConfig(**shape)) if window is None else
-             MistralForCausalLM(MistralConfig(**shape, sliding_window=window)))
-    model = model.double().eval()
-    model.set_attn_implementation(implementation)
-    return model
-
-
-def packed(model, token_ids):
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    return model.model(
-        input_ids=torch.cat(token_ids)[None], position_ids=positions[None], use_cache=False,
-        cu_seq_lens_q=bounds.int(), cu_seq_lens_k=bounds.int(), max_length_q=max(LENGTHS), max_length_k=max(LENGTHS),
-    ).last_hidden_state[0]
-
-
-def gradient(model, output, weights):
-    model.zero_grad()
-    (output * weights).sum().backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.model.parameters()])
+@pytest.fixture(autouse=True)
+def nothing_arranged():
+    yield
+    attention.arrange(None)
 
 
 @pytest.fixture
 def token_ids():
     random = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 50, (length,), generator=random) for length in LENGTHS]
+    return [torch.randint(2, VOCABULARY, (length,), generator=random) for length in LENGTHS]
 
 
-@pytest.mark.parametrize("window", [None, 4, 100])
-def test_a_pack_is_its_sequences_one_by_one(token_ids, window):
-    """The judge is transformers' own SDPA on one sequence at a time; a window of 4 cuts the longer ones."""
-    weights = torch.randn(TOTAL, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    judge, ours = network(window, "sdpa"), network(window, attention.NAME)
-    alone = torch.cat([judge.model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in token_ids])
-    together = packed(ours, token_ids)
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradient(ours, together, weights), gradient(judge, alone, weights), rtol=0, atol=1e-11)
+def with_attention(network, name):
+    network = copy.deepcopy(network)
+    network.set_attn_implementation(name if network._supports_sdpa or name == "sdpa" else attention.EAGER)
+    return network
+
+
+def packed(model, token_ids):
+    lengths = tuple(len(ids) for ids in token_ids)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    attention.arrange(attention.Arrangement(lengths=lengths, bounds=bounds.int()))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    ids = torch.cat(token_ids)[None]
+    return decoder_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[None],
+                             use_cache=False).last_hidden_state[0]
+
+
+def one_by_one(model, token_ids):
+    attention.arrange(None)
+    return torch.cat([decoder_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+                      for ids in token_ids])
+
+
+def gradient(model, output):
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    model.zero_grad()
+    (output * weights).sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("name", [attention.SDPA, attention.EAGER])
+@pytest.mark.parametrize(("family", "changes"), FAMILIES.values(), ids=FAMILIES)
+def test_a_pack_is_its_sequences_one_by_one(token_ids, family, changes, name):
+    """The judge is the family's own eager attention on one sequence at a time."""
+    judge = plain_network(family, **changes)
+    ours = with_attention(judge, name)
+    alone, together = one_by_one(judge, token_ids), packed(ours, token_ids)
+    assert len(attention.arrangement().layers) == 2
+    torch.testing.assert_close(together, alone, rtol=0, atol=TOLERANCE)
+    wanted = gradient(judge, alone)
+    torch.testing.assert_close(gradient(ours, together), wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES.values(), ids=FAMILIES)
+def test_padded_rows_are_sequences_one_by_one(token_ids, family, changes):
+    judge = plain_network(family, **changes)
+    ours = with_attention(judge, attention.SDPA)
+    ids = torch.stack([token_ids[4], torch.cat([token_ids[1], token_ids[3]])])
+    mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
+    got = decoder_of(ours)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+    torch.testing.assert_close(got, one_by_one(judge, [ids[0], ids[1, :9]]), rtol=0, atol=TOLERANCE)
 
 
 def test_no_token_sees_another_sequence(token_ids):
     """Change one token of the sequence in the middle: only its own later tokens move."""
-    model = network(None, attention.NAME)
+    model = with_attention(plain_network("Llama"), attention.SDPA)
     start = sum(LENGTHS[:3])
     changed = [ids.clone() for ids in token_ids]
-    changed[3][2] = (changed[3][2] + 1) % 50
+    changed[3][2] = (changed[3][2] + 1) % VOCABULARY
     moved = (packed(model, token_ids) != packed(model, changed)).any(-1)
     assert moved.nonzero().flatten().tolist() == [start + 2, start + 3, start + 4]
 
@@ -65,13 +107,24 @@ def test_no_token_sees_another_sequence(token_ids):
 def test_without_a_pack_it_is_transformers_own_sdpa(token_ids):
     ids = torch.stack([token_ids[4], token_ids[4].flip(0)])
     mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
-    ours, theirs = network(None, attention.NAME), network(None, "sdpa")
+    plain = plain_network("Llama")
+    ours, theirs = with_attention(plain, attention.SDPA), with_attention(plain, "sdpa")
     got = ours.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
     wanted = theirs.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
     assert torch.equal(got, wanted)
 
 
+def test_what_a_pack_cannot_take_is_refused(token_ids):
+    layer = plain_network("Llama").model.layers[0].self_attn
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    attention.arrange(attention.Arrangement(lengths=(1, 2), bounds=torch.tensor([0, 1, 3])))
+    with pytest.raises(ModelError, match="LlamaAttention hands position_bias to attention.*learner.packing to false"):
+        attention.packed_sdpa(layer, q, k, k, None, scaling=1.0, position_bias=torch.zeros(1, 4, 3, 3))
+    with pytest.raises(ModelError, match=r"shape \(1, 1, 3, 3\).*learner.packing to false"):
+        attention.packed_sdpa(layer, q, k, k, torch.ones(1, 1, 3, 3, dtype=torch.bool), scaling=1.0)
+
+
 def test_sequences_are_regrouped_so_that_padding_stays_below_a_factor_of_two():
-    buckets = attention._buckets([0, 1, 8, 10, 15, 27])
+    buckets = attention._buckets((1, 7, 2, 5, 12))
     assert buckets == [([0], [1]), ([1, 10], [7, 5]), ([8], [2]), ([15], [12])]
     assert all(max(lengths) < 2 * min(lengths) for _, lengths in buckets)

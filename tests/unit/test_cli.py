@@ -1,6 +1,8 @@
 """The command line as its user meets it: what is accepted, and every bad input as one message before any engine."""
 import json
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +16,13 @@ from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.types import RunState
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
+
+REWARDS = """
+def good(completions, answer): return [1.0] * len(completions)
+def misspelt(completions, anser): return [1.0] * len(completions)
+def few(completions): return [1.0]
+def vast(completions): return [1e200] * len(completions)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,7 @@ def place(tmp_path, models, monkeypatch):
     (tmp_path / "no_prompt.jsonl").write_text('{"prompt": "1+1="}\n{"question": "1+2="}\n')
     (tmp_path / "long.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "' + 17 * "1" + '"}\n')
     (tmp_path / "malformed.yaml").write_text("run:\n  name: [a\nmodel: {}\n")
-    (tmp_path / "my_rewards.py").write_text("def good(completions, answer):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
     (tmp_path / "strategy.json").write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}')
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({
         "run": {"dir": str(tmp_path / "run")},
@@ -111,6 +120,13 @@ BAD = {
         ["rewards=[{name: a, function: my_rewards.py:god}]"], "has no 'god' (did you mean 'good'?)"),
     "reward refuses its kwargs": (
         ["rewards=[{name: a, function: my_rewards.py:good, kwargs: {scale: 2}}]"], "'scale'"),
+    "reward that needs another column": (
+        ["rewards=[{name: a, function: my_rewards.py:misspelt}]"],
+        "reward 'a' (my_rewards.py:misspelt) needs 'anser', which is neither a data column (did you mean 'answer'?)"),
+    "reward that returns too few": (
+        ["rewards=[{name: a, function: my_rewards.py:few}]"], "(my_rewards.py:few) returned 1 values for "),
+    "reward beyond all numbers": (
+        ["rewards=[{name: a, function: my_rewards.py:vast}]"], "returned 1e+200 for completion 0 (prompt '"),
     "unknown memory strategy": (["learner.deepspeed=zero9"], "learner.deepspeed: no file 'zero9' and no ds_configs/"),
     "memory strategy that decides more": (["learner.deepspeed=strategy.json"], "train_batch_size come from the recipe"),
     "missing checkpoint": (
@@ -204,6 +220,41 @@ def test_what_cannot_be_evaluated_is_one_message_before_any_engine(place, models
     assert (code, out) == (2, "") and located(message) in err
     assert err.startswith("frpo: ") and err.count("Error: ") == 1 and "Traceback" not in err
     assert (tree(place), tree(models)) == before
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.parametrize("data_format", ["chat", "text"])
+def test_the_rewards_of_the_readme_are_right_in_both_formats_as_they_stand_there(place, capsys, data_format):
+    """Verbatim: `short` gives the long completion 0, `finished` the empty one, and none equals a number."""
+    section = README.read_text(encoding="utf-8").split("\n## Rewards\n")[1].split("\n## ")[0]
+    code, recipe = (re.search(f"```{language}\n(.*?)```", section, re.DOTALL)[1] for language in ("python", "yaml"))
+    (place / "path").mkdir()
+    (place / "path" / "rewards.py").write_text(code)
+    overrides = [f"data.format={data_format}", f"rewards={json.dumps(yaml.safe_load(recipe)['rewards'])}"]
+    exit_code, out, err = run(capsys, "train", "recipe.yaml", *overrides, "--dry-run")
+    assert (exit_code, err) == (0, "")
+    prompts = len(ROWS)  # all have another answer, and of few values each is tried
+    assert [line for line in out.splitlines() if line.startswith("#")][:4] == [
+        f"# rewards of made-up completions (short, empty, long) of {prompts} prompt(s); -: None",
+        f"#   short: {' | '.join(['1 1 0'] * prompts)}", f"#   finished: {' | '.join(['1 0 1'] * prompts)}",
+        f"#   exact: {' | '.join(['0 0 0'] * prompts)}"]
+
+
+def test_rewards_are_not_tried_where_the_recipe_says_so(place, capsys):
+    wrong = "rewards=[{name: a, function: my_rewards.py:few}]"
+    code, out, _ = run(capsys, "train", "recipe.yaml", wrong, "checks.rewards=false", "--dry-run")
+    assert code == 0 and "made-up" not in out
+
+
+@pytest.mark.parametrize("command", [["train", "recipe.yaml"], ["rollout", "recipe.yaml"],
+                                     ["evaluate", "MODELS/whole", "recipe.yaml", "--json", "metrics.json"]])
+def test_rewards_are_tried_before_any_engine(place, models, capsys, command):
+    """The model has no weights, so that an engine would fail."""
+    wrong = "rewards=[{name: a, function: my_rewards.py:few}]"
+    code, out, err = run(capsys, *(word.replace("MODELS", str(models)) for word in command), wrong)
+    assert (code, out) == (2, "") and err.startswith("frpo: RewardError: reward 'a' (my_rewards.py:few) returned 1")
 
 
 def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out(place, capsys):

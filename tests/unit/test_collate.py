@@ -42,8 +42,8 @@ def test_packed_sequences_lie_end_to_end_and_positions_restart():
     batch = collate(SAMPLES, PAD, CPU, packed=True)
     assert batch.token_ids_BL.tolist() == [[5, 6, 1, 2, 3, 7, 4, 8, 8, 8]]
     assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
-    assert batch.attention_mask_BL is None
-    assert batch.bounds.tolist() == [0, 5, 7, 10] and batch.bounds.dtype == torch.int32 and batch.longest == 5
+    assert batch.attention_mask_BL.tolist() == [[1] * 10]
+    assert batch.bounds.tolist() == [0, 5, 7, 10] and batch.bounds.dtype == torch.int32 and batch.lengths == (5, 2, 3)
     assert batch.row_N.tolist() == [0, 0, 0]
     assert batch.column_N.tolist() == [1, 3, 5]
     assert batch.target_N.tolist() == [1, 3, 4]

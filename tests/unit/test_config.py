@@ -109,6 +109,7 @@ def test_a_circle_of_bases_is_named(tmp_path):
     ("run:\n  seed: 1\n  seed: 2", "mine.yaml, line 3, column 3: not valid YAML: key 'seed' is given twice"),
     ("run: {}\nrun: {}", "mine.yaml, line 2, column 1: not valid YAML: key 'run' is given twice"),
     ("run: {name: \x01}", "mine.yaml: not valid YAML: unacceptable character"),
+    ('run:\n  name: "a\\ud800"', r"mine.yaml, line 2, column 9: not valid YAML: '\\ud800' is a lone surrogate, half"),
     ("", "key 'model' is required"),
 ])
 def test_a_malformed_file_is_named_with_its_line(tmp_path, text, message):

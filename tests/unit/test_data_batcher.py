@@ -150,6 +150,8 @@ def test_what_does_not_fit_or_is_not_finite_is_named():
         pack(groups, Layout(num_ranks=1, micro_batch_tokens=6, packed=True), **DEFAULTS)
     with pytest.raises(InvariantError, match=r"sample \(3, 0, 1\): advantage nan"):
         pack([group(0, 1, [completion(1), completion(1)], [0.0, float("nan")])], ONE_RANK, **DEFAULTS)
+    with pytest.raises(InvariantError, match=r"sample \(3, 0, 0\): advantage -1e\+39 is not finite in float32"):
+        pack([group(0, 1, [completion(1), completion(1)], [-1e39, 1e39])], ONE_RANK, **DEFAULTS)
     broken = [completion(1), completion(2, logprobs=[-1.0, float("-inf")])]
     with pytest.raises(InvariantError, match=r"\(3, 0, 1\): rollout log-prob of completion token 1 is not finite"):
         pack([group(0, 1, broken)], ONE_RANK, **DEFAULTS)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from chat_templates import FAMILIES, tokenizer_of
 from frpo.config.supervised import SupervisedDataSection
+from frpo.data.chat import render_text
 from frpo.data.examples import load_examples
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError
@@ -91,21 +93,38 @@ def test_a_broken_row_is_named(load, rows, keys, message):
         load(rows, **keys)
 
 
-def test_a_template_without_markers_is_refused_where_they_are_needed(load):
+def test_a_template_needs_no_markers_but_an_end_of_turn(load):
     bare = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>" \
            "{% endif %}"
-    with pytest.raises(ModelError, match=r"does not mark what the assistant says with {% generation %}, .* set "
-                                         r"data.train_on to last"):
-        load([{"messages": TURNS}], template=bare)
-    example, = load([{"messages": TURNS}], template=bare, train_on="last").train
-    assert learned(example)[0] == "four"
+    for train_on in ("all", "last"):
+        with pytest.raises(ModelError, match="the policy would never learn to stop"):
+            load([{"messages": TURNS}], template=bare, train_on=train_on)
+    example, = load([{"messages": TURNS}], template=bare.replace("content }}", "content }}<eos>")).train
+    assert learned(example)[0] == "2<eos>four<eos>"
 
 
-def test_a_template_that_rewrites_earlier_turns_cannot_be_compared(load):
-    forgetful = "{% for m in messages %}{% if loop.last or add_generation_prompt %}<{{ m.role }}>{{ m.content }}" \
+def test_a_row_that_the_template_does_not_write_as_it_would_be_sampled_is_named(load):
+    forgetful = "{% for m in messages %}{% if loop.last or add_generation_prompt %}<{{ m.role }}>{{ m.content }}<eos>" \
                 "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template writes earlier messages differently"):
         load([{"messages": TURNS}], template=forgetful, train_on="last")
+    brief = "{% for m in messages %}<{{ m.role }}>{{ m.content[:3] }}<eos>{% endfor %}{% if add_generation_prompt %}" \
+            "<assistant>{% endif %}"
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template leaves out or changes what the assistant says"
+                                        r" in message 3, at 'four'"):
+        load([{"messages": TURNS[:2]}, {"messages": TURNS}], template=brief)
+
+
+def test_a_response_follows_its_prompt_without_a_space_of_the_tokenizer(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "yes ", "response": "no is 12"}) + "\n")
+    for scheme in ("byte-level", "sentencepiece", "sentencepiece legacy"):
+        tokenizer = tokenizer_of(FAMILIES["Llama-2"], scheme)
+        example, = load_examples(SupervisedDataSection(path=str(path), format="text"), tokenizer, 64, seed=0).train
+        assert tokenizer.decode(example.token_ids) == "yes no is 12</s>"
+        prompt = render_text("yes ", tokenizer)
+        assert example.token_ids[:len(prompt)] == prompt
+        assert example.loss_mask == tuple(place >= len(prompt) for place in range(len(example.token_ids)))
 
 
 def test_a_template_that_refuses_the_roles_is_told_with_the_row(load):

@@ -38,7 +38,7 @@ def test_text_is_verbatim_and_other_columns_travel(tmp_path):
     completion = Completion(text="2", token_ids=(1,), logprobs=(0.0,), loss_mask=(True,), version_spans=(), seed=0,
                             finish_reason="stop")
     group = RolloutGroup(group_id=(0, 0), prompt=first, completions=(completion,))
-    assert offered_arguments([group], chat=False, always=())["prompts"] == [" 1+1="]  # what rewards see
+    assert offered_arguments([group], "text", always=())["prompts"] == [" 1+1="]  # what rewards see
     assert first.columns == {"answer": "2", "task": {"kind": 7}} and second.columns == {}
 
 

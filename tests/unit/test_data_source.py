@@ -1,10 +1,13 @@
 """Rows from files, from `datasets` and from the generator, and the message for each way in which they can be broken."""
+import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from frpo.data.arithmetic import ALPHABET, problems
-from frpo.data.source import Row, column, read_rows, select
+from frpo.data.source import Row, column, looks_local, read_rows, select
 from frpo.errors import DataError
 
 
@@ -45,10 +48,48 @@ def test_missing_empty_and_foreign_files_are_named(tmp_path):
         read(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match=r"rows\.jsonl' has no rows"):
         read(write(tmp_path, b"", b" "))
-    csv = tmp_path / "rows.csv"
-    csv.write_text("prompt\na\n")
-    with pytest.raises(DataError, match=r"rows\.csv' is no \.jsonl"):
-        read(csv)
+    text = tmp_path / "rows.txt"
+    text.write_text("prompt\na\n")
+    with pytest.raises(DataError, match=r"rows\.txt' has no suffix that says what it is; allowed: \.jsonl, .*parquet"):
+        read(text)
+
+
+@pytest.mark.parametrize("path", ["./rows", "~/rows", "/none/rows", "a/b/c", "here/rows", "rows.jsnl"])
+def test_a_local_path_that_leads_nowhere_is_told_at_once(tmp_path, monkeypatch, path):
+    """Without asking the hub, which takes half a minute where it cannot be reached."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    with pytest.raises(DataError, match=f"data set '{path}': there is no such file or folder; give a file"):
+        read(path)
+
+
+def test_hub_ids_do_not_look_local(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not any(map(looks_local, ("gsm8k", "openai/gsm8k", "owner/name-v1.1")))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("R.JSONL", '{"p": "a"}'), ("r.ndjson", '{"p": "a"}'), ("r.json", '[{"p": "a"}]'), ("r.csv", "p\na"),
+    ("r.tsv", "p\tq\na\t"), ("r.parquet", None)])
+def test_the_suffix_says_how_a_file_is_read(tmp_path, name, content):
+    if content is None:
+        pq.write_table(pa.table({"p": ["a"]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content)
+    assert [row.columns["p"] for row in read(tmp_path / name, split="ignored")] == ["a"]
+    if name in ("r.csv", "r.json"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+        assert [row.columns["p"] for row in read(tmp_path / f"{name}.gz")] == ["a"]
+
+
+def test_every_source_gives_plain_values(tmp_path):
+    """Beyond a float, and half a character: Python's JSON takes both."""
+    path = write(tmp_path, b'{"p": 1}', rb'{"p": {"q": ["\ud800"]}}')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: column 'p' holds the lone surrogate"):
+        read(path)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'p' holds a number beyond the largest float"):
+        read(write(tmp_path, b'{"p": 1e999}'))
 
 
 def test_column_names_what_the_row_has():
@@ -60,18 +101,35 @@ def test_column_names_what_the_row_has():
         column(row, "answer", str, list)
 
 
-def test_hugging_face_data_set_from_a_folder(tmp_path, monkeypatch):
-    """The real load_dataset, on a local folder since the hub cannot be reached."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / "test.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in "abc"))
-    rows = read(folder, limit=2, split="test")
-    assert rows == [Row(origin=f"{folder}[test]:{i}", columns={"prompt": p}) for i, p in enumerate("ab")]
-    with pytest.raises(DataError, match="split 'train', cannot be loaded: .*train.*; check data.path and data.split"):
-        read(folder, split="train")
-    with pytest.raises(DataError, match=r"nowhere', split 'train', cannot be loaded: .*local \.jsonl file"):
-        read(tmp_path / "nowhere")
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
+
+
+def test_files_of_a_folder_are_those_of_the_split_and_keep_their_lines(folder):
+    for name, prompts in (("train-0.jsonl", "ab"), ("train-1.jsonl", "c"), ("test.jsonl", "de")):
+        (folder / name).write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    assert [(row.origin, row.columns["prompt"]) for row in read(folder)] == [
+        (f"{folder / 'train-0.jsonl'}:1", "a"), (f"{folder / 'train-0.jsonl'}:2", "b"),
+        (f"{folder / 'train-1.jsonl'}:1", "c")]
+    assert read(folder, limit=1, split="test") == [Row(origin=f"{folder / 'test.jsonl'}:1", columns={"prompt": "d"})]
+    (folder / "test.jsonl").write_text('{"prompt": "a", "prompt": "b"}')
+    with pytest.raises(DataError, match=r"test\.jsonl:1: the key 'prompt' is given twice"):
+        read(folder, split="test")
+    with pytest.raises(DataError, match="set' has no split 'dev', only 'train', 'test'; set data.split to one"):
+        read(folder, split="dev")
+
+
+def test_the_rest_of_what_load_dataset_takes(folder):
+    """The real one, on a local folder since the hub cannot be reached: text files, and a slice of a split."""
+    with pytest.raises(DataError, match="set' cannot be loaded: .*doesn't contain any data files; check data.path"):
+        read(folder)
+    (folder / "test.txt").write_text("a\nb\nc\n")
+    assert read(folder, limit=2, split="test") == [
+        Row(origin=f"{folder}[test]:{i}", columns={"text": p}) for i, p in enumerate("ab")]
+    assert [row.columns["text"] for row in read(folder, split="test[1:]")] == ["b", "c"]
 
 
 def test_generated_rows_and_their_limit():

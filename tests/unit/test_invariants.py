@@ -1,11 +1,11 @@
-"""When the movement of parameters is checked, and what the check says."""
+"""When the movement of parameters is checked, and what the checks of gradients and movement say."""
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from frpo.errors import InvariantError
-from frpo.invariants import MovementWatch, check_movement
+from frpo.invariants import MovementWatch, check_gradient, check_movement
 from frpo.types import TrainingSample
 
 
@@ -35,6 +35,13 @@ def test_with_lora_it_is_the_second():
 
 def test_the_check_can_be_switched_off():
     assert not any(watch(check=False).due(update(1.0)) for _ in range(3))
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_an_error(norm):
+    check_gradient(0.0, 6)
+    with pytest.raises(InvariantError, match=f"the gradient of update 7 has the norm {norm}: "):
+        check_gradient(norm, 7)
 
 
 def test_tensors_without_gradient_and_tensors_that_stood_still_are_named():

@@ -59,12 +59,36 @@ def test_files_go_along_under_their_names_and_the_recipe_means_the_same(here):
     assert (here / "job" / "lib" / "rewards.py").read_bytes() == (here / "lib" / "rewards.py").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["r.ndjson", "r.JSON", "r.csv", "r.tsv.gz", "r.parquet"])
+def test_data_files_of_every_kind_go_along(here, name):
+    for file in (name, "held.csv", "more.jsonl.gz"):
+        (here / file).write_text("")
+    auxiliary = {"data": {"path": "more.jsonl.gz", "train_on": "last"}, "objective": {"name": "sft"}}
+    submission = prepared(here, f"data.path={name}", "data.heldout_path=held.csv", f"auxiliary={auxiliary}")[1]
+    assert submission.files == {file: here / file for file in (name, "held.csv", "more.jsonl.gz")}
+    assert submission.recipe["data"]["path"] == name
+
+
+def test_what_lies_beside_a_functions_file_goes_along(here):
+    for name in ("helpers.py", "notes.txt", "deep/far.py"):
+        (here / "lib" / name).parent.mkdir(exist_ok=True)
+        (here / "lib" / name).write_text("x = 1\n")
+    submission = prepared(here, "rewards=[{name: a, function: 'lib/rewards.py:good'}]")[1]
+    assert submission.files == {name: here / name for name in ("lib/rewards.py", "lib/helpers.py")}
+    (here / "top.py").write_text("def good(completions):\n    return [1.0] * len(completions)\n")
+    assert prepared(here, "rewards=[{name: a, function: 'top.py:good'}]")[1].files == {"top.py": here / "top.py"}
+
+
 def test_folders_become_absolute_and_words_stay_words(here):
     submission = prepared(here, "run.resume=runs/a/checkpoints/step_000002", "model.tiny=null", "model.path=policy")[1]
     run, model = submission.recipe["run"], submission.recipe["model"]
     assert run["dir"] == str(here / "runs" / "smoke")
     assert run["resume"] == str(here / "runs" / "a" / "checkpoints" / "step_000002")
     assert model["path"] == str(here / "policy")
+    auxiliary = {"data": {"path": "lib"}, "objective": {"name": "sft"}}
+    recipe = prepared(here, "data.path=policy", f"auxiliary={auxiliary}")[1].recipe
+    assert recipe["data"]["path"] == str(here / "policy")
+    assert recipe["auxiliary"]["data"]["path"] == str(here / "lib")
     submission = prepared(here)[1]
     assert submission.recipe["run"]["resume"] == "auto"
     assert submission.recipe["data"]["path"] == "arithmetic"

@@ -13,7 +13,7 @@ LAYERS = (
     ("__main__", "arguments", "doctor"),
     ("quickstart", "report", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
-    ("invariants", "evaluate", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
+    ("evaluate", "invariants", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
      "manifest"),
     ("cluster",),
     ("lab", "learner", "rollout", "weight_sync", "data"),

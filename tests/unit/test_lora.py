@@ -6,12 +6,30 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    Llama4TextConfig,
+    MambaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
+from frpo.learner.checkpoint_names import as_they_are
 from frpo.learner.engine import GatheredWeights
-from frpo.learner.lora import adapter_weights, adapters_off, add_adapters, check_targets, merged_weights, write_adapter
+from frpo.learner.lora import (
+    adapter_summary,
+    adapter_weights,
+    adapters_off,
+    add_adapters,
+    check_targets,
+    merged_weights,
+    write_adapter,
+)
 
 KINDS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 TOKENS = torch.arange(1, 13).reshape(2, 6)
@@ -52,7 +70,8 @@ def logits(network):
 
 def stream(weights, bucket_bytes=5000.0):
     """All tensors of all buckets by name."""
-    return {name: tensor.clone() for bucket in GatheredWeights(weights, bucket_bytes) for name, tensor in bucket}
+    gathered = GatheredWeights(as_they_are(weights), bucket_bytes)
+    return {name: tensor.clone() for bucket in gathered for name, tensor in bucket}
 
 
 def written(network, folder, base):
@@ -75,7 +94,7 @@ def test_merged_weights_are_the_base_models_tensors_with_what_peft_would_add(bas
 
 
 def test_metadata_announces_what_the_buckets_bring(base):
-    weights = GatheredWeights(merged_weights(adapted(base, torch.bfloat16)), 5000.0)
+    weights = GatheredWeights(as_they_are(merged_weights(adapted(base, torch.bfloat16))), 5000.0)
     buckets = list(weights)
     assert len(buckets) > 3
     assert [(n, t.dtype, tuple(t.shape)) for bucket in buckets for n, t in bucket] == weights.metadata()
@@ -152,6 +171,61 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(base, 
     with pytest.raises(ModelError, match=message):
         check_targets(ModelSection(path=base, lora=section), base)
     check_targets(ModelSection(path=base, lora=SECTION), base)
+
+
+@pytest.mark.parametrize("section", [SECTION, LoraSection(targets=["c_attn"])])
+def test_a_model_without_linear_layers_is_refused_before_it_is_loaded(section, tmp_path):
+    GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    message = (r"model.lora needs linear layers \(torch.nn.Linear\) below the output head, and GPT2LMHeadModel has "
+               r"none: its weights are in Conv1D\. Set model.lora to null")
+    with pytest.raises(ModelError, match=message):
+        check_targets(ModelSection(path=str(tmp_path), lora=section), str(tmp_path))
+
+
+MAMBA = MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)
+NEXT = Qwen3NextConfig(
+    vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    intermediate_size=32, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2,
+    linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, num_experts=3, num_experts_per_tok=2,
+    moe_intermediate_size=16, shared_expert_intermediate_size=16)
+
+
+@pytest.mark.parametrize(("config", "message", "instead"), [
+    (MAMBA, r"peft cannot adapt MambaForCausalLM .* = all-linear: .*out_proj.* Name other layers", ["in_proj"]),
+    (NEXT, r"peft takes .* = all-linear for experts of Qwen3NextForCausalLM \(model.layers.0.mlp.experts, \.\.\.\), "
+           r"which are no linear layers; name layers there that it takes for none: in_proj_ba, in_proj_qkvz, k_proj, ",
+     ["q_proj"]),
+])
+def test_what_peft_would_adapt_otherwise_is_refused_before_it_is_loaded(config, message, instead, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        check_targets(ModelSection(path=str(tmp_path), lora=SECTION), str(tmp_path))
+    check_targets(ModelSection(path=str(tmp_path), lora=LoraSection(targets=instead)), str(tmp_path))
+
+
+def test_a_router_that_is_a_linear_layer_with_more_to_its_answer_has_no_adapter():
+    """Llama 4's returns two tensors; an adapter would add to the pair."""
+    network = AutoModelForCausalLM.from_config(Llama4TextConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=1, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, interleave_moe_layer_step=1))
+    before = logits(network)
+    add_adapters(network, SECTION, seed=1)
+    torch.testing.assert_close(logits(network), before, rtol=0, atol=0)
+    assert not any("router" in name for name, parameter in network.named_parameters() if parameter.requires_grad)
+
+
+def test_what_has_no_adapter_is_named(tmp_path):
+    """2 layers of: attention 32 x 32 (q, o) and 32 x 16 (k, v) with rank 3; experts 3 x 3 x 16 x 32, router 3 x 32."""
+    Qwen3MoeConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                   head_dim=16, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+                   tie_word_embeddings=True).save_pretrained(tmp_path)
+    said = adapter_summary(ModelSection(path=str(tmp_path), lora=SECTION), str(tmp_path))
+    trained, experts, norms = 2 * 3 * (2 * 64 + 2 * 48), 2 * 3 * 3 * 16 * 32, 2 * (2 * 32 + 2 * 16) + 32
+    whole = 2 * (2 * 32 * 32 + 2 * 32 * 16) + experts + 40 * 32 + norms + 2 * 3 * 32
+    assert said == (
+        f"LoRA trains {trained:,} parameters, in adapters of 8 linear layers. Of the model's {whole:,} parameters "
+        f"these have no adapter and stay as they are: Qwen3MoeExperts {experts:,}, Embedding 1,280, Qwen3MoeRMSNorm "
+        f"{norms}, Qwen3MoeTopKRouter 192")
 
 
 def test_the_adapter_folder_on_the_base_and_the_merged_export_are_one_model(base, tmp_path):

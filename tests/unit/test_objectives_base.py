@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from frpo.errors import RewardError
 from frpo.objectives.base import (
     AdvantageEstimator,
     GroupAdvantages,
@@ -164,6 +166,40 @@ def test_missing_rewards_are_treated_alike(name):
     for flat in ([0.1] * 3 + [math.nan], [5.0, math.nan], [math.nan], []):
         nothing = built.advantages(np.array(flat))
         assert nothing.advantages_G.tolist() == [0.0] * len(flat) and nothing.stats["zero_advantage"] == 1.0
+
+
+@pytest.mark.parametrize("size", [1e149, -1e150])
+@pytest.mark.parametrize("values, power", [
+    ({"name": "grpo"}, 0), ({"name": "dr_grpo"}, 1), ({"name": "rloo"}, 1), ({"name": "frpo", "lam": math.inf}, 1),
+    ({"name": "frpo", "estimator": "plugin", "rho": 0.1, "scale": "exact"}, 1),
+    ({"name": "frpo", "estimator": "plugin", "rho": 0.1, "scale": "unit"}, 0)])
+def test_vast_rewards_have_the_advantages_of_ordinary_ones_at_their_scale(values, power, size):
+    """None of these depends on the unit of the reward; GRPO's eps is nothing beside a standard deviation of 1e10."""
+    rewards = np.array([1.0, 0.0, 0.0, -0.5])
+    vast = build_estimator(values).advantages(size * rewards).advantages_G
+    ordinary = build_estimator(values).advantages(math.copysign(1e10, size) * rewards).advantages_G
+    assert (vast / abs(size) ** power).tolist() == pytest.approx((ordinary / 1e10 ** power).tolist(), rel=1e-9)
+    assert vast.all()
+
+
+@pytest.mark.parametrize("values", [{}, {"lam": 0.1, "scale": "exact"}, {"scale": "unit", "guard": "shrink"},
+                                    {"estimator": "plugin"}])
+def test_with_a_temperature_of_its_own_frpo_sees_only_the_worst_of_vast_rewards(values):
+    """p is 1 at the worst: the plug-in gives it s (1 - k), the others s."""
+    result = build_estimator({"name": "frpo", **values}).advantages(np.array([1e149, 0.0, -1e150, 1e150]))
+    assert np.isfinite(result.advantages_G).all() and result.advantages_G.argmin() == 2
+    assert all(math.isfinite(value) for value in result.stats.values()) and result.stats["max_weight"] == 1.0
+    if "estimator" in values:
+        assert result.advantages_G.tolist() == [1.0, 1.0, -3.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["frpo", "grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("size", [1.01e150, -1e200, 1e308])
+def test_a_reward_whose_square_is_no_number_is_refused(name, size):
+    """GRPO would give the whole group 0, RLOO infinity."""
+    said = f"has the rewards [{size}, 0.0, nan]; allowed is -1e+150 to 1e+150"
+    with pytest.raises(RewardError, match=re.escape(said)):
+        build_estimator({"name": name}).advantages([size, 0.0, None])
 
 
 def test_rewards_of_many_groups_are_refused():

@@ -1,4 +1,4 @@
-"""The probe of a fork: which updates it looks at, its metrics, and the lowest decile."""
+"""The probe of a fork: its metrics, what it pushes, and the lowest decile."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from frpo.config.loader import load_recipe
+from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.evaluate.probe import Task, TaskProbe, lowest_decile, task_metrics
 from frpo.telemetry import PhaseTimer
 from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredGroup
@@ -46,26 +47,31 @@ def test_metrics_carry_the_name_of_their_task():
     assert "kept/kl" not in task_metrics(task, groups, None)
 
 
-@pytest.mark.parametrize("at, total, steps", [
-    (None, 16, [0, 2, 4, 6, 8, 10, 12, 14, 16]), (None, 20, [0, 3, 6, 9, 12, 15, 18, 20]), (None, 3, [0, 1, 2, 3]),
-    (None, 0, [0]), ([], 20, [0, 20])])
-def test_without_a_choice_it_looks_at_equal_distances(at, total, steps):
+def test_it_asks_when_the_schedule_says_so_and_pushes_what_engines_lack():
     pushed = []
     engines = SimpleNamespace(pushed=None, push=pushed.append)
-    probe = TaskProbe(at=at, tasks=[], exact=None, engines=engines, learner=None, timer=PhaseTimer())
-    for step in range(total + 1):
-        probe(RunState(step=step, policy_version=step, data_cursor=0, recipe_digest="", file_offsets={}), total)
-    assert pushed == steps
-
-
-def test_it_looks_at_the_first_the_last_and_those_that_were_asked_for():
-    pushed = []
-    engines = SimpleNamespace(pushed=None, push=pushed.append)
-    probe = TaskProbe(at=[3, 5, 50], tasks=[], exact=None, engines=engines, learner=None, timer=PhaseTimer())
+    schedule = SimpleNamespace(due=lambda step, total: (step, total) in ((0, 8), (3, 8), (8, 8)))
+    probe = TaskProbe(schedule=schedule, tasks=[], exact=None, engines=engines, learner=None, timer=PhaseTimer())
     for step in range(9):
         state = RunState(step=step, policy_version=10 + step, data_cursor=0, recipe_digest="", file_offsets={})
         assert probe(state, 8) == {}
-    assert pushed == [10, 13, 15, 18]
+    assert pushed == [10, 13, 18]
     engines.pushed = 18  # as in reinforcement learning, where engines follow every update
     probe(state, 8)
-    assert pushed == [10, 13, 15, 18]
+    assert pushed == [10, 13, 18]
+
+
+def test_the_schedule_learns_the_kl_that_was_measured(monkeypatch):
+    groups = [scored([1.0, 0.5]), scored([0.5, 0.0])]
+    monkeypatch.setattr("frpo.evaluate.probe.sampled", lambda *args, **options: groups)
+    monkeypatch.setattr("frpo.evaluate.probe.check_agreement", lambda *args: checked.append(args[-1]))
+    learner = SimpleNamespace(kl_groups=lambda groups, to: [np.array([0.2, 0.4]), np.array([0.5, 0.7])])
+    schedule, checked = ProbeSchedule([1], 4.0, dict), []
+    probe = TaskProbe(schedule=schedule, tasks=[Task(name="kept", recipe=load_recipe("lab_policy"), prompts=None,
+                                                     rewards=None)],
+                      exact=None, engines=SimpleNamespace(pushed=1), learner=learner, timer=PhaseTimer())
+    found = probe(RunState(step=1, policy_version=1, data_cursor=0, recipe_digest="", file_offsets={}), 8)
+    assert schedule.probed == {1: pytest.approx(0.45)} == {1: found["kept/kl"]}
+    for _ in range(2):
+        probe(RunState(step=1, policy_version=1, data_cursor=0, recipe_digest="", file_offsets={}), 8)
+    assert checked == [1, 1]  # the pushes of the first two probes

@@ -138,9 +138,12 @@ def test_rewards_that_came_or_went_have_no_value_on_the_other_side(place, capsys
                          ["asks", "-", "1", "6 of 6", "-"], ["sum by weight", "3.667", "1.333", "4 of 6", "7"]]
 
 
-def test_prompts_and_completions_come_in_the_recipes_format(place, capsys):
-    table = rescore(capsys, "traces.jsonl", "recipe.yaml", rewards(reward("asks")), "data.format=chat")[1]
-    assert table[1] == ["asks", "-", "2", "6 of 6", "-"]
+@pytest.mark.parametrize("form, value", [("text", "1"), ("messages", "2")])
+@pytest.mark.parametrize("data", ["text", "chat"])
+def test_prompts_and_completions_come_in_the_rewards_format(place, capsys, data, form, value):
+    changed = rewards(reward("asks", format=form)), f"data.format={data}"
+    table = rescore(capsys, "traces.jsonl", "recipe.yaml", *changed)[1]
+    assert table[1] == ["asks", "-", value, "6 of 6", "-"]
 
 
 def test_no_value_equals_no_value_and_the_first_changes_are_kept():
@@ -202,9 +205,9 @@ def broken(**changes):
 REFUSED = {
     "missing file": (["none.jsonl", "recipe.yaml"], "DataError: no traces at 'none.jsonl'; give the traces.jsonl of a"),
     "empty file": (["empty.jsonl", "recipe.yaml"], "DataError: empty.jsonl holds no rollout group; give the traces"),
-    "no JSON": (["text.jsonl", "recipe.yaml"], "DataError: text.jsonl:2: not valid JSON"),
+    "no JSON": (["text.jsonl", "recipe.yaml"], "DataError: text.jsonl:2: invalid JSON"),
     "no trace": (["other.jsonl", "recipe.yaml"], "DataError: other.jsonl:2: no trace of a rollout group: KeyError"),
-    "no mapping": (["list.jsonl", "recipe.yaml"], "DataError: list.jsonl:2: no trace of a rollout group: TypeError"),
+    "no mapping": (["list.jsonl", "recipe.yaml"], "DataError: list.jsonl:2: expected a JSON object of columns, given"),
     "no columns": (["columns.jsonl", "recipe.yaml"], "DataError: columns.jsonl:2: no trace of a rollout group: TypeEr"),
     "output that is there": (
         ["traces.jsonl", "recipe.yaml", "--output", "traces.jsonl"],

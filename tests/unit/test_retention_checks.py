@@ -2,19 +2,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from frpo.builder import check_prompts
 from frpo.config.loader import recipe_from_dict
 from frpo.config.retention import RetentionRecipe
+from frpo.config.sections import RewardSection
 from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import DataError, ModelError
+from frpo.errors import DataError, ModelError, RewardError
 from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
 from frpo.lab.network import make_model
 from frpo.lab.world import world_of
 from frpo.retention.plan import make_plan
-from frpo.retention.stages import HELD_OUT, Matrix, check_models, record_heldout
+from frpo.retention.stages import (
+    HELD_OUT,
+    Matrix,
+    check_models,
+    check_references,
+    check_rewards,
+    probed_kl,
+    record_heldout,
+)
 
 
 @pytest.fixture
@@ -90,6 +100,42 @@ def test_another_tokenizer_is_refused(seed, tmp_path):
     seed.given["given"] = str(tmp_path / "other")
     with pytest.raises(ModelError, match="given, seed 0: its tokenizer is not that of measure.kept .*104 tokens"):
         check_models(seed)
+
+
+def test_a_reference_with_other_logits_is_refused(seed, tmp_path):
+    """The same tokens, but rows of logits that are padded to another number."""
+    make_model(tmp_path / "padded", 0)
+    config = tmp_path / "padded" / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(values | {"vocab_size": values["vocab_size"] + 64}), encoding="utf-8")
+    seed.given["padded"] = str(tmp_path / "padded")
+    recipe = recipe_from_dict({"policies": {"given": {"path": "x", "reference": "padded"}, "padded": {"path": "y"}},
+                               "measure": {"kept": {"recipe": "lab_policy"}}}, RetentionRecipe)
+    with pytest.raises(ModelError, match="policies.given.reference = padded, seed 0: .* 128 rows of logits, the "
+                                         "policy 64"):
+        check_references(recipe, seed)
+    seed.given["padded"] = seed.given["given"]
+    check_references(recipe, seed)
+
+
+def test_a_resumed_fork_knows_the_kl_of_its_probes(seed):
+    fork = seed.forks[0]
+    fork.run_dir.mkdir(parents=True)
+    (fork.run_dir / "metrics.jsonl").write_text(
+        '{"step": 0, "kept/kl": 0.0}\n{"step": 1, "sft/nll": 2.0}\n{"step": 2, "kept/kl": 0.125}\n', encoding="utf-8")
+    assert probed_kl(fork) == {0: 0.0, 2: 0.125}
+
+
+def test_rewards_of_all_stages_are_tried_before_the_first(seed, tmp_path):
+    check_rewards(seed)
+    (tmp_path / "mine.py").write_text("def few(completions):\n    return [1.0]\n", encoding="utf-8")
+    stage = seed.policies["made"]
+    broken = RewardSection(name="few", function=f"{tmp_path / 'mine.py'}:few")
+    seed.policies["made"] = replace(stage, recipe=stage.recipe.model_copy(update={"rewards": [broken]}))
+    with pytest.raises(RewardError, match="^made, seed 0: reward 'few' .* returned 1 values for "):
+        check_rewards(seed)
+    seed.policies["made"].finish(steps=1)  # what is done is not tried
+    check_rewards(seed)
 
 
 def test_the_setup_runs_once(tmp_path):

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -11,6 +13,7 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError
+from frpo.retention.before import SAMPLES, missing, write_distance, write_samples
 from frpo.retention.plan import DONE, make_plan
 from frpo.retention.sweep import sweep_recipe
 
@@ -74,6 +77,36 @@ def test_a_model_that_exists_is_a_start_and_words_are_filled_in(tmp_path):
 def test_forks_of_a_model_that_exists_begin_with_it(tmp_path):
     fork = make_plan(recipe(tmp_path)).seeds[0].forks[0]
     assert (fork.policy, fork.start, fork.recipe.model.path, fork.origin) == ("given", "somewhere", "somewhere", None)
+
+
+def test_a_reference_is_needed_where_its_policy_is(tmp_path):
+    policies = {"base": {"path": "b", "fork": False}, "mid": {"recipe": "lab_policy", "start": "base", "fork": False},
+                "given": {"path": "g", "reference": "mid"}, "other": {"path": "o"}}
+    found = recipe(tmp_path, policies=policies, only_policies=["given"])
+    assert found.needed() == ["base", "given", "mid"] and found.forked == ["given"]
+    seed, = make_plan(found).seeds
+    assert [stage.name for stage in seed.stages] == ["mid, seed 0", "given, seed 0, sft"]
+    assert seed.model_of("given") == "g" and seed.model_of("mid") == str(tmp_path / "run/seed0/policies/mid/export")
+    assert seed.has("given") and not seed.has("mid")
+    seed.policies["mid"].finish(steps=1)
+    assert seed.has("mid")
+
+
+@pytest.mark.parametrize("certificate, reference, written, wanted", [
+    (None, None, [], (0, None)), ({"samples": 9}, None, [], (9, None)), ({"samples": 9}, "other", [], (9, "other")),
+    ({"samples": 9}, "other", ["samples"], (0, "other")), ({"samples": 9}, "other", ["kl"], (9, None)),
+    ({"samples": 9}, "given", ["samples", "kl"], (0, "given"))])
+def test_what_is_still_to_measure_of_a_policy_before_any_fork(tmp_path, certificate, reference, written, wanted):
+    found = recipe(tmp_path, certificate=certificate, policies={
+        "given": {"path": "g", **({"reference": reference} if reference else {})}, "other": {"path": "o"}})
+    seed, = make_plan(found).seeds
+    if "samples" in written:
+        write_samples(seed, "given", [SimpleNamespace(rewards_G=np.array([0.5, 1.0]))])
+        assert np.load(seed.measured("given") / SAMPLES)["rewards_PN"].tolist() == [[0.5, 1.0]]
+    if "kl" in written:
+        write_distance(seed, "given", "other", [np.array([0.25]), np.array([0.75])])
+    lacking = missing(found, seed, "given")
+    assert (lacking.samples, lacking.reference) == wanted and bool(lacking) == any(wanted)
 
 
 def test_some_of_it():
@@ -142,6 +175,7 @@ BASE = {"recipe": "lab_policy"}
     ({"policies": {"a": {**BASE, "over": {"run.seed": 1}}}}, "over.run.seed: should be a list"),
     ({"policies": {"a": {**BASE, "extra": "b.c=1", "over": {"run.seed": [1]}}}}, "extra: should be a list"),
     ({"policies": {"a": {**BASE, "start": "b"}}}, "policies.a.start: 'b' is no policy; there are a"),
+    ({"policies": {"a": {"path": "x", "reference": "y"}}}, "policies.a.reference: 'y' is no policy; there are a"),
     ({"policies": {"a": {**BASE, "start": "b"}, "b": {**BASE, "start": "a"}}}, "policies a, b start from each other"),
     ({"policies": {"a": {**BASE, "over": {"data.path": ["x/y", "x y", "x:y"]}}}}, "called 'a-path=x_y'; rename"),
     ({"policies": {"a-lam=1": BASE, "a": {**BASE, "over": {"x.lam": [1]}}}}, "called 'a-lam=1'; rename"),

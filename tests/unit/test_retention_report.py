@@ -16,11 +16,13 @@ from matplotlib.container import BarContainer
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.retention.archive import RECIPE
+from frpo.retention.before import read_distance, write_distance
 from frpo.retention.command import show, write_report
-from frpo.retention.pictures import bars, certificates, differences, frontier, kept, spent
+from frpo.retention.curves import differences, kept
+from frpo.retention.pictures import bars, certificates, frontier, spent
 from frpo.retention.plan import make_plan
+from frpo.retention.reading import collect
 from frpo.retention.report import section_of, sentences
-from frpo.retention.results import collect, pairs
 from frpo.retention.tables import (
     all_tables,
     certificate_table,
@@ -31,9 +33,13 @@ from frpo.retention.tables import (
     state_table,
 )
 
-ENDS = {("given", "sft"): 0.6, ("made", "sft"): 0.7, ("made", "rl"): 0.3}
+ENDS = {("base", "sft"): 0.5, ("given", "sft"): 0.6, ("made", "sft"): 0.7, ("made", "rl"): 0.3}
 """Sampled reward at the end of a fork of seed 0; the next seeds have .01 more each."""
 STEPS = (0, 10, 20)
+
+
+UNKNOWN = ("given is given by path, so that its KL to a reference is not known; set policies.given.reference to the "
+           "policy that it was trained from")
 
 
 def write(path, rows):
@@ -148,7 +154,7 @@ def test_kl_within_a_tenth_is_matched(tmp_path, kl, told):
         write(seed.policies["made"].run_dir / "metrics.jsonl", [{"step": 3, "eval/kl": kl, "eval/reward": 0.7}])
     warnings = collect(plan).warnings
     assert [w[:36] for w in warnings] == ["made and given are not at the same KL"[:36]] * told
-    assert collect(matrix(tmp_path)).warnings == (), "three seeds; a model that exists has no known KL"
+    assert collect(matrix(tmp_path)).warnings == (UNKNOWN,), "three seeds; a model that exists has no known KL"
 
 
 def test_a_stage_that_failed_before_it_was_done_has_not_failed(tmp_path):
@@ -159,9 +165,62 @@ def test_a_stage_that_failed_before_it_was_done_has_not_failed(tmp_path):
     broken.fail("for good")
     found = collect(plan)
     assert found.failures == {"made, seed 1, sft": "for good"}
-    assert found.warnings == ("made, seed 1, sft failed: for good",), "and it is not missing besides"
+    assert found.warnings == (UNKNOWN, "made, seed 1, sft failed: for good"), "and it is not missing besides"
     assert state_table(found).rows == (("base", "3/3", "", ""), ("given", "", "3/3", ""),
                                        ("made", "3/3", "2/3, 1 failed", "3/3"))
+
+
+def with_reference(tmp_path, **changes):
+    """`given` is measured against `base`, a model that exists too, and so is `made`, which starts from it."""
+    policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
+    plan = matrix(tmp_path, policies={"base": {"path": "models/base"}, "given": {"path": "models/$seed", **changes},
+                                      "made": {**policy, "start": "base"}})
+    for seed in plan.seeds:
+        write_distance(seed, "given", "base", [np.array([0.3, 0.5]), np.array([0.7, 0.7 + 0.4 * seed.seed])])
+    return plan
+
+
+def test_a_model_that_exists_has_its_measured_kl_and_its_place_in_the_frontier(tmp_path):
+    """Means of prompts .4 and .7, .9, 1.1: .55, .65, .75. The base is the reference of both: 0 nats."""
+    plan = with_reference(tmp_path, reference="base")
+    assert read_distance(plan.recipe, plan.seeds[0], "given") == {
+        "eval/kl": pytest.approx(0.55), "eval/kl_interval": pytest.approx(12.706 * 0.15)}
+    found = collect(plan)
+    assert found.policy_by_seed("given", "eval/kl") == pytest.approx({0: 0.55, 1: 0.65, 2: 0.75})
+    rows = cells(frontier_table(found))
+    assert [rows[name]["KL spent, nats"] for name in ("base", "given", "made")] == ["0.000", "0.650", "0.800"]
+    places = {bar.get_label(): bar.lines[0].get_xydata().tolist()[0] for bar in spent(found).axes[0].containers}
+    assert places == {"base": pytest.approx([0.0, 0.9]), "given": pytest.approx([0.65, 0.9]),
+                      "made": pytest.approx([0.8, 0.9])}
+    assert found.warnings == ("made and given are not at the same KL to their reference (+0.15 of 0.65 nats): what "
+                              "they keep is not comparable",)
+    plt.close("all")
+
+
+def test_a_kl_to_another_reference_or_a_missing_one_is_not_told(tmp_path):
+    plan = with_reference(tmp_path, reference="made")
+    found = collect(plan)
+    assert cells(frontier_table(found))["given"]["KL spent, nats"] == "-"
+    assert found.warnings == ("given: its KL to made is not measured for seed(s) 0, 1, 2; `frpo retention` measures "
+                              "it",)
+    write_distance(plan.seeds[1], "given", "made", [np.array([0.2]), np.array([0.4])])
+    found = collect(plan)
+    assert found.policy_by_seed("given", "eval/kl") == pytest.approx({1: 0.3})
+    assert "given: its KL to made is not measured for seed(s) 0, 2;" in "\n".join(found.warnings)
+    found = collect(with_reference(tmp_path / "none"))
+    assert found.warnings == (UNKNOWN,) and read_distance(found.plan.recipe, found.plan.seeds[0], "given") is None
+    alone = collect(matrix(tmp_path / "alone", only_policies=["given"], compare=[]))
+    assert alone.warnings == (), "without others there is no frontier"
+
+
+def test_a_reference_stands_above_the_kl_that_a_training_reported(tmp_path):
+    policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
+    plan = matrix(tmp_path, policies={"base": {**policy, "fork": False}, "given": {"path": "models/$seed"},
+                                      "made": {**policy, "start": "base", "reference": "given"}})
+    write_distance(plan.seeds[0], "made", "given", [np.array([0.1]), np.array([0.3])])
+    found = collect(plan)
+    assert found.policy_by_seed("made", "eval/kl") == pytest.approx({0: 0.2, 1: 0.8, 2: 0.8})
+    assert found.policy_by_seed("given", "eval/kl") == {0: 0.0, 1: 0.0, 2: 0.0}
 
 
 # --- tables and sentences ---------------------------------------------------------------------------------------------
@@ -184,7 +243,7 @@ def test_tables_of_a_wide_matrix(tmp_path):
     known = collect(matrix(tmp_path, only_policies=["given"], compare=[]))
     assert frontier_table(known).columns == ("policy", "reward reached", "lowest decile",
                                              "kept through sft over updates", "kept through sft over KL")
-    assert pairs(found) == [("made", "given")] and pairs(alone) == []
+    assert found.pairs == [("made", "given")] and alone.pairs == []
     assert len(all_tables(alone)) == 3 and not any("against" in line for line in sentences(alone))
 
 
@@ -279,7 +338,10 @@ def test_pictures_show_what_was_measured(tmp_path):
     given, made = figure.axes[0].lines
     assert given.get_xdata().tolist() == [0, 20] and made.get_xdata().tolist() == [0, 10, 20]
     assert made.get_ydata() == pytest.approx([0.45, 0.425, 0.355])
-    assert [line.get_xdata()[-1] for line in figure.axes[1].lines] == pytest.approx([0.3, 0.5]), "as far as all forks"
+    told = [line.get_xdata()[np.isfinite(line.get_ydata())] for line in figure.axes[1].lines]
+    assert [kl[-1] for kl in told] == pytest.approx([0.303125, 0.5]), "as far as all forks, up to .305 and .5"
+    assert [len(each.get_offsets()) for each in figure.axes[0].collections if isinstance(each, PathCollection)] == [
+        2, 3, 3, 3, 3, 3], "and every probe of every seed is a point"
     write(late.run_dir / "metrics.jsonl", probes(late, decile=0.3))
     assert len(kept(collect(plan), "through sft").axes) == 4
     same = matrix(tmp_path / "same", only_policies=["given"], compare=[])

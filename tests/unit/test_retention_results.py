@@ -7,6 +7,8 @@ import re
 import numpy as np
 import pytest
 import yaml
+from matplotlib import pyplot as plt
+from matplotlib.collections import PathCollection
 
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
@@ -15,10 +17,11 @@ from frpo.evaluate.page import Section, TableText, write_page
 from frpo.report import run_report
 from frpo.retention.archive import RECIPE
 from frpo.retention.command import show, write_report
+from frpo.retention.curves import differences, kept
 from frpo.retention.plan import make_plan
+from frpo.retention.reading import collect
 from frpo.retention.report import sentences
-from frpo.retention.results import collect
-from frpo.retention.tables import all_tables, pair_table
+from frpo.retention.tables import all_tables, fork_table, frontier_table, pair_table
 
 KL = (0.0, 0.5, 1.5)
 """Of every fork but those of `short`, after 0, 10 and 30 updates."""
@@ -119,6 +122,102 @@ def test_sentences_say_what_was_measured_whichever_way(tmp_path):
     assert "18 probes pushed weights into running engines, 2.50 s each; to start engines takes 12 s" in told
     assert "so that 3.0 minutes were saved" in told
     assert "12 stages took 9.0 minutes" in told
+
+
+def far_apart(tmp_path, **changes):
+    """Forks of all policies at 0, 68, 26 and 75 nats after 0, 8, 16 and 24 updates."""
+    plan = matrix(tmp_path, measure={"kept": {"recipe": "lab_policy"}, "at": [8, 16]}, seeds=[0], **changes)
+    for fork in plan.seeds[0].forks:
+        write(fork.run_dir / "metrics.jsonl", [
+            {"step": step, "kept/kl": kl, "kept/reward": reward, "kept/decile": reward / 2, "kept/interval": 0.05}
+            for step, kl, reward in ((0, 0.0, 0.94), (8, 68.0, 0.0), (16, 26.0, 0.4), (24, 75.0, 0.02))])
+    return plan
+
+
+def test_between_probes_far_apart_in_kl_nothing_is_told_and_it_is_said(tmp_path, capsys):
+    found = collect(far_apart(tmp_path, choose={"measure": "sft/over KL"}))
+    along_kl = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2")
+    for table, name in ((fork_table(found, "through sft"), "plain"), (pair_table(found, "sft"), "good - plain")):
+        row = next(dict(zip(table.columns, row)) for row in table.rows if row[0] == name)
+        assert [row[measure] for measure in along_kl] == ["-"] * 5 and row["over updates"] != "-"
+    told = sentences(found)
+    assert ("Forks of good against plain through sft: at the same KL they cannot be compared: no seed has a mean over "
+            "KL for both; per update the reward differs by +0.000 (one seed).") in told
+    assert "No policy has a sft/over KL." in told
+    warned = "\n".join(found.warnings)
+    assert ("plain through sft: neighbouring probes are too far apart in KL; values between them are left blank: 0 to "
+            "68 nats (seed 0, updates 0 to 8)") in warned
+    assert ("to fill these gaps leave measure.at out, so that probes follow the KL, or set measure.at to [1, 2, 3, 4, "
+            f"6, 8, 16]; to measure a finished fork again, move its folder {tmp_path}/run/seedN/forks/") in warned
+    assert "stay within" not in warned and "consecutive" not in warned
+    write_report(found)
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert {fork["summary"][name] for fork in results["forks"] for name in along_kl} == {None}
+    assert [fork["kl_gaps"] for fork in results["forks"]] == [[[0.0, 68.0]]] * 3
+    assert all(each["mean"] is None for each in results["compared"] if each["measure"] in along_kl)
+
+
+def points(axis):
+    """Of each scatter its places."""
+    return [np.asarray(each.get_offsets()).round(6).tolist() for each in axis.collections
+            if isinstance(each, PathCollection)]
+
+
+def test_pictures_show_probes_as_points_and_no_line_between_those_far_apart(tmp_path):
+    found = collect(far_apart(tmp_path))
+    updates, kl, _, lower = kept(found, "through sft").axes
+    assert points(updates)[0] == [[0, 0.94], [8, 0.0], [16, 0.4], [24, 0.02]]
+    assert points(kl)[0] == [[0, 0.94], [68, 0.0], [26, 0.4], [75, 0.02]], "the one that came back too"
+    line = kl.lines[0]
+    drawn = line.get_xdata()[np.isfinite(line.get_ydata())]
+    assert drawn[0] == 0 and (drawn[1:] >= 68).all() and len(drawn) > 10
+    assert lower.get_xlabel() == "KL from the policy, nats a sequence" and kl.get_xlim()[1] > 75
+    assert -0.2 < kl.get_ylim()[0] < 0 and 0.94 < kl.get_ylim()[1] < 1.2
+    updates, kl = differences(found, "sft").axes
+    assert points(updates)[0] == [[0, 0], [8, 0], [16, 0], [24, 0]] and points(kl)[0] == [[0, 0], [68, 0], [75, 0]]
+    plt.close("all")
+
+
+def test_a_picture_ends_at_twice_the_kl_of_the_mean_and_counts_what_lies_beyond(tmp_path):
+    """max_kl is 1: of the probes at 0, .5, 1.5 (twice) and 0, .1, 0.2 none lies beyond 2 nats; then one does."""
+    plan = matrix(tmp_path, seeds=[0])
+    assert kept(collect(plan), "through sft").axes[1].get_xlim()[1] == pytest.approx(1.02 * 1.5)
+    metrics = plan.seeds[0].forks[0].run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    write(metrics, [*rows, {**rows[-1], "step": 40, "kept/kl": 2.5, "kept/reward": -7.0}])
+    axis = kept(collect(plan), "through sft").axes[3]
+    assert axis.get_xlabel() == "KL from the policy, nats a sequence (1 of 10 probes lie beyond)"
+    assert axis.get_xlim()[1] == pytest.approx(1.02 * 1.5)
+    assert kept(collect(plan), "through sft").axes[1].get_ylim()[0] > 0, "what is not shown takes no room"
+    plt.close("all")
+
+
+def test_without_a_choice_of_updates_those_that_are_missing_are_named(tmp_path):
+    """The gap from .5 to 1.8 nats at updates 10 and 30 is filled half-way; between 1 and 2 there is no update."""
+    plan = matrix(tmp_path)
+    probes = {"plain": {0: 0.0, 10: 0.5, 30: 1.8}, "good": {0: 0.0, 1: 0.3, 2: 2.0},
+              "short": {0: 0.0, 15: 0.2, 30: 0.4}}
+    for fork in plan.seeds[0].forks:
+        write(fork.run_dir / "metrics.jsonl", [
+            {"step": step, "kept/kl": kl, "kept/reward": 0.5, "kept/decile": 0.5, "kept/interval": 0.05}
+            for step, kl in probes[fork.policy].items()])
+    found = collect(plan)
+    assert found.common_seeds(("good", "plain"), "sft") == [0, 1]
+    warned = "\n".join(found.warnings)
+    for policy, where in (("plain", "0.5 to 1.8 nats (seed 0, updates 10 to 30)"),
+                          ("good", "0.3 to 2 nats (seed 0, updates 1 to 2)")):
+        assert (f"{policy} through sft: neighbouring probes are too far apart in KL; values between them are left "
+                f"blank: {where}\n") in warned
+    assert "to fill these gaps set measure.at to [0, 1, 2, 10, 15, 17, 30]; to measure" in warned
+    assert "no probe fits between two consecutive updates; to fill such a gap lower the learner.lr" in warned
+    assert "sft: forks that stay within 1 nats have no mean over KL: short (2 of 2)" in warned
+    row = next(dict(zip(table.columns, row)) for table in [fork_table(found, "through sft")]
+               for row in table.rows if row[0] == "plain")
+    assert (row["over KL"], row["at KL 1"], row["at KL 0.5"]) == ("0.650 (1 of 2)", "0.500 (1 of 2)",
+                                                                  "0.550 ± 0.635")
+    row = next(row for row in frontier_table(found).rows if row[0] == "plain")
+    assert row[-1] == "0.650 (1 of 2)"
+    assert "at the same KL the reward differs by +0.225 (one seed; 1 of 2 seeds have no value)" in sentences(found)[0]
 
 
 def test_the_table_of_pairs_marks_what_leaves_zero_out(tmp_path):

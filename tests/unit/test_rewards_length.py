@@ -42,6 +42,6 @@ def test_it_serves_as_a_reward_of_a_recipe():
     prompt = Prompt(uid="p", messages=({"role": "user", "content": "ask"},), token_ids=(1,))
     spec = RewardSpec(name="overlong", function="frpo.rewards.length:soft_overlong", weight=2.0,
                       kwargs={"max_length": 4, "buffer": 2})
-    with RewardSuite([spec], chat=False) as suite:
+    with RewardSuite([spec]) as suite:
         scored, = suite.score([RolloutGroup(group_id=(0, 0), prompt=prompt, completions=completions)]).groups
     assert scored.rewards_G.tolist() == [0.0, -1.0, -2.0]

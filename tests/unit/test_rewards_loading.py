@@ -1,9 +1,11 @@
 """Finding reward functions by name: what is accepted, and what the messages of wrong names say."""
 import json
+import sys
 
 import pytest
 
 from frpo.errors import RewardError
+from frpo.rewards import loading
 from frpo.rewards.loading import Parameters, load_function, parameters_of
 
 SOURCE = '''
@@ -50,6 +52,47 @@ def test_files_of_the_same_name_stay_apart(tmp_path):
         (tmp_path / folder / "r.py").write_text(f"def f(completions): return [{value}]")
     first, second = (load_function(f"{tmp_path / folder}/r.py:f") for folder in "ab")
     assert (first(completions=[""]), second(completions=[""])) == ([1], [2])
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two folders, each with a reward file, a module and a package of the same names; nothing stays on sys.path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(loading, "_folders", [])
+    for folder, value in (("a", 1), ("b", 2)):
+        (tmp_path / folder / "frpo_tools").mkdir(parents=True)
+        (tmp_path / folder / "frpo_helpers.py").write_text(f"from frpo_tools.deep import value\none = {value}")
+        (tmp_path / folder / "frpo_tools" / "__init__.py").touch()
+        (tmp_path / folder / "frpo_tools" / "deep.py").write_text(f"value = {value * 10}")
+        (tmp_path / folder / "r.py").write_text(
+            "from frpo_helpers import one, value\nimport frpo_tools.deep\n"
+            "def f(completions): return [one, value, frpo_tools.deep.value]")
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith(("frpo_helpers", "frpo_tools"))]:
+        del sys.modules[name]
+
+
+def test_a_file_imports_what_lies_beside_it_and_not_what_lies_beside_another(folders):
+    first, second, again = (load_function(f"{folders / folder}/r.py:f") for folder in "aba")
+    assert first([]) == again([]) == [1, 10, 10] and second([]) == [2, 20, 20]
+    assert sys.path[-2:] == [str(folders / "a"), str(folders / "b")]  # the latest first, none twice
+    assert not {str(folders / "a"), str(folders / "b")} & {*loading.path_without_siblings()}
+
+
+def test_what_can_be_imported_anyway_comes_before_what_lies_beside_a_file(folders):
+    """Else a file called json.py would replace a library for all that run in the process."""
+    (folders / "installed").mkdir()
+    (folders / "installed" / "frpo_helpers.py").write_text("one = value = 0")
+    sys.path.append(str(folders / "installed"))
+    assert load_function(f"{folders / 'a'}/r.py:f")([]) == [0, 0, 10]
+    assert load_function(f"{folders / 'b'}/r.py:f")([]) == [0, 0, 20]
+
+
+def test_a_folder_that_is_on_the_path_keeps_its_place(folders):
+    sys.path.insert(0, str(folders / "b"))
+    before = [*sys.path]
+    assert load_function(f"{folders / 'b'}/r.py:f")([]) == [2, 20, 20]
+    assert sys.path == before == loading.path_without_siblings()
 
 
 def test_missing_function_names_the_nearest_and_the_others(source):

@@ -77,7 +77,7 @@ def suite(source):
 
     def make(function, processes, **fields):
         spec = RewardSpec(name="r", function=f"{source}:{function}", processes=processes, **fields)
-        suites.append(RewardSuite([spec], chat=False))
+        suites.append(RewardSuite([spec]))
         return suites[-1]
 
     yield make
@@ -174,7 +174,7 @@ def test_start_loads_every_process_and_close_ends_every_one(suite):
 @pytest.mark.parametrize("processes, said", [(0, "reward 'r': processes is 0"), (-2, "processes is -2")])
 def test_no_processes_are_refused(processes, said):
     with pytest.raises(RewardError, match=said):
-        RewardSuite([RewardSpec(name="r", function="m:f", processes=processes)], chat=False)
+        RewardSuite([RewardSpec(name="r", function="m:f", processes=processes)])
 
 
 # --- one share goes wrong ---------------------------------------------------------------------------------------------
@@ -205,7 +205,8 @@ def test_a_failed_share_stops_the_run_and_says_what_it_was_given(suite, text, ki
     with pytest.raises(RewardError) as caught:
         rewards.score([*FINE, group("r", "a", text), group("s", "a")])
     assert type(caught.value) is kind and said in str(caught.value)
-    assert str(caught.value).endswith("the call was given completions 4 to 6 of 7, of prompts 'r', 's'")
+    assert str(caught.value).endswith(
+        "the call was given completions 4 to 6 of 7, of prompts 'r', 's', as text (rewards[].format)")
 
 
 @pytest.mark.parametrize("text, _, __, count", KINDS)
@@ -243,7 +244,7 @@ def test_an_error_in_one_share_ends_the_busy_ones_whichever_comes_first(suite, t
 def test_an_error_of_the_second_reward_does_not_wait_for_the_first(source):
     specs = [RewardSpec(name="slow", function=f"{source}:act", timeout_s=50),
              RewardSpec(name="none", function=f"{source}:rank")]  # there is no column `answer`
-    with RewardSuite(specs, chat=False) as rewards:
+    with RewardSuite(specs) as rewards:
         began = time.monotonic()
         with pytest.raises(RewardError, match="reward 'none' .* needs 'answer'"):
             rewards.score([group("p", "sleep")])
@@ -277,7 +278,7 @@ def test_an_error_does_not_wait_for_a_process_that_another_call_holds(source, tm
     a, gate = tmp_path / "a", tmp_path / "gate"
     specs = [RewardSpec(name="r", function=f"{source}:act", timeout_s=50),
              RewardSpec(name="picky", function=f"{source}:picky")]
-    with RewardSuite(specs, chat=False) as rewards, ThreadPoolExecutor(1) as executor:
+    with RewardSuite(specs) as rewards, ThreadPoolExecutor(1) as executor:
         other = executor.submit(rewards.score, [group("p", f"meet {a} {gate}")])
         while not a.exists():
             time.sleep(0.01)

@@ -66,7 +66,7 @@ def suite(tmp_path):
 
     def make(function, **fields):
         spec = RewardSpec(name="r", function=f"{tmp_path / 'user.py'}:{function}", **fields)
-        suites.append(RewardSuite([spec], chat=False))
+        suites.append(RewardSuite([spec]))
         suites[-1].start()
         return suites[-1]
 
@@ -206,7 +206,8 @@ def test_a_reward_that_goes_wrong_at_a_later_call_ends_the_stream_and_nothing_el
     assert draw < 399 and message.startswith("reward 'r' (") and WRONG[text] in message
     assert len(stream._reports) >= 3
     if text not in ("text", "nan"):  # no one value is at fault, so all that the call was given are named
-        assert message.splitlines()[-1] == "the call was given completions 0 to 1 of 2, of prompt '3'"
+        said = "the call was given completions 0 to 1 of 2, of prompt '3', as text (rewards[].format)"
+        assert message.splitlines()[-1] == said
     assert all(call.done() for call in stream._calls)
     report = rewards.score([group(0, "fine"), group(1, "fine")])
     assert [scored.rewards_G.tolist() for scored in report.groups] == [[1.0], [1.0]]

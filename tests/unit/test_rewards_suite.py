@@ -1,6 +1,7 @@
 """A whole suite on real workers: arguments, sums, checks, counts and the text of its errors."""
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,8 +65,8 @@ def group(uid, *texts, index=0, **columns):
     return RolloutGroup(group_id=(0, index), prompt=prompt, completions=completions)
 
 
-def score(specs, *groups, chat=False, **kwargs):
-    with RewardSuite(specs, chat=chat, **kwargs) as suite:
+def score(specs, *groups, **kwargs):
+    with RewardSuite(specs, **kwargs) as suite:
         return suite.score(groups)
 
 
@@ -106,6 +107,25 @@ def test_each_task_has_its_reward_and_nobody_scores_the_third(spec):
     assert report.counts["reward/math/abstained"] == report.counts["reward/code/abstained"] == 2
 
 
+@pytest.mark.parametrize("weights, values, total", [
+    ((1e100, 1.0), (1e60, 3.0), "1e+160"), ((1.0, 1.0), (8e149, 8e149), "1.6e+150"),
+    ((1e300, 1e300), (1e149, -1e149), "inf")])  # the last: inf - inf
+def test_a_weighted_sum_beyond_1e150_is_an_error_naming_what_it_is_made_of(spec, weights, values, total):
+    rewards = [spec("returns", name=name, weight=weight, kwargs={"value": [0.0, value]}, on_error="abstain")
+               for name, weight, value in zip("ab", weights, values)]
+    message = error_of(rewards, group("p", "x"), group("q", "y"))
+    (a, b), (v, w) = weights, values
+    assert message.startswith(f"completion 1 (prompt 'q') has the weighted sum of rewards {total} "
+                              f"(a: {v:g} x {a:g}, b: {w:g} x {b:g}); allowed is -1e+150 to 1e+150")
+
+
+def test_rewards_and_sums_up_to_1e150_are_kept(spec):
+    rewards = [spec("returns", name="a", kwargs={"value": [1e150, -1e150, 0.0]}),
+               spec("returns", name="b", weight=0.0, kwargs={"value": [1e150] * 3})]
+    (scored,) = score(rewards, group("p", "x", "y", "z")).groups
+    np.testing.assert_array_equal(scored.rewards_G, [1e150, -1e150, 0.0])
+
+
 def test_zero_weight_is_logged_but_never_a_reward(spec):
     rewards = [spec("length", weight=0.0), spec("returns", kwargs={"value": [None, 5]})]
     (scored,) = score(rewards, group("p", "abc", "a")).groups
@@ -113,22 +133,37 @@ def test_zero_weight_is_logged_but_never_a_reward(spec):
     np.testing.assert_array_equal(scored.terms["length"], [3, 1])
 
 
-def test_arguments_of_text_prompts(spec):
+def test_arguments_as_text(spec):
     message = error_of([spec("show", kwargs={"k": 1})], group("p", "ab", "c", answer="4"), group("q", "d", task="t"))
     expected = (["ask p", "ask p", "ask q"], ["ab", "c", "d"], [[0, 1], [0], [0]],
                 {"answer": ["4", "4", None], "task": [None, None, "t"], "k": 1})
     assert f"raised LookupError: {expected!r}" in message
 
 
-def test_arguments_of_chat_prompts(spec):
-    message = error_of([spec("show")], group("p", "ab"), chat=True)
+def test_arguments_as_messages(spec):
+    message = error_of([spec("show", format="messages")], group("p", "ab"))
     expected = ([[{"role": "user", "content": "ask p"}]], [[{"role": "assistant", "content": "ab"}]], [[0, 1]], {})
     assert f"raised LookupError: {expected!r}" in message
+    assert message.endswith("of prompt 'p', as messages (rewards[].format)")
+
+
+def test_the_text_of_a_prompt_of_several_messages_is_their_contents_without_roles(spec):
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"})
+    asked = group("p", "2")
+    asked = replace(asked, prompt=replace(asked.prompt, messages=messages))
+    assert "raised LookupError: (['Be brief.\\n\\n1+1?'], ['2']," in error_of([spec("show")], asked)
+
+
+def test_each_reward_of_a_suite_has_its_own_format(spec):
+    rewards = [spec("length", name="text"), spec("length", name="messages", format="messages")]
+    (scored,) = score(rewards, group("p", "abc", "")).groups
+    np.testing.assert_array_equal(scored.terms["text"], [3, 0])  # characters
+    np.testing.assert_array_equal(scored.terms["messages"], [1, 1])  # messages
 
 
 def test_recipe_sections_and_verifiers_serve_as_they_are():
     section = RewardSection(name="answer", function="frpo.rewards.verifiers:numeric_answer", kwargs={"tolerance": 0.5})
-    (scored,) = score([section], group("p", "it is 4.4", "5", answer="4"), chat=True).groups
+    (scored,) = score([section], group("p", "it is 4.4", "5", answer="4")).groups
     np.testing.assert_array_equal(scored.rewards_G, [1, 0])
 
 
@@ -136,7 +171,7 @@ def test_recipe_sections_and_verifiers_serve_as_they_are():
 def saying(request, source):
     """A suite whose reward returns what the first completion says, under either setting of on_error."""
     says = RewardSpec(name="says", function=f"{source}:says", on_error=request.param)
-    with RewardSuite([says], chat=False) as suite:
+    with RewardSuite([says]) as suite:
         yield suite
 
 
@@ -151,8 +186,10 @@ def test_wrong_shapes_are_errors_whatever_on_error_says(saying, value, said):
     assert str(caught.value).startswith("reward 'says' (") and said in str(caught.value)
 
 
-@pytest.mark.parametrize("value, text", [("nan", "nan"), ("inf", "inf"), ("-inf", "-inf")])
-def test_nonfinite_is_an_error_or_a_counted_abstention(saying, request, value, text):
+@pytest.mark.parametrize("value, text", [
+    ("nan", "nan"), ("inf", "inf"), ("-inf", "-inf"), ("1.01e150", "1.01e+150"), ("-1e200", "-1e+200"),
+    ("10**155", "1e+155"), ("10**400", "inf")])
+def test_what_is_no_number_or_beyond_1e150_is_an_error_or_a_counted_abstention(saying, request, value, text):
     groups = group("p", f"[1.0, None, {value}]"), group("q", "b", "c")
     if request.node.callspec.params["saying"] == "raise":
         with pytest.raises(RewardError) as caught:
@@ -180,7 +217,7 @@ def test_failed_calls_stop_the_run(spec, function, kind, said):
 def test_failed_calls_abstain_on_request(spec):
     kinds = {"fails": "failed", "dies": "failed", "sleeps": "timed_out"}
     rewards = [spec(function, timeout_s=0.3, on_error="abstain") for function in kinds]
-    with RewardSuite([*rewards, spec("length")], chat=False) as suite:
+    with RewardSuite([*rewards, spec("length")]) as suite:
         for _ in range(2):  # and again: a worker that was lost is replaced
             report = suite.score([group("p", "a", "bb")])
             np.testing.assert_array_equal(report.groups[0].rewards_G, [1, 2])
@@ -191,7 +228,7 @@ def test_failed_calls_abstain_on_request(spec):
 
 
 def test_an_error_does_not_wait_for_the_other_rewards(spec):
-    with RewardSuite([spec("fails"), spec("sleeps", timeout_s=20)], chat=False) as suite:
+    with RewardSuite([spec("fails"), spec("sleeps", timeout_s=20)]) as suite:
         began = time.monotonic()
         with pytest.raises(RewardError, match="no judge today"):
             suite.score([group("p", "a")])
@@ -219,7 +256,7 @@ def test_a_declared_column_is_none_where_no_prompt_has_it(spec):
 @pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
 def test_a_column_may_not_take_the_name_of_a_batch_argument(spec, name):
     with pytest.raises(RewardError, match=f"data column {name!r} has the name of an argument"):
-        RewardSuite([spec("length")], chat=False).score([group("p", "a", **{name: 1})])
+        RewardSuite([spec("length")]).score([group("p", "a", **{name: 1})])
 
 
 def test_a_column_may_not_shadow_kwargs(spec):
@@ -230,25 +267,26 @@ def test_a_column_may_not_shadow_kwargs(spec):
 def test_misspelt_kwargs_fail_at_start(spec):
     said = r"takes no 'vale' as its kwargs say \(did you mean 'value'\?\); it takes: completions, value"
     with pytest.raises(RewardError, match=said):
-        RewardSuite([spec("returns", kwargs={"vale": [1]})], chat=False).start()
+        RewardSuite([spec("returns", kwargs={"vale": [1]})]).start()
 
 
 def test_missing_functions_fail_at_start(spec):
     with pytest.raises(RewardError, match=r"reward 'lenght' .*no 'lenght' \(did you mean 'length'\?\)"):
-        RewardSuite([spec("lenght", on_error="abstain")], chat=False).start()
+        RewardSuite([spec("lenght", on_error="abstain")]).start()
 
 
 @pytest.mark.parametrize("fields, said", [
     ([], "at least one reward"), ([{"name": "a"}, {"name": "a"}], r"distinct names, given \['a', 'a'\]"),
     ([{"name": "a", "on_error": "ignore"}], "on_error is 'ignore'; allowed are 'raise' and 'abstain'"),
+    ([{"name": "a", "format": "chat"}], "format is 'chat'; allowed are 'text' and 'messages'"),
     ([{"name": "a", "kwargs": {"prompts": 1}}], "kwargs may not set 'prompts'")])
 def test_impossible_suites(fields, said):
     with pytest.raises(RewardError, match=said):
-        RewardSuite([RewardSpec(function="m:f", **field) for field in fields], chat=False)
+        RewardSuite([RewardSpec(function="m:f", **field) for field in fields])
 
 
 def test_nothing_to_score(spec):
-    suite = RewardSuite([spec("sleeps")], chat=False)  # not even started
+    suite = RewardSuite([spec("sleeps")])  # not even started
     assert suite.score([]).groups == []
     assert suite.score([]).counts == {f"reward/sleeps/{what}": 0 for what in CLEAN}
 

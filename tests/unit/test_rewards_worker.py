@@ -8,6 +8,8 @@ import time
 import pytest
 
 from frpo.errors import RewardError
+from frpo.rewards import loading
+from frpo.rewards.loading import load_function
 from frpo.rewards.values import Foreign
 from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
 
@@ -206,6 +208,54 @@ def test_slow_loading_is_not_charged_to_the_call(tmp_path):
     worker = RewardWorker(name="slow", function=f"{tmp_path / 'slow.py'}:f", timeout_s=0.4)
     try:
         assert worker.call({}) == [1.0]
+    finally:
+        worker.close()
+
+
+FIRST = """
+import time
+calls = []
+
+def act(seconds):
+    calls.append(0)
+    time.sleep(seconds[min(len(calls), len(seconds)) - 1])
+    return [len(calls)]
+"""
+
+
+@pytest.mark.parametrize("seconds, answer", [([0.0], [1.0]), ([0.8, 0.0], [2.0])])
+def test_a_first_call_may_load_a_model_and_is_made_again_if_it_took_longer_than_a_call_may(tmp_path, seconds, answer):
+    (tmp_path / "first.py").write_text(FIRST)
+    worker = new_worker(tmp_path / "first.py", timeout_s=0.4, startup_timeout_s=10)
+    try:
+        assert worker.first_call({"seconds": seconds}) == answer
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("seconds, limit", [([0.8, 0.8], "0.4"), ([60.0], "2")])
+def test_a_function_that_is_always_slow_or_hangs_does_not_pass_its_first_call(tmp_path, seconds, limit):
+    (tmp_path / "first.py").write_text(FIRST)
+    worker = new_worker(tmp_path / "first.py", timeout_s=0.4, startup_timeout_s=2)
+    try:
+        with pytest.raises(RewardTimeoutError, match=f"the call took longer than {limit} s"):
+            worker.first_call({"seconds": seconds})
+    finally:
+        worker.close()
+
+
+def test_a_worker_finds_what_lies_beside_its_file_and_not_what_lies_beside_a_hook_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(loading, "_folders", [])
+    for folder, value in (("hook", 1), ("rewards", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helpers.py").write_text(f"value = {value}")
+        (tmp_path / folder / "file.py").write_text(
+            "def f(completions):\n    from helpers import value\n    return [value]")  # imported late
+    load_function(f"{tmp_path}/hook/file.py:f")
+    worker = new_worker(tmp_path / "rewards" / "file.py", "f")
+    try:
+        assert act(worker, "a") == [2.0]
     finally:
         worker.close()
 

@@ -1,0 +1,181 @@
+"""What the assistant says in a conversation, as tokens with a loss, for any chat template.
+
+The template is rendered, never read: it needs no {% generation %} markers, and no message is searched for in the text.
+Does not read rows or shorten examples.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Literal
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from frpo.errors import DataError, ModelError
+
+Conversation = Sequence[Mapping[str, str]]
+
+Tokens = tuple[list[int], list[bool]]
+"""Token ids, and which of them the assistant says."""
+
+ANCHORS = ("\n", "a", "0", ".")
+"""Texts to tokenize a turn behind, where its first token would merge with the end of its prompt.
+
+With nothing before it, some tokenizers take a turn for the beginning of a text and put a space there.
+"""
+
+
+class AssistantTokens:
+    """Conversations as tokens, with a loss on the assistant's turns: on all of them, or on the last.
+
+    A turn begins where the prompt for it ends, as `render` makes it for sampling. It ends with the token that ends a
+    turn. What the template writes behind that token has no loss.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: Literal["all", "last"]) -> None:
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self.ending: str | None = None
+
+    def of(self, messages: Conversation) -> Tokens:
+        """Tokens of a conversation that the assistant ends. No token belongs to a prompt and to a turn.
+
+        Raises DataError where the template refuses the messages or does not write a turn as it would be sampled,
+        ModelError where it does not end a turn.
+        """
+        try:
+            whole = _text(messages, self.tokenizer)
+            numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            turns = [self._turn(messages, n, whole) for n in (numbers if self.train_on == "all" else numbers[-1:])]
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the messages: {error}") from error
+        before = whole[:turns[0][0]]
+        ids = _ids(before, self.tokenizer)
+        mask = [False] * len(ids)
+        for (start, end), until in zip(turns, [*(start for start, _ in turns[1:]), len(whole)], strict=True):
+            said = continuation(before, whole[start:end], self.tokenizer)
+            rest = continuation(self.ending, whole[end:until], self.tokenizer)
+            ids += said + rest
+            mask += [True] * len(said) + [False] * len(rest)
+            before = self.ending + whole[end:until]
+        return ids, mask
+
+    def _turn(self, messages: Conversation, number: int, whole: str) -> tuple[int, int]:
+        """Where the turn of a message begins and ends (exclusive) in the rendered conversation."""
+        before, content = messages[:number], messages[number]["content"]
+        mark = _absent(messages)  # stands for the content, so that around it is what the template writes
+        marked = _text((*before, _said(mark * max(1, len(content))), *messages[number + 1:]), self.tokenizer)
+        tail = marked.rpartition(mark)[2]
+        prompt = _text(before, self.tokenizer, add_generation_prompt=True) if before else marked.partition(mark)[0]
+        otherwise = ", or set data.train_on to last" if number < len(messages) - 1 else ""
+        if not whole.startswith(prompt):
+            same = _shared(prompt, whole)
+            raise DataError(
+                f"the chat template writes earlier messages differently once message {number}, the assistant's, is "
+                f"there: {prompt[same:same + 40]!r} becomes {whole[same:same + 40]!r}; take a template that only "
+                f"appends{otherwise}")
+        start, stop = len(prompt), len(whole) - len(tail)
+        lost = _lost(content, whole[start:stop])
+        opened = prompt.rstrip().endswith(lost.strip())  # the prompt itself may begin the answer, as with <think>
+        if start > stop or not whole.endswith(tail) or not opened:
+            raise DataError(
+                f"the chat template leaves out or changes what the assistant says in message {number}, at "
+                f"{lost or content!r:.60}; take a template that keeps it, or remove it from the row{otherwise}")
+        return start, stop + len(self._ending(before, tail, number))
+
+    def _ending(self, before: Conversation, tail: str, number: int) -> str:
+        """What ends every turn, once it is seen to end this one too; `tail` is all that follows the content."""
+        self.ending = self.ending or turn_ending(before, self.tokenizer)
+        if self.ending is None:
+            raise ModelError(
+                f"the chat template of tokenizer {self.tokenizer.name_or_path!r} writes no special token after what "
+                "the assistant says, so that the policy would never learn to stop; put {{ eos_token }} "
+                f"({self.tokenizer.eos_token}) after the assistant's content and save the template beside the model")
+        if not tail.startswith(self.ending):
+            raise DataError(
+                f"the chat template ends message {number} of the assistant with {tail[:20]!r}, another turn with "
+                f"{self.ending!r}; end both alike in the template, or set data.train_on to last")
+        return self.ending
+
+
+def turn_ending(before: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the template writes from the end of an answer to `before` up to the token that ends the turn.
+
+    That token is the end of sequence or else the first special token, if the template writes it whatever follows the
+    turn. None where it writes none. Raises jinja2's TemplateError where it refuses the messages.
+    """
+    mark = _absent(before)
+    answered = (*before, _said(mark))
+    alone = followed = _text(answered, tokenizer).rpartition(mark)[2]
+    with suppress(TemplateError):  # by a template for one question and one answer
+        followed = _text((*answered, {"role": "user", "content": "x"}), tokenizer).rpartition(mark)[2]
+    always, eos = alone[:_shared(alone, followed)], tokenizer.eos_token
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()} | {eos}
+    first = re.search("|".join(sorted(map(re.escape, special), reverse=True)), always)
+    if eos in always or (eos in alone and not first):
+        return alone[:alone.index(eos) + len(eos)]
+    return alone[:first.end()] if first else None
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the token that ends a turn; None where the template writes none or refuses a question and its answer."""
+    try:
+        ending = turn_ending(({"role": "user", "content": "x"},), tokenizer)
+    except TemplateError:
+        return None
+    return _ids(ending, tokenizer)[-1] if ending else None
+
+
+def continuation(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of `text` behind the text `before`, with which it shares no token; special tokens are not added.
+
+    Raises DataError where the tokenizer cannot keep the two apart.
+    """
+    for anchor in (before, *ANCHORS):
+        first, both = _ids(anchor, tokenizer), _ids(anchor + text, tokenizer)
+        if both[:len(first)] == first:
+            return both[len(first):]
+    raise DataError(f"the tokenizer merges a text with whatever is before it: {text!r:.80}")
+
+
+def _text(messages: Conversation, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    return tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _said(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def _absent(messages: Conversation) -> str:
+    """A character (of the private use area) that no message has."""
+    used = set().union(*(message["content"] for message in messages))
+    return next(char for char in map(chr, range(0xE000, 0xF900)) if char not in used)
+
+
+def _shared(one: str, other: str) -> int:
+    """Length of the beginning that two texts share."""
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+                min(len(one), len(other)))
+
+
+def _lost(content: str, text: str) -> str:
+    """The part of `content` up to where `text`, both read from their ends, goes on otherwise; empty if all is there.
+
+    White space at the ends of the content may be missing, and the text may have more of it anywhere.
+    """
+    content, text = content.strip(), text.rstrip()
+    if text.endswith(content):
+        return ""
+    place = len(text)
+    for number in range(len(content), 0, -1):
+        while place and text[place - 1].isspace() and text[place - 1] != content[number - 1]:
+            place -= 1
+        if not place or text[place - 1] != content[number - 1]:
+            return content[:number]
+        place -= 1
+    return ""

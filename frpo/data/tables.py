@@ -1,0 +1,145 @@
+"""Records of Parquet files and of Hugging Face data sets, each with the place where a user finds it.
+
+Parquet is read as it lies there, without a copy in a cache. It does not judge the values of a record.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frpo.data.text_files import Record
+from frpo.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# pyarrow and `datasets` take a second to import, which only these sources need.
+
+LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError)
+"""What `datasets` raises for a source that is missing, damaged or unreachable, or needs a package that is not there; a
+DatasetsError besides. It names no smaller set."""
+
+SAVED, SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
+"""Files by which a folder is known as written by Dataset.save_to_disk and DatasetDict.save_to_disk."""
+
+
+def parquet(path: Path) -> Iterator[Record]:
+    """Rows of one Parquet file, numbered from 1 on. Raises DataError for a damaged file and naming a damaged row."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with path.open("rb") as raw, ParquetFile(raw) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: two columns have one name, of {', '.join(map(repr, names))}; rename one")
+            for batch in file.iter_batches(batch_size=1024):
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield f"{path}:{number}", _cells(batch, index, f"{path}:{number}")
+    except (OSError, pa.ArrowException) as error:
+        place = f" after row {number}" if number else ""
+        raise DataError(f"data file {str(path)!r} cannot be read{place}: {_reason(error)}; check the path, and write "
+                        "the file again if it is damaged") from error
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` has saved a Dataset or a DatasetDict as this folder."""
+    return (folder / SAVED_SPLITS).is_file() or all((folder / name).is_file() for name in SAVED)
+
+
+def saved(path: str, split: str) -> Iterator[Record]:
+    """Rows of a folder that `datasets` saved, numbered from 0 on as `datasets` does; of a DatasetDict those of `split`.
+
+    Raises DataError for a split that is not there and for damaged files.
+    """
+    from datasets import DatasetDict, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    try:
+        found = load_from_disk(path)
+    except (*LOADING, DatasetsError) as error:
+        raise DataError(f"saved data set {path!r} cannot be loaded: {_reason(error)}; save it again") from error
+    if not isinstance(found, DatasetDict):
+        yield from _numbered(found, path)
+        return
+    if split not in found:
+        raise _missing_split(path, split, found)
+    yield from _numbered(found[split], f"{path}[{split}]")
+
+
+def split_files(path: str, subset: str | None, split: str) -> list[Path]:
+    """Files that `datasets` takes for `split` of a local folder; none for an expression over splits, such as a slice.
+
+    Raises DataError for a folder without data files and for a split that is not there.
+    """
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    try:
+        files = load_dataset_builder(path, name=subset).config.data_files or {}
+    except (*LOADING, DatasetsError) as error:
+        raise DataError(f"data set {path!r} cannot be loaded: {_reason(error)}; check data.path and data.subset"
+                        ) from error
+    if files and split not in files and split != "all" and re.fullmatch(r"[\w.]+", split):
+        raise _missing_split(path, split, files)
+    return [Path(file) for file in files.get(split, ())]
+
+
+def hugging_face(path: str, subset: str | None, split: str) -> Iterator[Record]:
+    """Rows of what `datasets.load_dataset` takes, numbered from 0 on as `datasets` does.
+
+    Raises DataError for what it cannot load.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        dataset = load_dataset(path, name=subset, split=split)
+    except (*LOADING, DatasetsError) as error:
+        missing = "" if Path(path).is_dir() else "; no file or folder here has this name either"
+        raise DataError(f"data set {path!r}, split {split!r}, cannot be loaded: {_reason(error)}{missing}; check "
+                        "data.path and data.split, or give a local file where the hub cannot be reached") from error
+    yield from _numbered(dataset, f"{path}[{split}]")
+
+
+def _numbered(dataset: Dataset, name: str) -> Iterator[Record]:
+    """Rows as plain Python values, whatever format the data set was saved with."""
+    rows, number = iter(dataset.with_format(None)), 0
+    while True:
+        origin = f"{name}:{number}"
+        try:
+            columns = next(rows)
+        except StopIteration:
+            return
+        except LOADING as error:
+            raise DataError(f"{origin}: the row cannot be read: {_reason(error)}; repair it, or leave the column out"
+                            ) from error
+        yield origin, columns
+        number += 1
+
+
+def _cells(batch: Any, index: int, origin: str) -> dict[str, Any]:
+    """Row `index` of an Arrow record batch."""
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            columns[name] = column[index].as_py()
+        except (ValueError, OverflowError, KeyError) as error:  # text that is not UTF-8, a date beyond Python's
+            raise DataError(f"{origin}: column {name!r} cannot be read: {error}; repair it, or leave the column out"
+                            ) from error
+    return columns
+
+
+def _missing_split(path: str, split: str, known: Iterable[str]) -> DataError:
+    return DataError(f"data set {path!r} has no split {split!r}, only {', '.join(repr(str(name)) for name in known)}; "
+                     "set data.split to one of them, or give the path of one")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, on one line, with its cause, since `datasets` may only tell that it was generating."""
+    told = getattr(error, "strerror", None) or error
+    return " ".join(f"{told} ({error.__cause__})".split() if error.__cause__ else str(told).split())

@@ -1,0 +1,194 @@
+"""Records of text files: JSON Lines, JSON and delimited (CSV), each with the place where a user finds it.
+
+Strict, because what a lenient reader repairs is learned from in silence. It does not judge the values of a record.
+"""
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from frpo.errors import DataError
+
+Record = tuple[str, dict[str, Any]]
+"""Origin, such as "train.jsonl:17", and columns by name."""
+
+FOREIGN = {
+    b"\x1f\x8b": "gzip; end its name in .gz", b"PAR1": "Parquet; end its name in .parquet",
+    b"\xff\xfe": "UTF-16; save it as UTF-8", b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"PK\x03\x04": "a zip archive or a workbook; unpack it, or export it as CSV",
+    b"\x28\xb5\x2f\xfd": "zstandard; unpack it", b"BZh": "bzip2; unpack it", b"\xfd7zXZ": "xz; unpack it",
+    b"ARROW1": "Arrow; save it as Parquet"}
+"""First bytes of files that are no UTF-8 text: what such a file is, and what to do."""
+
+FIELD_CHARS = 2**31 - 1
+"""Largest cell of a delimited file; Python's own limit is 131,072 characters."""
+
+LINE = "each line must hold one whole JSON object"
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class _RefusedError(Exception):
+    """Something that Python's JSON decoder would take."""
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number, from 1 on, and text of every line of a UTF-8 file, with its end (LF, CRLF or CR); *.gz is unpacked.
+
+    Raises DataError for a file that cannot be read, and naming the line that is not UTF-8.
+    """
+    unpacked = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        # Bytes that are not UTF-8 come as surrogates, so that a wrong encoding is found on its own line.
+        with unpacked(path, "rt", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            for number, line in enumerate(file, start=1):
+                _check_text(path, number, line)
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data file {str(path)!r} cannot be read: {reason}; check the path") from error
+
+
+def json_lines(path: Path, remedy: str = LINE) -> Iterator[Record]:
+    """One JSON object a line; blank lines are passed over. Raises DataError naming the line of anything else."""
+    for number, line in text_lines(path):
+        if line.strip():
+            origin = f"{path}:{number}"
+            yield origin, json_object(line, origin, remedy)
+
+
+def json_list(path: Path) -> Iterator[Record]:
+    """The objects of a JSON list, numbered from 1 on; or one object a line, as many files with this suffix have.
+
+    Raises DataError naming the row, or the line, of anything else.
+    """
+    text = "".join(line for _, line in text_lines(path))
+    start = _SPACE.match(text).end()
+    if not text.startswith("[", start):
+        yield from json_lines(path, "the file must hold one list of objects, or one object a line")
+        return
+    position = _SPACE.match(text, start + 1).end()
+    for number in count(1):
+        if text.startswith("]", position) and number == 1:
+            break
+        origin = f"{path}:{number}"
+        with _strictly(origin, "each row must be one whole JSON object"):
+            value, position = _DECODER.raw_decode(text, position)
+        yield origin, _columns(value, origin)
+        position = _SPACE.match(text, position).end()
+        if not text.startswith(",", position):
+            break
+        position = _SPACE.match(text, position + 1).end()
+    if text[position:].strip() != "]":
+        raise DataError(f"{path}: the list does not end with ] after its object number {number}; the file is cut off, "
+                        "or holds more than one list")
+
+
+def json_object(text: str, origin: str, remedy: str = LINE) -> dict[str, Any]:
+    """The JSON object that is all of `text`.
+
+    Raises DataError, which begins with `origin` and says `remedy`, where it is none. NaN, Infinity and a key given
+    twice, which Python's decoder takes, are refused too.
+    """
+    with _strictly(origin, remedy):
+        value = _DECODER.decode(text.lstrip("\ufeff"))
+    return _columns(value, origin)
+
+
+def delimited(path: Path, delimiter: str) -> Iterator[Record]:
+    """Rows under a line of column names, as RFC 4180 has them. Every value is text, and the origin of a row is the
+    line that it begins at.
+
+    Raises DataError naming the line of a name given twice, of too few or too many cells, and of broken quotes.
+    """
+    csv.field_size_limit(FIELD_CHARS)
+    reader = csv.reader((line for _, line in text_lines(path)), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    while True:
+        origin = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{origin}: {error}; put a cell with a quote, a delimiter or a line end into double quotes "
+                            "and double the quotes in it") from error
+        if cells and names:
+            yield origin, _under(names, cells, origin)
+        elif cells:
+            names = cells
+            if len(set(names)) < len(names):
+                raise DataError(f"{origin}: the column name {_twice(names)!r} is given twice; rename one")
+
+
+def _under(names: Sequence[str], cells: Sequence[str], origin: str) -> dict[str, str]:
+    if len(cells) != len(names):
+        raise DataError(f"{origin}: {len(cells)} cells, but {len(names)} column names; give each row a cell for every "
+                        "name, and put a cell that holds the delimiter into double quotes")
+    return dict(zip(names, cells))
+
+
+def _check_text(path: Path, number: int, line: str) -> None:
+    """Raise DataError for a line with bytes that are not UTF-8, or with NUL bytes."""
+    raw = line.encode("utf-8", "surrogateescape")
+    try:
+        raw.decode("utf-8")
+        wrong = "NUL bytes, so that the file is damaged, or UTF-16" if "\0" in line else None
+    except UnicodeDecodeError as error:
+        wrong = f"not UTF-8 ({error.reason} at byte {error.start})"
+    if wrong is not None:
+        for start, what in FOREIGN.items():
+            if number == 1 and raw.startswith(start):
+                raise DataError(f"data file {str(path)!r} is {what}")
+        raise DataError(f"{path}:{number}: {wrong}; save the file as UTF-8")
+
+
+@contextmanager
+def _strictly(origin: str, remedy: str) -> Iterator[None]:
+    """What goes wrong within it, while JSON is decoded, as a DataError."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in error.doc.strip() else ""
+        raise DataError(f"{origin}: invalid JSON: {error.msg} at {line}column {error.colno}; {remedy}") from error
+    except _RefusedError as error:
+        raise DataError(f"{origin}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{origin}: lists and objects are nested too deeply; make them flatter") from None
+    except ValueError:  # the only other one that Python's decoder raises
+        raise DataError(f"{origin}: an integer of more than {sys.get_int_max_str_digits()} digits; write it as text, "
+                        "in quotes") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RefusedError(f"the key {_twice([name for name, _ in pairs])!r} is given twice in one object; remove one")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise _RefusedError(f"{name} is no number of JSON; write null, or text in quotes")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+
+
+def _columns(value: Any, origin: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}: expected a JSON object of columns, given {type(value).__name__}")
+    return value
+
+
+def _twice(names: Sequence[str]) -> str:
+    """The first of the names that is given again."""
+    return next(name for name in names if names.count(name) > 1)

@@ -1,0 +1,74 @@
+"""A policy as a Hugging Face folder, and whether one can be written, asked before anything is trained.
+
+It takes weights that are whole; gathering them is the learner's business.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+from frpo.config.model import ModelSection
+from frpo.errors import ConfigError, ModelError
+
+
+def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, torch.Tensor],
+                source: str, folder: Path) -> None:
+    """Write weights `state`, the config of `network` and the tokenizer into `folder`, made if need be.
+
+    state: emptied on the way, so that what is written need not stay in memory.
+    source: folder or hub id that the policy started from. Its generation config is copied to the byte: transformers
+    reads many that it refuses to write. Where there is none, none is written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = network.generation_config
+    network.generation_config, network.config.use_cache = GenerationConfig(), True
+    network.save_pretrained(folder, state_dict=state, save_original_format=False)  # it has that format
+    network.generation_config, network.config.use_cache = own, False
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+    if found := _generation_config(source):
+        shutil.copyfile(found, folder / GENERATION_CONFIG_NAME)
+    tokenizer.save_pretrained(folder)
+
+
+def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    """Save all of an export but its weights into a folder that is thrown away, so that it cannot fail after training.
+
+    Raises ConfigError where the export could not be written into `run_dir`, ModelError naming what cannot be saved.
+    """
+    folder = run_dir / "export"
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written, since {existing} is no folder of yours; choose "
+                          "another run.dir")
+    if model.path is None:
+        return
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    with TemporaryDirectory() as scratch:
+        _rehearse(model.path, "saving its config", lambda: config.save_pretrained(scratch))
+        _rehearse(model.path, "saving its tokenizer", lambda: tokenizer.save_pretrained(scratch))
+    if _generation_config(model.path):
+        _rehearse(model.path, f"reading its {GENERATION_CONFIG_NAME}",
+                  lambda: GenerationConfig.from_pretrained(model.path))
+
+
+def _rehearse(path: str, what: str, work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Exception as error:  # of any class of transformers or of the model's own code; each would end a trained run
+        raise ModelError(f"model {path!r} could not be exported after training: {what} fails: {type(error).__name__}: "
+                         f"{error}; correct that file") from error
+
+
+def _generation_config(source: str) -> Path | None:
+    """Of the model at `source`; None where it has none, or its hub cannot be asked and loading did without it."""
+    try:
+        return Path(cached_file(source, GENERATION_CONFIG_NAME))
+    except OSError:
+        return None

@@ -1,0 +1,87 @@
+"""Whether a model computes in the learner what it computes in plain transformers: packed, padded, twice.
+
+"Plain" is the network's own logits of one sequence at a time, by its own eager attention. Choosing sequences and
+refusing a model is the controller's business (`frpo.invariants`).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from frpo.kernels import linear_logprobs
+from frpo.learner.attention import arrangement
+from frpo.learner.collate import TokenBatch
+from frpo.learner.losses import head_options
+from frpo.learner.network import TokenModel
+from frpo.types import Comparison, Gap, SupervisedSample
+
+
+def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[int]],
+            collate: Callable[[Sequence[SupervisedSample]], TokenBatch]) -> Comparison:
+    """Compare what `network`, a TokenModel or DeepSpeed's engine around one, says of `sequences`. Collective.
+
+    sequences: token ids, at least two each. collate: lays samples out as in training.
+    """
+    model: TokenModel = getattr(network, "module", network)
+    samples = [_sample(index, ids) for index, ids in enumerate(sequences)]
+    batch = collate(samples)
+    facts = {"model": name, "packed": batch.bounds is not None,
+             "layers": model.network.config.get_text_config().num_hidden_layers}
+    with torch.no_grad():
+        try:
+            together = _logprobs(network, model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # shapes of a pack that a layer of the model cannot take
+            return Comparison(**facts, failure=str(error).splitlines()[0])
+        apart = len(arrangement().layers)
+        repeated = _logprobs(network, model, batch)
+        alone = np.concatenate([_logprobs(network, model, collate([sample])) for sample in samples])
+        with _eager_attention(model.network):
+            plain = np.concatenate([_plain_logprobs(network, collate([sample])) for sample in samples])
+    return Comparison(**facts, layers_apart=apart, together=_gap(together, plain), alone=_gap(alone, plain),
+                      repeated=_gap(repeated, together))
+
+
+def _sample(index: int, token_ids: Sequence[int]) -> SupervisedSample:
+    """All tokens but the first are predicted."""
+    learned = np.arange(len(token_ids)) > 0
+    return SupervisedSample(sample_id=(0, 0, index), token_ids=np.array(token_ids), loss_mask=learned,
+                            weight=learned.astype(np.float64))
+
+
+def _logprobs(network: torch.nn.Module, model: TokenModel, batch: TokenBatch) -> np.ndarray:
+    def of_head(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
+        return linear_logprobs(hidden_ND, head_VD, batch.target_N, **head_options(model.head.scale))[0]
+
+    return network(batch, of_head).double().cpu().numpy()
+
+
+def _plain_logprobs(network: torch.nn.Module, batch: TokenBatch) -> np.ndarray:
+    """Of a batch that holds one sequence."""
+    logits_LV = network(batch, None)[0, :-1].double()
+    return logits_LV.log_softmax(-1).gather(1, batch.target_N[:, None])[:, 0].cpu().numpy()
+
+
+@contextmanager
+def _eager_attention(network: PreTrainedModel) -> Iterator[None]:
+    """Within it, the family's own eager attention, where it lets attention be chosen."""
+    if not network._can_set_attn_implementation():
+        yield
+        return
+    chosen = network.config._attn_implementation
+    network.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(chosen)
+
+
+def _gap(one: np.ndarray, other: np.ndarray) -> Gap:
+    """NaN counts as the largest difference there is."""
+    difference = np.nan_to_num(np.abs(one - other), nan=np.inf)
+    return float(difference.mean()), float(difference.max())

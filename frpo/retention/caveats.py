@@ -1,0 +1,101 @@
+"""What a reader of a matrix has to know before its numbers: too few seeds, unmatched policies, values that are missing.
+
+It says why a value is missing and what to change. Which values are missing was decided before.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from frpo.config.retention import RetentionRecipe
+from frpo.evaluate.kl_spacing import Gap, updates_within
+from frpo.evaluate.retained import paired
+from frpo.retention.before import SAMPLES
+from frpo.retention.results import Results
+
+MATCHED = 0.1
+"""Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""
+
+
+def caveats(found: Results) -> list[str]:
+    """Everything of this kind about a matrix, in sentences."""
+    recipe, told = found.plan.recipe, []
+    if len(recipe.seeds) < 3:
+        told.append(f"{len(recipe.seeds)} seed(s): an interval over so few says little or nothing")
+    for pair in found.pairs:
+        difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
+        level = found.value(pair[1], "eval/kl")
+        if difference.count and abs(difference.mean) > MATCHED * level:
+            told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
+                        f"{level:.2f} nats): what they keep is not comparable")
+    told += _unknown_distances(found)
+    told += _blanks(found)
+    for seed, record in found.heldout.items():
+        for name, count in record["overlap"].items():
+            if count:
+                told.append(f"seed {seed}: {name} was trained on {count} of {record['heldout']} held-out prompts")
+    for seed in found.plan.seeds if recipe.certificate else ():
+        told += [f"{name}, seed {seed.seed}: no certificate, since some of its samples have no reward"
+                 for name in recipe.forked if (name, seed.seed) not in found.certified
+                 and (seed.measured(name) / SAMPLES).is_file()]
+    told += [f"{name} failed: {error}" for name, error in found.failures.items()]
+    missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
+               for (policy, regime), seeds in found.states.items() if "missing" in seeds}
+    return told + [f"{name}: seed(s) {', '.join(map(str, seeds))} missing" for name, seeds in missing.items()]
+
+
+def _unknown_distances(found: Results) -> list[str]:
+    """Name the policies that have no KL to a reference, and the key that gives them one."""
+    recipe, told = found.plan.recipe, []
+    for name in recipe.forked if len(recipe.forked) > 1 else ():
+        reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
+        lacking = [seed for seed in recipe.seeds if "eval/kl" not in found.policies.get((name, seed), {})]
+        if lacking and reference:
+            told.append(f"{name}: its KL to {reference} is not measured for seed(s) {', '.join(map(str, lacking))}; "
+                        "`frpo retention` measures it")
+        elif lacking and has_path:
+            told.append(f"{name} is given by path, so that its KL to a reference is not known; set "
+                        f"policies.{name}.reference to the policy that it was trained from")
+    return told
+
+
+def _blanks(found: Results) -> list[str]:
+    """Say which values along the KL are blank, and why: a fork stays near, or its probes lie too far apart."""
+    recipe, told = found.plan.recipe, []
+    every_gap: list[Gap] = []
+    for regime in recipe.regimes:
+        near = []
+        for policy in recipe.forked:
+            forks = {seed: path for seed, path in found.forks(policy, regime).items() if path.has_curve}
+            short = sum(path.largest_kl(found.reward) < recipe.measure.max_kl for path in forks.values())
+            near += [f"{policy} ({short} of {len(forks)})"] if short else []
+            gaps = [(seed, gap) for seed, path in forks.items()
+                    for gap in path.gaps(found.reward, recipe.measure.max_kl)]
+            if gaps:
+                told.append(f"{policy} through {regime}: neighbouring probes are too far apart in KL; values between "
+                            f"them are left blank: {', '.join(_where(*each) for each in gaps)}")
+            every_gap += [gap for _, gap in gaps]
+        if near:
+            told.append(f"{regime}: forks that stay within {recipe.measure.max_kl:g} nats have no mean over KL: "
+                        f"{', '.join(near)}")
+    probed = {int(step) for path in found.paths.values() for step in path.step_S}
+    return told + _advice(recipe, probed, every_gap)
+
+
+def _where(seed: int, gap: Gap) -> str:
+    (low, high), (first, last) = gap.kl, gap.updates
+    return f"{low:.3g} to {high:.3g} nats (seed {seed}, updates {first} to {last})"
+
+
+def _advice(recipe: RetentionRecipe, probed: Iterable[int], gaps: Sequence[Gap]) -> list[str]:
+    """Say how to fill gaps: by probes between two updates, or between consecutive updates by smaller ones."""
+    told, at = [], recipe.measure.at
+    more = sorted({update for gap in gaps for update in updates_within(gap)})
+    if more:
+        follow = "" if at is None else "leave measure.at out, so that probes follow the KL, or "
+        told.append(f"to fill these gaps {follow}set measure.at to {sorted({*(probed if at is None else at), *more})}; "
+                    "to measure a finished fork again, move its folder "
+                    f"{recipe.run.dir}/seedN/forks/POLICY/REGIME away")
+    if any(gap.updates[1] - gap.updates[0] == 1 for gap in gaps):
+        told.append("no probe fits between two consecutive updates; to fill such a gap lower the learner.lr of the "
+                    "fork, or raise its learner.warmup_steps")
+    return told

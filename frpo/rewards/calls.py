@@ -1,0 +1,109 @@
+"""One call of a reward function on its share of a batch: what it is given, what its values mean, what went wrong.
+
+A share is what one process of a reward gets of N completions. Starts no thread and sums nothing: see `suite`.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from frpo.errors import RewardError
+from frpo.rewards.arguments import check_kwargs, offered_arguments, select_arguments
+from frpo.rewards.pool import RewardPool
+from frpo.rewards.protocol import Format, RewardSpec
+from frpo.rewards.stop import Stop
+from frpo.rewards.values import Foreign, PortableValue, check_values, unusable
+from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
+from frpo.types import LARGEST_REWARD, RolloutGroup
+
+Caller = Callable[[RewardWorker, Mapping[str, Any], Stop], list[PortableValue] | Foreign]
+"""`RewardWorker.call`, or another of its ways to call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One reward's values of a share, or of all N (NaN: abstained), and its counts by their short name."""
+
+    values: np.ndarray
+    counts: Mapping[str, int]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The shares of one reward, one after the other."""
+        return cls(values=np.concatenate([np.empty(0), *(part.values for part in parts)]),
+                   counts={what: sum(part.counts[what] for part in parts) for what in _counts()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What all rewards are called on: by format every argument that there is, and the N prompt uids."""
+
+    offered: Mapping[Format, Mapping[str, list[Any]]]
+    uids: Sequence[str]
+
+    @classmethod
+    def of(cls, groups: Sequence[RolloutGroup], formats: Collection[Format], columns: Sequence[str]) -> Self:
+        """`columns`: names that are passed even if no prompt has them."""
+        return cls(offered={form: offered_arguments(groups, form, columns) for form in formats},
+                   uids=[group.prompt.uid for group in groups for _ in group.completions])
+
+    def about(self, share: slice, form: Format) -> str:
+        """What the call of a share was about, for its errors."""
+        names = list(dict.fromkeys(self.uids[share]))
+        few = len(names) <= 3
+        prompts = ", ".join(map(repr, names)) if few else f"{names[0]!r} to {names[-1]!r}, {len(names)} in all"
+        return (f"the call was given completions {share.start} to {share.stop - 1} of {len(self.uids)}, "
+                f"of prompt{'s' if len(names) > 1 else ''} {prompts}, as {form} (rewards[].format)")
+
+
+def score_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, stop: Stop) -> Component:
+    """The values of completions `share`; under `on_error: abstain` none where the call failed."""
+    try:
+        return called(spec, spec.format, pool, batch, share, stop, RewardWorker.call)
+    except RewardCallError as error:
+        if spec.on_error == "raise" or stop.is_set():
+            raise
+        return failed(error, share)
+
+
+def called(spec: RewardSpec, form: Format, pool: RewardPool, batch: Batch, share: slice, stop: Stop,
+           call: Caller) -> Component:
+    """The values that one call gives completions `share`; indices in errors count over all N.
+
+    Raises RewardError, whatever `on_error` says, but for single values that are unusable.
+    """
+    with pool.worker(stop) as worker:
+        parameters = worker.start(stop)
+        check_kwargs(spec, worker.label, parameters)
+        arguments = select_arguments(
+            spec, worker.label, parameters, {name: values[share] for name, values in batch.offered[form].items()})
+        try:
+            result = call(worker, arguments, stop)
+        except RewardCallError as error:
+            raise type(error)(f"{error}\n{batch.about(share, form)}") from None
+    try:
+        values = check_values(result, batch.uids[share], first=share.start)
+    except RewardError as error:
+        raise RewardError(f"{worker.label} {error}\n{batch.about(share, form)}") from None
+    wild = unusable(result)
+    if wild and spec.on_error == "raise":
+        index = share.start + wild[0]
+        raise RewardError(
+            f"{worker.label} returned {result[wild[0]]} for completion {index} (prompt {batch.uids[index]!r}), "
+            f"{len(wild)} such of {len(values)}; return None to abstain, or set on_error: abstain. Allowed are finite "
+            f"numbers from -{LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
+    return Component(values=values, counts=_counts(abstained=int(np.isnan(values).sum()), nonfinite=len(wild)))
+
+
+def failed(error: RewardCallError, share: slice) -> Component:
+    """No values: what a call that raised or timed out counts as under `on_error: abstain`."""
+    size, kind = share.stop - share.start, "timed_out" if isinstance(error, RewardTimeoutError) else "failed"
+    return Component(values=np.full(size, math.nan), counts=_counts(abstained=size, **{kind: 1}))
+
+
+def _counts(**known: int) -> dict[str, int]:
+    return {"abstained": 0, "nonfinite": 0, "failed": 0, "timed_out": 0, **known}

@@ -1,0 +1,138 @@
+"""A real pretrained model through reinforcement learning, a push and fine-tuning, and its exports elsewhere."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from frpo.__main__ import main
+from frpo.builder import build
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.loader import load_recipe
+from frpo.finetune import FineTuner
+from frpo.finetune_parts import check_finetune, finetune_on
+from frpo.learner.smollm2 import RECORD, packaged_file
+from frpo.rollout.engine import Sampling
+from frpo.trainer import Trainer
+from frpo.types import Prompt
+from greedy import NEW_TOKENS
+from loop import flat
+from runs import metrics
+
+SCRIPT = Path(__file__).with_name("greedy.py")
+END = 2
+"""<|im_end|>: the end of a turn, and the padding too."""
+
+ANSWERS = {"Name a colour.": "Blue is a colour.", "Name an animal.": "The fox is an animal.",
+           "Name a fruit.": "The plum is a fruit.", "Name a tool.": "The saw is a tool."}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real") / "smollm2"
+    assert main(["model", "smollm2", str(folder)]) == 0
+    return folder
+
+
+def rl_recipe(model: Path):
+    return load_recipe("smollm2_constraints", [
+        f"model.path={model}", f"run.dir={model.parent / 'rl'}", "run.num_steps=2", "run.save_every=0",
+        "data.heldout_path=null", "data.heldout=2", "evaluate.samples=1", "rollout.prompts_per_step=2",
+        "rollout.group_size=4", "rollout.max_new_tokens=24", "rollout.threads=1", "learner.threads=1",
+        "learner.micro_batch_tokens=256", "learner.warmup_steps=0"])
+
+
+def sft_recipe(model: Path):
+    """Three updates on four rows, from what reinforcement learning has made."""
+    rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+            for asked, said in ANSWERS.items()]
+    (model.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_recipe("finetune_gsm8k", [
+        "model.tiny=null", f"model.path={model.parent / 'rl' / 'export'}", f"run.dir={model.parent / 'sft'}",
+        "run.num_epochs=3", "run.save_every=0", f"data.path={model.parent / 'rows.jsonl'}", "data.limit=null",
+        "data.heldout=0", "data.train_on=last", "data.batch_size=4", "model.max_length=64", "objective=sft",
+        "learner.lr=1e-4", "learner.micro_batch_tokens=128", "learner.ranks=ray",
+        "learner.warmup_steps=0"], FinetuneRecipe)
+
+
+def test_the_folder_holds_the_packages_weights_and_answers(model, capsys):
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    ours = dict(network.named_parameters())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, network.config.num_hidden_layers)
+    packed = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+              for tensor in gguf.GGUFReader(packaged_file()).tensors}
+    assert len(ours) == len(packed) == 272
+    for name, weights in ours.items():
+        stored = packed[names.get_name(name.removesuffix(".weight")) + ".weight"]
+        if "q_proj" in name or "k_proj" in name:  # stored with the two halves of each head interleaved
+            heads = stored.reshape(-1, 32, 2, stored.shape[1])
+            stored = heads.swapaxes(1, 2).reshape(stored.shape)
+        assert np.array_equal(weights.detach().numpy(), stored), name
+    assert network.dtype == torch.float32 and network.config.tie_word_embeddings
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (END, END)
+    assert (network.generation_config.eos_token_id, network.generation_config.pad_token_id) == (END, END)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
+                                          add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = network.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)[0, asked["input_ids"].shape[1]:]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+    weights = model / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    assert main(["model", "smollm2", str(model)]) == 0 and weights.stat().st_mtime_ns == made
+    assert "made before" in capsys.readouterr().out
+    assert sorted(path.name for path in model.parent.iterdir()) == ["smollm2"] and (model / RECORD).is_file()
+
+
+@pytest.mark.timeout(400)
+def test_it_is_trained_pushed_fine_tuned_and_exported(model, ray_cluster):
+    with build(rl_recipe(model)) as parts:
+        state = Trainer(parts).fit()
+        prompts = [*parts.prompts.train[:6], *parts.prompts.heldout[:2]]
+
+        def sample(sampling: Sampling, group_size: int):
+            return parts.sampler.sample(prompts, step=9, first_sample=999, group_size=group_size, sampling=sampling,
+                                        version=state.policy_version)
+
+        groups = sample(Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24), 2)
+        engine = flat([c.logprobs for c in group.completions] for group in groups)
+        learner, reference = (flat(parts.learner.score_groups(groups, name)) for name in ("policy", "reference"))
+        greedy = sample(Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS), 1)
+        recipe = sft_recipe(model)
+        with finetune_on(parts.learner.ranks, "cpu", recipe, check_finetune(recipe), recipe.model.path) as tuning:
+            learned = [(e.token_ids, e.loss_mask) for e in tuning.examples.train]
+            FineTuner(tuning).fit()
+
+    gap, moved = np.abs(engine - learner).max(), np.abs(engine - reference).max()
+    print(f"log-prob gap {gap:.2g} nats; to the weights that were not pushed: {moved:.2g}")
+    assert gap < 1e-3 < 0.1 < moved
+    ended = [c for group in groups for c in group.completions if c.finish_reason == "stop"]
+    assert ended and all(c.token_ids[-1] == END and c.loss_mask[-1] for c in ended)
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert {tokenizer.decode([t for t, loss in zip(*pair) if loss]).strip() for pair in learned} == {
+        f"{said}<|im_end|>" for said in ANSWERS.values()}
+    losses = [row["sft/nll"] for row in metrics(model.parent / "sft") if "sft/nll" in row]
+    assert len(losses) == 3 and losses[2] < losses[0] - 0.3
+
+    served = [list(group.completions[0].token_ids) for group in greedy]
+    assert answers("transformers", model.parent / "rl" / "export", prompts) == served
+    tuned = answers("transformers", model.parent / "sft" / "export", prompts)
+    assert answers("vllm", model.parent / "sft" / "export", prompts) == tuned != served
+    print(*map(tokenizer.decode, served + tuned), sep="\n")
+
+
+def answers(library: str, export: Path, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Greedy answers of an export from a plain library, in a process of its own."""
+    asked, given = export.parent / "prompts.json", export.parent / f"{library}.json"
+    asked.write_text(json.dumps([prompt.token_ids for prompt in prompts]))
+    subprocess.run([sys.executable, SCRIPT, library, export, asked, given], check=True, timeout=120,
+                   capture_output=True)
+    return json.loads(given.read_text())

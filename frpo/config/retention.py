@@ -47,7 +47,9 @@ class PolicySection(Section):
                           "recipe's own KL to its reference, and none for a path")
     over: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="section.key -> values: a policy for each combination, called NAME-key=value; {}: one")
-    fork: bool = Field(True, description="fine-tune forks of it; false: it is only a start or a reference of others")
+    fork: bool = Field(
+        True, description="fine-tune forks of it; false: it is a start or a reference of others, and with `reference` "
+                          "of its own also a point of the frontier")
 
     @model_validator(mode="after")
     def _one_source(self) -> PolicySection:
@@ -272,14 +274,21 @@ class RetentionRecipe(Section):
                 if policy.fork and (self.only_policies is None or name in self.only_policies)]
 
     @property
+    def shown(self) -> list[str]:
+        """Policies of tables and of the frontier: those that are forked, then those with a `reference`."""
+        return self.forked + [name for name, policy in self.policies.items()
+                              if not policy.fork and policy.reference is not None
+                              and (self.only_policies is None or name in self.only_policies)]
+
+    @property
     def regimes(self) -> dict[str, RegimeSection]:
         return {name: section for name, section in self.downstream.items()
                 if self.only_regimes is None or name in self.only_regimes}
 
     def needed(self) -> list[str]:
-        """Policies that are forked, what they start from and their references, each after its start."""
+        """Policies that are shown, what they start from and their references, each after its start."""
         wanted: set[str] = set()
-        waiting = list(self.forked)
+        waiting = self.shown
         while waiting:
             name = waiting.pop()
             if name not in wanted:

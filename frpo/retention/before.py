@@ -1,21 +1,21 @@
-"""What is measured of a policy before any fork: samples for its certificate, and its KL to its reference.
+"""What is measured of a policy before any fork: samples for its certificate, its reward and KL to its reference.
 
     <run.dir>/seed0/policies/NAME/certificate.npz     rewards_PN of many samples
-    <run.dir>/seed0/policies/NAME/reference_kl.json   the reference, the KL in nats a sequence, its interval
+    <run.dir>/seed0/policies/NAME/reference_kl.json   the reference, and the metrics kept/... of held-out samples
 
 It reads and writes files. Sampling is the business of `stages`.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from frpo.config.retention import RetentionRecipe
 from frpo.retention.plan import SeedPlan
-from frpo.telemetry import mean_interval
 from frpo.types import ScoredGroup
 
 SAMPLES, DISTANCE = "certificate.npz", "reference_kl.json"
@@ -36,7 +36,8 @@ class Missing:
 
 def missing(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> Missing:
     """What the folder of a policy lacks."""
-    wanted, reference = recipe.certificate, recipe.policies[policy].reference
+    wanted = recipe.certificate if policy in recipe.forked else None
+    reference = recipe.policies[policy].reference
     sampled = wanted is None or (seed.measured(policy) / SAMPLES).is_file()
     known = reference is None or read_distance(recipe, seed, policy) is not None
     return Missing(samples=0 if sampled else wanted.samples, reference=None if known else reference)
@@ -51,20 +52,24 @@ def write_samples(seed: SeedPlan, policy: str, scored: Sequence[ScoredGroup]) ->
     unfinished.replace(folder / SAMPLES)
 
 
-def write_distance(seed: SeedPlan, policy: str, reference: str, kl: Sequence[np.ndarray]) -> None:
-    """Keep the mean over prompts of a policy's KL. kl: per prompt (G) nats of its completions."""
+def write_distance(seed: SeedPlan, policy: str, reference: str, metrics: Mapping[str, float]) -> None:
+    """Keep what held-out samples say of a policy. metrics: kept/reward, kept/kl (nats a sequence) and so on."""
     folder = seed.measured(policy)
     folder.mkdir(parents=True, exist_ok=True)
-    mean, half_width = mean_interval(float(kl_G.mean()) for kl_G in kl)
     unfinished = folder / f"unfinished-{DISTANCE}"
-    unfinished.write_text(json.dumps({"reference": reference, "kl": mean, "interval": half_width}), encoding="utf-8")
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    unfinished.write_text(json.dumps({"reference": reference, "metrics": finite}), encoding="utf-8")
     unfinished.replace(folder / DISTANCE)
 
 
 def read_distance(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> dict[str, float] | None:
-    """The KL of a policy to the reference that the recipe names, as metrics; None if it is not measured."""
+    """What was measured of a policy against the reference that the recipe names; None if that is still to do.
+
+    The KL to the reference is called eval/kl, as in a training's metrics.
+    """
     path = seed.measured(policy) / DISTANCE
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if record.get("reference") != recipe.policies[policy].reference:
+    if "metrics" not in record or record["reference"] != recipe.policies[policy].reference:
         return None
-    return {"eval/kl": record["kl"], "eval/kl_interval": record["interval"]} if record else None
+    return {name.replace("kept/kl", "eval/kl"): math.nan if value is None else value
+            for name, value in record["metrics"].items()}

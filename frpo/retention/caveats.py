@@ -46,7 +46,7 @@ def caveats(found: Results) -> list[str]:
 def _unknown_distances(found: Results) -> list[str]:
     """Name the policies that have no KL to a reference, and the key that gives them one."""
     recipe, told = found.plan.recipe, []
-    for name in recipe.forked if len(recipe.forked) > 1 else ():
+    for name in recipe.shown if len(recipe.shown) > 1 else ():
         reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
         lacking = [seed for seed in recipe.seeds if "eval/kl" not in found.policies.get((name, seed), {})]
         if lacking and reference:

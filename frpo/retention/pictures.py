@@ -37,8 +37,8 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
                 differences(found, regime), folder / f"differences_{regime}.png")
     if found.certified:
         pictures["Certificates"] = _saved(certificates(found), folder / "certificates.png")
-    if len(found.plan.recipe.forked) > 1 and any(
-            not math.isnan(found.value(policy, "eval/kl")) for policy in found.plan.recipe.forked):
+    if len(found.plan.recipe.shown) > 1 and any(
+            not math.isnan(found.value(policy, "eval/kl")) for policy in found.plan.recipe.shown):
         pictures["Reward reached, KL spent, reward kept"] = _saved(spent(found), folder / "spent.png")
     if any("utility" in values for values in found.summaries.values()):
         pictures["What forks keep, and what they learn"] = _saved(frontier(found), folder / "frontier.png")
@@ -109,7 +109,7 @@ def spent(found: Results) -> Figure:
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for axis, (label, measure) in zip(axes.flat, panels):
-        for policy, color in colored(found.plan.recipe.forked):
+        for policy, color in colored(found.plan.recipe.shown):
             (x, dx), (y, dy) = found.spread(policy, "eval/kl"), found.spread(policy, measure)
             if not math.isnan(x + y):
                 chosen = policy == found.chosen

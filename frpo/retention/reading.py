@@ -39,12 +39,12 @@ def collect(plan: Plan) -> Results:
         summaries[fork] = summary(path, reward, decile, plan.recipe.measure.max_kl)
         if UTILITY in path.metrics:
             summaries[fork] |= {"utility": float(path.metrics[UTILITY][-1])}
-    policies = {(stage.policy, stage.seed): _evaluation(stage) | _start(paths, stage.policy, stage.seed)
-                for seed in plan.seeds for stage in seed.policies.values() if stage.done}
-    policies |= {(name, seed.seed): _given(plan, name) | _start(paths, name, seed.seed)
-                 for seed in plan.seeds for name in seed.given}
-    policies = {(name, seed.seed): policies[name, seed.seed] | (read_distance(plan.recipe, seed, name) or {})
-                for seed in plan.seeds for name in (*seed.policies, *seed.given) if (name, seed.seed) in policies}
+    policies: dict[tuple[str, int], Mapping[str, float]] = {}
+    for seed in plan.seeds:
+        known = {stage.policy: _evaluation(stage) for stage in seed.policies.values() if stage.done}
+        known |= {name: _given(plan, name) for name in seed.given}
+        policies |= {(name, seed.seed): metrics | (read_distance(plan.recipe, seed, name) or {})
+                     | _start(paths, name, seed.seed) for name, metrics in known.items()}
     found = Results(
         plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
         certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),

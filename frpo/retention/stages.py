@@ -31,7 +31,7 @@ from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelErr
 from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.evaluate.model import of_model
-from frpo.evaluate.probe import Exact, Task, TaskProbe, check_agreement, sampled
+from frpo.evaluate.probe import Exact, Task, TaskProbe, check_agreement, sampled, task_metrics
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.held import held_folder
@@ -90,7 +90,7 @@ class Matrix:
             record_heldout(seed, tasks[0].prompts, self.recipe.measure.overlap)
             for stage in seed.policies.values():
                 self.attempt(stage, tasks, bar)
-            for name in self.recipe.forked:
+            for name in self.recipe.shown:
                 bar.note(f"{name}, seed {seed.seed}: before any fork")
                 self.surviving(name, partial(self.measure_policy, seed, name, tasks[0]))
             for stage in seed.forks:
@@ -199,8 +199,9 @@ class Matrix:
             write_samples(seed, name, scored)
         if wanted.reference and seed.has(wanted.reference):
             learner.remember_start(seed.model_of(wanted.reference))
-            groups = [scored.group for scored in sampled(task, engines, step=0, version=0)]
-            write_distance(seed, name, wanted.reference, learner.kl_groups(groups, to="start"))
+            scored = sampled(task, engines, step=0, version=0)
+            kl = learner.kl_groups([each.group for each in scored], to="start")
+            write_distance(seed, name, wanted.reference, task_metrics(task, scored, kl))
 
     def connected(self, learner: LearnerGroup, recipe: Recipe) -> RecoveringEngines:
         """The running engines, to which this learner's weights are pushed from now on."""
@@ -317,7 +318,7 @@ def _prompt_of(example: Example) -> tuple[int, ...]:
 def _complete(plan: Plan, seed: SeedPlan) -> bool:
     """Whether nothing of this seed is left to do."""
     return all(stage.done for stage in seed.stages) and not any(
-        missing(plan.recipe, seed, name) for name in plan.recipe.forked)
+        missing(plan.recipe, seed, name) for name in plan.recipe.shown)
 
 
 def _with_seed(value: Any, seed: int) -> Any:

@@ -28,7 +28,7 @@ def all_tables(found: Results) -> list[TableText]:
     for section in found.plan.recipe.tables:
         tables += [own_table(found, section), own_differences(found, section)]
     tables += [state_table(found), policy_table(found)]
-    if len(found.plan.recipe.forked) > 1:
+    if len(found.plan.recipe.shown) > 1:
         tables.append(frontier_table(found))
     for title, group in found.groups.items():
         regimes = dict.fromkeys(regime for _, _, regime in group)
@@ -52,7 +52,7 @@ def policy_table(found: Results) -> TableText:
     known = [column for column in POLICY_COLUMNS
              if any(column[1] in metrics for metrics in found.policies.values())]
     rows = [(policy, *(level(found.policy_by_seed(policy, metric).values()) for _, metric in known))
-            for policy in found.plan.recipe.forked]
+            for policy in found.plan.recipe.shown]
     return TableText(title="Policies before any fine-tuning", note="mean over seeds ± 95 % interval",
                      columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
 
@@ -64,10 +64,10 @@ def frontier_table(found: Results) -> TableText:
                 *((f"kept through {regime} {name}", f"{regime}/{name}") for regime in regimes
                   for name in ("over updates", "over KL")))
     known = [(title, measure) for title, measure in measures
-             if any(not math.isnan(found.value(policy, measure)) for policy in found.plan.recipe.forked)]
+             if any(not math.isnan(found.value(policy, measure)) for policy in found.plan.recipe.shown)]
     rows = [(policy + (" (chosen)" if policy == found.chosen else ""),
              *(level(found.of_policy(policy, measure).values(), interval=False) for _, measure in known))
-            for policy in found.plan.recipe.forked]
+            for policy in found.plan.recipe.shown]
     return TableText(title="Frontier: reward reached, KL spent, reward kept", rows=tuple(rows),
                      note="mean over seeds; -: not known, see the warnings; (1 of 3): seeds that have a value",
                      columns=("policy", *(title for title, _ in known)))

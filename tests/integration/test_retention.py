@@ -45,7 +45,7 @@ def recipe(folder: Path, *broken: str) -> Path:
             "warm": {"recipe": "lab_warm_start", "fork": False, "overrides": [
                 "model.path=$setup/model", "data.path=$setup/warm_start.jsonl", "run.num_epochs=1"]},
             "kept": POLICY | {"reference": "warm"}, "broken": POLICY | {"extra": list(broken)},
-            "raw": {"path": "$setup/model", "reference": "warm"}},
+            "raw": {"path": "$setup/model", "reference": "warm", "fork": False}},
         "downstream": {
             "sft": {"recipe": "lab_downstream_sft", "policies": ["kept", "broken"], "overrides": [
                 "data.path=$setup/downstream.jsonl", "run.num_epochs=1", "learner.lr=3.0e-3"]},
@@ -138,15 +138,14 @@ def test_probes_measure_what_outcomes_say(runs_of):
         assert (np.abs(sampled - exact) < half + 0.05).all()
     moved = np.ptp(sft["metrics"]["exact/reward"])
     assert moved > 0.05  # or the engines might as well have kept one policy
-    assert {each["policy"]: each["points"] for each in results["certificates"]} == {
-        "kept": 6, "broken": 3, "raw": 0}
+    assert {each["policy"]: each["points"] for each in results["certificates"]} == {"kept": 6, "broken": 3}
     page = (folder / "run" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 4 and "http" not in page.split("<body>")[1].split("<details>")[0]
 
 
 def test_policies_have_their_kl_to_the_reference(runs_of):
-    """A policy's own training measured the same KL on other samples of the same prompts; that of the model which the
-    reference was trained from is known from the page alone.
+    """A policy's own training measured the same KL on other samples of the same prompts. The model which the reference
+    was trained from is not forked: what is known of it was measured of its own samples.
     """
     folder, _ = runs_of
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
@@ -154,6 +153,9 @@ def test_policies_have_their_kl_to_the_reference(runs_of):
     trained = [row for row in map(json.loads, lines(folder / "run/seed3/policies/kept/metrics.jsonl"))
                if "eval/kl" in row][-1]
     measured = json.loads((folder / "run/seed3/policies/kept/reference_kl.json").read_text(encoding="utf-8"))
-    assert found["kept"]["eval/kl"] == measured["kl"] != trained["eval/kl"]
-    assert abs(measured["kl"] - trained["eval/kl"]) < measured["interval"] + trained["eval/kl_interval"]
-    assert found["raw"]["eval/kl"] > 10 * measured["kl"] > 0
+    kl, interval = measured["metrics"]["kept/kl"], measured["metrics"]["kept/kl_interval"]
+    assert found["kept"]["eval/kl"] == kl != trained["eval/kl"]
+    assert abs(kl - trained["eval/kl"]) < interval + trained["eval/kl_interval"]
+    assert found["raw"]["eval/kl"] > 10 * kl > 0
+    raw, kept = (found[name]["kept/reward"] for name in ("raw", "kept"))
+    assert 0 <= raw < kept - 0.1, "a model of random weights and the trained policy"

@@ -104,7 +104,7 @@ def test_what_is_still_to_measure_of_a_policy_before_any_fork(tmp_path, certific
         write_samples(seed, "given", [SimpleNamespace(rewards_G=np.array([0.5, 1.0]))])
         assert np.load(seed.measured("given") / SAMPLES)["rewards_PN"].tolist() == [[0.5, 1.0]]
     if "kl" in written:
-        write_distance(seed, "given", "other", [np.array([0.25]), np.array([0.75])])
+        write_distance(seed, "given", "other", {"kept/kl": 0.5, "kept/reward": 0.25})
     lacking = missing(found, seed, "given")
     assert (lacking.samples, lacking.reference) == wanted and bool(lacking) == any(wanted)
 

@@ -32,6 +32,7 @@ from frpo.retention.tables import (
     own_table,
     state_table,
 )
+from frpo.telemetry import mean_interval
 
 ENDS = {("base", "sft"): 0.5, ("given", "sft"): 0.6, ("made", "sft"): 0.7, ("made", "rl"): 0.3}
 """Sampled reward at the end of a fork of seed 0; the next seeds have .01 more each."""
@@ -170,13 +171,19 @@ def test_a_stage_that_failed_before_it_was_done_has_not_failed(tmp_path):
                                        ("made", "3/3", "2/3, 1 failed", "3/3"))
 
 
-def with_reference(tmp_path, **changes):
+def distance(seed, policy, reference, *kl_P, reward=0.4):
+    """As a run writes it, from the KL of each prompt."""
+    mean, interval = mean_interval(kl_P)
+    write_distance(seed, policy, reference, {"kept/reward": reward, "kept/kl": mean, "kept/kl_interval": interval})
+
+
+def with_reference(tmp_path, compare=(("made", "given"),), **changes):
     """`given` is measured against `base`, a model that exists too, and so is `made`, which starts from it."""
     policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
     plan = matrix(tmp_path, policies={"base": {"path": "models/base"}, "given": {"path": "models/$seed", **changes},
-                                      "made": {**policy, "start": "base"}})
+                                      "made": {**policy, "start": "base"}}, compare=[list(pair) for pair in compare])
     for seed in plan.seeds:
-        write_distance(seed, "given", "base", [np.array([0.3, 0.5]), np.array([0.7, 0.7 + 0.4 * seed.seed])])
+        distance(seed, "given", "base", 0.4, 0.7 + 0.2 * seed.seed)
     return plan
 
 
@@ -184,7 +191,7 @@ def test_a_model_that_exists_has_its_measured_kl_and_its_place_in_the_frontier(t
     """Means of prompts .4 and .7, .9, 1.1: .55, .65, .75. The base is the reference of both: 0 nats."""
     plan = with_reference(tmp_path, reference="base")
     assert read_distance(plan.recipe, plan.seeds[0], "given") == {
-        "eval/kl": pytest.approx(0.55), "eval/kl_interval": pytest.approx(12.706 * 0.15)}
+        "eval/kl": pytest.approx(0.55), "eval/kl_interval": pytest.approx(12.706 * 0.15), "kept/reward": 0.4}
     found = collect(plan)
     assert found.policy_by_seed("given", "eval/kl") == pytest.approx({0: 0.55, 1: 0.65, 2: 0.75})
     rows = cells(frontier_table(found))
@@ -197,13 +204,30 @@ def test_a_model_that_exists_has_its_measured_kl_and_its_place_in_the_frontier(t
     plt.close("all")
 
 
+def test_a_policy_that_is_not_forked_has_its_place_too(tmp_path):
+    """Its reward is that of the samples which measured its KL; a single prompt has no interval."""
+    plan = with_reference(tmp_path, compare=(), reference="base", fork=False)
+    for seed in plan.seeds:
+        distance(seed, "given", "base", 0.2, reward=0.5 + 0.1 * seed.seed)
+    found = collect(plan)
+    assert found.forks("given", "sft") == {} and np.isnan(found.policies["given", 0]["eval/kl_interval"])
+    row = cells(frontier_table(found))["given"]
+    assert row["KL spent, nats"] == "0.200" and row["reward reached"] == "0.600"
+    assert row["kept through sft over updates"] == "-"
+    places = {bar.get_label(): bar.lines[0].get_xydata().tolist()[0] for bar in spent(found).axes[0].containers}
+    assert places["given"] == pytest.approx([0.2, 0.6])
+    plt.close("all")
+    alone = collect(with_reference(tmp_path / "alone", compare=(), fork=False))
+    assert "given" not in cells(frontier_table(alone)), "without a reference it is a start only"
+
+
 def test_a_kl_to_another_reference_or_a_missing_one_is_not_told(tmp_path):
     plan = with_reference(tmp_path, reference="made")
     found = collect(plan)
     assert cells(frontier_table(found))["given"]["KL spent, nats"] == "-"
     assert found.warnings == ("given: its KL to made is not measured for seed(s) 0, 1, 2; `frpo retention` measures "
                               "it",)
-    write_distance(plan.seeds[1], "given", "made", [np.array([0.2]), np.array([0.4])])
+    distance(plan.seeds[1], "given", "made", 0.2, 0.4)
     found = collect(plan)
     assert found.policy_by_seed("given", "eval/kl") == pytest.approx({1: 0.3})
     assert "given: its KL to made is not measured for seed(s) 0, 2;" in "\n".join(found.warnings)
@@ -217,7 +241,7 @@ def test_a_reference_stands_above_the_kl_that_a_training_reported(tmp_path):
     policy = {"recipe": "lab_policy", "overrides": ["model.path=x"]}
     plan = matrix(tmp_path, policies={"base": {**policy, "fork": False}, "given": {"path": "models/$seed"},
                                       "made": {**policy, "start": "base", "reference": "given"}})
-    write_distance(plan.seeds[0], "made", "given", [np.array([0.1]), np.array([0.3])])
+    distance(plan.seeds[0], "made", "given", 0.1, 0.3)
     found = collect(plan)
     assert found.policy_by_seed("made", "eval/kl") == pytest.approx({0: 0.2, 1: 0.8, 2: 0.8})
     assert found.policy_by_seed("given", "eval/kl") == {0: 0.0, 1: 0.0, 2: 0.0}

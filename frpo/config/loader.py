@@ -37,7 +37,7 @@ NOT_IN_DIGEST = {
     "weight_sync": {"backend", "bucket_mb", "timeout_s"},
     "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
     "telemetry": {"tensorboard", "wandb", "traces"},
-    "checks": {"max_logprob_gap", "parameters_move", "rewards"},
+    "checks": {"max_logprob_gap", "parameters_move", "rewards", "same_function"},
     "rewards": {"processes", "timeout_s"},
 }
 """Keys that may differ between a checkpoint and the recipe that resumes it.

@@ -15,7 +15,16 @@ from typing import Any
 
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    AuthenticationError,
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from frpo.cluster.device import lacking_packages, settled
 from frpo.cluster.team import outside_the_team
@@ -30,6 +39,10 @@ REACH_S = 10.0
 
 GRACE_S = 5.0
 """A rank's death fails the collective of the others at once, and is itself known a little later."""
+
+
+GONE = (RayActorError, GetTimeoutError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, LocalRayletDiedError)
+"""What Ray raises in place of an actor's answer once its process is gone, or was killed for lack of memory."""
 
 
 class ActorDeadError(EngineError):
@@ -177,5 +190,5 @@ def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
         if isinstance(error.cause, FrpoError):
             raise error.cause from None
         raise EngineError(f"{phase}: {actor} raised {error.cause!r}") from error
-    except (RayActorError, GetTimeoutError) as error:
+    except GONE as error:
         raise ActorDeadError(f"{phase}: {actor} died: {str(error).splitlines()[0]}") from None

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -27,6 +28,40 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 PROMPTS = random_prompts(6, 40, seed=2)
 SECONDS = 20
 """How long a death may take to become an error."""
+
+
+SHORT_OF_MEMORY = """
+import os
+import time
+
+os.environ |= {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+import ray
+from frpo.cluster.runtime import ActorDeadError, NamedActor, ray_session, wait_for
+
+
+@ray.remote(num_cpus=0)
+class Rank:
+    def learn(self):
+        time.sleep(60)
+
+
+with ray_session():
+    actor = NamedActor(name="learner rank 0", handle=Rank.remote(), log_path="rank.err")
+    try:
+        wait_for("forward_backward", [(actor, actor.handle.learn.remote())], timeout_s=60)
+    except ActorDeadError as error:
+        print(error)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_an_actor_that_ray_kills_for_lack_of_memory_is_dead():
+    """A real Ray that may use 1 % of the memory; a death is what a run goes on after."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], env=environment, capture_output=True, text=True,
+                          timeout=100)
+    assert done.stdout.startswith("forward_backward: learner rank 0 (log: rank.err) died: "), done.stderr
+    assert "killed due to the node running low on memory" in done.stdout and done.stdout.count("\n") == 1
 
 
 @pytest.mark.timeout(120)

@@ -11,16 +11,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from frpo.errors import RewardError
 from frpo.objectives.registry import Registry
 from frpo.types import LARGEST_REWARD
 
-Metrics = dict[str, tuple[float | Tensor, float | Tensor, str]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Metrics: TypeAlias = "dict[str, tuple[float | Tensor, float | Tensor, str]]"
 """name -> (sum, count, "mean"), or (largest value, count, "max")."""
 
 

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from frpo.objectives.base import PolicyTokens, TokenObjective, surrogate
 from frpo.objectives.ops import keep
 
@@ -38,5 +36,5 @@ class CISPO:
     def objective(self, tokens: PolicyTokens) -> TokenObjective:
         ratio_N = keep(tokens.advantage_N != 0, tokens.log_ratio_N.detach()).exp()
         lowest, highest = 0.0 if self.clip_low is None else 1 - self.clip_low, 1 + self.clip_high
-        objective_N = torch.clamp(ratio_N, lowest, highest) * tokens.advantage_N * tokens.logprobs_N
+        objective_N = ratio_N.clamp(lowest, highest) * tokens.advantage_N * tokens.logprobs_N
         return TokenObjective(objective_N=objective_N, low_N=ratio_N < lowest, high_N=ratio_N > highest)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from frpo.objectives.base import PolicyTokens, TokenObjective, surrogate
 from frpo.objectives.ops import keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @surrogate("clip")
@@ -52,12 +52,12 @@ def pessimistic(log_ratio_N: Tensor, advantage_N: Tensor, clip_low: float, clip_
     tokens are constants: they leave the graph before exp, since their gradient would be 0 * inf in an overflow.
     """
     ratio_N = log_ratio_N.detach().exp()
-    upper_N = torch.where(advantage_N < 0, bound, torch.full_like(ratio_N, 1 + clip_high))
+    upper_N = ratio_N.new_full(ratio_N.shape, 1 + clip_high).masked_fill(advantage_N < 0, bound)
     learns_N = advantage_N != 0
     low_N = (advantage_N < 0) & (ratio_N < 1 - clip_low)
     high_N = learns_N & (ratio_N > upper_N)
-    ratio_N = torch.exp(keep(learns_N & ~(low_N | high_N), log_ratio_N))
-    ratio_N = torch.where(low_N, 1 - clip_low, torch.where(high_N, upper_N, ratio_N))
+    ratio_N = keep(learns_N & ~(low_N | high_N), log_ratio_N).exp()
+    ratio_N = upper_N.where(high_N, ratio_N).masked_fill(low_N, 1 - clip_low)
     return TokenObjective(objective_N=ratio_N * advantage_N, low_N=low_N, high_N=high_N)
 
 

@@ -7,14 +7,15 @@ Shape suffix: N tokens.
 """
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 from frpo.objectives.base import Metrics
-from frpo.objectives.ops import k3, keep, sequence_sum
+from frpo.objectives.ops import k3, keep, sequence_sum, without_gradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RolloutCorrection(BaseModel):
@@ -46,21 +47,21 @@ class RolloutCorrection(BaseModel):
         """Whether a token's weight depends on the others of its sequence."""
         return self.level != "token"
 
-    @torch.no_grad()
+    @without_gradient
     def weights(self, old_N: Tensor, rollout_N: Tensor, live_N: Tensor, sequence_N: Tensor) -> tuple[Tensor, Metrics]:
         """Weights (N), 1 where a token is not live, and what describes them over live tokens.
 
         old_N, rollout_N: log-probs in nats; what they hold at other tokens does not matter.
         """
         old_N, rollout_N = keep(live_N, old_N), keep(live_N, rollout_N)
-        raw_N = torch.exp(self._exponents(old_N - rollout_N, live_N, sequence_N))
+        raw_N = self._exponents(old_N - rollout_N, live_N, sequence_N).exp()
         # Written so that NaN is inside: a bad number of a live token must stay visible.
         outside_N = raw_N > self.high
         if self.low is not None:
             outside_N = outside_N | (raw_N < self.low)
         outside_N = outside_N & live_N
         limit = self.high if self.mode == "truncate" else 0.0
-        weight_N = torch.where(live_N, torch.where(outside_N, limit, raw_N), 1.0)
+        weight_N = raw_N.masked_fill(outside_N, limit).masked_fill(~live_N, 1.0)
         return weight_N, _metrics(raw_N, weight_N, outside_N, k3(rollout_N, old_N), live_N)
 
     def _exponents(self, difference_N: Tensor, live_N: Tensor, sequence_N: Tensor) -> Tensor:

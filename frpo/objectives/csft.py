@@ -18,16 +18,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
-
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from frpo.objectives.base import LossOutput, Metrics
-from frpo.objectives.ops import keep
+from frpo.objectives.ops import keep, without_gradient
 from frpo.objectives.registry import require_one_of
 from frpo.objectives.supervised import Progress, SupervisedInputs, supervised
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EpochIndex = Literal["fractional", "epoch0", "epoch1"]
 Argmax = Literal["hard", "soft"]
@@ -103,6 +102,8 @@ class CSFTPALoss:
     def __call__(self, inputs: CSFTInputs) -> LossOutput:
         if inputs.kl_N is None or inputs.margin_N is None or inputs.agree_N is None:
             raise ValueError("PA needs kl_N, margin_N and agree_N: run the policy against a reference")
+        from torch.nn.functional import logsigmoid
+
         live_N = inputs.weight_N != 0
         mu_N = self._mu(keep(live_N, inputs.kl_N))
         # logsigmoid is exact everywhere; softplus turns into a straight line above 20.
@@ -114,12 +115,12 @@ class CSFTPALoss:
     def _mu(self, kl_N: Tensor) -> Tensor:
         if self.mu_detach:
             kl_N = kl_N.detach()
-        return kl_N if self.mu_max is None else torch.where(kl_N > self.mu_max, self.mu_max, kl_N)
+        return kl_N if self.mu_max is None else kl_N.masked_fill(kl_N > self.mu_max, self.mu_max)
 
 
 def csft_weights(logprobs_N: Tensor, ref_logprobs_N: Tensor, beta_N: Tensor, floor: float = 1e-3) -> Tensor:
     """w = max(2 sigmoid(-beta (log pi - log pi_ref)), floor), without gradient: in [floor, 2], 1 where both agree."""
-    return (2 * torch.sigmoid(-beta_N * (logprobs_N.detach() - ref_logprobs_N))).clamp(min=floor)
+    return (2 * (-beta_N * (logprobs_N.detach() - ref_logprobs_N)).sigmoid()).clamp(min=floor)
 
 
 @supervised("csft")
@@ -147,8 +148,9 @@ class CSFT:
         CSFTLoss(floor=self.floor)
 
     def betas(self, position_N: Tensor) -> Tensor:
-        early_N = torch.where(position_N <= self.early_tokens, self.beta_early, self.beta_base)
-        return torch.where(position_N == 0, self.beta_first, early_N)
+        early_N = position_N <= self.early_tokens
+        beta_N = position_N.float().masked_fill(~early_N, self.beta_base).masked_fill(early_N, self.beta_early)
+        return beta_N.masked_fill(position_N == 0, self.beta_first)
 
     def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput:
         return CSFTLoss(floor=self.floor)(self._with_betas(inputs))
@@ -207,7 +209,7 @@ class CSFTPA(CSFT):
         return CSFTPALoss(delta=delta, mu_detach=self.mu_detach, mu_max=self.mu_max, csft=CSFTLoss(floor=self.floor))
 
 
-@torch.no_grad()
+@without_gradient
 def _pa_metrics(live_N: Tensor, agree_N: Tensor, mu_N: Tensor, pa_N: Tensor) -> Metrics:
     """PA's loss is above its constant log 2, over the disagreeing tokens alone: the others would hide it."""
     disagree_N = live_N & ~agree_N

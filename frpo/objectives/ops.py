@@ -1,4 +1,4 @@
-"""The per-token KL estimators k1, k2, k3, and selecting and summing over sequences.
+"""The per-token KL estimators k1, k2, k3; selecting, summing over sequences, and computing without a gradient.
 
 The estimators mask nothing: a caller replaces tokens without a loss before anything here exponentiates them.
 
@@ -6,8 +6,14 @@ Shape suffix: N tokens. Everything is in nats.
 """
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Given, Answer = ParamSpec("Given"), TypeVar("Answer")
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -23,17 +29,32 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """e^d - d - 1 >= 0: unbiased for KL(pi || pi_ref) as a value; gradient 1 - e^d with respect to log pi."""
     d = ref_logprobs - logprobs
-    return torch.expm1(d) - d
+    return d.expm1() - d
 
 
 def keep(live_N: Tensor, values_N: Tensor) -> Tensor:
     """The values of live tokens and 0 elsewhere, by selection: multiplying by a mask would keep NaN and inf."""
-    return torch.where(live_N, values_N, torch.zeros_like(values_N))
+    return values_N.masked_fill(~live_N, 0)
 
 
 def sequence_sum(values_N: Tensor, sequence_N: Tensor) -> Tensor:
     """At every token the sum over its sequence, added in float64, so that the order of tokens does not matter."""
     if values_N.numel() == 0:
         return values_N
-    sums = values_N.new_zeros(int(sequence_N.max()) + 1, dtype=torch.float64)
-    return sums.index_add(0, sequence_N, values_N.double())[sequence_N].to(values_N.dtype)
+    exact_N = values_N.double()
+    sums = exact_N.new_zeros(int(sequence_N.max()) + 1)
+    return sums.index_add(0, sequence_N, exact_N)[sequence_N].to(values_N.dtype)
+
+
+def without_gradient(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Decorator: torch.no_grad, imported by the first call. Reading a recipe imports this package, but needs no torch.
+    """
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        import torch
+
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from frpo.objectives.base import PolicyTokens, TokenObjective, surrogate
 
 
@@ -22,6 +20,6 @@ class Reinforce:
     whole_sequences: ClassVar[bool] = False
 
     def objective(self, tokens: PolicyTokens) -> TokenObjective:
-        through_N = torch.exp(tokens.logprobs_N - tokens.logprobs_N.detach())
-        never_N = torch.zeros_like(tokens.live_N)
+        through_N = (tokens.logprobs_N - tokens.logprobs_N.detach()).exp()
+        never_N = tokens.live_N.new_zeros(tokens.live_N.shape)
         return TokenObjective(objective_N=through_N * tokens.advantage_N, low_N=never_N, high_N=never_N)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from frpo.objectives.base import LossOutput, Metrics
 from frpo.objectives.ops import keep
 from frpo.objectives.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

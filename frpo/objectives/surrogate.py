@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from frpo.objectives.base import LossInputs, LossOutput, Metrics, PolicyTokens, Surrogate, TokenObjective
 from frpo.objectives.clip import Clip
 from frpo.objectives.correction import RolloutCorrection
-from frpo.objectives.ops import k2, k3, keep
+from frpo.objectives.ops import k2, k3, keep, without_gradient
 from frpo.objectives.registry import require_one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3", "full"]
 KL_IN_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": k3}
@@ -98,7 +98,7 @@ def _policy_tokens(inputs: LossInputs, live_N: Tensor, weight_N: Tensor) -> Poli
         advantage_N=advantage_N, live_N=live_N, sequence_N=inputs.sequence_N)
 
 
-@torch.no_grad()
+@without_gradient
 def _metrics(inputs: LossInputs, objective: TokenObjective) -> Metrics:
     """Over tokens with a loss and a weight: tokens that only pad a rank's micro-batches do not count."""
     live_N = inputs.mask_N & ((inputs.policy_weight_N != 0) | (inputs.kl_weight_N != 0))

@@ -30,6 +30,7 @@ setup(
         "pydantic>=2.9",
         "pyyaml",
         "rich",
+        "argcomplete",
         "jinja2",
         "matplotlib",
         "math-verify>=0.8",

@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(parsed: argparse.Namespace) -> int:
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
     from frpo.cluster.team import follow, follows, sized
 
-    recipe = sized(load_recipe(parsed.recipe, parsed.overrides))
+    recipe = sized(recipe)
     if follows():
         return follow(recipe)
     if parsed.dry_run:
@@ -82,9 +83,10 @@ def train(parsed: argparse.Namespace) -> int:
 
 
 def finetune(parsed: argparse.Namespace) -> int:
+    recipe = load_recipe(parsed.recipe, parsed.overrides, FinetuneRecipe)
     from frpo.cluster.team import follow, follows, sized
 
-    recipe = sized(load_recipe(parsed.recipe, parsed.overrides, FinetuneRecipe))
+    recipe = sized(recipe)
     if follows():
         return follow(recipe)
     from frpo.finetune_parts import build_finetune, check_finetune
@@ -113,21 +115,24 @@ def finetune(parsed: argparse.Namespace) -> int:
 
 
 def evaluate(parsed: argparse.Namespace) -> int:
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
     from frpo.evaluate.model import run_evaluate
 
-    return run_evaluate(load_recipe(parsed.recipe, parsed.overrides), parsed.model, parsed.json)
+    return run_evaluate(recipe, parsed.model, parsed.json)
 
 
 def rollout(parsed: argparse.Namespace) -> int:
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
     from frpo.rollout_only import run_rollout
 
-    return run_rollout(load_recipe(parsed.recipe, parsed.overrides), parsed.steps, parsed.output)
+    return run_rollout(recipe, parsed.steps, parsed.output)
 
 
 def rescore(parsed: argparse.Namespace) -> int:
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
     from frpo.rescore import run_rescore
 
-    return run_rescore(parsed.traces, load_recipe(parsed.recipe, parsed.overrides), parsed.output)
+    return run_rescore(parsed.traces, recipe, parsed.output)
 
 
 def harness(parsed: argparse.Namespace) -> int:
@@ -159,11 +164,11 @@ def model(parsed: argparse.Namespace) -> int:
 
 
 def retention(parsed: argparse.Namespace) -> int:
+    recipe = load_recipe(parsed.recipe, parsed.overrides, RetentionRecipe)
     _not_launched("retention")
     from frpo.retention.command import run_part, run_retention, show_plan
     from frpo.retention.plan import make_plan
 
-    recipe = load_recipe(parsed.recipe, parsed.overrides, RetentionRecipe)
     if parsed.part:
         return run_part(recipe)
     if parsed.quick:
@@ -201,11 +206,18 @@ def quickstart(parsed: argparse.Namespace) -> int:
 
 
 def config(parsed: argparse.Namespace) -> int:
-    if parsed.keys:
-        text = key_reference()
+    if parsed.keys is not None:
+        text = key_reference(parsed.keys)
     else:
         text = as_yaml(dump_recipe(load_any_recipe(parsed.recipe, parsed.overrides))).rstrip()
     print(text)
+    return 0
+
+
+def completion(parsed: argparse.Namespace) -> int:
+    from frpo.completion import script
+
+    print(script(parsed.shell))
     return 0
 
 
@@ -238,7 +250,7 @@ def _not_launched(command: str) -> None:
 
 
 COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model, config,
-            quickstart, doctor)
+            quickstart, doctor, completion)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,22 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import NoReturn
 
 RECIPE = "a recipe file, or the name of one in recipes/"
+EXIT_CODES = """exit codes:
+  0    done
+  1    done, but a stage of a matrix failed, the quick start saw no gain, or an error of Python's own
+  2    an error that the message explains: usage, recipe, data, model, machine
+  130  interrupted (Ctrl-C); the same command goes on from the newest checkpoint"""
+RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
+"""Commands whose recipes are of another kind than those of train."""
+EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",
+            "rollout": "smoke", "config": "smoke"}
 MODEL = "a folder with a Hugging Face model, such as a run's export, or a hub id"
 
 
@@ -12,22 +25,61 @@ def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., obje
     """`parsed.command` is the function of `commands` that is asked for. Overrides may stand anywhere: argparse leaves
     those behind an option over.
     """
-    parser = argparse.ArgumentParser(prog="frpo", description="Post-training that survives the next fine-tuning.")
+    parser = _Parser(prog="frpo", description="Post-training that survives the next fine-tuning.", epilog=EXIT_CODES,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"frpo {version('frpo')}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; LOCAL_RANK says it too
     listed = _Commands(parser, commands)
     for describe in (_trainings, _evaluations, _parts_alone, _several_trainings, _others):
         describe(listed)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand here
+        from frpo.completion import complete
+
+        complete(parser)
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(parsed, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_as_override(rest[0], parsed)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says of a missing recipe which there are, and of a missing command which there are."""
+
+    def error(self, message: str) -> NoReturn:
+        missing = message.partition("the following arguments are required: ")[2].split(", ")
+        if "recipe" in missing:
+            from frpo.config.loader import recipe_names
+
+            command = self.prog.split()[-1]
+            names = recipe_names(RECIPE_COMMANDS.get(command, "train"))
+            message = message.removesuffix(", section.key=value")  # argparse counts what may be missing too
+            message += (f"\nGive a recipe: a YAML file, or the name of one: {', '.join(names)}."
+                        f"\nFor example: {self.prog} {EXAMPLES.get(command, names[0])}")
+        if "COMMAND" in missing:
+            self.print_help(sys.stderr)
+        super().error(message)
+
+
+def _as_override(argument: str, parsed: argparse.Namespace) -> str:
+    """How to write an unknown option as an override, where it is a key of recipes or another framework's name of one.
+    """
+    if not argument.startswith("--") or not hasattr(parsed, "overrides"):
+        return ""
+    from frpo.config.keys import keys
+    from frpo.config.loader import KINDS
+    from frpo.config.other_names import ours
+
+    name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+    known = [key.name for kind in KINDS for key in keys(kind)]
+    key = name if name in known else ours(name, known)
+    return f"; values of a recipe are written as section.key=value{f', this one as {key}=VALUE' if key else ''}"
+
+
 class _Commands:
     def __init__(self, parser: argparse.ArgumentParser, functions: Sequence[Callable[..., object]]):
-        self.parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+        self.parsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
         self.functions = {function.__name__: function for function in functions}
 
     def add(self, name: str, description: str) -> argparse.ArgumentParser:
@@ -124,8 +176,11 @@ def _others(commands: _Commands) -> None:
     command = commands.add("config", "print the resolved recipe")
     command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
     _overrides(command)
-    command.add_argument("--keys", action="store_true", help="print every key with its default and meaning instead")
+    command.add_argument("--keys", nargs="?", const="", metavar="SECTION",
+                         help="print every key, or those of a section, with default and meaning instead")
     commands.add("doctor", "compare this machine with the locked versions")
+    command = commands.add("completion", 'print the completion script of a shell: eval "$(frpo completion bash)"')
+    command.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
 def _many(command: argparse.ArgumentParser) -> None:

@@ -17,13 +17,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from frpo.config.finetune import FinetuneRecipe
+from frpo.config.keys import keys
+from frpo.config.other_names import ours
 from frpo.config.retention import RetentionRecipe
-from frpo.config.sections import Recipe, repository_file
+from frpo.config.sections import Recipe, repository_file, repository_files
 from frpo.errors import ConfigError
 
 AnyRecipe = Recipe | FinetuneRecipe
 """Of one training."""
 Kind = TypeVar("Kind", Recipe, FinetuneRecipe, RetentionRecipe)
+KINDS = (Recipe, FinetuneRecipe, RetentionRecipe)
 
 NOT_IN_DIGEST = {
     "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "max_restarts",
@@ -153,6 +156,13 @@ def _kind_of(values: dict[str, Any], default: type[Kind]) -> type[AnyRecipe | Re
     objective = values.get("objective")
     named = isinstance(objective, str) or (isinstance(objective, dict) and "name" in objective)
     return FinetuneRecipe if named else default
+
+
+def recipe_names(command: str | None = None) -> list[str]:
+    """Names of the recipes in recipes/ that a command (train, finetune, retention) takes; None: of all."""
+    found = {path.stem: path for path in repository_files("recipes", ".yaml")}
+    return [name for name, path in sorted(found.items())
+            if command is None or command == _kind_of(_read_with_bases(path, seen=()), Recipe).COMMAND]
 
 
 def recipe_from_dict(values: dict[str, Any], kind: type[Kind] = Recipe) -> Kind:
@@ -291,8 +301,7 @@ def _validated(values: dict[str, Any], kind: type[Kind], source: str) -> Kind:
 def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1], kind)
-        return f"unknown key {location!r}{suggestion(str(problem['loc'][-1]), known)}"
+        return _unknown(problem, kind)
     if problem["type"] == "missing":
         return f"key {location!r} is required"
     message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
@@ -302,6 +311,24 @@ def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
         return f"{location}: {message}" if location else message
     message = REWORDED.get(problem["type"], message).replace("Input should", "should")
     return f"{location}: {message}, given {given!r:.80}"
+
+
+def _unknown(problem: dict[str, Any], kind: type[BaseModel]) -> str:
+    """The message for an unknown key: the nearest one beside it, or what another framework's name means here.
+
+    The name may stand inside, such as in actor.optim.lr, where there is no actor.
+    """
+    path = [str(part) for part in problem["loc"]]
+    name, inner = path[-1], problem["input"]
+    beside, known = _known_keys(problem["loc"][:-1], kind), [key.name for key in keys(kind)]
+    key = ours(name, known)
+    while key is None and isinstance(inner, dict) and len(inner) == 1 and not _nearest(name, beside):
+        (inside, inner), = inner.items()
+        path.append(str(inside))
+        key = ours(path[-1], known)
+    if key:
+        return f"unknown key {'.'.join(path)!r}; frpo calls it {key}"
+    return f"unknown key {'.'.join(map(str, problem['loc']))!r}{suggestion(name, beside)}"
 
 
 def _named_key(message: str, given: dict[str, Any]) -> str:
@@ -326,5 +353,9 @@ def _known_keys(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """'; did you mean X?' for the nearest known name, otherwise all of them."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+    near = _nearest(name, known)
+    return f"; did you mean {near!r}?" if near else f"; known keys: {', '.join(known)}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

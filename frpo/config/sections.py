@@ -282,10 +282,13 @@ def repository_file(folder: str, name: str, suffix: str) -> Path:
     direct = Path(name)
     if direct.is_file():
         return direct
-    home = Path(__file__).resolve().parents[2] / folder
-    packaged = Path(__file__).resolve().parents[1] / folder
-    for base in (home, packaged):
-        if (base / f"{name}{suffix}").is_file():
-            return base / f"{name}{suffix}"
-    known = sorted(path.stem for base in (home, packaged) if base.is_dir() for path in base.glob(f"*{suffix}"))
-    raise FileNotFoundError(f"no file {name!r} and no {folder}/{name}{suffix}; known: {', '.join(known)}")
+    known = {path.stem: path for path in repository_files(folder, suffix)}
+    if name in known:
+        return known[name]
+    raise FileNotFoundError(f"no file {name!r} and no {folder}/{name}{suffix}; known: {', '.join(sorted(known))}")
+
+
+def repository_files(folder: str, suffix: str) -> list[Path]:
+    """Files of the repository's `folder`; with a wheel they lie inside the package. Those of a checkout come last."""
+    places = [Path(__file__).resolve().parents[level] / folder for level in (1, 2)]
+    return [path for place in places if place.is_dir() for path in sorted(place.glob(f"*{suffix}"))]

@@ -1,7 +1,10 @@
 """The command line as its user meets it: what is accepted, and every bad input as one message before any engine."""
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ from transformers import Qwen2Config
 
 from frpo.__main__ import main
 from frpo.checkpoint import CheckpointStore
-from frpo.config.loader import load_recipe, recipe_digest
+from frpo.config.keys import keys
+from frpo.config.loader import KINDS, load_recipe, recipe_digest
+from frpo.config.other_names import OTHER_NAMES
 from frpo.config.reference import key_reference
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.types import RunState
@@ -88,6 +93,9 @@ BAD = {
         "ConfigError: PLACE/malformed.yaml, line 3, column 6: not valid YAML: expected ',' or ']'"),
     "missing recipe": (["train", "nowhere.yaml"], "ConfigError: recipe not found: no file 'nowhere.yaml'"),
     "unknown key": (["rollout.groupsize=4"], "unknown key 'rollout.groupsize'; did you mean 'group_size'?"),
+    "a key as TRL calls it": (
+        ["rollout.num_generations=4"], "unknown key 'rollout.num_generations'; frpo calls it rollout.group_size"),
+    "a key as verl calls it": (["actor.optim.lr=1e-6"], "unknown key 'actor.optim.lr'; frpo calls it learner.lr"),
     "override without a value": (["rollout.group_size"], "'rollout.group_size' is not of the form section.key=value"),
     "group of one": (["rollout.group_size=1"], "rollout.group_size: should be greater than or equal to 2, given 1"),
     "lambda of zero": (["objective.advantage={name: frpo, lam: 0}"], "objective.advantage.lam: lam must be > 0, given"),
@@ -202,6 +210,68 @@ def test_config_prints_what_reads_back(place, capsys):
 
 def test_config_keys_prints_the_reference(capsys):
     assert run(capsys, "config", "--keys")[1] == key_reference() + "\n"
+    lines = run(capsys, "config", "--keys", "data.selection")[1].splitlines()
+    assert [line.partition(" = ")[0] for line in lines[2:]] == [
+        f"data.selection.{key}" for key in ("low", "high", "success", "momentum", "revisit")]
+    code, out, err = run(capsys, "config", "--keys", "evalate")
+    assert (code, out) == (2, "") and err == (
+        "frpo: ConfigError: no recipe has a key 'evalate'; did you mean 'evaluate'?\n")
+
+
+def test_every_name_of_another_framework_leads_to_a_key():
+    known = {key.name for kind in KINDS for key in keys(kind)} | {"rewards"}
+    assert set(OTHER_NAMES) <= known
+    assert all(len(set(names.split())) == len(names.split()) for names in OTHER_NAMES.values())
+
+
+WATCHED = """
+import atexit, resource, sys
+from frpo.__main__ import main
+
+def tell():
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    imported = [name for name in ("torch", "ray", "vllm", "transformers", "deepspeed") if name in sys.modules]
+    print("imported:", imported, f"{spent.ru_utime + spent.ru_stime:.2f} s CPU, {spent.ru_maxrss / 1024:.0f} MiB",
+          file=sys.stderr)
+
+atexit.register(tell)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "--keys", "learner"], ["config", "smoke"],
+                                       ["train", "smoke", "num_generations=4"], ["retention", "--help"]])
+def test_what_needs_no_model_is_quick_since_it_imports_no_torch(arguments):
+    """CPU seconds of the process and its memory are printed for whoever looks; what is imported is asserted."""
+    done = subprocess.run([sys.executable, "-c", WATCHED, *arguments], capture_output=True, text=True, timeout=60)
+    print(arguments, done.stderr.splitlines()[-1])
+    assert "imported: [] " in done.stderr
+
+
+def offered(*words):
+    """What bash would offer for the last of the words, as argcomplete's script asks for it."""
+    line = " ".join(words)
+    environment = os.environ | {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash",
+                                "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:", "COMP_TYPE": "9",
+                                "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(["sh", "-c", '"$@" 8>&1 9>&2 >/dev/null 2>&1', "sh", sys.executable, "-m", "frpo"],
+                          env=environment, capture_output=True, text=True, timeout=60)
+    return [word.strip() for word in done.stdout.splitlines()]
+
+
+def test_a_shell_completes_commands_recipes_keys_and_values(place):
+    assert offered("frpo", "ret") == ["retention"]
+    assert offered("frpo", "train", "re") == ["recipe.yaml"] and offered("frpo", "train", "qui") == ["quickstart"]
+    assert offered("frpo", "retention", "qui") == ["quickstart_retention"]
+    assert offered("frpo", "train", "smoke", "rollout.gro") == ["rollout.group_size="]
+    assert offered("frpo", "train", "smoke", "run.device=c") == ["cpu", "cuda"]  # bash breaks words at =
+    assert offered("frpo", "train", "smoke", "--dr") == ["--dry-run"]
+
+
+@pytest.mark.parametrize("shell, words", [("bash", "complete "), ("zsh", "#compdef frpo"), ("fish", "complete ")])
+def test_the_completion_script_of_a_shell(capsys, shell, words):
+    code, out, _ = run(capsys, "completion", shell)
+    assert code == 0 and words in out and "frpo" in out
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -284,6 +354,10 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: COMMAND"),
+    (["train"], "\nFor example: frpo train smoke\n"),
+    (["finetune"], "\nGive a recipe: a YAML file, or the name of one: csft_llama2_7b_aoa, "),
+    (["train", "recipe.yaml", "--num-generations", "4"], "as section.key=value, this one as rollout.group_size=VALUE"),
+    (["train", "recipe.yaml", "--learner.lr=4"], "as section.key=value, this one as learner.lr=VALUE"),
     (["trian", "recipe.yaml"], "invalid choice: 'trian' (choose from 'train'"),
     (["train"], "the following arguments are required: recipe"),
     (["retention"], "the following arguments are required: recipe"),

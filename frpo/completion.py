@@ -1,0 +1,54 @@
+"""What a shell offers when Tab is pressed behind `frpo`: commands, options, recipes, keys and their values."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import argcomplete
+
+from frpo.arguments import RECIPE_COMMANDS
+from frpo.config.keys import keys
+from frpo.config.loader import KINDS, recipe_names
+
+
+def script(shell: str) -> str:
+    """What a shell (bash, zsh, fish) has to evaluate to complete `frpo`."""
+    return argcomplete.shellcode(["frpo"], shell=shell)
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell that asks, and end the process. A process that no shell asks is left alone."""
+    for command in _commands(parser):
+        for argument in command._actions:
+            if argument.dest in COMPLETERS:
+                argument.completer = COMPLETERS[argument.dest]
+    argcomplete.autocomplete(parser, always_complete_options="long")
+
+
+def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    return [command for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+            for command in action.choices.values()]
+
+
+def _recipes(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    """Of the command's kind, from recipes/ and from the folder that has been typed."""
+    files = [str(path) for path in Path().glob(f"{prefix}*") if path.suffix == ".yaml" or path.is_dir()]
+    command = RECIPE_COMMANDS.get(parsed_args.command.__name__, "train")
+    return recipe_names(command) + [f"{file}/" if Path(file).is_dir() else file for file in files]
+
+
+def _overrides(prefix: str, **_: object) -> list[str]:
+    """Keys with their sign of equality; behind it the values, where they are few."""
+    known = {key.name: key for kind in KINDS for key in keys(kind)
+             if key.default is not None and "[]" not in key.name and ".NAME" not in key.name}
+    name, equals, _ = prefix.partition("=")
+    if equals:
+        return [f"{name}={value}" for value in known[name].values] if name in known else []
+    return [f"{name}=" for name in known]
+
+
+def _sections(prefix: str, **_: object) -> list[str]:
+    return list(dict.fromkeys(key.name.split(".")[0].removesuffix("[]") for kind in KINDS for key in keys(kind)))
+
+
+COMPLETERS = {"recipe": _recipes, "overrides": _overrides, "keys": _sections}

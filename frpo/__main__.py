@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from frpo.arguments import parse
+from frpo.checkpoint import finished_steps
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
+from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, FrpoError
 
 
@@ -39,11 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    from frpo.cluster.team import follow, follows, sized
+    from frpo.cluster.team import follow, follows, launched, sized
 
     recipe = sized(recipe)
     if follows():
         return follow(recipe)
+    if not parsed.dry_run and _is_finished(recipe, launched()):
+        return 0
     if parsed.dry_run:
         from frpo.builder import check, reward_suite, try_rewards
         from frpo.rewards.trial import report_lines
@@ -84,11 +88,13 @@ def train(parsed: argparse.Namespace) -> int:
 
 def finetune(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides, FinetuneRecipe)
-    from frpo.cluster.team import follow, follows, sized
+    from frpo.cluster.team import follow, follows, launched, sized
 
     recipe = sized(recipe)
     if follows():
         return follow(recipe)
+    if not parsed.dry_run and _is_finished(recipe, launched()):
+        return 0
     from frpo.finetune_parts import build_finetune, check_finetune
 
     if parsed.dry_run:
@@ -231,6 +237,17 @@ def _hear_interrupts() -> None:
     """Ray stops a job by SIGINT, which one that was started in a script's background ignores, and its jobs with it."""
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_finished(recipe: AnyRecipe, launched: bool) -> bool:
+    """Whether the run has come to its end already, which is told. Ranks of a launcher wait for calls all the same."""
+    steps = None if launched else finished_steps(recipe)
+    if steps is None:
+        return False
+    more = "run.num_steps" if isinstance(recipe, Recipe) else "run.num_epochs, with run.resume=force,"
+    print(f"{recipe.run.dir} is finished: all {steps} steps are done, the model is {Path(recipe.run.dir) / 'export'}. "
+          f"Raise {more} to go on, choose another run.dir, or start over with --overwrite")
+    return True
 
 
 def _tell_adapters(recipe: AnyRecipe) -> None:

@@ -41,6 +41,8 @@ def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., obje
         parser.error(f"unrecognized arguments: {' '.join(rest)}{_as_override(rest[0], parsed)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    if getattr(parsed, "overwrite", False):
+        parsed.overrides = [*parsed.overrides, "run.resume=overwrite"]
     return parsed
 
 
@@ -101,8 +103,10 @@ class _Commands:
 def _trainings(commands: _Commands) -> None:
     command = commands.add_with_recipe("train", "train a policy with reinforcement learning")
     command.add_argument("--dry-run", action="store_true", help="check everything that needs no engine, then stop")
+    _overwrite(command)
     command = commands.add_with_recipe("finetune", "fine-tune a model on given responses: SFT, CSFT, CSFT+PA")
     command.add_argument("--dry-run", action="store_true", help="check everything that needs no model, then stop")
+    _overwrite(command)
 
 
 def _evaluations(commands: _Commands) -> None:
@@ -187,6 +191,12 @@ def _many(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=_count, default=1, metavar="N",
                          help="processes over which the seeds are spread, each with engines and ranks; default: 1")
     command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
+
+
+def _overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true",
+                         help="start over: the checkpoints in run.dir are removed, its metrics are moved aside (the "
+                              "same as run.resume=overwrite)")
 
 
 def _overrides(command: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Where a run's resumable state lies on disk, and when it is complete.
 
     <run.dir>/checkpoints/step_000020/{learner/, state.json, recipe.json, COMPLETE}
+    <run.dir>/finished.json     steps and recipe of a run that came to its end
 
 The marker is written last and synced, so a folder without it is an interrupted save and is never read. What the learner
 writes inside `learner/` is its own business.
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from frpo.config.loader import AnyRecipe, dump_recipe, recipe_difference, recipe_digest
+from frpo.config.sections import Recipe
 from frpo.errors import CheckpointError
 from frpo.types import RunState
 
-MARKER = "COMPLETE"
+MARKER, FINISHED = "COMPLETE", "finished.json"
+UNCHANGEABLE = "model."
+"""Keys of it are the shape of what a checkpoint holds."""
 FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -64,8 +68,10 @@ class CheckpointStore:
         wish = self.recipe.run.resume
         if wish == "never":
             return self._refuse_overwrite()
+        if wish == "overwrite":
+            return None
         complete = self.complete()
-        if wish == "auto":
+        if wish in ("auto", "force"):
             return self._read(complete[-1]) if complete else None
         path = Path(wish)
         if not (path / MARKER).is_file():
@@ -77,6 +83,16 @@ class CheckpointStore:
             return path, replace(state, file_offsets={})
         return self._read(path)
 
+    def changes(self, path: Path) -> list[str]:
+        """'key: old -> new' for what the recipe decides otherwise than when the checkpoint was written."""
+        saved = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+        return recipe_difference(saved, json.loads(json.dumps(dump_recipe(self.recipe))))
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for path in self._all():
+            _remove(path)
+
     def _all(self) -> list[Path]:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in found if FOLDER.fullmatch(path.name)), key=_step)
@@ -86,20 +102,44 @@ class CheckpointStore:
         if complete:
             raise CheckpointError(
                 f"run.resume={self.recipe.run.resume}, but {self.folder} holds {len(complete)} complete checkpoint(s) "
-                "of a run that this would overwrite; choose another run.dir, or run.resume=auto to go on")
+                "of a run that this would overwrite; choose another run.dir, or run.resume=auto to go on"
+                + (" (--overwrite starts over)" if self.recipe.run.resume == "never" else ""))
 
     def _read(self, path: Path) -> tuple[Path, RunState]:
         try:
             state = RunState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
-            saved = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+            changes = self.changes(path)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged or of another version of frpo: {error}; "
                                   "resume from another checkpoint, or choose another run.dir") from None
-        if state.recipe_digest != recipe_digest(self.recipe):
-            lines = recipe_difference(saved, json.loads(json.dumps(dump_recipe(self.recipe))))
-            raise CheckpointError(f"{path} was written by another recipe:\n  " + "\n  ".join(lines) +
-                                  "\nuse that recipe again, or another run.dir")
-        return path, state
+        digest = recipe_digest(self.recipe)
+        if state.recipe_digest == digest:
+            return path, state
+        listed = "\n  ".join(changes)
+        if self.recipe.run.resume != "force":
+            raise CheckpointError(
+                f"{path} was written by another recipe:\n  {listed}\nUse that recipe again or another run.dir; "
+                "run.resume=force goes on from there under the new values, --overwrite starts over")
+        if any(line.startswith(UNCHANGEABLE) for line in changes):
+            raise CheckpointError(
+                f"run.resume=force cannot go on from {path} with another model:\n  {listed}\nUse another run.dir, with "
+                "model.path set to the export of that run if it is to go on")
+        return path, replace(state, recipe_digest=digest)
+
+
+def write_finished(recipe: AnyRecipe, steps: int) -> None:
+    """Remember that the run of this recipe has come to its end."""
+    _write(Path(recipe.run.dir) / FINISHED, {"steps": steps, "recipe_digest": recipe_digest(recipe)})
+
+
+def finished_steps(recipe: AnyRecipe) -> int | None:
+    """How many steps the run of this recipe took, if it has come to its end and nothing of it is to be done again."""
+    path = Path(recipe.run.dir) / FINISHED
+    if recipe.run.resume not in ("auto", "force") or not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    longer = isinstance(recipe, Recipe) and recipe.run.num_steps > record["steps"]
+    return None if longer or record["recipe_digest"] != recipe_digest(recipe) else record["steps"]
 
 
 def _step(path: Path) -> int:

@@ -37,7 +37,7 @@ class FineTuner:
         data = self.recipe.data
         self.stream = ExampleStream(self.train, batch_size=data.batch_size, seed=self.recipe.run.seed,
                                     shuffle=data.shuffle)
-        self.total = self.stream.per_epoch * self.recipe.run.num_epochs
+        self.total = self.recipe.run.updates(self.stream.per_epoch)
         self.movement = invariants.MovementWatch(self.recipe)
 
     def fit(self) -> RunState:
@@ -56,6 +56,7 @@ class FineTuner:
                 if state.step == self.total or (run.save_every and state.step % run.save_every == 0):
                     journal.save(state, self.learner, bar)
         self.learner.export(str(self.parts.run_dir / "export"))
+        journal.finish(state)
         return state
 
     def update(self, state: RunState) -> tuple[RunState, dict[str, float]]:
@@ -79,7 +80,7 @@ class FineTuner:
 
     def progress(self, updates: int) -> Progress:
         """After so many updates."""
-        return Progress(epochs_done=updates / self.stream.per_epoch, num_epochs=self.recipe.run.num_epochs)
+        return Progress(epochs_done=updates / self.stream.per_epoch, num_epochs=self.total / self.stream.per_epoch)
 
     def packed(self, batch: list[tuple[int, Example]]) -> RankBatches:
         return pack_examples(batch, self.learner.layout, reduction=self.recipe.reduction)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from frpo.checkpoint import CheckpointStore
+from frpo.checkpoint import FINISHED, CheckpointStore, write_finished
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
 from frpo.errors import CheckpointError
@@ -54,6 +54,10 @@ class Journal:
         offsets = {name: file.offset() for name, file in self.files.items()}
         self.checkpoints.finish(path, replace(state, file_offsets=offsets))
 
+    def finish(self, state: RunState) -> None:
+        """Remember that nothing is left to do."""
+        write_finished(self.recipe, state.step)
+
     def write(self, step: int, metrics: dict[str, float], bar: ProgressBar) -> None:
         """Metrics of one step to every sink, and its one log line."""
         metrics = metrics | self.timer.collect()
@@ -71,15 +75,28 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
     A run that starts anew moves an earlier one's files aside first.
     """
     run_dir = Path(recipe.run.dir)
+    (run_dir / FINISHED).unlink(missing_ok=True)
     with ExitStack() as stack:
         if resume is None:
+            if recipe.run.resume == "overwrite":
+                checkpoints.clear()
             for name in names:
                 _move_aside(run_dir, name)
         files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
+        if resume is not None and (changes := checkpoints.changes(resume[0])):
+            _tell_changes(run_dir, resume[1].step, changes)
         sinks = _sinks(recipe, run_dir)
         for each in (*files.values(), *sinks):
             stack.callback(each.close)
         yield Journal(recipe=recipe, checkpoints=checkpoints, resume=resume, files=files, sinks=sinks)
+
+
+def _tell_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
+    """Print what is decided otherwise from here on, and keep it beside the metrics."""
+    print(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}", flush=True)
+    record = JsonlFile(run_dir / "changes.jsonl")
+    record.append({"step": step, "changes": list(changes)})
+    record.close()
 
 
 def _move_aside(run_dir: Path, name: str) -> None:

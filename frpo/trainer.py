@@ -57,6 +57,7 @@ class Trainer:
                 if state.step == run.num_steps or (run.save_every and state.step % run.save_every == 0):
                     journal.save(state, self.parts.learner, bar, self.batches.save)
         self.parts.learner.export(str(self.parts.run_dir / "export"))
+        journal.finish(state)
         return state
 
     def step(self, state: RunState, bar: ProgressBar) -> tuple[RunState, dict[str, float]]:

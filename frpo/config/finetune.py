@@ -18,13 +18,18 @@ class FinetuneRunSection(Section):
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda if torch is built for it and there are GPUs enough; else cpu, saying why")
-    num_epochs: int = Field(1, ge=1, description="passes over the examples")
+    num_epochs: int | float = Field(1, gt=0, description="passes over the examples, such as 3 or 0.5")
+    max_steps: int | None = Field(None, ge=1, description="updates of the run, instead of num_epochs; null: num_epochs")
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
     max_restarts: int = Field(2, ge=0, description="times that a run goes on from its newest checkpoint after a "
                                                    "learner rank has died; one more death ends it")
-    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's "
-                                            "path")
+    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; force: that one even if its "
+                                            "recipe differs; never; overwrite: start over; or a checkpoint's path")
+
+    def updates(self, per_epoch: int) -> int:
+        """Optimizer updates of the whole run; per_epoch: of one pass over the examples."""
+        return self.max_steps or max(1, round(per_epoch * self.num_epochs))
 
 
 class ReferenceSection(Section):

@@ -31,8 +31,8 @@ class RunSection(Section):
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
     max_restarts: int = Field(2, ge=0, description="times that a run goes on from its newest checkpoint after a "
                                                    "learner rank has died; one more death ends it")
-    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; never; or a checkpoint's "
-                                            "path")
+    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; force: that one even if its "
+                                            "recipe differs; never; overwrite: start over; or a checkpoint's path")
 
 
 class SelectionSection(Section):

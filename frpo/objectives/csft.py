@@ -196,8 +196,8 @@ class CSFTPA(CSFT):
         done, num_epochs = progress.epochs_done, progress.num_epochs
         if not 0 <= done <= num_epochs:
             raise ValueError(f"epochs_done must be in [0, {num_epochs}], given {done}")
-        epoch = min(math.floor(done), num_epochs - 1)
-        count = {"fractional": done, "epoch0": epoch, "epoch1": epoch + 1}[self.delta_index]
+        epoch = min(math.floor(done), math.ceil(num_epochs) - 1)  # the last one may be a part of an epoch
+        count = {"fractional": done, "epoch0": epoch, "epoch1": min(epoch + 1, num_epochs)}[self.delta_index]
         return self.delta_start + (self.delta_end - self.delta_start) * count / num_epochs
 
     def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput:

@@ -49,10 +49,10 @@ class SupervisedInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a training has come; a loss may move with it. Fractions of an epoch count."""
+    """How far a training has come, and its whole length; a loss may move with it. Fractions of an epoch count."""
 
     epochs_done: float
-    num_epochs: int
+    num_epochs: float
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from frpo.checkpoint import MARKER, CheckpointStore
+from frpo.checkpoint import MARKER, CheckpointStore, finished_steps, write_finished
 from frpo.config.loader import dump_recipe, recipe_digest, recipe_from_dict
 from frpo.errors import CheckpointError
 from frpo.types import RunState
@@ -123,7 +123,7 @@ def test_never_refuses_to_overwrite(tmp_path):
     save(store(tmp_path), 1)
     message = error_of(store(tmp_path, resume="never"))
     assert "run.resume=never" in message and "holds 1 complete checkpoint(s)" in message
-    assert "choose another run.dir, or run.resume=auto" in message
+    assert message.endswith("choose another run.dir, or run.resume=auto to go on (--overwrite starts over)")
 
 
 def test_a_path_names_any_checkpoint_of_the_run(tmp_path):
@@ -157,8 +157,47 @@ def test_another_recipe_is_refused_naming_what_differs(tmp_path):
     path = save(store(tmp_path), 1)
     message = error_of(store(tmp_path, learner={"lr": 0.5}, shuffle_rewards=True))
     assert message == (f"{path} was written by another recipe:\n  learner.lr: 1e-06 -> 0.5\n"
-                       "  shuffle_rewards: False -> True\nuse that recipe again, or another run.dir")
+                       "  shuffle_rewards: False -> True\nUse that recipe again or another run.dir; "
+                       "run.resume=force goes on from there under the new values, --overwrite starts over")
     assert steps(store(tmp_path)) == [1]
+
+
+def test_force_goes_on_under_other_values_and_tells_them(tmp_path):
+    path = save(store(tmp_path), 1)
+    changed = store(tmp_path, resume="force", learner={"lr": 0.5}, objective={"kl_coef": 0.1})
+    found, at = changed.select()
+    assert found == path and at == dataclasses.replace(state(1), recipe_digest=recipe_digest(changed.recipe))
+    assert changed.changes(path) == ["learner.lr: 1e-06 -> 0.5", "objective.kl_coef: 0.0 -> 0.1"]
+    save(changed, 2)
+    assert store(tmp_path, learner={"lr": 0.5}, objective={"kl_coef": 0.1}).select()[1].step == 2, "and then by itself"
+    assert store(tmp_path / "new", resume="force").select() is None
+
+
+def test_force_does_not_go_on_with_another_model(tmp_path):
+    save(store(tmp_path), 1)
+    message = error_of(store(tmp_path, resume="force", model={"path": "other"}))
+    assert message.startswith("run.resume=force cannot go on from ") and "\n  model.path: m -> other\n" in message
+
+
+def test_overwrite_starts_anew_and_clears_what_is_there(tmp_path):
+    for step in (1, 2):
+        save(store(tmp_path), step)
+    over = store(tmp_path, resume="overwrite")
+    assert over.select() is None and steps(over) == [1, 2], "nothing is removed before the run begins"
+    over.clear()
+    assert steps(over) == []
+
+
+@pytest.mark.parametrize("changes, found", [
+    ({}, 4), ({"run": {"resume": "force"}}, 4), ({"run": {"num_steps": 3}}, 4), ({"run": {"num_steps": 5}}, None),
+    ({"learner": {"lr": 0.5}}, None), ({"run": {"resume": "overwrite"}}, None), ({"run": {"resume": "never"}}, None)])
+def test_a_run_that_came_to_its_end_is_known(tmp_path, changes, found):
+    def of(run=None, **more):
+        return recipe_from_dict(VALUES | more | {"run": {"dir": str(tmp_path), "num_steps": 4} | (run or {})})
+
+    assert finished_steps(of()) is None
+    write_finished(of(), 4)
+    assert finished_steps(of(**changes)) == found
 
 
 def test_a_longer_run_with_other_limits_goes_on(tmp_path):

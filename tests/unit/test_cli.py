@@ -172,7 +172,10 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_kept(place, capsys):
     code, out, err = run(capsys, "train", "recipe.yaml", "learner.lr=0.5", "--dry-run")
     assert (code, out) == (2, "")
     assert err == (f"frpo: CheckpointError: {path} was written by another recipe:\n  learner.lr: 1e-06 -> 0.5\n"
-                   "use that recipe again, or another run.dir\n")
+                   "Use that recipe again or another run.dir; run.resume=force goes on from there under the new "
+                   "values, --overwrite starts over\n")
+    assert run(capsys, "train", "recipe.yaml", "learner.lr=0.5", "run.resume=force", "--dry-run")[0] == 0
+    assert run(capsys, "train", "recipe.yaml", "learner.lr=0.5", "--overwrite", "--dry-run")[0] == 0
     assert run(capsys, "train", "recipe.yaml", "run.num_steps=200", "--dry-run")[0] == 0
     assert run(capsys, "train", "recipe.yaml", "run.resume=never", "--dry-run")[0] == 2
     assert tree(place) == before

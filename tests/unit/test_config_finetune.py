@@ -54,6 +54,19 @@ def test_where_the_reference_lies_is_not_what_is_learned(load):
                                                      load("run.num_epochs=2"), load("data.batch_size=3"))}) == 5
 
 
+@pytest.mark.parametrize("overrides, updates", [
+    (["run.num_epochs=1"], 12), (["run.num_epochs=3"], 36), (["run.num_epochs=0.5"], 6), (["run.num_epochs=1.25"], 15),
+    (["run.num_epochs=0.001"], 1), (["run.max_steps=5"], 5), (["run.max_steps=40"], 40)])
+def test_the_length_of_a_run_in_updates(load, overrides, updates):
+    assert load(*overrides).run.updates(per_epoch=12) == updates
+
+
+@pytest.mark.parametrize("override", ["run.num_epochs=0", "run.num_epochs=-0.5", "run.max_steps=0"])
+def test_a_run_of_no_updates_is_refused(load, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load(override)
+
+
 @pytest.mark.parametrize("overrides, message", [
     (["objective=csfd"], "objective: unknown objective 'csfd' (did you mean 'csft'?); allowed: csft, csft_pa, kl_sft"),
     (["objective={name: csfd}"], "objective.name: unknown objective 'csfd' (did you mean 'csft'?)"),

@@ -149,6 +149,15 @@ def test_delta_by_epoch(index, done, delta):
     assert CSFTPA(delta_index=index).delta(Progress(epochs_done=done, num_epochs=3)) == pytest.approx(delta, rel=1e-14)
 
 
+@pytest.mark.parametrize("index, done, delta", [
+    ("fractional", 0.75, 0.2), ("fractional", 1.5, 0.3), ("epoch0", 0.9, 0.1), ("epoch0", 1.5, 0.1 + 0.2 / 1.5),
+    ("epoch1", 0.9, 0.1 + 0.2 / 1.5), ("epoch1", 1.2, 0.3)])
+def test_delta_where_the_last_epoch_is_half_a_one(index, done, delta):
+    """Whole epochs count as before; delta never passes its end."""
+    found = CSFTPA(delta_index=index).delta(Progress(epochs_done=done, num_epochs=1.5))
+    assert found == pytest.approx(delta, rel=1e-14)
+
+
 @pytest.mark.parametrize("build, message", [
     (lambda: CSFT(beta_early=0.0), "beta_early must be > 0, given 0.0"),
     (lambda: CSFT(early_tokens=-1), "early_tokens must be >= 0, given -1"),

@@ -17,6 +17,16 @@ ROLES = ("system", "user", "assistant", "tool")
 Messages = tuple[Mapping[str, str], ...]
 
 
+def template_text(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    """`messages` as text by the chat template. Raises jinja2's TemplateError for whatever the template raises."""
+    try:
+        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
+    except TemplateError:
+        raise
+    except Exception as error:  # a template is code that came with a model, and may raise anything
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids of `messages` by the chat template, up to where the assistant's next turn begins.
 
@@ -24,7 +34,7 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizer
     Raises DataError when the template refuses the messages.
     """
     try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
+        text = template_text(messages, tokenizer, add_generation_prompt=True)
     except TemplateError as error:
         raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

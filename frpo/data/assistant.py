@@ -13,7 +13,7 @@ from typing import Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from frpo.data.chat import template_text
+from frpo.data.chat import check_header, check_written, template_text
 from frpo.errors import DataError, ModelError
 
 Conversation = Sequence[Mapping[str, str]]
@@ -47,7 +47,7 @@ class AssistantTokens:
     def of(self, messages: Conversation) -> Tokens:
         """Tokens of a conversation that the assistant ends. No token belongs to a prompt and to a turn.
 
-        Raises DataError where the template refuses the messages or does not write a turn as it would be sampled,
+        Raises DataError where the template refuses or drops a message or does not write a turn as it would be sampled,
         ModelError where it does not end a turn.
         """
         try:
@@ -56,6 +56,7 @@ class AssistantTokens:
             turns = [self._turn(messages, n, whole) for n in (numbers if self.train_on == "all" else numbers[-1:])]
         except TemplateError as error:
             raise DataError(f"the chat template refuses the messages: {error}") from error
+        check_written(messages, self.tokenizer)
         before = whole[:turns[0][0]]
         ids = _ids(before, self.tokenizer)
         mask = [False] * len(ids)
@@ -82,12 +83,7 @@ class AssistantTokens:
                 f"the chat template writes earlier messages differently once message {number}, the assistant's, is "
                 f"there: {prompt[same:same + 40]!r} becomes {whole[same:same + 40]!r}; take a template that only "
                 f"appends{otherwise}")
-        beyond = head[len(prompt):] if head.startswith(prompt) else ""
-        if beyond.strip() and prompt == template_text(before, self.tokenizer):
-            raise DataError(
-                f"the chat template writes {beyond[-40:]!r} before what the assistant says in message {number}, but no "
-                "prompt for it ends so, and the policy would have to say it; write it in the template under "
-                f"add_generation_prompt{otherwise}")
+        check_header(before, prompt, head, self.tokenizer)
         start, stop = len(prompt), len(whole) - len(tail)
         lost = _lost(content, whole[start:stop])
         if start > stop or not whole.endswith(tail) or not _opens(prompt, head, lost) or (

@@ -238,6 +238,19 @@ def test_a_header_that_no_prompt_has_is_not_what_the_assistant_says(last, messag
         learned(bare, messages, "last")
 
 
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_template_that_leaves_out_another_message_is_refused(role):
+    silent = with_template(CHATML.replace("message in messages", f"message in messages if message.role != '{role}'"))
+    for content in ("be brief", " "):
+        messages = [*talk("1+1", "2"), {"role": role, "content": content}, *talk("a", "no")]
+        if content == " ":
+            assert learned(silent, messages, "all")[0] == ["2<|im_end|>", "no<|im_end|>"]
+            continue
+        for train_on in ("all", "last"):
+            with pytest.raises(DataError, match=f"the chat template leaves out message 2, of role '{role}'; take a"):
+                learned(silent, messages, train_on)
+
+
 def test_a_history_that_is_rewritten_is_refused():
     nemo = with_template(NEMO, "Mistral")
     assert learned(nemo, talk("1+1", "2", "2+2", "four"), "all")[0] == ["2</s>", "four</s>"]

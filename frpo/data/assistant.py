@@ -13,6 +13,7 @@ from typing import Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from frpo.data.chat import check_header, check_written, template_text
 from frpo.errors import DataError, ModelError
 
 Conversation = Sequence[Mapping[str, str]]
@@ -25,6 +26,11 @@ ANCHORS = ("\n", "a", "0", ".")
 
 With nothing before it, some tokenizers take a turn for the beginning of a text and put a space there.
 """
+
+TAG_BEGINS, TAG_ENDS = ("<", "[", "◁"), (">", "]", "▷")
+
+TAGS = re.compile(r"((<[^<>]*>|\[[^\[\]]*\]|◁[^◁▷]*▷)\s*)*$")
+"""At the end of a text."""
 
 
 class AssistantTokens:
@@ -41,20 +47,21 @@ class AssistantTokens:
     def of(self, messages: Conversation) -> Tokens:
         """Tokens of a conversation that the assistant ends. No token belongs to a prompt and to a turn.
 
-        Raises DataError where the template refuses the messages or does not write a turn as it would be sampled,
+        Raises DataError where the template refuses or drops a message or does not write a turn as it would be sampled,
         ModelError where it does not end a turn.
         """
         try:
-            whole = _text(messages, self.tokenizer)
+            whole = template_text(messages, self.tokenizer)
             numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             turns = [self._turn(messages, n, whole) for n in (numbers if self.train_on == "all" else numbers[-1:])]
         except TemplateError as error:
             raise DataError(f"the chat template refuses the messages: {error}") from error
+        check_written(messages, self.tokenizer)
         before = whole[:turns[0][0]]
         ids = _ids(before, self.tokenizer)
         mask = [False] * len(ids)
         for (start, end), until in zip(turns, [*(start for start, _ in turns[1:]), len(whole)], strict=True):
-            said = continuation(before, whole[start:end], self.tokenizer)
+            said = to_learn(before, whole[start:end], self.tokenizer)
             rest = continuation(self.ending, whole[end:until], self.tokenizer)
             ids += said + rest
             mask += [True] * len(said) + [False] * len(rest)
@@ -65,9 +72,10 @@ class AssistantTokens:
         """Where the turn of a message begins and ends (exclusive) in the rendered conversation."""
         before, content = messages[:number], messages[number]["content"]
         mark = _absent(messages)  # stands for the content, so that around it is what the template writes
-        marked = _text((*before, _said(mark * max(1, len(content))), *messages[number + 1:]), self.tokenizer)
+        marked = template_text((*before, _said(mark * max(1, len(content))), *messages[number + 1:]), self.tokenizer)
         tail = marked.rpartition(mark)[2]
-        prompt = _text(before, self.tokenizer, add_generation_prompt=True) if before else marked.partition(mark)[0]
+        head = marked.partition(mark)[0]
+        prompt = template_text(before, self.tokenizer, add_generation_prompt=True) if before else head
         otherwise = ", or set data.train_on to last" if number < len(messages) - 1 else ""
         if not whole.startswith(prompt):
             same = _shared(prompt, whole)
@@ -75,10 +83,11 @@ class AssistantTokens:
                 f"the chat template writes earlier messages differently once message {number}, the assistant's, is "
                 f"there: {prompt[same:same + 40]!r} becomes {whole[same:same + 40]!r}; take a template that only "
                 f"appends{otherwise}")
+        check_header(before, prompt, head, self.tokenizer)
         start, stop = len(prompt), len(whole) - len(tail)
         lost = _lost(content, whole[start:stop])
-        opened = prompt.rstrip().endswith(lost.strip())  # the prompt itself may begin the answer, as with <think>
-        if start > stop or not whole.endswith(tail) or not opened:
+        if start > stop or not whole.endswith(tail) or not _opens(prompt, head, lost) or (
+                marked.count(mark) > max(1, len(content))):
             raise DataError(
                 f"the chat template leaves out or changes what the assistant says in message {number}, at "
                 f"{lost or content!r:.60}; take a template that keeps it, or remove it from the row{otherwise}")
@@ -107,9 +116,9 @@ def turn_ending(before: Conversation, tokenizer: PreTrainedTokenizerBase) -> str
     """
     mark = _absent(before)
     answered = (*before, _said(mark))
-    alone = followed = _text(answered, tokenizer).rpartition(mark)[2]
+    alone = followed = template_text(answered, tokenizer).rpartition(mark)[2]
     with suppress(TemplateError):  # by a template for one question and one answer
-        followed = _text((*answered, {"role": "user", "content": "x"}), tokenizer).rpartition(mark)[2]
+        followed = template_text((*answered, {"role": "user", "content": "x"}), tokenizer).rpartition(mark)[2]
     always, eos = alone[:_shared(alone, followed)], tokenizer.eos_token
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()} | {eos}
     first = re.search("|".join(sorted(map(re.escape, special), reverse=True)), always)
@@ -139,8 +148,14 @@ def continuation(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> 
     raise DataError(f"the tokenizer merges a text with whatever is before it: {text!r:.80}")
 
 
-def _text(messages: Conversation, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
-    return tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+def to_learn(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`continuation` of a text to learn. Raises DataError too where the tokenizer lacks a character of it."""
+    ids, unknown = continuation(before, text, tokenizer), tokenizer.unk_token_id
+    if unknown is None or ids.count(unknown) <= text.count(tokenizer.unk_token):
+        return ids
+    lacking = next((char for char in text if unknown in _ids(char, tokenizer)), text)
+    raise DataError(f"the tokenizer has no token for {lacking!r:.60}, so that {tokenizer.unk_token} would be learned; "
+                    "write it otherwise, leave the row out, or take a tokenizer that has it")
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -163,17 +178,31 @@ def _shared(one: str, other: str) -> int:
                 min(len(one), len(other)))
 
 
+def _opens(prompt: str, head: str, lost: str) -> bool:
+    """Whether the prompt itself begins an answer with `lost`, as with <think>; white space does not count.
+
+    head: all that the template writes before another answer. What the prompt has beyond it is a beginning, and so are
+    the tags that it ends with: an answer may have an empty thought of its own.
+    """
+    if not lost:
+        return True
+    lost, beyond, tags = ("".join(text.split()) for text in (
+        lost, prompt[_shared(prompt, head):], TAGS.search(prompt)[0]))
+    return lost == beyond or (lost.startswith(TAG_BEGINS) and tags.endswith(lost))
+
+
 def _lost(content: str, text: str) -> str:
     """The part of `content` up to where `text`, both read from their ends, goes on otherwise; empty if all is there.
 
-    White space at the ends of the content may be missing, and the text may have more of it anywhere.
+    White space at the ends of the content may be missing, and the text may have more of it beside tags.
     """
     content, text = content.strip(), text.rstrip()
     if text.endswith(content):
         return ""
     place = len(text)
     for number in range(len(content), 0, -1):
-        while place and text[place - 1].isspace() and text[place - 1] != content[number - 1]:
+        while place and text[place - 1].isspace() and text[place - 1] != content[number - 1] and (
+                text[:place].rstrip().endswith(TAG_ENDS) or text[place:].lstrip().startswith(TAG_BEGINS)):
             place -= 1
         if not place or text[place - 1] != content[number - 1]:
             return content[:number]

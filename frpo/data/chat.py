@@ -5,6 +5,7 @@ Does not pad, truncate or batch, and knows no model family: the tokenizer's own 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -17,17 +18,63 @@ ROLES = ("system", "user", "assistant", "tool")
 Messages = tuple[Mapping[str, str], ...]
 
 
+def template_text(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    """`messages` as text by the chat template. Raises jinja2's TemplateError for whatever the template raises."""
+    try:
+        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
+    except TemplateError:
+        raise
+    except Exception as error:  # a template is code that came with a model, and may raise anything
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids of `messages` by the chat template, up to where the assistant's next turn begins.
 
     Only the template adds special tokens (a second beginning-of-sequence token would be off the model's distribution).
-    Raises DataError when the template refuses the messages.
+    Raises DataError when the template refuses the messages, leaves one out or does not write where an answer begins.
     """
     try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
+        text = template_text(messages, tokenizer, add_generation_prompt=True)
     except TemplateError as error:
         raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
+    check_written(messages, tokenizer, add_generation_prompt=True)
+    with suppress(TemplateError):  # by a template that writes no answer to such messages
+        answered = template_text([*messages, {"role": "assistant", "content": "\uf8ff"}], tokenizer)
+        check_header(messages, text, answered.rpartition("\uf8ff")[0], tokenizer)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_written(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> None:
+    """Raise DataError for a message that the chat template leaves out, as many do with a system's or a tool's.
+
+    Each is told by a character (of the private use area) in the place of its content. A template that refuses such
+    content is not asked.
+    """
+    marks = {number: chr(0xE000 + number) for number, m in enumerate(messages[:6400]) if m["content"].strip()}
+    marked = [{**m, "content": marks.get(number, m["content"])} for number, m in enumerate(messages)]
+    try:
+        text = template_text(marked, tokenizer, **options)
+    except TemplateError:
+        return
+    left_out = next((number for number, mark in marks.items() if mark not in text), None)
+    if left_out is not None:
+        raise DataError(f"the chat template leaves out message {left_out}, of role {messages[left_out]['role']!r}; "
+                        "take a template that writes it, or remove it (and data.system_prompt, if it is that)")
+
+
+def check_header(messages: Sequence[Mapping[str, str]], prompt: str, head: str, tokenizer: PreTrainedTokenizerBase
+                 ) -> None:
+    """Raise DataError if the template writes a header before an answer that it does not write for sampling one.
+
+    prompt: `messages` as they are sampled from. head: what there is before the content of an answer to them.
+    """
+    beyond = head[len(prompt):] if head.startswith(prompt) else ""
+    if beyond.strip() and prompt == template_text(messages, tokenizer):
+        raise DataError(
+            f"the chat template writes {beyond[-40:]!r} before what the assistant says in message {len(messages)}, but "
+            "no prompt for it ends so, and the policy would have to say it; write it in the template under "
+            "add_generation_prompt")
 
 
 def render_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

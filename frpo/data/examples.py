@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from frpo.data.assistant import AssistantTokens, Tokens, continuation
+from frpo.data.assistant import AssistantTokens, Tokens, to_learn
 from frpo.data.chat import Messages, check_tokenizer, checked_messages, render_text, with_system
 from frpo.data.heldout import Source, Split, content_hash, set_aside
 from frpo.data.source import Row, column, read_rows, select
@@ -91,7 +91,7 @@ def _messages(row: Row, data: SupervisedDataSection) -> Messages:
 def _text_tokens(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Prompt as in sampling, then the response and the end of sequence."""
     before = render_text(prompt, tokenizer)
-    said = [*continuation(prompt, response, tokenizer), tokenizer.eos_token_id]
+    said = [*to_learn(prompt, response, tokenizer), tokenizer.eos_token_id]
     return [*before, *said], [False] * len(before) + [bool(response)] * len(said)
 
 

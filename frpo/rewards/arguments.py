@@ -49,15 +49,20 @@ def select_arguments(
     missing = [name for name in parameters.required if name not in offered and name not in spec.kwargs]
     if missing:
         columns = [name for name in offered if name not in BATCH_ARGUMENTS]
+        hint = nearest(missing[0], [*columns, "prompts", "completions"])
         raise RewardError(
-            f"{label} needs {missing[0]!r}, which is neither a data column{nearest(missing[0], columns)} nor in its "
-            f"kwargs; columns: {', '.join(columns) or 'none'}; kwargs: {', '.join(spec.kwargs) or 'none'}")
+            f"{label} needs {missing[0]!r}, which is neither a data column{hint} nor in its kwargs; "
+            f"columns: {', '.join(columns) or 'none'}; kwargs: {', '.join(spec.kwargs) or 'none'}; every reward may "
+            f"name {', '.join(BATCH_ARGUMENTS)} too, each a list with a value for every completion")
     taken = {name: values for name, values in offered.items() if parameters.open or name in parameters.named}
     return {**taken, **spec.kwargs}
 
 
 def check_kwargs(spec: RewardSpec, label: str, parameters: Parameters) -> None:
-    """Raise RewardError when the recipe gives a keyword argument that the function does not take (a typo, mostly)."""
+    """Raise RewardError when the function cannot be called by name, or does not take what the recipe's kwargs give."""
+    if parameters.nameless:
+        raise RewardError(f"{label} takes {', '.join(parameters.nameless)} by position only, but every argument is "
+                          "given by name; name them, without a / behind them, or take **kwargs")
     unknown = [name for name in spec.kwargs if not parameters.open and name not in parameters.named]
     if unknown:
         known = [name for name in parameters.named if name not in BATCH_ARGUMENTS]

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Any
 
 from frpo.errors import RewardError
 
+logger = logging.getLogger(__name__)
+
 FORMS = "'package.module:function' or 'path/file.py:function'"
 
 _folders: list[str] = []
@@ -28,11 +31,15 @@ _folders: list[str] = []
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """The arguments of a function: all it names, those without a default, and whether it also has `**kwargs`."""
+    """The arguments of a function: all it names, those without a default, and whether it also has `**kwargs`.
+
+    nameless: those that it takes, but by position only.
+    """
 
     named: tuple[str, ...]
     required: tuple[str, ...]
     open: bool
+    nameless: tuple[str, ...] = ()
 
 
 def load_function(function: str, what: str = "reward function") -> Callable[..., Any]:
@@ -59,11 +66,14 @@ def parameters_of(function: Callable[..., Any]) -> Parameters:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
         return Parameters(named=(), required=(), open=True)
+    nameless = [p for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return Parameters(
         named=tuple(p.name for p in by_name),
         required=tuple(p.name for p in by_name if p.default is p.empty),
-        open=any(p.kind is p.VAR_KEYWORD for p in parameters))
+        open=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        nameless=tuple(p.name for p in nameless) or tuple(
+            f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL and len(parameters) == 1))
 
 
 def path_without_siblings() -> list[str]:
@@ -107,17 +117,22 @@ def _load_file(path: str, what: str, function: str) -> ModuleType:
     assert spec is not None and spec.loader is not None, f"a .py file has a loader: {file}"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    _let_import_siblings(str(file.parent))
+    beside = _let_import_siblings(str(file.parent))
+    before = {*sys.modules}
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # as above: the user's code
         del sys.modules[name]
         raise _import_failure(what, function, error) from error
+    for other in sorted(beside & {*sys.modules} - before):
+        if not _lies_in(sys.modules[other], [str(file.parent)]):
+            logger.warning("%s %r: its module %r is %s, not the one beside it; give one of them another name", what,
+                           function, other, getattr(sys.modules[other], "__file__", None) or "elsewhere")
     return module
 
 
-def _let_import_siblings(folder: str) -> None:
-    """Put `folder` at the end of `sys.path`, before the folders of earlier files.
+def _let_import_siblings(folder: str) -> set[str]:
+    """Put `folder` at the end of `sys.path`, before the folders of earlier files. Returns the names that lie in it.
 
     Modules loaded from those are forgotten where `folder` has one of the same name, so that `helpers` is the file
     beside the one that imports it. Whoever has imported the other keeps it.
@@ -130,6 +145,7 @@ def _let_import_siblings(folder: str) -> None:
     others = {name for name in beside if name in sys.modules and _lies_in(sys.modules[name], earlier)}
     for name in [name for name in sys.modules if name.partition(".")[0] in others]:
         del sys.modules[name]
+    return beside
 
 
 def _lies_in(module: ModuleType, folders: list[str]) -> bool:
@@ -140,5 +156,7 @@ def _lies_in(module: ModuleType, folders: list[str]) -> bool:
 
 def _import_failure(what: str, function: str, error: Exception) -> RewardError:
     text = "".join(traceback.format_exception(error)).rstrip()
+    hint = " (a file is part of no package: import what lies beside it by its name, without a dot)" \
+        if "no known parent package" in str(error) else ""
     return RewardError(
-        f"{what} {function!r}: importing it raised {type(error).__name__}: {error}\n{text}")
+        f"{what} {function!r}: importing it raised {type(error).__name__}: {error}{hint}\n{text}")

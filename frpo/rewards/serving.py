@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
@@ -100,6 +101,24 @@ def _receive(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
             os.killpg(0, signal.SIGKILL)  # the run is gone: leave no process behind, nor one that the function started
 
 
+@cache
+def _loop() -> Any:
+    """One event loop for all calls: a client that a function keeps between them belongs to the loop it was made in."""
+    import asyncio  # a quarter of the worker's start, for the few that need it
+
+    return asyncio.new_event_loop()
+
+
+def _apart(values: Any) -> Any:
+    """The N values of an argument, of which no two are one object: a function may change one of a group's alone."""
+    seen: set[int] = set()
+    if not isinstance(values, list):
+        return values
+    return [pickle.loads(pickle.dumps(value))
+            if isinstance(value, list | dict) and (id(value) in seen or seen.add(id(value))) else value
+            for value in values]
+
+
 def _answer(function: Callable[..., Any], message: bytes) -> Returned | Raised | None:
     try:
         arguments = pickle.loads(message)  # here, so that a value whose class cannot be imported is reported too
@@ -107,11 +126,9 @@ def _answer(function: Callable[..., Any], message: bytes) -> Returned | Raised |
             return None
         if "completion_ids" in arguments:
             arguments["completion_ids"] = arguments["completion_ids"].lists()
-        result = function(**arguments)
+        result = function(**{name: _apart(values) for name, values in arguments.items()})
         if inspect.iscoroutine(result):
-            import asyncio  # a quarter of the worker's start, for the few that need it
-
-            result = asyncio.run(result)
+            result = _loop().run_until_complete(result)
         return Returned(result=portable(result))
     except (Exception, SystemExit) as error:  # the user's code: whatever it raises is reported by name
         # The first frame is this function's own.

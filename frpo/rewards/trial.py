@@ -79,15 +79,17 @@ def made_up(prompts: Sequence[Prompt], group_size: int, at_least: int) -> list[R
 def examples(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first prompt, and the next ones that show something new, MOST in all.
 
-    New is a column that the others lacked or had, a value of another type, or another of the few values of a column.
+    New is a column that the others lacked or had, a value of another type, one that is empty or zero, or another of
+    the few values of a column.
     """
     names = sorted({name for prompt in prompts for name in prompt.columns})
     kinds = {name for name in names if _few_values(prompts, name)}
     chosen: list[Prompt] = []
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, str, str | bool]] = set()
     for prompt in prompts:
         values = {name: prompt.columns.get(name) for name in names}
-        shown = {(name, type(value).__name__, str(value) if name in kinds else "") for name, value in values.items()}
+        shown = {(name, type(value).__name__, str(value) if name in kinds else bool(value))
+                 for name, value in values.items()}
         if not chosen or not shown <= seen:
             chosen.append(prompt)
             seen |= shown

@@ -9,6 +9,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def _portable_value(value: Any) -> PortableValue:
         value = value.item()
     if value is None:
         return None
-    if isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real | Decimal):
         try:
             return float(value)
         except OverflowError:  # an integer beyond the range of a double

@@ -8,9 +8,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import DEEPSEEK_R1, FAMILIES, HARMONY, LLAMA3, NEMO, Family, tokenizer_of
+from chat_templates import CHATML, DEEPSEEK_R1, FAMILIES, HARMONY, LLAMA3, NEMO, Family, tokenizer_of
 from frpo.data.assistant import AssistantTokens, continuation, end_of_turn
 from frpo.data.chat import render
+from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError
 
 
@@ -193,10 +194,61 @@ def test_a_thought_that_the_prompt_opens_is_learned_from_there():
         learned(with_template(newer, "DeepSeek"), talk("6+6", THOUGHT), "last")
 
 
-def test_white_space_that_a_template_adds_within_the_content_is_no_loss():
+def test_a_prompt_that_closes_an_empty_thought_begins_an_answer_with_another():
+    empty = "<think>\n\n</think>\n\n"
+    said = "{% if '<think>' not in m.content %}" + empty + "{% endif %}{{ m.content }}<|im_end|>\n"
+    closed = with_template(chat(said, opened=empty))
+    for content in ("12", empty + "12"):
+        assert learned(closed, talk("6+6", content), "all")[0] == ["12<|im_end|>"]
+    with pytest.raises(DataError, match="once message 1, the assistant's, is there"):
+        learned(closed, talk("6+6", THOUGHT), "all")
+
+
+@pytest.mark.parametrize("said, content", [
+    ("{{ m.content | capitalize }}", "the sum"), ("{{ m.content[1:] }}", "t is"), ("{{ m.content[2:] }}", "nt is"),
+    ("{{ m.content | replace('assistant\n', '') }}", "assistant\nfour"), ("", "assistant"),
+    ("{{ m.content.split('\n')[-1] }}", "user\nassistant\nfour")])
+def test_content_is_not_taken_for_there_because_the_prompt_ends_like_it(said, content):
+    """The header ends with "assistant", as the content that is lost begins."""
+    for train_on in ("all", "last"):
+        with pytest.raises(DataError, match="changes what the assistant says in message 1, at"):
+            learned(with_template(chat(said + "<|im_end|>\n")), talk("6+6", content), train_on)
+
+
+def test_white_space_that_a_template_adds_beside_a_tag_is_no_loss():
     spaced = with_template(chat("{{ m.content | replace('<think>', '<think>\n') }}<|im_end|>\n"))
     assert learned(spaced, talk("6+6", "<think>6+6 = </think> 12 "), "all")[0] == [
         "<think>\n6+6 = </think> 12 <|im_end|>"]
+
+
+@pytest.mark.parametrize("said", ["{{ m.content | indent }}", "{{ m.content | replace(' ', '  ') }}",
+                                  "{{ m.content + m.content }}"])
+def test_but_elsewhere_it_is_and_so_is_a_second_copy(said):
+    with pytest.raises(DataError, match="changes what the assistant says in message 1, at"):
+        learned(with_template(chat(said + "<|im_end|>\n")), talk("6+6", "def f():\n    return 12"), "all")
+
+
+@pytest.mark.parametrize("last, messages", [
+    ("", talk("1+1", "2")), ("{% if add_generation_prompt and messages[-1].role == 'user' %}<|im_start|>assistant\n"
+                            "{% endif %}", [*talk("1+1", "2"), {"role": "assistant", "content": "four"}])])
+def test_a_header_that_no_prompt_has_is_not_what_the_assistant_says(last, messages):
+    bare = with_template(CHATML[:CHATML.index("{% if add_gen")] + last)
+    with pytest.raises(DataError, match=r"writes '<\|im_start\|>assistant\\n' before what the assistant says in "
+                                        rf"message {len(messages) - 1}, but no prompt for it ends so"):
+        learned(bare, messages, "last")
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_template_that_leaves_out_another_message_is_refused(role):
+    silent = with_template(CHATML.replace("message in messages", f"message in messages if message.role != '{role}'"))
+    for content in ("be brief", " "):
+        messages = [*talk("1+1", "2"), {"role": role, "content": content}, *talk("a", "no")]
+        if content == " ":
+            assert learned(silent, messages, "all")[0] == ["2<|im_end|>", "no<|im_end|>"]
+            continue
+        for train_on in ("all", "last"):
+            with pytest.raises(DataError, match=f"the chat template leaves out message 2, of role '{role}'; take a"):
+                learned(silent, messages, train_on)
 
 
 def test_a_history_that_is_rewritten_is_refused():
@@ -265,8 +317,9 @@ def test_the_token_that_ends_a_turn(name, token):
     tokenizer = tokenizer_of(FAMILIES[name], "byte-level")
     tokenizer.add_tokens([token[:-1]])  # the longer of two tokens counts, as to the tokenizer
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(token)
-    tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert end_of_turn(tokenizer) is None
+    for template in ("{{ raise_exception('no') }}", "{{ 'a' + 1 }}"):
+        tokenizer.chat_template = template
+        assert end_of_turn(tokenizer) is None
 
 
 # --- others ---------------------------------------------------------------------------------------------------------
@@ -298,6 +351,28 @@ def test_only_the_template_adds_special_tokens():
     assert tokenizer("2")["input_ids"][0] == tokenizer.bos_token_id
     texts, ids = learned(tokenizer, talk("1+1", "2", "2+2", "four"), "all")
     assert texts == [" 2 </s>", " four </s>"] and ids.count(tokenizer.bos_token_id) == 2  # one before each [INST]
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{{ 'a' + 1 }}", "TypeError: can only concatenate"), ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ({"rag": CHATML, "tool_use": CHATML}, "ValueError: This model has multiple chat templates")])
+def test_whatever_a_template_raises_is_told(template, said):
+    tokenizer = with_template(template)
+    with pytest.raises(DataError, match=f"the chat template refuses the messages: {said}"):
+        learned(tokenizer, talk("a", "no"), "all")
+    with pytest.raises(DataError, match=rf"the chat template refuses the roles \['user'\]: {said}"):
+        render(talk("a"), tokenizer)
+
+
+def test_a_character_that_the_tokenizer_does_not_have_is_not_learned_as_unknown():
+    tokenizer = build_tokenizer()
+    for text in ("a", "<unk> a"):
+        assert learned(tokenizer, talk("é", text), "all")[0] == [f"{text}<eos>"]
+    for text in ("aéb", "<unk> é"):
+        with pytest.raises(DataError, match="has no token for 'é', so that <unk> would be learned"):
+            learned(tokenizer, talk("a", text), "all")
+    tokenizer.unk_token = "<eos>"  # as GPT-2's, which has a token for everything
+    assert learned(tokenizer, talk("a", "b"), "all")[0] == ["b<eos>"]
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ def test_examples_beyond_the_window_are_refused_cut_or_dropped(load):
 @pytest.mark.parametrize("rows, keys, message", [
     ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}], {"format": "text"},
      "rows.jsonl:2: no token of a response"),
+    ([{"prompt": "é", "response": "b"}, {"prompt": "a", "response": "é"}], {"format": "text"},
+     "rows.jsonl:2: the tokenizer has no token for 'é'"),
     ([{"messages": TURNS[:3]}], {}, "rows.jsonl:1: the last message must be the assistant's"),
     ([{"messages": []}], {}, "rows.jsonl:1: the list of messages is empty"),
     ([{"messages": [{"role": "robot", "content": "x"}]}], {}, "rows.jsonl:1: message 0 must be"),

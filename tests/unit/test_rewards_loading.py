@@ -88,6 +88,17 @@ def test_what_can_be_imported_anyway_comes_before_what_lies_beside_a_file(folder
     assert load_function(f"{folders / 'b'}/r.py:f")([]) == [0, 0, 20]
 
 
+def test_a_module_that_is_not_the_one_beside_the_file_is_told(folders, caplog):
+    load_function(f"{folders / 'a'}/r.py:f")
+    assert not caplog.records
+    (folders / "run").mkdir()
+    (folders / "run" / "frpo_helpers.py").write_text("one = value = 0")
+    sys.path.insert(0, str(folders / "run"))
+    load_function(f"{folders / 'b'}/r.py:f")
+    (record,) = caplog.records
+    assert f"its module 'frpo_helpers' is {folders / 'run' / 'frpo_helpers.py'}, not the one" in record.getMessage()
+
+
 def test_a_folder_that_is_on_the_path_keeps_its_place(folders):
     sys.path.insert(0, str(folders / "b"))
     before = [*sys.path]
@@ -129,7 +140,8 @@ def test_not_callable(source):
 
 @pytest.mark.parametrize("body, said", [
     ("def f(:", "SyntaxError"), ("import frpo_nowhere", "ModuleNotFoundError: No module named 'frpo_nowhere'"),
-    ("key = {}['token']", "KeyError: 'token'")])
+    ("key = {}['token']", "KeyError: 'token'"),
+    ("from .helpers import one", r"ImportError: attempted relative import with no known parent package (a file is")])
 def test_a_module_that_raises_shows_its_own_error(tmp_path, body, said):
     path = tmp_path / "broken.py"
     path.write_text(f"\n{body}\n")
@@ -145,3 +157,13 @@ def test_parameters():
     assert parameters_of(closed) == Parameters(
         named=("completions", "answer", "tolerance"), required=("completions", "answer"), open=False)
     assert parameters_of(wide) == Parameters(named=("completions",), required=("completions",), open=True)
+
+
+def test_parameters_without_a_name():
+    def before(completions, /, **kwargs): ...
+    def default(completions, extra=None, /): ...
+    def star(*args): ...
+    def wide(*args, **kwargs): ...
+    def after(completions, *args): ...
+    found = [parameters_of(function).nameless for function in (before, default, star, wide, after)]
+    assert found == [("completions",), ("completions",), ("*args",), (), ()]

@@ -39,6 +39,15 @@ def meets(completions, mine, other):
     return [0.0]
 
 def dies(completions): os._exit(3)
+def takes(completions, tests, kind):
+    left = []
+    for test, k in zip(tests, kind):
+        left.append(float(len(test) + len(k)))
+        test.pop(), k.clear()
+    return left
+
+def unnamed(completions, /, **kwargs): return [0.0] * len(completions)
+def singular(completion): return [0.0]
 def needs(completions, answer): return [1.0 if a is None else 2.0 for a in answer]
 '''
 
@@ -246,6 +255,23 @@ def test_missing_column_is_an_error_even_under_abstain(spec):
     message = error_of([spec("needs", on_error="abstain")], group("p", "a", answers="4"))
     assert "needs 'answer', which is neither a data column (did you mean 'answers'?) nor in its kwargs" in message
     assert "columns: answers; kwargs: none" in message
+
+
+def test_what_a_function_does_to_one_value_of_a_column_happens_to_no_other(spec):
+    (scored,) = score([spec("takes")], group("p", "a", "b", "c", tests=["x", "y"], kind={"k": 1})).groups
+    np.testing.assert_array_equal(scored.rewards_G, [3, 3, 3])
+
+
+@pytest.mark.parametrize("on_error", ["raise", "abstain"])
+def test_a_function_that_cannot_be_called_by_name_fails_at_start(spec, on_error):
+    with pytest.raises(RewardError, match="takes completions by position only, but every argument is given by name"):
+        RewardSuite([spec("unnamed", on_error=on_error)]).start()
+
+
+def test_a_missing_argument_that_resembles_one_of_every_call(spec):
+    message = error_of([spec("singular")], group("p", "a", answer="4"))
+    assert "needs 'completion', which is neither a data column (did you mean 'completions'?)" in message
+    assert "columns: answer; kwargs: none; every reward may name prompts, completions, completion_ids too" in message
 
 
 def test_a_declared_column_is_none_where_no_prompt_has_it(spec):

@@ -79,6 +79,8 @@ def test_prompts_are_tried_that_show_every_column_type_and_task():
             *(prompt(f"more {i}", answer=f"{i}", task="add") for i in range(6, 20))]
     assert [example.uid for example in examples(rows)] == ["a", "c", "d", "e", "f"]
     assert [example.uid for example in examples([prompt("a"), prompt("b")])] == ["a"]
+    rows = [prompt(f"{i}", tests=value) for i, value in enumerate([[1], [2], [], [3]])]
+    assert [example.uid for example in examples(rows)] == ["0", "2"]  # an empty one is another kind
     assert examples([]) == []
     assert len(examples([prompt("a", **{f"c{i}": "x"}) for i in range(2 * MOST)])) == MOST
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.timeout(30)
 
 SOURCE = '''
 import asyncio, atexit, os, signal, subprocess, sys, time
+from decimal import Decimal
 import numpy as np
 
 calls = 0
@@ -41,7 +42,7 @@ def act(completions, **kwargs):
         open(completions[1], "w").write(str(child.pid))
         time.sleep(60)
     if what == "numbers":
-        return [1, 2.5, True, None, np.float32(0.5), np.int64(3), np.array(4.0), 10**400, float("nan")]
+        return [1, 2.5, True, None, np.float32(0.5), np.int64(3), np.array(4.0), Decimal("0.5"), 10**400, float("nan")]
     if what == "array": return np.array([1.0, 2.0])
     if what == "foreign": return ["text", [1], 1j]
     if what == "scalar": return 1.0
@@ -57,6 +58,11 @@ def helper(completions):
 async def later(completions):
     await asyncio.sleep(0.01)
     return [len(text) for text in completions]
+
+loops = []
+async def client(completions):
+    loops.append(asyncio.get_running_loop())
+    return [loops[0] is loops[-1]]
 '''
 
 
@@ -114,7 +120,7 @@ def test_one_process_serves_all_calls_and_keeps_state(worker):
 
 def test_numbers_of_all_kinds_become_floats(worker):
     result = act(worker, "numbers")
-    assert result[:8] == [1.0, 2.5, 1.0, None, 0.5, 3.0, 4.0, float("inf")] and result[8] != result[8]
+    assert result[:9] == [1.0, 2.5, 1.0, None, 0.5, 3.0, 4.0, 0.5, float("inf")] and result[9] != result[9]
     assert all(value is None or type(value) is float for value in result)
     assert act(worker, "array") == [1.0, 2.0]
 
@@ -136,6 +142,14 @@ def test_async_function(source):
     worker = new_worker(source, "later")
     try:
         assert act(worker, "abc", "") == [3.0, 0.0]
+    finally:
+        worker.close()
+
+
+def test_what_an_async_function_keeps_between_calls_still_has_its_loop(source):
+    worker = new_worker(source, "client")
+    try:
+        assert act(worker, "a") == act(worker, "b") == [1.0]
     finally:
         worker.close()
 

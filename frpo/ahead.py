@@ -18,8 +18,9 @@ from typing import Any
 from frpo.builder import Parts
 from frpo.collect import collect
 from frpo.data.selection import save_selection
+from frpo.progress import ProgressBar
 from frpo.step_metrics import scored_row
-from frpo.telemetry import PhaseTimer, ProgressBar
+from frpo.telemetry import PhaseTimer
 from frpo.traces import scored_group
 from frpo.types import RunState, ScoredBatch
 

@@ -8,8 +8,8 @@ from frpo.ahead import Ahead
 from frpo.builder import Parts
 from frpo.collect import collect
 from frpo.data.selection import save_selection
+from frpo.progress import ProgressBar
 from frpo.replay import Replayed
-from frpo.telemetry import ProgressBar
 from frpo.types import RunState, ScoredBatch
 
 

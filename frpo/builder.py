@@ -43,6 +43,7 @@ from frpo.learner.model import (
 from frpo.learner.router import balance_coefficient
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
+from frpo.progress import phase
 from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
@@ -161,7 +162,8 @@ def build(recipe: Recipe) -> Iterator[Parts]:
     """
     run_dir = Path(recipe.run.dir)
     with held_folder(run_dir):
-        checked = check(recipe)
+        with phase("reading model, prompts and rewards"):
+            checked = check(recipe)
         with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
             with build_stack(recipe, model_path) as stack, \
@@ -189,8 +191,11 @@ def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuit
     """A learner of this recipe in the stack's ranks, and a journal that is closed with the context."""
     run_dir, pool = Path(recipe.run.dir), stack.pool
     write_manifest(run_dir, recipe, checked.prompts.digest, stack.device)
-    learner = LearnerGroup(recipe, model_path, stack.device, stack.ranks)
-    pool.wait_until_ready()
+    with phase(f"loading the learner: {recipe.learner.num_ranks} rank(s) of DeepSpeed {recipe.learner.deepspeed} on "
+               f"{stack.device}"):
+        learner = LearnerGroup(recipe, model_path, stack.device, stack.ranks)
+    with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
+        pool.wait_until_ready()
     learner.connect_engines(pool.client(), recipe.weight_sync)
     engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
     names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
@@ -218,7 +223,8 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         stack.enter_context(ray_session())
         pool = stack.enter_context(engine_pool(recipe, model_path, choose_device(recipe, learner=False)))
-        pool.wait_until_ready()
+        with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
+            pool.wait_until_ready()
         pool.serve_loaded(version=0)
         yield Serving(
             recipe=recipe, prompts=prompts, rewards=rewards, pool=pool, stream=prompt_stream(recipe, prompts, None),

@@ -12,9 +12,9 @@ import numpy as np
 
 from frpo.builder import Parts, Serving
 from frpo.objectives.base import AdvantageEstimator
+from frpo.progress import ProgressBar, counted
 from frpo.rewards import ScoreReport, ScoreStream, shuffled
 from frpo.rollout.engine import Sampling
-from frpo.telemetry import ProgressBar
 from frpo.types import GroupId, Prompt, RunState, ScoredBatch, ScoredGroup
 
 
@@ -68,7 +68,7 @@ def rollouts(parts: Parts | Serving, state: RunState, bar: ProgressBar, prompts:
         with phase("generate"):
             for done, group in enumerate(stream, start=1):
                 scoring.add(group)
-                bar.note(f"generate {done}/{len(prompts)}")
+                counted("generate", done, len(prompts))
         with phase("reward"):  # what is left of it once generation is over
             report = scoring.result()
     if parts.recipe.shuffle_rewards:

@@ -16,7 +16,7 @@ from frpo.data.state_cache import StateCache, being_filled
 from frpo.finetune_parts import FinetuneParts
 from frpo.learner.model import cache_facts
 from frpo.objectives.supervised import Progress
-from frpo.telemetry import ProgressBar
+from frpo.progress import ProgressBar, phase
 from frpo.types import Example, Probe, RankBatches, RunState
 
 CACHED_AT_A_TIME = 64
@@ -45,7 +45,8 @@ class FineTuner:
         run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.learner)
         self.provide_reference()
-        invariants.check_same_function(self.learner, self.recipe, self.parts.examples)
+        with phase("comparing the learner with plain transformers"):
+            invariants.check_same_function(self.learner, self.recipe, self.parts.examples)
         with ProgressBar(self.total, state.step, run.name) as bar:
             if state.step == 0:
                 journal.write(0, self.evaluate(state, bar), bar)
@@ -55,7 +56,8 @@ class FineTuner:
                 bar.advance()
                 if state.step == self.total or (run.save_every and state.step % run.save_every == 0):
                     journal.save(state, self.learner, bar)
-        self.learner.export(str(self.parts.run_dir / "export"))
+        with phase("exporting the model"):
+            self.learner.export(str(self.parts.run_dir / "export"))
         journal.finish(state)
         return state
 
@@ -93,7 +95,6 @@ class FineTuner:
         return metrics | (self.probe(state, self.total) if self.probe else {})
 
     def heldout_metrics(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
-        bar.note("evaluate")
         numbered = list(enumerate(self.heldout, start=len(self.train)))
         with self.parts.journal.timer.phase("evaluate"):
             found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()

@@ -22,6 +22,7 @@ from frpo.learner.export import check_export
 from frpo.learner.model import check_reference, embedding_count, unstopped_turn
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
+from frpo.progress import phase
 from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
     """
     with ExitStack() as stack:
         stack.enter_context(held_folder(Path(recipe.run.dir)))
-        checked = check_finetune(recipe)
+        with phase("reading model and examples"):
+            checked = check_finetune(recipe)
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):
             device = device_here(recipe)
@@ -92,7 +94,9 @@ def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: Chec
     """A learner of this recipe in running ranks, and a journal that is closed with the context."""
     run_dir = Path(recipe.run.dir)
     write_manifest(run_dir, recipe, checked.examples.digest, device)
-    learner = LearnerGroup(recipe, model_path, device, ranks)
+    with phase(f"loading the learner: {recipe.learner.num_ranks} rank(s) of DeepSpeed {recipe.learner.deepspeed} on "
+               f"{device}"):
+        learner = LearnerGroup(recipe, model_path, device, ranks)
     with open_journal(recipe, checked.checkpoints, checked.resume, ("metrics",)) as journal:
         yield FinetuneParts(recipe=recipe, run_dir=run_dir, model_path=model_path, examples=checked.examples,
                             learner=learner, journal=journal)

@@ -13,7 +13,8 @@ from frpo.checkpoint import FINISHED, CheckpointStore, write_finished
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
 from frpo.errors import CheckpointError
-from frpo.telemetry import JsonlFile, PhaseTimer, ProgressBar, Sink, TensorBoardSink, WandbSink, step_line
+from frpo.progress import ProgressBar, phase, say
+from frpo.telemetry import JsonlFile, PhaseTimer, Sink, TensorBoardSink, WandbSink
 from frpo.types import RunState
 
 
@@ -36,7 +37,8 @@ class Journal:
                              file_offsets=dict.fromkeys(self.files, 0))
         else:
             path, state = self.resume
-            loaded = learner.load(str(path / "learner"))
+            with phase(f"resuming from step {state.step} ({path})"):
+                loaded = learner.load(str(path / "learner"))
             if loaded != state.policy_version:
                 raise CheckpointError(f"{path}: the learner's state is of policy version {loaded}, state.json says "
                                       f"{state.policy_version}; the folder was changed, resume from another checkpoint")
@@ -64,7 +66,7 @@ class Journal:
         self.files["metrics"].append({"step": step, **metrics})
         for sink in self.sinks:
             sink.write(step, metrics)
-        bar.log(step_line(step, metrics))
+        bar.step(step, metrics)
 
 
 @contextmanager
@@ -93,7 +95,7 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
 
 def _tell_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
     """Print what is decided otherwise from here on, and keep it beside the metrics."""
-    print(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}", flush=True)
+    say(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}")
     record = JsonlFile(run_dir / "changes.jsonl")
     record.append({"step": step, "changes": list(changes)})
     record.close()

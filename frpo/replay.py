@@ -11,7 +11,7 @@ from pathlib import Path
 
 from frpo.builder import Parts
 from frpo.errors import DataError
-from frpo.telemetry import ProgressBar
+from frpo.progress import ProgressBar
 from frpo.traces import Traced, read_groups
 from frpo.types import RunState, ScoredBatch, ScoredGroup
 

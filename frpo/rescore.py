@@ -23,9 +23,10 @@ from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.errors import DataError, RewardError
 from frpo.objectives.stage import advantaged
+from frpo.progress import ProgressBar
 from frpo.rewards import RewardSuite, ScoreReport
 from frpo.step_metrics import mishaps, trace_rows
-from frpo.telemetry import JsonlFile, ProgressBar
+from frpo.telemetry import JsonlFile
 from frpo.traces import Traced, new_file, read_groups
 from frpo.types import GroupId, Prompt, ScoredGroup
 

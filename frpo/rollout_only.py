@@ -23,8 +23,9 @@ from frpo.evaluate.heldout import heldout_metrics
 from frpo.evaluate.model import table_rows
 from frpo.held import held_folder
 from frpo.objectives.stage import advantaged
+from frpo.progress import ProgressBar
 from frpo.step_metrics import mishaps, rollout_metrics, trace_rows
-from frpo.telemetry import JsonlFile, ProgressBar, mean_interval, step_line
+from frpo.telemetry import JsonlFile, mean_interval
 from frpo.traces import new_file
 from frpo.types import AdvantagedGroup, RunState
 
@@ -76,7 +77,7 @@ def sample_steps(serving: Serving, steps: int, path: Path) -> Rollouts:
             seconds += timer.seconds["generate"]
             metrics = rollout_metrics([*chosen, *replaced], timer.seconds["generate"]) | timer.collect()
             state = replace(state, step=state.step + 1, data_cursor=state.data_cursor + batch.positions)
-            bar.log(step_line(state.step, metrics))
+            bar.step(state.step, metrics)
             bar.advance()
     return Rollouts(groups=groups, counts=counts, seconds=seconds)
 

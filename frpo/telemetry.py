@@ -1,4 +1,4 @@
-"""Metrics, timers, sinks and the progress bar: all arithmetic on metrics lives here.
+"""Metrics, timers and sinks: all arithmetic on metrics lives here.
 
 Keys are `area/name`. JSONL is always written; TensorBoard and W&B on request. It measures and writes, and decides
 nothing.
@@ -11,12 +11,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import Any, Protocol
 
 from frpo.errors import CheckpointError
+from frpo.progress import activity
 
 REDUCTIONS = ("mean", "max", "sum")
 
@@ -64,7 +62,8 @@ class PhaseTimer:
     def phase(self, name: str) -> Iterator[None]:
         outer, self.current, started = self.current, name, time.perf_counter()
         try:
-            yield
+            with activity(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.current = outer
@@ -153,72 +152,6 @@ class WandbSink:
         self.run.finish()
 
 
-class ProgressBar:
-    """A live bar on a terminal; elsewhere one plain line a step, so that log files stay readable.
-
-    Within another one's it is a second bar below that prints no lines: what is logged shows beside it.
-    """
-
-    outermost: ClassVar[ProgressBar | None] = None
-
-    def __init__(self, total: int, done: int, title: str):
-        self.outer = ProgressBar.outermost
-        self.console = self.outer.console if self.outer else Console()
-        self.live = self.console.is_terminal
-        self.progress = self.outer.progress if self.outer else Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live)
-        self.task = self.progress.add_task(title, total=total, completed=done, note="")
-
-    def __enter__(self) -> ProgressBar:
-        if self.outer is None:
-            ProgressBar.outermost = self
-            self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.outer is None:
-            ProgressBar.outermost = None
-            self.progress.stop()
-        else:
-            self.progress.remove_task(self.task)
-
-    def note(self, text: str) -> None:
-        """Show what happens now."""
-        self.progress.update(self.task, note=text)
-
-    def advance(self) -> None:
-        """One step done."""
-        self.progress.advance(self.task)
-
-    def log(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self.outer:
-            self.note(line.partition(" | ")[2] or line)
-        else:
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-
-LINE = (
-    ("reward", "reward/mean"), ("min", "reward/min"), ("eval", "eval/reward"), ("kl", "policy/kl_ref"),
-    ("nll", "sft/nll"), ("kl", "sft/kl"), ("w", "csft/weight"), ("mu", "pa/mu"), ("disagree", "pa/disagree"),
-    ("eval nll", "eval/nll"), ("eval kl", "eval/kl"),
-    ("entropy", "policy/entropy"), ("clip-", "policy/clip_low"), ("clip+", "policy/clip_high"),
-    ("grad", "policy/grad_norm"), ("gap", "rollout/logprob_gap"), ("ess", "tilt/ess"), ("len", "rollout/length"),
-    ("tok/s", "time/tokens_per_second"), ("v", "policy/version"))
-"""Short name and metric of the one-line summary; what a step did not measure is left out."""
-
-
-def step_line(step: int, metrics: Mapping[str, float]) -> str:
-    """The one log line of a step: figures first, then every reward component, then seconds by phase."""
-    figures = [f"{short} {_short(metrics[key])}" for short, key in LINE if key in metrics]
-    terms = [f"{key.removeprefix('reward/').removesuffix('/mean')} {_short(value)}" for key, value in metrics.items()
-             if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"]
-    seconds = [f"{key.removeprefix('time/')} {value:.2f}s" for key, value in metrics.items()
-               if key.startswith("time/") and key != "time/tokens_per_second"]
-    return " | ".join([f"step {step:>4}", *(" ".join(part) for part in (figures, terms, seconds) if part)])
-
-
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5 %, for 1 degree of freedom and more."""
 
@@ -255,7 +188,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}"

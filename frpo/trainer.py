@@ -18,8 +18,8 @@ from frpo.evaluate.best import BestCheckpoint
 from frpo.evaluate.heldout import evaluate_heldout
 from frpo.objectives import kl_control
 from frpo.objectives.stage import References, advantaged
+from frpo.progress import ProgressBar, phase
 from frpo.step_metrics import rollout_metrics, staleness_metrics, trace_rows
-from frpo.telemetry import ProgressBar
 from frpo.types import AdvantagedGroup, Probe, RolloutGroup, RunState
 from frpo.update import Updater
 
@@ -42,10 +42,12 @@ class Trainer:
         """Train to the last step; save and export. Returns the final state."""
         run, journal = self.recipe.run, self.parts.journal
         state = journal.restore(self.parts.learner)
-        invariants.check_same_function(self.parts.learner, self.recipe, self.parts.prompts)
+        with phase("comparing the learner with plain transformers"):
+            invariants.check_same_function(self.parts.learner, self.recipe, self.parts.prompts)
         if self.best:
             self.best.restore(state.step if journal.resume and state.file_offsets else None)
-        self.parts.engines.push(state.policy_version)
+        with phase("pushing weights to the rollout engines"):
+            self.parts.engines.push(state.policy_version)
         self.batches.start(state, journal.resume and journal.resume[0])
         with closing(self.batches), ProgressBar(run.num_steps, state.step, run.name) as bar:
             if state.step == 0:
@@ -56,7 +58,8 @@ class Trainer:
                 bar.advance()
                 if state.step == run.num_steps or (run.save_every and state.step % run.save_every == 0):
                     journal.save(state, self.parts.learner, bar, self.batches.save)
-        self.parts.learner.export(str(self.parts.run_dir / "export"))
+        with phase("exporting the model"):
+            self.parts.learner.export(str(self.parts.run_dir / "export"))
         journal.finish(state)
         return state
 
@@ -107,7 +110,6 @@ class Trainer:
 
     def heldout_metrics(self, state: RunState, bar: ProgressBar) -> dict[str, float]:
         """Of the current policy, which is kept if it is the best."""
-        bar.note("evaluate")
         with self.parts.timer.phase("evaluate"):
             metrics = evaluate_heldout(self.parts, state)
         if self.best:

@@ -30,6 +30,7 @@ from frpo.cluster.device import lacking_packages, settled
 from frpo.cluster.team import outside_the_team
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
+from frpo.progress import phase
 
 RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
                    "RAY_USAGE_STATS_ENABLED": "0"}
@@ -87,7 +88,7 @@ def _start_local(attempts: int = 3) -> None:
     """Start Ray here; again if a busy machine was too slow for the 30 s that Ray gives itself."""
     for attempt in range(1, attempts + 1):
         try:
-            with outside_the_team():
+            with phase("starting Ray"), outside_the_team():
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
             return
         except Exception as error:  # Ray raises nothing more specific
@@ -102,7 +103,8 @@ def _join(address: str) -> None:
         if port.isdigit() and "/" not in host:  # Ray by itself tries for many minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
         show_token()
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        with phase(f"joining Ray at {address}"):
+            ray.init(address=address, log_to_driver=False, logging_level="error")
     except (OSError, AuthenticationError) as error:
         raise EngineError(
             f"RAY_ADDRESS = {address!r}: {str(error).partition('. ')[0]}; start Ray there, unset RAY_ADDRESS to start "

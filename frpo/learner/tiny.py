@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from frpo.config.loader import AnyRecipe
@@ -24,6 +23,7 @@ from frpo.data.heldout import Split
 from frpo.data.prompts import PromptSet, load_prompts
 from frpo.data.tiny_tokenizer import build_tokenizer
 from frpo.errors import ModelError
+from frpo.progress import counted, phase
 
 RECORD = "tiny.json"
 Example = tuple[tuple[int, ...], tuple[int, ...]]
@@ -40,7 +40,10 @@ def tiny_model(recipe: AnyRecipe, folder: Path) -> str:
     tokenizer = build_tokenizer()
     network = new_network(recipe.model.tiny, tokenizer, recipe.model.max_length, recipe.run.seed)
     examples = _examples(recipe, tokenizer)
-    warm_start(network, examples, recipe.model.tiny.warm_start, tokenizer.pad_token_id, recipe.run.seed)
+    section = recipe.model.tiny.warm_start
+    with phase(f"making a tiny model: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, "
+               f"{section.steps} steps of warm start"):
+        warm_start(network, examples, section, tokenizer.pad_token_id, recipe.run.seed)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record.write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -65,7 +68,8 @@ def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: W
     optimizer = torch.optim.AdamW(network.parameters(), lr=section.lr, betas=(0.9, 0.98), weight_decay=0.0)
     random = np.random.Generator(np.random.PCG64(seed))
     network.train()
-    for step in track(range(section.steps), description="warm start", transient=True):
+    for step in range(section.steps):
+        counted("warm start", step, section.steps)
         drawn = [examples[i] for i in random.integers(len(examples), size=section.batch_size)]
         for group in optimizer.param_groups:
             group["lr"] = section.lr * min(1.0, (step + 1) / 20)

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from frpo.errors import EngineError
+from frpo.progress import ProgressBar
 from frpo.retention.plan import Plan
-from frpo.telemetry import ProgressBar
 
 POLL_S = 1.0
 ENDED = (0, 1)

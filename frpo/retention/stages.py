@@ -37,10 +37,11 @@ from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.held import held_folder
 from frpo.learner.model import check_reference, vocabulary_difference
 from frpo.learner.tiny import tiny_model
+from frpo.progress import ProgressBar
 from frpo.retention.before import missing, write_distance, write_samples
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
-from frpo.telemetry import JsonlFile, PhaseTimer, ProgressBar
+from frpo.telemetry import JsonlFile, PhaseTimer
 from frpo.trainer import Trainer
 from frpo.types import Example, RunState
 

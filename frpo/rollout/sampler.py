@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from frpo.errors import ConfigError
+from frpo.progress import counted
 from frpo.rollout.assignment import ASSIGNMENTS, Assignment
 from frpo.rollout.engine import GroupRequest, Sampling
 from frpo.types import Prompt, RolloutGroup
@@ -60,4 +61,8 @@ class Sampler:
 
     def sample(self, prompts: Sequence[Prompt], **options: Any) -> list[RolloutGroup]:
         """All groups of `stream`, sorted by group id."""
-        return sorted(self.stream(prompts, **options), key=lambda group: group.group_id)
+        groups = []
+        for done, group in enumerate(self.stream(prompts, **options), start=1):
+            counted("sample", done, len(prompts))
+            groups.append(group)
+        return sorted(groups, key=lambda group: group.group_id)

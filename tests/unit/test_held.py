@@ -20,12 +20,12 @@ from frpo.data.state_cache import being_filled
 from frpo.errors import ConfigError
 from frpo.finetune_parts import build_finetune
 from frpo.held import LOCK, HeldByAnotherError, HeldFile, held_folder
+from frpo.progress import ProgressBar
 from frpo.quickstart import run_quickstart
 from frpo.retention.command import run_retention
 from frpo.retention.plan import make_plan
 from frpo.retention.stages import Matrix, run_plan
 from frpo.rollout_only import run_rollout
-from frpo.telemetry import ProgressBar
 from pid_namespace import NAMESPACE, needs_namespaces
 
 HOLD = "import sys, time; from pathlib import Path; from frpo.held import HeldFile; " \

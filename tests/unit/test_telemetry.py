@@ -8,7 +8,8 @@ import pytest
 
 from frpo.errors import CheckpointError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
-from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, ProgressBar, mean_interval, step_line, t_quantile
+from frpo.progress import ProgressBar, step_line
+from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, t_quantile
 
 PARTS = [("a", 1.0, 2.0, "mean"), ("b", 3.0, 1.0, "max"), ("c", 5.0, 1.0, "sum"), ("a", 8.0, 1.0, "mean"),
          ("b", -2.0, 1.0, "max"), ("c", 0.25, 4.0, "sum")]

@@ -1,0 +1,248 @@
+"""What a person sees of a run while it goes: what it does now, from second zero, and one line a step.
+
+The lines are the same on a terminal, where a live bar stands below them, and in a log file. Whoever is silent for long
+is heard again by itself: a line says what still goes on. Everything that is measured is in the run's files; here is
+what fits into a line.
+"""
+from __future__ import annotations
+
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+WIDTH = 120
+"""Columns that a line takes at most."""
+
+SILENCE_S, LONGEST_SILENCE_S = 15.0, 60.0
+"""Seconds without a line after which one says what goes on; every further one waits twice as long, up to a limit."""
+
+BEGAN = time.monotonic()
+"""When the process began, as good as: this module is imported by its command line."""
+
+
+def say(line: str) -> None:
+    """Print a line at once, above the bar where there is one."""
+    bar = ProgressBar.outermost
+    if bar is not None and bar.live:
+        bar.console.print(line, highlight=False, soft_wrap=True, markup=False)
+    else:
+        print(line, flush=True)
+    _silence.broken()
+
+
+@contextmanager
+def phase(text: str) -> Iterator[None]:
+    """Say what begins, with the seconds since the command began. Within a bar it is the bar's note instead."""
+    if ProgressBar.outermost is None:
+        say(f"{_clock()}  {text}")
+    with activity(text):
+        yield
+
+
+@contextmanager
+def activity(name: str) -> Iterator[None]:
+    """What goes on within it, for the bar and for lines that break a silence. Of the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _silence.doing.append((name, time.monotonic()))
+    _silence.watch()
+    _note(name)
+    try:
+        yield
+    finally:
+        _silence.doing.pop()
+        _note(_silence.doing[-1][0] if _silence.doing else "")
+
+
+def counted(text: str, done: int, total: int) -> None:
+    """How far what goes on has come, such as "warm start 50/200"."""
+    _silence.progress = f"{text} {done}/{total}"
+    _note(_silence.progress)
+
+
+class _Silence:
+    """Breaks a silence with a line about what goes on. A thread of its own, which ends with the process."""
+
+    def __init__(self):
+        self.doing: list[tuple[str, float]] = []
+        self.progress = ""
+        self.limit, self.last = SILENCE_S, time.monotonic()
+        self.thread: threading.Thread | None = None
+
+    def broken(self) -> None:
+        self.limit, self.last, self.progress = SILENCE_S, time.monotonic(), ""
+
+    def watch(self) -> None:
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._run, name="silence", daemon=True)
+            self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(1.0)
+            bar = ProgressBar.outermost
+            if self.doing and time.monotonic() - self.last >= self.limit and not (bar and bar.live):
+                longer = min(2 * self.limit, LONGEST_SILENCE_S)
+                print(self.line(), flush=True)
+                self.limit, self.last = longer, time.monotonic()
+
+    def line(self) -> str:
+        """What goes on, for how long, and where in the bars."""
+        name, since = self.doing[-1]
+        places = [bar.place for bar in ProgressBar.open]
+        what = self.progress or name
+        return f"{_clock()}  {': '.join([*places, what])}, {time.monotonic() - since:.0f} s so far"
+
+
+_silence = _Silence()
+
+
+class ProgressBar:
+    """A live bar on a terminal; its lines are printed above it, and in a log file without it.
+
+    Within another one's it is a second bar below that prints no lines: what is logged shows beside it.
+    """
+
+    open: ClassVar[list[ProgressBar]] = []
+    outermost: ClassVar[ProgressBar | None] = None
+
+    def __init__(self, total: int, done: int, title: str):
+        self.outer = ProgressBar.outermost
+        self.title, self.total, self.done, self.first = title, total, done, done
+        self.explained: set[str] = set()
+        self.started = time.monotonic()
+        self.console = self.outer.console if self.outer else Console()
+        self.live = self.console.is_terminal
+        self.progress = self.outer.progress if self.outer else Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live)
+        self.task = self.progress.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> ProgressBar:
+        ProgressBar.open.append(self)
+        if self.outer is None:
+            ProgressBar.outermost = self
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        ProgressBar.open.remove(self)
+        if self.outer is None:
+            ProgressBar.outermost = None
+            self.progress.stop()
+        else:
+            self.progress.remove_task(self.task)
+
+    @property
+    def place(self) -> str:
+        """Where it stands, in words."""
+        return f"{self.title} {self.done}/{self.total}"
+
+    def note(self, text: str) -> None:
+        """Show what happens now."""
+        self.progress.update(self.task, note=text)
+
+    def advance(self) -> None:
+        """One step done."""
+        self.done += 1
+        self.progress.advance(self.task)
+
+    def log(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.outer:
+            self.note(line)
+        else:
+            say(line)
+
+    def step(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Print the line of a step; before it what its names mean, each once."""
+        new = [short for short, key, _ in FIGURES if key in metrics and short not in self.explained]
+        if new and not self.outer:
+            self.explained.update(new)
+            meanings = {short: meaning for short, _, meaning in FIGURES if short in new}
+            legend = "; ".join(f"{short}: {meaning}" for short, meaning in meanings.items())
+            for line in textwrap.wrap(legend, WIDTH, initial_indent="# ", subsequent_indent="# "):
+                say(line)
+        self.log(step_line(number, metrics, self.total, self.seconds_left(number)))
+
+    def seconds_left(self, number: int) -> float | None:
+        """Until the last step, at the pace so far; None before there is one."""
+        if number <= self.first:
+            return None
+        return (time.monotonic() - self.started) / (number - self.first) * (self.total - number)
+
+
+FIGURES = (
+    ("reward", "reward/mean", "mean of the step's completions"),
+    ("eval", "eval/reward", "mean reward on held-out prompts"),
+    ("nll", "sft/nll", "cross-entropy, nats a token"),
+    ("eval nll", "eval/nll", "of held-out examples"),
+    ("kl", "policy/kl_ref", "to the reference, nats a token"),
+    ("kl", "sft/kl", "to the reference, nats a token"),
+    ("eval kl", "eval/kl", "to the reference on held-out data: nats a completion, or a token of given ones"),
+    ("w", "csft/weight", "mean weight of a token, 1 where policy and reference agree"),
+    ("mu", "pa/mu", "mean KL that weighs PA"),
+    ("disagree", "pa/disagree", "share of tokens whose likeliest differs from the reference's"),
+    ("len", "rollout/length", "tokens a completion"),
+    ("entropy", "policy/entropy", "of the policy, nats a token"),
+    ("grad", "policy/grad_norm", "norm of the gradient"),
+    ("ess", "tilt/ess", "effective size of a group under FRPO's weights"),
+    ("clip-", "policy/clip_low", "share of tokens clipped from below"),
+    ("clip+", "policy/clip_high", "and from above"),
+    ("gap", "rollout/logprob_gap", "of engine and learner, nats a token"),
+)
+"""Short name, metric, meaning, in their order of weight: what does not fit into the line is left out from the end."""
+
+
+def step_line(number: int, metrics: Mapping[str, float], total: int, left: float | None = None) -> str:
+    """The one line of a step: figures, every reward component, seconds, time left; the last figures go if it is long.
+    """
+    figures = [f"{short} {_short(metrics[key])}" for short, key, _ in FIGURES if key in metrics]
+    terms = [f"{key.removeprefix('reward/').removesuffix('/mean')} {_short(value)}" for key, value in metrics.items()
+             if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"]
+    seconds = {key.removeprefix("time/"): value for key, value in metrics.items()
+               if key.startswith("time/") and key != "time/tokens_per_second"}
+    head = [f"step {number:>{len(str(total))}}/{total}"]
+    tail = [_time(seconds)] if seconds else []
+    tail += [f"{duration(left)} left"] if left and number < total else []
+    while True:
+        parts = [*head, "  ".join(figures), " ".join(terms) if len(terms) > 1 else "", *tail]
+        line = " | ".join(part for part in parts if part)
+        if len(line) <= WIDTH or len(figures) <= 1:
+            return line
+        figures.pop()
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _time(seconds: Mapping[str, float]) -> str:
+    """All of a step's, and the phase that took most of it."""
+    longest = max(seconds, key=lambda name: seconds[name])
+    whole = sum(seconds.values())
+    return f"{whole:.1f} s ({longest} {seconds[longest]:.1f})" if whole < 10 else (
+        f"{whole:.0f} s ({longest} {seconds[longest]:.0f})")
+
+
+def _note(text: str) -> None:
+    if ProgressBar.open:
+        ProgressBar.open[-1].note(text)
+
+
+def _clock() -> str:
+    return f"{time.monotonic() - BEGAN:6.1f} s"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}"

@@ -72,11 +72,18 @@ def looks_local(path: str) -> bool:
 def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[str, str]) -> list[Row]:
     """Rows whose columns have one of the wanted values, with columns renamed. Raises DataError if no row is left, or
     where a column is missing or its new name is taken."""
-    kept = [row for row in rows if all(column(row, name, object) in values for name, values in where.items())]
+    kept = [row for row in rows if all(_is_one_of(column(row, name, object), values) for name, values in where.items())]
+    if len(set(rename.values())) < len(rename):
+        raise DataError(f"data.rename gives two columns one name, so that one would be lost: {dict(rename)}")
     if not kept:
         raise DataError(f"data.where keeps none of {len(rows)} rows; given {dict(where)}, the first row has "
                         f"{ {name: rows[0].columns[name] for name in where} }")
     return [_renamed(row, rename) for row in kept] if rename else kept
+
+
+def _is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
+    """In Python 1 is true and 0 is false; in a data set they are not."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in wanted)
 
 
 def _renamed(row: Row, rename: Mapping[str, str]) -> Row:

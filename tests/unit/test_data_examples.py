@@ -71,6 +71,8 @@ def test_examples_beyond_the_window_are_refused_cut_or_dropped(load):
     dropped = load(rows, max_length=16, too_long="drop")
     assert [example.origin[-2:] for example in dropped.train] == [":3"]
     assert dropped.skipped == {"dropped to fit model.max_length": 2}
+    with pytest.raises(DataError, match=r"no row of .* can be used \(dropped to fit model.max_length: 3\); give other"):
+        load(rows, max_length=2, too_long="drop")
     cut = load(rows, max_length=16, too_long="cut")  # the second has nothing to learn within 16 tokens
     assert [len(example.token_ids) for example in cut.train] == [16, 7]
     assert cut.skipped == {"cut to fit model.max_length": 1, "dropped to fit model.max_length": 1}

@@ -227,11 +227,18 @@ def test_select_keeps_wanted_rows_and_renames_columns():
         ("f:3", {"level": "a", "answer": "3"})]
 
 
+def test_true_is_not_one():
+    rows = [Row(origin="f", columns={"k": value}) for value in (1, True, 1.0, "1", 0, False)]
+    assert [row.columns["k"] for row in select(rows, {"k": [1]}, {})] == [1, 1.0]
+    assert [row.columns["k"] for row in select(rows, {"k": [False]}, {})] == [False]
+
+
 @pytest.mark.parametrize("where, rename, message", [
     ({"level": ["z"]}, {}, "data.where keeps none of 1 rows"),
     ({"grade": [1]}, {}, "f:0: no column 'grade'"),
     ({}, {"answer": "x"}, "f:0: no column 'answer'"),
     ({}, {"level": "solution"}, "f:0: data.rename gives 'level' the name 'solution', which the row already has"),
+    ({}, {"level": "x", "solution": "x"}, "data.rename gives two columns one name, so that one would be lost"),
 ])
 def test_select_refuses(where, rename, message):
     with pytest.raises(DataError, match=message):

@@ -4,6 +4,7 @@ It says why a value is missing and what to change. Which values are missing was 
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -51,15 +52,22 @@ def caveats(found: Results) -> list[str]:
 
 
 def _unknown_distances(found: Results) -> list[str]:
-    """Name the policies that have no KL to a reference, and the key that gives them one."""
+    """Name the policies that have no KL to a reference, and the key that gives them one; and other references."""
     recipe, told = found.plan.recipe, []
+    references = {name: recipe.policies[name].reference for name in recipe.shown if recipe.policies[name].reference}
+    if len(set(references.values())) > 1:
+        told.append("the KL to the reference is not to the same one, so that only policies of one reference compare: "
+                    + ", ".join(f"{name} to {reference}" for name, reference in references.items()))
     for name in recipe.shown if len(recipe.shown) > 1 else ():
         reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
         lacking = [seed for seed in recipe.seeds if "eval/kl" not in found.policies.get((name, seed), {})]
         if lacking and reference:
             told.append(f"{name}: its KL to {reference} is not measured for seed(s) {', '.join(map(str, lacking))}; "
                         "`frpo retention` measures it")
-        elif lacking and has_path:
+        infinite = [seed for seed, kl in found.policy_by_seed(name, "eval/kl").items() if math.isnan(kl)]
+        if infinite:
+            told.append(f"{name}: its KL to the reference was not finite for seed(s) {', '.join(map(str, infinite))}")
+        if lacking and has_path and not reference:
             told.append(f"{name} is given by path, so that its KL to a reference is not known; set "
                         f"policies.{name}.reference to the policy that it was trained from")
     return told

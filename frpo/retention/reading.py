@@ -45,6 +45,9 @@ def collect(plan: Plan) -> Results:
     policies: dict[tuple[str, int], Mapping[str, float]] = {}
     for seed in plan.seeds:
         known = {stage.policy: _evaluation(stage) for stage in seed.policies.values() if stage.done}
+        for name, metrics in known.items():
+            if plan.recipe.policies[name].reference is not None:
+                metrics.pop("eval/kl", None)  # of its training, which may have had another reference
         known |= {name: _given(plan, name) for name in seed.given}
         policies |= {(name, seed.seed): metrics | (read_distance(plan.recipe, seed, name) or {})
                      | _start(paths, name, seed.seed) for name, metrics in known.items()}

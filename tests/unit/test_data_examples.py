@@ -84,6 +84,7 @@ def test_examples_beyond_the_window_are_refused_cut_or_dropped(load):
      "rows.jsonl:2: no token of a response"),
     ([{"messages": TURNS[:3]}], {}, "rows.jsonl:1: the last message must be the assistant's"),
     ([{"messages": []}], {}, "rows.jsonl:1: the list of messages is empty"),
+    ([{"prompt": "", "response": "2"}], {"format": "text"}, "rows.jsonl:1: nothing stands before the response"),
     ([{"messages": [{"role": "robot", "content": "x"}]}], {}, "rows.jsonl:1: message 0 must be"),
     ([{"prompt": "a"}], {}, "rows.jsonl:1: no column 'response'; the row has 'prompt'"),
     ([{"prompt": "a", "response": 3}], {}, "rows.jsonl:1: column 'response' must be str, given int 3"),

@@ -59,8 +59,9 @@ class HeldFile:
         return cls(path, file)
 
     def remove(self) -> None:
-        """Delete the file and let go of it."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file and let go of it. Where its folder was moved, another may by now hold the one at its path."""
+        if _is_at(self.file, self.path):
+            self.path.unlink(missing_ok=True)
         self.file.close()
 
 

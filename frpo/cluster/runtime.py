@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import ray
@@ -27,7 +29,7 @@ from ray.exceptions import (
 )
 
 from frpo.cluster.device import lacking_packages, settled
-from frpo.cluster.team import outside_the_team
+from frpo.cluster.team import VISIBLE, outside_the_team
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
 from frpo.progress import phase
@@ -89,12 +91,20 @@ def _start_local(attempts: int = 3) -> None:
     for attempt in range(1, attempts + 1):
         try:
             with phase("starting Ray"), outside_the_team():
+                show_what_cuda_sees()
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
             return
         except Exception as error:  # Ray raises nothing more specific
             ray.shutdown()
             if attempt == attempts or "timed out during startup" not in str(error):
                 raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
+
+
+def show_what_cuda_sees() -> None:
+    """Let Ray count the GPUs that CUDA finds: it takes "-1" or "none" for one, and counts what stands behind it too."""
+    if VISIBLE in os.environ:
+        given = map(str.strip, os.environ[VISIBLE].split(","))
+        os.environ[VISIBLE] = ",".join(takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, given))
 
 
 def _join(address: str) -> None:
@@ -136,9 +146,10 @@ def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True)
     ranks = recipe.learner.num_ranks if learner else 0
     lacking = lacking_packages(engines)
     if sampling + ranks > present:
+        shown = f", or show more in {VISIBLE}, now {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""
         lacking.append(
             f"the recipe needs {sampling + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {sampling}, "
-            f"learner.num_ranks = {ranks}), the cluster has {present} (lower them or add nodes)")
+            f"learner.num_ranks = {ranks}), the cluster has {present} (lower them or add nodes{shown})")
     return settled(recipe.run.device, lacking)
 
 

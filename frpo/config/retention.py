@@ -238,8 +238,13 @@ class RetentionRecipe(Section):
                 if other is not None and other not in self.policies:
                     raise ValueError(f"policies.{name}.{key}: {other!r} is no policy; there are "
                                      f"{', '.join(self.policies)}")
+        self._check_references()
         named = {key: [name for pair in getattr(self, key) for name in pair] for key in ("compare", "controls")}
-        named["only_policies"] = self.only_policies or []
+        if self.only_policies is not None and not {*forks} & {*self.only_policies}:
+            given = ", ".join(map(repr, self.only_policies)) or "none"
+            raise ValueError(f"only_policies: {given} is no policy that is forked; there are {', '.join(forks)}")
+        points = [name for name, policy in self.policies.items() if policy.reference is not None]
+        named["only_policies"] = [name for name in self.only_policies or [] if name not in points]
         for name in self.only_regimes or []:
             if name not in self.downstream:
                 raise ValueError(f"only_regimes: {name!r} is no regime; there are {', '.join(self.downstream)}")
@@ -257,6 +262,16 @@ class RetentionRecipe(Section):
                 self._check_row(f"tables {table.title!r}, row {row.title!r}", row, forks)
         self.order()
         return self
+
+    def _check_references(self) -> None:
+        """Each leads to a policy that is measured against none, since no model was trained from itself."""
+        for name in self.policies:
+            chain = [name]
+            while (reference := self.policies[chain[-1]].reference) is not None:
+                if reference in chain:
+                    raise ValueError(f"policies.{name}.reference: {' -> '.join([*chain, reference])} leads back; name "
+                                     "the policy that each was trained from, and none for the first")
+                chain.append(reference)
 
     def _check_row(self, where: str, row: RowSection, forks: list[str]) -> None:
         for policy, regime in row.forks:

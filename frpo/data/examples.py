@@ -69,8 +69,10 @@ def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) 
     if not any(mask[1:]):
         raise DataError(f"{row.origin}: no token of a response, so that there is nothing to learn; give the row an "
                         "assistant's message with text, or remove it")
-    return Example(uid=content_hash(content)[:16], origin=row.origin, token_ids=tuple(ids),
-                   loss_mask=(False, *mask[1:]))
+    if mask[0]:
+        raise DataError(f"{row.origin}: nothing stands before the response, so that its first token cannot be learned; "
+                        "give the row a prompt, or take a tokenizer that puts a token before every text")
+    return Example(uid=content_hash(content)[:16], origin=row.origin, token_ids=tuple(ids), loss_mask=tuple(mask))
 
 
 def _messages(row: Row, data: SupervisedDataSection) -> Messages:

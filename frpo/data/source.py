@@ -4,6 +4,8 @@ Knows where each row came from and says so in every error. Does not know what th
 """
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,9 @@ TEXT_FILES: Mapping[str, Reader] = {
 
 READERS: Mapping[str, Reader] = {
     **TEXT_FILES, **{f"{suffix}.gz": reader for suffix, reader in TEXT_FILES.items()}, ".parquet": tables.parquet}
+
+NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""Files of a folder in which nobody looks for rows."""
 
 ALLOWED = f"{', '.join(TEXT_FILES)} (each also with .gz behind it) or .parquet"
 
@@ -67,11 +72,18 @@ def looks_local(path: str) -> bool:
 def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[str, str]) -> list[Row]:
     """Rows whose columns have one of the wanted values, with columns renamed. Raises DataError if no row is left, or
     where a column is missing or its new name is taken."""
-    kept = [row for row in rows if all(column(row, name, object) in values for name, values in where.items())]
+    kept = [row for row in rows if all(_is_one_of(column(row, name, object), values) for name, values in where.items())]
+    if len(set(rename.values())) < len(rename):
+        raise DataError(f"data.rename gives two columns one name, so that one would be lost: {dict(rename)}")
     if not kept:
         raise DataError(f"data.where keeps none of {len(rows)} rows; given {dict(where)}, the first row has "
                         f"{ {name: rows[0].columns[name] for name in where} }")
     return [_renamed(row, rename) for row in kept] if rename else kept
+
+
+def _is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
+    """In Python 1 is true and 0 is false; in a data set they are not."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in wanted)
 
 
 def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
@@ -110,11 +122,20 @@ def _generated(name: str, limit: int | None, seed: int) -> Iterator[Record]:
 
 def _records(path: str, subset: str | None, split: str) -> Iterator[Record]:
     place, reader = Path(path), _reader(path)
-    if path and place.is_dir():
+    if not path.strip():
+        raise DataError(f"data set {path!r}: no path is given; give a file, a folder or the id of a data set")
+    try:
+        is_folder, exists = place.is_dir(), place.exists()
+    except OSError as error:  # a name too long, a folder above it that may not be entered
+        raise DataError(f"data set {path!r:.200} cannot be found: {error.strerror}; check the path") from error
+    if is_folder:
         return _folder(path, subset, split)
+    if not exists and ("://" in path or set("*?") & set(path)):
+        raise DataError(f"data set {path!r}: addresses and patterns are not followed; load the files into a folder and "
+                        "give that, or a file in it")
     if reader is not None:
         return reader(place)
-    if place.exists():
+    if exists:
         raise DataError(f"data file {path!r} has no suffix that says what it is; allowed: {ALLOWED}")
     if looks_local(path) or ("/" not in path and place.suffix[1:].isalpha()):
         raise DataError(f"data set {path!r}: there is no such file or folder; give a file ({ALLOWED}), a folder, or "
@@ -123,14 +144,38 @@ def _records(path: str, subset: str | None, split: str) -> Iterator[Record]:
 
 
 def _folder(path: str, subset: str | None, split: str) -> Iterator[Record]:
-    """A saved data set; else files, by readers that know their lines where all have a known suffix."""
+    """A saved data set; else files, by readers that know their lines where these are of a known suffix: what `datasets`
+    makes of such a file is not always what stands there ("007" becomes 7).
+    """
     if tables.is_saved(Path(path)):
         return tables.saved(path, split)
-    files = tables.split_files(path, subset, split)
-    readers = [_reader(file.name) for file in files if file.is_file()]
-    if files and len(readers) == len(files) and None not in readers:
-        return chain.from_iterable(reader(file) for reader, file in zip(readers, files))
-    return tables.hugging_face(path, subset, split)
+    splits = tables.split_files(path, subset)
+    files = [file for each in splits.values() for file in each]
+    _check_all_taken(Path(path), files)
+    unknown = [file for file in files if not (file.is_file() and _reader(file.name))]
+    if len(unknown) == len(files):
+        return tables.hugging_face(path, subset, split)
+    if unknown:
+        raise DataError(f"data set {path!r}: {unknown[0]} is among its files, but has no suffix that says what it is; "
+                        f"move it away, or name it ({ALLOWED})")
+    return tables.of_split(path, {name: chain.from_iterable(_reader(file.name)(file) for file in each)
+                                  for name, each in splits.items()}, split)
+
+
+def _check_all_taken(folder: Path, files: Sequence[Path]) -> None:
+    """Raise DataError for a file of rows that belongs to no split, unless README.md says which files do."""
+    readme = folder / "README.md"
+    if readme.is_file() and re.search("^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+        return
+    taken = {os.path.realpath(file) for file in files}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        ours = _reader(file.name) and file.name not in NO_ROWS and not file.is_dir()
+        hidden = any(part.startswith((".", "__")) for part in name.parts)
+        if ours and not hidden and os.path.realpath(file) not in taken:
+            raise DataError(f"data set {str(folder)!r}: {name} would be left out, since `datasets` takes files of one "
+                            "kind and, where some are named after a split, only those; write and name it like the "
+                            "others (train-2.jsonl), move it away, or give data.path one file")
 
 
 def _reader(name: str) -> Reader | None:

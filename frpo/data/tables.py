@@ -4,8 +4,10 @@ Parquet is read as it lies there, without a copy in a cache. It does not judge t
 """
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
 
 # pyarrow and `datasets` take a second to import, which only these sources need.
 
-LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError)
-"""What `datasets` raises for a source that is missing, damaged or unreachable, or needs a package that is not there; a
-DatasetsError besides. It names no smaller set."""
+LOADING = Exception
+"""What `datasets` raises for a source that is missing, damaged or unreachable, or needs a package that is not there. It
+names no smaller set, and an IndexError or AttributeError is among them."""
 
 SAVED, SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
 """Files by which a folder is known as written by Dataset.save_to_disk and DatasetDict.save_to_disk."""
@@ -48,7 +50,9 @@ def parquet(path: Path) -> Iterator[Record]:
 
 def is_saved(folder: Path) -> bool:
     """Whether `datasets` has saved a Dataset or a DatasetDict as this folder."""
-    return (folder / SAVED_SPLITS).is_file() or all((folder / name).is_file() for name in SAVED)
+    state, info = (folder / name for name in SAVED)
+    return (folder / SAVED_SPLITS).is_file() or (
+        state.is_file() and (info.is_file() or any(folder.glob("*.arrow"))))
 
 
 def saved(path: str, split: str) -> Iterator[Record]:
@@ -57,12 +61,12 @@ def saved(path: str, split: str) -> Iterator[Record]:
     Raises DataError for a split that is not there and for damaged files.
     """
     from datasets import DatasetDict, load_from_disk
-    from datasets.exceptions import DatasetsError
 
     try:
         found = load_from_disk(path)
-    except (*LOADING, DatasetsError) as error:
-        raise DataError(f"saved data set {path!r} cannot be loaded: {_reason(error)}; save it again") from error
+    except LOADING as error:
+        raise DataError(f"saved data set {path!r} cannot be loaded: {_reason(error)}; save it again, with at least one "
+                        "row") from error
     if not isinstance(found, DatasetDict):
         yield from _numbered(found, path)
         return
@@ -71,22 +75,36 @@ def saved(path: str, split: str) -> Iterator[Record]:
     yield from _numbered(found[split], f"{path}[{split}]")
 
 
-def split_files(path: str, subset: str | None, split: str) -> list[Path]:
-    """Files that `datasets` takes for `split` of a local folder; none for an expression over splits, such as a slice.
-
-    Raises DataError for a folder without data files and for a split that is not there.
-    """
+def split_files(path: str, subset: str | None) -> dict[str, list[Path]]:
+    """Files that `datasets` takes for each split of a local folder. Raises DataError for a folder without any."""
     from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
 
     try:
-        files = load_dataset_builder(path, name=subset).config.data_files or {}
-    except (*LOADING, DatasetsError) as error:
+        files = load_dataset_builder(os.path.abspath(path), name=subset).config.data_files or {}
+    except LOADING as error:
         raise DataError(f"data set {path!r} cannot be loaded: {_reason(error)}; check data.path and data.subset"
                         ) from error
-    if files and split not in files and split != "all" and re.fullmatch(r"[\w.]+", split):
-        raise _missing_split(path, split, files)
-    return [Path(file) for file in files.get(split, ())]
+    return {str(split): [Path(file) for file in each] for split, each in files.items()}
+
+
+def of_split(path: str, splits: Mapping[str, Iterable[Record]], split: str) -> Iterable[Record]:
+    """Those of one split, or of what `datasets` takes besides: all, or an expression such as train[:10%]+test.
+
+    Raises DataError for a split that is not there and for an expression that cannot be read.
+    """
+    if split == "all" or split in splits:
+        return chain.from_iterable(splits.values()) if split == "all" else splits[split]
+    if re.fullmatch(r"[\w.]+", split):
+        raise _missing_split(path, split, splits)
+    from datasets import ReadInstruction
+
+    rows = {name: list(records) for name, records in splits.items()}
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(each) for name, each in rows.items()})
+    except LOADING as error:
+        raise DataError(f"data set {path!r}: data.split {split!r} cannot be read: {_reason(error)}; give a split, or "
+                        "parts of splits such as train[:100]") from error
+    return chain.from_iterable(rows[part.splitname][part.from_:part.to] for part in parts)
 
 
 def hugging_face(path: str, subset: str | None, split: str) -> Iterator[Record]:
@@ -95,14 +113,15 @@ def hugging_face(path: str, subset: str | None, split: str) -> Iterator[Record]:
     Raises DataError for what it cannot load.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
+    local = Path(path).is_dir()
     try:
-        dataset = load_dataset(path, name=subset, split=split)
-    except (*LOADING, DatasetsError) as error:
-        missing = "" if Path(path).is_dir() else "; no file or folder here has this name either"
+        dataset = load_dataset(os.path.abspath(path) if local else path, name=subset, split=split)
+    except LOADING as error:
+        missing, remedy = ("", "") if local else ("; no file or folder here has this name either",
+                                                  ", or give a local file where the hub cannot be reached")
         raise DataError(f"data set {path!r}, split {split!r}, cannot be loaded: {_reason(error)}{missing}; check "
-                        "data.path and data.split, or give a local file where the hub cannot be reached") from error
+                        f"data.path and data.split{remedy}") from error
     yield from _numbered(dataset, f"{path}[{split}]")
 
 
@@ -135,8 +154,9 @@ def _cells(batch: Any, index: int, origin: str) -> dict[str, Any]:
 
 
 def _missing_split(path: str, split: str, known: Iterable[str]) -> DataError:
-    return DataError(f"data set {path!r} has no split {split!r}, only {', '.join(repr(str(name)) for name in known)}; "
-                     "set data.split to one of them, or give the path of one")
+    names = ", ".join(repr(str(name)) for name in known) or "none at all"
+    return DataError(f"data set {path!r} has no split {split!r}, only {names}; set data.split to one of them, or give "
+                     "the path of one")
 
 
 def _reason(error: BaseException) -> str:

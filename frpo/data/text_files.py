@@ -23,7 +23,8 @@ Record = tuple[str, dict[str, Any]]
 
 FOREIGN = {
     b"\x1f\x8b": "gzip; end its name in .gz", b"PAR1": "Parquet; end its name in .parquet",
-    b"\xff\xfe": "UTF-16; save it as UTF-8", b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"\xff\xfe\0\0": "UTF-32; save it as UTF-8", b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
     b"PK\x03\x04": "a zip archive or a workbook; unpack it, or export it as CSV",
     b"\x28\xb5\x2f\xfd": "zstandard; unpack it", b"BZh": "bzip2; unpack it", b"\xfd7zXZ": "xz; unpack it",
     b"ARROW1": "Arrow; save it as Parquet"}
@@ -50,12 +51,16 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         # Bytes that are not UTF-8 come as surrogates, so that a wrong encoding is found on its own line.
         with unpacked(path, "rt", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            start = b""
             for number, line in enumerate(file, start=1):
-                _check_text(path, number, line)
+                raw = line.encode("utf-8", "surrogateescape")
+                start = start or raw
+                _check_text(path, number, raw, start)
                 yield number, line.removeprefix("\ufeff") if number == 1 else line
     except (OSError, EOFError, zlib.error) as error:
+        remedy = "check the path" if getattr(error, "strerror", None) else "it is damaged; make it again"
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data file {str(path)!r} cannot be read: {reason}; check the path") from error
+        raise DataError(f"data file {str(path)!r} cannot be read: {reason}; {remedy}") from error
 
 
 def json_lines(path: Path, remedy: str = LINE) -> Iterator[Record]:
@@ -71,7 +76,7 @@ def json_list(path: Path) -> Iterator[Record]:
 
     Raises DataError naming the row, or the line, of anything else.
     """
-    text = "".join(line for _, line in text_lines(path))
+    text, remedy = "".join(line for _, line in text_lines(path)), "each row must be one whole JSON object"
     start = _SPACE.match(text).end()
     if not text.startswith("[", start):
         yield from json_lines(path, "the file must hold one list of objects, or one object a line")
@@ -81,9 +86,9 @@ def json_list(path: Path) -> Iterator[Record]:
         if text.startswith("]", position) and number == 1:
             break
         origin = f"{path}:{number}"
-        with _strictly(origin, "each row must be one whole JSON object"):
+        with _strictly(origin, remedy):
             value, position = _DECODER.raw_decode(text, position)
-        yield origin, _columns(value, origin)
+        yield origin, _columns(value, origin, remedy)
         position = _SPACE.match(text, position).end()
         if not text.startswith(",", position):
             break
@@ -101,14 +106,15 @@ def json_object(text: str, origin: str, remedy: str = LINE) -> dict[str, Any]:
     """
     with _strictly(origin, remedy):
         value = _DECODER.decode(text.lstrip("\ufeff"))
-    return _columns(value, origin)
+    return _columns(value, origin, remedy)
 
 
 def delimited(path: Path, delimiter: str) -> Iterator[Record]:
     """Rows under a line of column names, as RFC 4180 has them. Every value is text, and the origin of a row is the
     line that it begins at.
 
-    Raises DataError naming the line of a name given twice, of too few or too many cells, and of broken quotes.
+    Raises DataError naming the line of names behind another delimiter, of a name given twice, of too few or too many
+    cells, and of broken quotes.
     """
     csv.field_size_limit(FIELD_CHARS)
     reader = csv.reader((line for _, line in text_lines(path)), delimiter=delimiter, strict=True)
@@ -126,6 +132,10 @@ def delimited(path: Path, delimiter: str) -> Iterator[Record]:
             yield origin, _under(names, cells, origin)
         elif cells:
             names = cells
+            other = set(";,\t") & set(names[0])
+            if len(names) == 1 and other:
+                raise DataError(f"{origin}: the only column name is {names[0]!r:.60}, with {other.pop()!r} in it, but "
+                                f"the delimiter of this suffix is {delimiter!r}; write the file with that one")
             if len(set(names)) < len(names):
                 raise DataError(f"{origin}: the column name {_twice(names)!r} is given twice; rename one")
 
@@ -137,17 +147,16 @@ def _under(names: Sequence[str], cells: Sequence[str], origin: str) -> dict[str,
     return dict(zip(names, cells))
 
 
-def _check_text(path: Path, number: int, line: str) -> None:
-    """Raise DataError for a line with bytes that are not UTF-8, or with NUL bytes."""
-    raw = line.encode("utf-8", "surrogateescape")
+def _check_text(path: Path, number: int, raw: bytes, start: bytes) -> None:
+    """Raise DataError for a line with bytes that are not UTF-8, or with NUL bytes. start: the file's first line."""
     try:
         raw.decode("utf-8")
-        wrong = "NUL bytes, so that the file is damaged, or UTF-16" if "\0" in line else None
+        wrong = "NUL bytes, so that the file is damaged, or UTF-16" if b"\0" in raw else None
     except UnicodeDecodeError as error:
         wrong = f"not UTF-8 ({error.reason} at byte {error.start})"
     if wrong is not None:
-        for start, what in FOREIGN.items():
-            if number == 1 and raw.startswith(start):
+        for mark, what in FOREIGN.items():
+            if start.startswith(mark):
                 raise DataError(f"data file {str(path)!r} is {what}")
         raise DataError(f"{path}:{number}: {wrong}; save the file as UTF-8")
 
@@ -159,7 +168,8 @@ def _strictly(origin: str, remedy: str) -> Iterator[None]:
         yield
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in error.doc.strip() else ""
-        raise DataError(f"{origin}: invalid JSON: {error.msg} at {line}column {error.colno}; {remedy}") from error
+        message = error.msg.removesuffix(" at")
+        raise DataError(f"{origin}: invalid JSON: {message} at {line}column {error.colno}; {remedy}") from error
     except _RefusedError as error:
         raise DataError(f"{origin}: {error}") from None
     except RecursionError:
@@ -183,9 +193,9 @@ def _no_number(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
 
 
-def _columns(value: Any, origin: str) -> dict[str, Any]:
+def _columns(value: Any, origin: str, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{origin}: expected a JSON object of columns, given {type(value).__name__}")
+        raise DataError(f"{origin}: expected a JSON object of columns, given {type(value).__name__}; {remedy}")
     return value
 
 

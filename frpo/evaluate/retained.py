@@ -75,8 +75,10 @@ class ForkPath:
 
 
 def read_path(rows: Sequence[Mapping[str, float]], kl: str) -> ForkPath:
-    """Of the rows of a metrics file that hold a probe: those with the metric `kl`."""
-    probes = [row for row in rows if kl in row]
+    """Of the rows of a metrics file that hold a probe: those with the metric `kl`, by update, of equal ones the last.
+    """
+    by_step = {row["step"]: row for row in rows if kl in row}
+    probes = [by_step[step] for step in sorted(by_step)]
     names = [name for name in (probes[0] if probes else {}) if all(name in row for row in probes)]
     return ForkPath(step_S=np.array([row["step"] for row in probes]), kl_S=np.array([row[kl] for row in probes]),
                     metrics={name: np.array([row[name] for row in probes], dtype=np.float64) for name in names})

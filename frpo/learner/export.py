@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from frpo.config.model import ModelSection
 from frpo.errors import ConfigError, ModelError
@@ -27,6 +27,7 @@ def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, st
     reads many that it refuses to write. Where there is none, none is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)  # of an export in pieces: vLLM would look for them
     own = network.generation_config
     network.generation_config, network.config.use_cache = GenerationConfig(), True
     network.save_pretrained(folder, state_dict=state, save_original_format=False)  # it has that format

@@ -4,11 +4,14 @@ It says why a value is missing and what to change. Which values are missing was 
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from frpo.config.retention import RetentionRecipe
 from frpo.evaluate.kl_spacing import Gap, updates_within
-from frpo.evaluate.retained import paired
+from frpo.evaluate.retained import ForkPath, paired
 from frpo.retention.before import SAMPLES
 from frpo.retention.results import Results
 
@@ -37,6 +40,11 @@ def caveats(found: Results) -> list[str]:
         told += [f"{name}, seed {seed.seed}: no certificate, since some of its samples have no reward"
                  for name in recipe.forked if (name, seed.seed) not in found.certified
                  and (seed.measured(name) / SAMPLES).is_file()]
+    for (policy, regime), seeds in found.states.items():
+        lost = [seed for seed in seeds.get("done", ()) if regime and (policy, regime, seed) not in found.paths]
+        if lost:
+            told.append(f"{policy}/{regime}: seed(s) {', '.join(map(str, lost))} finished, but their metrics.jsonl "
+                        "holds no probe; move their folders away, and `frpo retention` makes them again")
     told += [f"{name} failed: {error}" for name, error in found.failures.items()]
     missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
                for (policy, regime), seeds in found.states.items() if "missing" in seeds}
@@ -44,15 +52,22 @@ def caveats(found: Results) -> list[str]:
 
 
 def _unknown_distances(found: Results) -> list[str]:
-    """Name the policies that have no KL to a reference, and the key that gives them one."""
+    """Name the policies that have no KL to a reference, and the key that gives them one; and other references."""
     recipe, told = found.plan.recipe, []
+    references = {name: recipe.policies[name].reference for name in recipe.shown if recipe.policies[name].reference}
+    if len(set(references.values())) > 1:
+        told.append("the KL to the reference is not to the same one, so that only policies of one reference compare: "
+                    + ", ".join(f"{name} to {reference}" for name, reference in references.items()))
     for name in recipe.shown if len(recipe.shown) > 1 else ():
         reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
         lacking = [seed for seed in recipe.seeds if "eval/kl" not in found.policies.get((name, seed), {})]
         if lacking and reference:
             told.append(f"{name}: its KL to {reference} is not measured for seed(s) {', '.join(map(str, lacking))}; "
                         "`frpo retention` measures it")
-        elif lacking and has_path:
+        infinite = [seed for seed, kl in found.policy_by_seed(name, "eval/kl").items() if math.isnan(kl)]
+        if infinite:
+            told.append(f"{name}: its KL to the reference was not finite for seed(s) {', '.join(map(str, infinite))}")
+        if lacking and has_path and not reference:
             told.append(f"{name} is given by path, so that its KL to a reference is not known; set "
                         f"policies.{name}.reference to the policy that it was trained from")
     return told
@@ -66,7 +81,14 @@ def _blanks(found: Results) -> list[str]:
         near = []
         for policy in recipe.forked:
             forks = {seed: path for seed, path in found.forks(policy, regime).items() if path.has_curve}
-            short = sum(path.largest_kl(found.reward) < recipe.measure.max_kl for path in forks.values())
+            broken = {seed: unknown for seed, path in forks.items() if (unknown := _unknown(path, found.reward))}
+            if broken:
+                told.append(f"{policy} through {regime}: some probes have no KL or no reward; they are left out along "
+                            "the KL, and without a reward there is no mean over updates: "
+                            + ", ".join(f"seed {seed}, updates {', '.join(map(str, each))}"
+                                        for seed, each in broken.items()))
+            short = sum(path.largest_kl(found.reward) < recipe.measure.max_kl
+                        for seed, path in forks.items() if seed not in broken)
             near += [f"{policy} ({short} of {len(forks)})"] if short else []
             gaps = [(seed, gap) for seed, path in forks.items()
                     for gap in path.gaps(found.reward, recipe.measure.max_kl)]
@@ -79,6 +101,12 @@ def _blanks(found: Results) -> list[str]:
                         f"{', '.join(near)}")
     probed = {int(step) for path in found.paths.values() for step in path.step_S}
     return told + _advice(recipe, probed, every_gap)
+
+
+def _unknown(path: ForkPath, reward: str) -> list[int]:
+    """Updates of probes without a KL, which at the start is 0 whatever was estimated, or without a reward."""
+    lacking_S = np.isnan(np.where(path.step_S == 0, 0.0, path.kl_S) + path.metrics[reward])
+    return [int(step) for step in path.step_S[lacking_S]]
 
 
 def _where(seed: int, gap: Gap) -> str:

@@ -34,7 +34,7 @@ def kept(found: Results, title: str) -> Figure:
     group = found.groups[title]
     paths = [path for _, *fork in group for path in found.forks(*fork).values()]
     shown = {label: metric for label, metric in (("mean reward", found.reward), ("lowest decile", found.decile))
-             if np.ptp(np.concatenate([path.metrics[metric] for path in paths])) > 0 or metric == found.reward}
+             if _varies(np.concatenate([path.metrics[metric] for path in paths])) or metric == found.reward}
     single = len(found.plan.recipe.forked) == 1
     colors = dict(colored(found.plan.recipe.regimes if single else found.plan.recipe.forked))
     figure, axes = plt.subplots(len(shown), 2, figsize=(11, 3.5 * len(shown)), layout="constrained", sharex="col",
@@ -108,6 +108,12 @@ def band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label:
         axis.fill_between(x, mean - half_width, mean + half_width, color=color, alpha=0.15, linewidth=0)
 
 
+def _varies(values: np.ndarray) -> bool:
+    """Whether what is known of them differs."""
+    known = values[np.isfinite(values)]
+    return bool(len(known) and np.ptp(known) > 0)
+
+
 def _common_updates(paths: Sequence[ForkPath]) -> np.ndarray:
     """Updates after which all forks were probed."""
     return np.array(sorted(set.intersection(*(set(path.step_S) for path in paths))))
@@ -126,7 +132,7 @@ def _kl_axis(axis: Axes, paths: Sequence[ForkPath], until: float) -> np.ndarray:
     """
     kl = np.maximum(np.concatenate([path.kl_S for path in paths]), 0.0)
     within = kl[kl <= until].max(initial=0.0)
-    end = float(within or np.nanmax(kl) or until)
+    end = float(within or np.nanmax(kl, initial=0.0) or until)
     beyond = int((kl > end).sum())
     axis.set_xlabel("KL from the policy, nats a sequence"
                     + (f" ({beyond} of {len(kl)} probes lie beyond)" if beyond else ""))

@@ -129,15 +129,16 @@ def frontier(found: Results) -> Figure:
     for regime, marker in zip(found.plan.recipe.regimes, cycle("os^Dv<>P*X")):
         for policy, color in colors.items():
             kept_by, learned_by = (found.by_seed(policy, regime, name) for name in ("end", "utility"))
-            if not kept_by or not learned_by:
-                continue
             (x, dx), (y, dy) = mean_interval(learned_by.values()), mean_interval(kept_by.values())
+            if math.isnan(x + y):
+                continue
             axis.errorbar(x, y, xerr=_width(dx), yerr=_width(dy), color=color, marker=marker, capsize=2, linewidth=1,
                           label=f"{policy}, {regime}")
             places.append((x, y))
-    (left, low), (right, high) = np.min(places, axis=0), np.max(places, axis=0)
-    axis.set(xlabel="reward of the new task at the end", ylabel="reward of the original task at the end",
-             xlim=(left - 0.15, right + 0.15), ylim=(low - 0.15, high + 0.15))
+    axis.set(xlabel="reward of the new task at the end", ylabel="reward of the original task at the end")
+    if places:
+        (left, low), (right, high) = np.min(places, axis=0), np.max(places, axis=0)
+        axis.set(xlim=(left - 0.15, right + 0.15), ylim=(low - 0.15, high + 0.15))
     return tidy(figure, [axis], axis)
 
 

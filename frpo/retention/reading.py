@@ -24,11 +24,14 @@ from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.retention.results import UTILITY, Certified, Fork, Results
 from frpo.retention.stages import HELD_OUT, KL, STARTS
 
+PROBED = {"kept/reward", "kept/decile", "kept/interval"}
+"""What every probe measures."""
+
 
 def collect(plan: Plan) -> Results:
     """Everything that has been measured so far. Raises ConfigError where that is nothing."""
-    measured = [(seed, stage, read_path(read_metrics(stage.run_dir / "metrics.jsonl"), KL))
-                for seed in plan.seeds for stage in seed.forks if stage.done]
+    measured = [(seed, stage, path) for seed in plan.seeds for stage in seed.forks if stage.done
+                if (path := read_path(_rows(stage), KL)).metrics.keys() >= PROBED]
     if not any(stage.done for stage in plan.stages):
         raise ConfigError(f"{plan.recipe.run.dir} has no finished stage to tell of; run `frpo retention` first")
     exact = bool(measured) and all({"exact/reward", "exact/decile"} <= set(path.metrics) for _, _, path in measured)
@@ -42,6 +45,9 @@ def collect(plan: Plan) -> Results:
     policies: dict[tuple[str, int], Mapping[str, float]] = {}
     for seed in plan.seeds:
         known = {stage.policy: _evaluation(stage) for stage in seed.policies.values() if stage.done}
+        for name, metrics in known.items():
+            if plan.recipe.policies[name].reference is not None:
+                metrics.pop("eval/kl", None)  # of its training, which may have had another reference
         known |= {name: _given(plan, name) for name in seed.given}
         policies |= {(name, seed.seed): metrics | (read_distance(plan.recipe, seed, name) or {})
                      | _start(paths, name, seed.seed) for name, metrics in known.items()}
@@ -55,11 +61,16 @@ def collect(plan: Plan) -> Results:
     return replace(found, warnings=tuple(caveats(found)))
 
 
+def _rows(stage: Stage) -> list[dict[str, float]]:
+    path = stage.run_dir / "metrics.jsonl"
+    return read_metrics(path) if path.is_file() else []
+
+
 def _evaluation(stage: Stage) -> dict[str, float]:
     """The metrics of the last row that has held-out ones, or of the last row; its own reward counts as that kept."""
-    rows = read_metrics(stage.run_dir / "metrics.jsonl")
+    rows = _rows(stage)
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    last = dict((evaluated or rows)[-1])
+    last = dict((evaluated or rows or [{}])[-1])
     if not isinstance(stage.recipe, Recipe):
         last.pop("eval/kl", None)  # a fine-tuning's is per token, not of sequences
     return last | ({"kept/reward": last["eval/reward"]} if "eval/reward" in last else {})
@@ -97,7 +108,7 @@ def _certificates(plan: Plan, paths: Mapping[Fork, ForkPath]) -> dict[tuple[str,
             points = [(kl, reward, half) for (p, _, s), path in paths.items() if (p, s) == (name, seed.seed)
                       for kl, reward, half in zip(path.kl_S, path.metrics["kept/reward"],
                                                   path.metrics["kept/interval"], strict=True)
-                      if not math.isnan(reward)]
+                      if not math.isnan(kl + reward)]
             found[name, seed.seed] = Certified(
                 certificate=certify(rewards_PN, section.lambdas, section.confidence),
                 points=tuple((float(kl), float(reward), float(half)) for kl, reward, half in points))

@@ -41,7 +41,7 @@ def sentences(found: Results) -> list[str]:
     for regime in recipe.regimes:
         for pair in found.pairs:
             parts = [_compared(found, pair, regime, measure, words) for measure, words in TOLD]
-            if found.compared(pair, regime, TOLD[-1][0]).count:
+            if any(found.compared(pair, regime, measure).count for measure, _ in TOLD):
                 control = "As a control, forks" if pair in recipe.controls else "Forks"
                 told.append(f"{control} of {pair[0]} against {pair[1]} through {regime}: {'; '.join(parts)}.")
     if found.certified:

@@ -87,9 +87,9 @@ class Results:
         return sorted(self.forks(pair[0], regime).keys() & self.forks(pair[1], regime).keys())
 
     def by_seed(self, policy: str, regime: str, measure: str) -> dict[int, float]:
-        """A number of the summaries."""
-        return {seed: values[measure] for (p, r, seed), values in self.summaries.items()
-                if (p, r) == (policy, regime) and measure in values}
+        """A number of the summaries; NaN for a fork that has none."""
+        return {seed: values.get(measure, math.nan) for (p, r, seed), values in self.summaries.items()
+                if (p, r) == (policy, regime)}
 
     def policy_by_seed(self, policy: str, metric: str) -> dict[int, float]:
         return {seed: values[metric] for (p, seed), values in self.policies.items()

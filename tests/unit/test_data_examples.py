@@ -71,6 +71,8 @@ def test_examples_beyond_the_window_are_refused_cut_or_dropped(load):
     dropped = load(rows, max_length=16, too_long="drop")
     assert [example.origin[-2:] for example in dropped.train] == [":3"]
     assert dropped.skipped == {"dropped to fit model.max_length": 2}
+    with pytest.raises(DataError, match=r"no row of .* can be used \(dropped to fit model.max_length: 3\); give other"):
+        load(rows, max_length=2, too_long="drop")
     cut = load(rows, max_length=16, too_long="cut")  # the second has nothing to learn within 16 tokens
     assert [len(example.token_ids) for example in cut.train] == [16, 7]
     assert cut.skipped == {"cut to fit model.max_length": 1, "dropped to fit model.max_length": 1}
@@ -84,6 +86,7 @@ def test_examples_beyond_the_window_are_refused_cut_or_dropped(load):
      "rows.jsonl:2: the tokenizer has no token for 'é'"),
     ([{"messages": TURNS[:3]}], {}, "rows.jsonl:1: the last message must be the assistant's"),
     ([{"messages": []}], {}, "rows.jsonl:1: the list of messages is empty"),
+    ([{"prompt": "", "response": "2"}], {"format": "text"}, "rows.jsonl:1: nothing stands before the response"),
     ([{"messages": [{"role": "robot", "content": "x"}]}], {}, "rows.jsonl:1: message 0 must be"),
     ([{"prompt": "a"}], {}, "rows.jsonl:1: no column 'response'; the row has 'prompt'"),
     ([{"prompt": "a", "response": 3}], {}, "rows.jsonl:1: column 'response' must be str, given int 3"),

@@ -132,6 +132,61 @@ def test_the_rest_of_what_load_dataset_takes(folder):
     assert [row.columns["text"] for row in read(folder, split="test[1:]")] == ["b", "c"]
 
 
+@pytest.mark.parametrize("split, expected", [
+    ("all", "abcde"), ("train[1:]", "bc"), ("train[-1:]", "c"), ("test+train[:1]", "dea"), ("train[:67%]", "ab")])
+def test_parts_of_splits_are_read_as_written_too(folder, split, expected):
+    """`datasets` makes numbers and dates of text, and takes a key given twice."""
+    (folder / "train.jsonl").write_text("".join(f'{{"p": "{p}", "day": "2024-01-02"}}\n' for p in "abc"))
+    (folder / "test.jsonl").write_text("".join(f'{{"p": "{p}", "day": "2024-01-02"}}\n' for p in "de"))
+    rows = read(folder, split=split)
+    assert "".join(row.columns["p"] for row in rows) == expected
+    assert {row.columns["day"] for row in rows} == {"2024-01-02"}
+    assert rows[0].origin.endswith(f".jsonl:{1 + 'abc'.find(expected[0]) if expected[0] in 'abc' else 1}")
+    (folder / "test.jsonl").write_text('{"p": 1, "p": 2}\n')
+    with pytest.raises(DataError, match=r"test\.jsonl:1: the key 'p' is given twice"):
+        read(folder, split=split)
+
+
+@pytest.mark.parametrize("split", ["train[:x]", "train+dev", ""])
+def test_an_expression_that_cannot_be_read(folder, split):
+    (folder / "train.jsonl").write_text('{"p": 1}\n')
+    with pytest.raises(DataError, match=r"data.split .* cannot be read: .*; give a split, or parts of splits such as"):
+        read(folder, split=split)
+
+
+@pytest.mark.parametrize("names, message", [
+    (("a.csv", "b.jsonl"), "a.csv would be left out"), (("a.jsonl", "b.txt", "c.txt"), "a.jsonl would be left out"),
+    (("train.jsonl", "more.jsonl"), "more.jsonl would be left out, since .*; write and name it like the others"),
+    (("a.jsonl", "a.jsonl.bak"), "a.jsonl.bak is among its files, but has no suffix that says")])
+def test_no_file_of_a_folder_is_left_out_or_guessed_in_silence(folder, names, message):
+    for name in names:
+        (folder / name).write_text('{"p": 1}\n')
+    with pytest.raises(DataError, match=message):
+        read(folder)
+
+
+def test_files_that_are_left_out_on_purpose(folder, monkeypatch):
+    for name in ("rows.jsonl", "more.csv", ".hidden.jsonl"):
+        (folder / name).write_text('{"p": 1}\n')
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: rows.jsonl\n---\n")
+    assert len(read(folder)) == 1
+    (folder / "README.md").unlink()
+    (folder / "more.csv").rename(folder / "dataset_infos.json")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder.parent / "link").symlink_to(folder)
+    assert len(read(folder.parent / "link")) == 1
+    monkeypatch.chdir(folder)
+    assert len(read(".")) == 1
+
+
+@pytest.mark.parametrize("path, message", [
+    ("", "no path is given"), (" ", "no path is given"), ("rows/*.jsonl", "patterns are not followed; load the files"),
+    ("https://x.org/rows.jsonl", "'https://x.org/rows.jsonl': addresses"), ("x" * 300, "cannot be found: File name")])
+def test_paths_that_are_none(path, message):
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
 def test_generated_rows_and_their_limit():
     rows = read("arithmetic", limit=3, seed=5)
     assert [row.origin for row in rows] == ["arithmetic:1", "arithmetic:2", "arithmetic:3"]
@@ -172,11 +227,18 @@ def test_select_keeps_wanted_rows_and_renames_columns():
         ("f:3", {"level": "a", "answer": "3"})]
 
 
+def test_true_is_not_one():
+    rows = [Row(origin="f", columns={"k": value}) for value in (1, True, 1.0, "1", 0, False)]
+    assert [row.columns["k"] for row in select(rows, {"k": [1]}, {})] == [1, 1.0]
+    assert [row.columns["k"] for row in select(rows, {"k": [False]}, {})] == [False]
+
+
 @pytest.mark.parametrize("where, rename, message", [
     ({"level": ["z"]}, {}, "data.where keeps none of 1 rows"),
     ({"grade": [1]}, {}, "f:0: no column 'grade'"),
     ({}, {"answer": "x"}, "f:0: no column 'answer'"),
     ({}, {"level": "solution"}, "f:0: data.rename gives 'level' the name 'solution', which the row already has"),
+    ({}, {"level": "x", "solution": "x"}, "data.rename gives two columns one name, so that one would be lost"),
 ])
 def test_select_refuses(where, rename, message):
     with pytest.raises(DataError, match=message):

@@ -111,3 +111,15 @@ def test_a_damaged_saved_data_set_is_one_message(saved, file, content):
         (saved / "damaged" / file).write_text(content)
     with pytest.raises(DataError, match="saved data set '.*damaged' cannot be loaded: .*; save it again"):
         read(saved / "damaged")
+
+
+def test_a_saved_data_set_without_rows_or_without_its_description_is_one_message(saved):
+    Dataset.from_dict({"p": []}).save_to_disk(saved / "empty")
+    with pytest.raises(DataError, match="empty' cannot be loaded: .*; save it again, with at least one row"):
+        read(saved / "empty")
+    (saved / "one" / "dataset_info.json").unlink()
+    with pytest.raises(DataError, match="saved data set '.*one' cannot be loaded"):
+        read(saved / "one")
+    DatasetDict({}).save_to_disk(saved / "none")
+    with pytest.raises(DataError, match="has no split 'train', only none at all"):
+        read(saved / "none")

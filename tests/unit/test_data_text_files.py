@@ -45,7 +45,8 @@ def test_records_and_their_places(tmp_path, name, content, expected):
 DEEP = b'{"p": ' + 3000 * b"[" + 3000 * b"]" + b"}"
 DIGITS = b'{"p": ' + 5000 * b"9" + b"}"
 BROKEN = {
-    "not an object": (b"[1]", "expected a JSON object of columns, given list"),
+    "not an object": (b"[1]", "expected a JSON object of columns, given list; each .* one whole JSON object"),
+    "control character": (b'{"p": "a\tb"}', "invalid JSON: Invalid control character at (line 2, )?column"),
     "single quotes": (b"{'p': 1}", "invalid JSON: Expecting property name .* at .*column"),
     "digits": (DIGITS, "an integer of more than 4300 digits; write it as text"),
     "NaN": (b'{"p": [NaN]}', "NaN is no number of JSON; write null"),
@@ -73,6 +74,8 @@ def test_a_broken_row_is_named_by_its_line_or_its_number(tmp_path, case):
     ("r.jsonl", GOOD + 9 * b"\0", r"r\.jsonl:2: NUL bytes, so that the file is damaged, or UTF-16; save"),
     ("r.jsonl", GOOD.decode().encode("utf-16"), r"r\.jsonl' is UTF-16; save it as UTF-8"),
     ("r.jsonl", GOOD.decode().encode("utf-16-le"), r"r\.jsonl:1: NUL bytes"),
+    ("r.jsonl", GOOD.decode().encode("utf-32"), r"r\.jsonl' is UTF-32; save it as UTF-8"),
+    ("r.csv", b"PAR1\n\0\n", r"r\.csv' is Parquet; end its name in \.parquet"),
     ("r.jsonl", gzip.compress(GOOD, mtime=0), r"r\.jsonl' is gzip; end its name in \.gz"),
     ("r.csv", b"PK\x03\x04\0\0", r"r\.csv' is a zip archive or a workbook; unpack it, or export it as CSV"),
     ("r.jsonl.gz", GOOD, r"r\.jsonl\.gz' cannot be read: Not a gzipped file"),
@@ -83,6 +86,9 @@ def test_a_broken_row_is_named_by_its_line_or_its_number(tmp_path, case):
     ("r.json", b'[{"p": 1},\n {"p": 2', r"r\.json:2: invalid JSON: .* at line 2, column 9; each row must be"),
     ("r.json", b'[{"p": 1},]', r"r\.json:2: invalid JSON: Expecting value at column 11"),
     ("r.json", b'{"data": [\n{"p": 1}]}', r"r\.json:1: .*; the file must hold one list of objects, or one object a"),
+    ("r.jsonl.gz", gzip.compress(GOOD, mtime=0) + b"x", r"cannot be read: .*; it is damaged; make it again"),
+    ("r.csv", b"p;q\n1;2\n", r"r\.csv:1: the only column name is 'p;q', with ';' in it, but the delimiter of .* ','"),
+    ("r.tsv", b"p,q\n1,2\n", r"r\.tsv:1: the only column name is 'p,q', with ',' in it"),
     ("r.csv", b"p,q,p\n1,2,3", r"r\.csv:1: the column name 'p' is given twice; rename one"),
     ("r.csv", b'p,q\n"a\nb",1\n2\n', r"r\.csv:4: 1 cells, but 2 column names; give each row a cell for every name"),
     ("r.csv", b"p,q\n1,2,3\n", r"r\.csv:2: 3 cells, but 2 column names"),

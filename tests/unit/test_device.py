@@ -1,6 +1,7 @@
 """`run.device`: cuda exactly where torch, vllm and GPUs allow it; otherwise the CPU, with the reason, or an error."""
 from __future__ import annotations
 
+import os
 import re
 from importlib import metadata
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 from frpo.cluster.device import check_cpu_engines
 from frpo.cluster.engine_pool import EnginePool
-from frpo.cluster.runtime import choose_device
+from frpo.cluster.runtime import choose_device, show_what_cuda_sees
 from frpo.cluster.team import device_here
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_any_recipe, load_recipe
@@ -37,6 +38,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(metadata, "version", version)
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return be
 
 
@@ -82,6 +84,20 @@ def test_what_is_not_started_needs_nothing(machine, caplog):
     assert choose_device(finetuning, engines=False) == "cuda"
     machine(1)
     assert choose_device(recipe(), learner=False) == "cuda" and not caplog.records
+
+
+@pytest.mark.parametrize("given, seen", [
+    ("", ""), ("-1", ""), ("none", ""), ("NoDevFiles", ""), (" ", ""), ("0,1", "0,1"), ("0, 1", "0,1"),
+    ("0,-1,1", "0"), ("GPU-8932f937,MIG-3f", "GPU-8932f937,MIG-3f")])
+def test_gpus_that_are_hidden_do_not_count(machine, monkeypatch, caplog, given, seen):
+    """Ray by itself counts "-1" as a GPU."""
+    machine(0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    show_what_cuda_sees()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    assert choose_device(recipe()) == "cpu"
+    assert reason(caplog) == (
+        f"{NEEDS_3} 0 (lower them or add nodes, or show more in CUDA_VISIBLE_DEVICES, now {seen!r})")
 
 
 def test_cpu_is_cpu_without_a_word(machine, caplog):

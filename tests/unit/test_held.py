@@ -89,6 +89,18 @@ def test_a_folder_is_held_once_and_free_afterwards(tmp_path):
         assert [file.name for file in folder.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_whose_folder_was_moved_leaves_the_lock_of_its_successor(tmp_path):
+    folder = tmp_path / "run"
+    with held_folder(folder):
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        second = HeldFile.take(folder / LOCK)
+    with pytest.raises(ConfigError, match=refusal(folder)), held_folder(folder):
+        pass
+    second.remove()
+    assert list(folder.iterdir()) == []
+
+
 def test_a_refused_run_leaves_no_empty_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), held_folder(tmp_path / "new"):
         1 / 0  # noqa: B018

@@ -57,6 +57,14 @@ def test_the_generation_config_is_written_as_it_was_read(model, tmp_path, writte
         assert (network.generation_config.temperature, network.generation_config.do_sample) == (0.9, False)
 
 
+def test_nothing_of_an_earlier_export_in_pieces_is_left(model, tmp_path):
+    load_model(section(model), str(model)).save_pretrained(tmp_path / "export", max_shard_size="10KB")
+    (tmp_path / "export" / "README.md").write_text("my own")
+    folder = exported(model, tmp_path / "export")
+    assert [file.name for file in folder.glob("model*")] == ["model.safetensors"]
+    assert (folder / "README.md").read_text() == "my own"
+
+
 def test_generation_settings_of_an_old_config_end_no_export(model, tmp_path):
     """transformers makes a generation config of them, which it then refuses to write."""
     config = json.loads((model / "config.json").read_text())

@@ -21,6 +21,14 @@ def test_probes_are_the_rows_with_the_kl():
     assert read_path([{"step": 1}], "kl").step_S.size == 0
 
 
+def test_probes_count_in_the_order_of_their_updates_and_once():
+    """Of an update that is there twice the last counts, as in a file that two runs have written."""
+    again = [ROWS[0], ROWS[4], {**ROWS[2], "r": 0.0, "kl": 9.0}, ROWS[3], ROWS[2]]
+    found = read_path(again, "kl")
+    assert found.step_S.tolist() == [0, 2, 4, 8] and found.kl_S.tolist() == PATH.kl_S.tolist()
+    assert summary(found, "r", "d", 1.0) == summary(PATH, "r", "d", 1.0)
+
+
 def test_a_kl_that_fell_again_is_left_out():
     """The line goes through 0, .5 and 1: the probe at .3 is of a fork that has come back, another policy."""
     assert PATH.along_kl("r", np.array([0.0, 0.25, 0.3, 0.5, 0.75, 1.0])) == pytest.approx(

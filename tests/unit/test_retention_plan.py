@@ -95,10 +95,11 @@ def test_a_reference_is_needed_where_its_policy_is(tmp_path):
 @pytest.mark.parametrize("certificate, reference, written, wanted", [
     (None, None, [], (0, None)), ({"samples": 9}, None, [], (9, None)), ({"samples": 9}, "other", [], (9, "other")),
     ({"samples": 9}, "other", ["samples"], (0, "other")), ({"samples": 9}, "other", ["kl"], (9, None)),
-    ({"samples": 9}, "given", ["samples", "kl"], (0, "given"))])
+    ({"samples": 9}, "third", ["samples", "kl"], (0, "third"))])
 def test_what_is_still_to_measure_of_a_policy_before_any_fork(tmp_path, certificate, reference, written, wanted):
     found = recipe(tmp_path, certificate=certificate, policies={
-        "given": {"path": "g", **({"reference": reference} if reference else {})}, "other": {"path": "o"}})
+        "given": {"path": "g", **({"reference": reference} if reference else {})}, "other": {"path": "o"},
+        "third": {"path": "t"}})
     seed, = make_plan(found).seeds
     if "samples" in written:
         write_samples(seed, "given", [SimpleNamespace(rewards_G=np.array([0.5, 1.0]))])
@@ -115,6 +116,15 @@ def test_some_of_it():
                                              "dr_grpo, seed 0, grpo"]
     assert [s.policy for s in lab(*load_recipe("lab", (), RetentionRecipe).quick).seeds[0].policies.values()] == [
         "warm", "frpo", "dr_grpo"]
+
+
+def test_a_point_of_the_frontier_can_be_among_some_of_it(tmp_path):
+    """The policy that is not forked too; its reference is needed and has no place of its own."""
+    policies = {"base": {"path": "b"}, "point": {"path": "p", "fork": False, "reference": "base"},
+                "made": {"path": "m"}}
+    found = recipe(tmp_path, policies=policies, only_policies=["made", "point"])
+    assert (found.forked, found.shown, found.needed()) == (["made"], ["made", "point"], ["base", "made", "point"])
+    assert recipe(tmp_path, policies=policies, only_policies=["made"]).shown == ["made"]
 
 
 def test_values_of_keys_become_policies(tmp_path):
@@ -176,6 +186,12 @@ BASE = {"recipe": "lab_policy"}
     ({"policies": {"a": {**BASE, "extra": "b.c=1", "over": {"run.seed": [1]}}}}, "extra: should be a list"),
     ({"policies": {"a": {**BASE, "start": "b"}}}, "policies.a.start: 'b' is no policy; there are a"),
     ({"policies": {"a": {"path": "x", "reference": "y"}}}, "policies.a.reference: 'y' is no policy; there are a"),
+    ({"policies": {"a": {"path": "x", "reference": "a"}}}, "policies.a.reference: a -> a leads back; name the policy"),
+    ({"policies": {"a": {"path": "z", "reference": "b"}, "b": {"path": "x", "reference": "c"},
+                   "c": {**BASE, "reference": "b"}}}, "policies.a.reference: a -> b -> c -> b leads back"),
+    ({"policies": {"a": {"path": "x", "fork": False, "reference": "b"}, "b": BASE}, "only_policies": ["a"]},
+     "only_policies: 'a' is no policy that is forked; there are b"),
+    ({"only_policies": []}, "only_policies: none is no policy that is forked; there are given, made"),
     ({"policies": {"a": {**BASE, "start": "b"}, "b": {**BASE, "start": "a"}}}, "policies a, b start from each other"),
     ({"policies": {"a": {**BASE, "over": {"data.path": ["x/y", "x y", "x:y"]}}}}, "called 'a-path=x_y'; rename"),
     ({"policies": {"a-lam=1": BASE, "a": {**BASE, "over": {"x.lam": [1]}}}}, "called 'a-lam=1'; rename"),

@@ -243,8 +243,21 @@ def test_a_reference_stands_above_the_kl_that_a_training_reported(tmp_path):
                                       "made": {**policy, "start": "base", "reference": "given"}})
     distance(plan.seeds[0], "made", "given", 0.1, 0.3)
     found = collect(plan)
-    assert found.policy_by_seed("made", "eval/kl") == pytest.approx({0: 0.2, 1: 0.8, 2: 0.8})
+    assert found.policy_by_seed("made", "eval/kl") == pytest.approx({0: 0.2}), "0.8 nats may be to another reference"
+    assert "made: its KL to given is not measured for seed(s) 1, 2;" in "\n".join(found.warnings)
     assert found.policy_by_seed("given", "eval/kl") == {0: 0.0, 1: 0.0, 2: 0.0}
+
+
+def test_other_references_and_a_kl_that_is_not_finite_are_told(tmp_path):
+    plan = matrix(tmp_path, policies={"base": {"path": "b"}, "given": {"path": "g", "reference": "base"},
+                                      "made": {"path": "m", "reference": "given"}})
+    for seed in plan.seeds:
+        distance(seed, "given", "base", 0.4, 0.6)
+        distance(seed, "made", "given", *((float("inf"), 0.6) if seed.seed else (0.4, 0.6)))
+    warnings = "\n".join(collect(plan).warnings)
+    assert "so that only policies of one reference compare: given to base, made to given" in warnings
+    assert "made: its KL to the reference was not finite for seed(s) 1, 2" in warnings
+    assert "not measured" not in warnings
 
 
 # --- tables and sentences ---------------------------------------------------------------------------------------------

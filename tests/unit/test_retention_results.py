@@ -163,6 +163,54 @@ def points(axis):
             if isinstance(each, PathCollection)]
 
 
+def rewritten(plan, seeds, *probes):
+    """Other probes of all forks of these seeds: (update, KL, reward), None where it was not finite."""
+    for fork in (fork for seed in plan.seeds if seed.seed in seeds for fork in seed.forks):
+        write(fork.run_dir / "metrics.jsonl", [
+            {"step": step, "kept/kl": kl, "kept/reward": reward, "kept/decile": reward, "kept/interval": 0.05,
+             "utility/reward": reward} for step, kl, reward in probes])
+    return plan
+
+
+def test_a_probe_without_a_kl_or_a_reward_is_told_and_ends_no_report(tmp_path):
+    plan = rewritten(matrix(tmp_path), [0], (0, None, 0.9), (10, None, 0.6), (30, None, 0.4))
+    found = collect(rewritten(plan, [1], (0, 0.0, 0.9), (10, 0.5, None), (30, 1.0, 0.4)))
+    assert write_report(found).is_file()
+    told = ("plain through sft: some probes have no KL or no reward; they are left out along the KL, and without a "
+            "reward there is no mean over updates: seed 0, updates 10, 30, seed 1, updates 10")
+    assert told in found.warnings and not any("forks that stay within" in each for each in found.warnings)
+    table = fork_table(found, "through sft")
+    row, = (dict(zip(table.columns, each)) for each in table.rows if each[0] == "plain")
+    assert (row["over updates"], row["at KL 1"], row["end"]) == ("0.583 (1 of 2)", "0.400 (1 of 2)", "0.400 ± 0.000")
+    assert len(found.certified["plain", 0].points) == 0 and len(found.certified["plain", 1].points) == 2
+    everything = rewritten(plan, [0, 1], *((step, None, None) for step in (0, 10, 30)))
+    assert write_report(collect(everything)).is_file()
+
+
+def test_along_the_kl_policies_are_compared_though_a_mean_over_updates_is_missing(tmp_path):
+    plan = rewritten(matrix(tmp_path), [0, 1], (0, 0.0, 0.9), (10, 0.5, None), (20, 0.5, 0.6), (30, 1.0, 0.4))
+    found = collect(plan)
+    assert sentences(found)[0].startswith("Forks of good against plain through sft: at the same KL no difference")
+    assert "per update they cannot be compared: no seed has a mean over updates for both" in sentences(found)[0]
+
+
+def test_a_finished_fork_whose_metrics_are_lost_is_told(tmp_path):
+    plan = matrix(tmp_path)
+    lost, = (fork for fork in plan.seeds[1].forks if fork.policy == "plain")
+    (lost.run_dir / "metrics.jsonl").unlink()
+    found = collect(plan)
+    assert any(each.startswith("plain/sft: seed(s) 1 finished, but their metrics.jsonl holds no probe; move their")
+               for each in found.warnings)
+    assert set(found.forks("plain", "sft")) == {0} and set(found.forks("good", "sft")) == {0, 1}
+
+
+def test_a_fork_without_a_path_counts_as_a_seed_without_a_value(tmp_path):
+    found = collect(rewritten(matrix(tmp_path), [1], (0, 0.0, 0.9), (30, 1.0, 0.4)))
+    table = fork_table(found, "through sft")
+    row, = (dict(zip(table.columns, each)) for each in table.rows if each[0] == "plain")
+    assert row["over updates"] == "0.583 (1 of 2)" and "of" not in row["end"]
+
+
 def test_pictures_show_probes_as_points_and_no_line_between_those_far_apart(tmp_path):
     found = collect(far_apart(tmp_path))
     updates, kl, _, lower = kept(found, "through sft").axes

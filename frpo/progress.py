@@ -22,6 +22,9 @@ WIDTH = 120
 SILENCE_S, LONGEST_SILENCE_S = 15.0, 60.0
 """Seconds without a line after which one says what goes on; every further one waits twice as long, up to a limit."""
 
+POLL_S = 1.0
+"""Seconds between two looks at whether it is silent."""
+
 BEGAN = time.monotonic()
 """When the process began, as good as: this module is imported by its command line."""
 
@@ -86,7 +89,7 @@ class _Silence:
 
     def _run(self) -> None:
         while True:
-            time.sleep(1.0)
+            time.sleep(POLL_S)
             bar = ProgressBar.outermost
             if self.doing and time.monotonic() - self.last >= self.limit and not (bar and bar.live):
                 longer = min(2 * self.limit, LONGEST_SILENCE_S)

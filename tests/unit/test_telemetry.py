@@ -8,7 +8,6 @@ import pytest
 
 from frpo.errors import CheckpointError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
-from frpo.progress import ProgressBar, step_line
 from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, t_quantile
 
 PARTS = [("a", 1.0, 2.0, "mean"), ("b", 3.0, 1.0, "max"), ("c", 5.0, 1.0, "sum"), ("a", 8.0, 1.0, "mean"),
@@ -129,30 +128,7 @@ def test_a_reward_curve_survives_steps_without_a_number(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-# --- the log line and the interval ------------------------------------------------------------------------------------
-
-METRICS = {
-    "reward/mean": 0.5, "reward/min": -1.0, "reward/max": 1.0, "reward/exact/mean": 0.25, "reward/exact/abstained": 0,
-    "reward/format/mean": 1.0, "policy/kl_ref": 0.0123456, "policy/entropy": math.nan, "policy/version": 12.0,
-    "time/generate": 1.234, "time/learn": 0.5, "time/tokens_per_second": 1234.5}
-
-
-def test_the_line_of_a_step():
-    assert step_line(7, METRICS) == (
-        "step    7 | reward 0.5 min -1 kl 0.0123 entropy nan tok/s 1.23e+03 v 12 | exact 0.25 format 1 | "
-        "generate 1.23s learn 0.50s")
-
-
-def test_the_mean_is_no_component_unless_a_reward_has_that_name():
-    components = step_line(1, METRICS).split(" | ")[2]
-    assert "mean" not in components
-    assert "mean 0.75" in step_line(1, METRICS | {"reward/mean/mean": 0.75}).split(" | ")[2]
-
-
-def test_parts_without_figures_leave_no_bars():
-    assert step_line(0, {"eval/reward": 0.5, "time/evaluate": 2.0}) == "step    0 | eval 0.5 | evaluate 2.00s"
-    assert step_line(0, {}) == "step    0"
-
+# --- the interval -----------------------------------------------------------------------------------------------------
 
 def test_an_interval_by_hand():
     """1, 2, 3: variance 1 over n - 1, so 4.303 (Student's t) / sqrt 3; NaN entries do not count."""
@@ -170,20 +146,3 @@ def test_one_value_has_no_interval_and_none_no_mean():
                                                 (30, 2.042), (60, 2.000), (120, 1.980), (10**6, 1.960)])
 def test_students_t(degrees, published):
     assert t_quantile(degrees) == pytest.approx(published, abs=6e-4)
-
-
-def test_a_bar_within_another_prints_nothing_and_is_gone_with_its_end(capsys):
-    with ProgressBar(2, 0, "outer") as outer:
-        with ProgressBar(3, 1, "inner") as inner:
-            inner.log("step    1 | reward 0.5 | learn 0.1s")
-            inner.advance()
-            shown = {task.description: (task.completed, task.fields["note"]) for task in outer.progress.tasks}
-            assert shown == {"outer": (0, ""), "inner": (2, "reward 0.5 | learn 0.1s")}
-        assert [task.description for task in outer.progress.tasks] == ["outer"]
-        outer.log("a stage is done")
-        with pytest.raises(ZeroDivisionError), ProgressBar(1, 0, "failing"):
-            raise ZeroDivisionError
-        assert len(outer.progress.tasks) == 1
-    with ProgressBar(1, 0, "next") as bar:
-        bar.log("heard again")
-    assert capsys.readouterr().out == "a stage is done\nheard again\n"

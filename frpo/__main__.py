@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parse(arguments, COMMANDS)
         _hear_interrupts()
+        _name_the_accelerator()
         return parsed.command(parsed) or 0
     except BrokenPipeError:  # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed an error
@@ -231,6 +233,12 @@ def doctor(parsed: argparse.Namespace) -> int:
     from frpo.doctor import diagnose
 
     return diagnose()
+
+
+def _name_the_accelerator() -> None:
+    """Tell DeepSpeed what a torch without CUDA runs on: it would search, and warn that it has found nothing else."""
+    if version("torch").endswith("+cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _hear_interrupts() -> None:

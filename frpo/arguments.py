@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., obje
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand here
         from frpo.completion import complete
 
-        complete(parser)
+        complete(parser, RECIPE_COMMANDS)
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(parsed, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}{_as_override(rest[0], parsed)}")

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import argcomplete
 
-from frpo.arguments import RECIPE_COMMANDS
 from frpo.config.keys import keys
 from frpo.config.loader import KINDS, recipe_names
 
@@ -16,10 +17,15 @@ def script(shell: str) -> str:
     return argcomplete.shellcode(["frpo"], shell=shell)
 
 
-def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell that asks, and end the process. A process that no shell asks is left alone."""
+def complete(parser: argparse.ArgumentParser, kinds: Mapping[str, str]) -> None:
+    """Answer the shell that asks, and end the process. A process that no shell asks is left alone.
+
+    kinds: command -> the one whose recipes it takes, where that is not train.
+    """
     for command in _commands(parser):
         for argument in command._actions:
+            if argument.dest == "recipe":
+                argument.completer = partial(_recipes, kinds)
             if argument.dest in COMPLETERS:
                 argument.completer = COMPLETERS[argument.dest]
     argcomplete.autocomplete(parser, always_complete_options="long")
@@ -30,11 +36,11 @@ def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
             for command in action.choices.values()]
 
 
-def _recipes(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+def _recipes(kinds: Mapping[str, str], prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
     """Of the command's kind, from recipes/ and from the folder that has been typed."""
     files = [str(path) for path in Path().glob(f"{prefix}*") if path.suffix == ".yaml" or path.is_dir()]
-    command = RECIPE_COMMANDS.get(parsed_args.command.__name__, "train")
-    return recipe_names(command) + [f"{file}/" if Path(file).is_dir() else file for file in files]
+    named = recipe_names(kinds.get(parsed_args.command.__name__, "train"))
+    return named + [f"{file}/" if Path(file).is_dir() else file for file in files]
 
 
 def _overrides(prefix: str, **_: object) -> list[str]:
@@ -51,4 +57,4 @@ def _sections(prefix: str, **_: object) -> list[str]:
     return list(dict.fromkeys(key.name.split(".")[0].removesuffix("[]") for kind in KINDS for key in keys(kind)))
 
 
-COMPLETERS = {"recipe": _recipes, "overrides": _overrides, "keys": _sections}
+COMPLETERS = {"overrides": _overrides, "keys": _sections}

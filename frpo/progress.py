@@ -16,8 +16,8 @@ from typing import ClassVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-WIDTH = 120
-"""Columns that a line takes at most."""
+WIDTH, MOST = 120, 6
+"""Columns and figures that a line has at most."""
 
 SILENCE_S, LONGEST_SILENCE_S = 15.0, 60.0
 """Seconds without a line after which one says what goes on; every further one waits twice as long, up to a limit."""
@@ -55,12 +55,14 @@ def activity(name: str) -> Iterator[None]:
         yield
         return
     _silence.doing.append((name, time.monotonic()))
+    _silence.progress = ""
     _silence.watch()
     _note(name)
     try:
         yield
     finally:
         _silence.doing.pop()
+        _silence.progress = ""
         _note(_silence.doing[-1][0] if _silence.doing else "")
 
 
@@ -166,7 +168,7 @@ class ProgressBar:
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a step; before it what its names mean, each once."""
-        new = [short for short, key, _ in FIGURES if key in metrics and short not in self.explained]
+        new = [short for short, _, _ in shown(metrics) if short not in self.explained]
         if new and not self.outer:
             self.explained.update(new)
             meanings = {short: meaning for short, _, meaning in FIGURES if short in new}
@@ -204,10 +206,15 @@ FIGURES = (
 """Short name, metric, meaning, in their order of weight: what does not fit into the line is left out from the end."""
 
 
+def shown(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """The weightiest figures that were measured."""
+    return [figure for figure in FIGURES if figure[1] in metrics][:MOST]
+
+
 def step_line(number: int, metrics: Mapping[str, float], total: int, left: float | None = None) -> str:
     """The one line of a step: figures, every reward component, seconds, time left; the last figures go if it is long.
     """
-    figures = [f"{short} {_short(metrics[key])}" for short, key, _ in FIGURES if key in metrics]
+    figures = [f"{short} {_short(metrics[key])}" for short, key, _ in shown(metrics)]
     terms = [f"{key.removeprefix('reward/').removesuffix('/mean')} {_short(value)}" for key, value in metrics.items()
              if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean"]
     seconds = {key.removeprefix("time/"): value for key, value in metrics.items()

@@ -327,7 +327,8 @@ def test_rewards_are_tried_before_any_engine(place, models, capsys, command):
     """The model has no weights, so that an engine would fail."""
     wrong = "rewards=[{name: a, function: my_rewards.py:few}]"
     code, out, err = run(capsys, *(word.replace("MODELS", str(models)) for word in command), wrong)
-    assert (code, out) == (2, "") and err.startswith("frpo: RewardError: reward 'a' (my_rewards.py:few) returned 1")
+    assert code == 2 and len(out.splitlines()) <= 1, "no more than that it reads"
+    assert err.startswith("frpo: RewardError: reward 'a' (my_rewards.py:few) returned 1")
 
 
 def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out(place, capsys):

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[2] / "frpo"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    ("__main__", "arguments", "doctor"),
+    ("__main__", "arguments", "completion", "doctor"),
     ("quickstart", "report", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
     ("evaluate", "invariants", "step_metrics", "traces", "finetune_parts", "builder", "journal", "checkpoint",
@@ -19,14 +19,14 @@ LAYERS = (
     ("lab", "learner", "rollout", "weight_sync", "data"),
     ("config",),
     ("objectives", "rewards", "kernels"),
-    ("telemetry", "types", "held", "errors"),
+    ("telemetry", "progress", "types", "held", "errors"),
 )
 """Imports point down, or to the right within a row: never up, never left."""
 
 ENGINES = {"deepspeed": {"learner"}, "ray": {"cluster"}, "vllm": {"rollout", "weight_sync"}}
 """The only areas that know an engine."""
 
-PURE = {"types", "errors", "held", "telemetry", "objectives", "rewards", "kernels", "config"}
+PURE = {"types", "errors", "held", "progress", "telemetry", "objectives", "rewards", "kernels", "config"}
 """Areas that load on any machine: no engine and no transformers."""
 
 ORDER = [area for row in LAYERS for area in row]

@@ -14,6 +14,13 @@ from small_networks import EXPERTS, LATENT, SPARSE, learners_model, plain_networ
 IDS = torch.arange(2, 20)[None]
 
 
+@pytest.fixture(autouse=True)
+def nothing_arranged():
+    attention.arrange(None)
+    yield
+    attention.arrange(None)
+
+
 @pytest.mark.parametrize(("family", "changes", "asked", "wanted"), [
     ("Llama", {}, "sdpa", attention.SDPA), ("Llama", {}, "eager", attention.EAGER),
     ("GptOss", {"head_dim": 8, **EXPERTS}, "sdpa", attention.EAGER),

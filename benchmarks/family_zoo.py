@@ -25,6 +25,12 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
           "linear_value_head_dim": 16}
+LATENT = {"num_key_value_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+          "qk_nope_head_dim": 16, "v_head_dim": 32}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+          "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+"""Names of DeepSeek and its relatives."""
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16}
 
 Make = Callable[[], PreTrainedConfig]
@@ -74,6 +80,9 @@ ZOO: dict[str, Make] = {
     "apertus": like_llama("ApertusConfig"),
     "arcee": like_llama("ArceeConfig"),
     "nemotron": like_llama("NemotronConfig"),
+    "jais2": like_llama("Jais2Config"),
+    "cwm": like_llama("CwmConfig", head_dim=32, bos_token_id=1, **WINDOWS),
+    "youtu": like_llama("YoutuConfig", **LATENT),
     "nanochat": like_llama("NanoChatConfig"),
     "bitnet": like_llama("BitNetConfig"),
     "diffllama": like_llama("DiffLlamaConfig", num_key_value_heads=2),
@@ -91,6 +100,9 @@ ZOO: dict[str, Make] = {
                          attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
     "gemma3": like_llama("Gemma3TextConfig", head_dim=32, sliding_window=8, query_pre_attn_scalar=16,
                          sliding_window_pattern=2),
+    "gemma3n": like_llama("Gemma3nTextConfig", head_dim=32, num_kv_shared_layers=0, vocab_size_per_layer_input=104,
+                          hidden_size_per_layer_input=8, laurel_rank=8, activation_sparsity_pattern=[0.9, 0.0],
+                          final_logit_softcapping=3.0, **WINDOWS),
     "vaultgemma": like_llama("VaultGemmaConfig", head_dim=32, sliding_window=8, attn_logit_softcapping=2.0,
                              final_logit_softcapping=3.0),
     "granite": like_llama("GraniteConfig", logits_scaling=8.0, embedding_multiplier=3.0, residual_multiplier=0.5,
@@ -111,11 +123,32 @@ ZOO: dict[str, Make] = {
         "DeepseekV3Config", num_key_value_heads=2, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
         moe_intermediate_size=32, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=512, qk_rope_head_dim=64,
         qk_nope_head_dim=32, v_head_dim=32, topk_method="noaux_tc"),
+    "deepseek_v2": like_llama("DeepseekV2Config", **LATENT, **ROUTED),
+    "deepseek_v32": like_llama("DeepseekV32Config", index_topk=8, index_head_dim=32, index_n_heads=16, **LATENT,
+                               **ROUTED),
+    "glm4_moe": like_llama("Glm4MoeConfig", head_dim=32, use_qk_norm=True, **ROUTED),
+    "dots1": like_llama("Dots1Config", head_dim=32, **ROUTED),
+    "ernie4_5_moe": like_llama("Ernie4_5_MoeConfig", head_dim=32, moe_num_experts=4, moe_k=2, moe_intermediate_size=32,
+                               moe_layer_start_index=1, moe_num_shared_experts=1),
+    "hunyuan_moe": like_llama("HunYuanMoEV1Config", head_dim=32, num_experts=4, moe_topk=[2, 2]),
+    "minimax_m2": like_llama("MiniMaxM2Config", head_dim=32, **LOCAL_EXPERTS),
+    "flex_olmo": like_llama("FlexOlmoConfig", num_experts=4, num_experts_per_tok=2),
+    "laguna": like_llama("LagunaConfig", head_dim=32, shared_expert_intermediate_size=32,
+                         moe_router_logit_softcapping=2.0, **WINDOWS, **EXPERTS),
     "llama4": like_llama("Llama4TextConfig", head_dim=32, attention_chunk_size=32, intermediate_size_mlp=128,
                          num_local_experts=2, interleave_moe_layer_step=2),
     # Layers that carry state
     "qwen3_next": like_llama("Qwen3NextConfig", head_dim=32, layer_types=["linear_attention", "full_attention"],
                              shared_expert_intermediate_size=32, **LINEAR, **EXPERTS),
+    "qwen3_5": like_llama("Qwen3_5TextConfig", head_dim=32, layer_types=["linear_attention", "full_attention"],
+                          **LINEAR),
+    "minimax": like_llama("MiniMaxConfig", head_dim=32, layer_types=["linear_attention", "full_attention"],
+                          **LOCAL_EXPERTS),
+    "granitemoehybrid": like_llama("GraniteMoeHybridConfig", logits_scaling=4.0, shared_intermediate_size=32,
+                                   layer_types=["mamba", "attention"], mamba_d_head=32, **MAMBA2, **LOCAL_EXPERTS),
+    "lfm2_moe": like_llama("Lfm2MoeConfig", layer_types=["conv", "full_attention"], num_dense_layers=1, **EXPERTS),
+    "xlstm": alone("xLSTMConfig", hidden_size=64, num_hidden_layers=2, num_heads=2, chunk_size=16),
+    "rwkv": alone("RwkvConfig", hidden_size=64, num_hidden_layers=2, context_length=256),
     "lfm2": like_llama("Lfm2Config", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
     "falcon_h1": like_llama("FalconH1Config", mamba_d_ssm=64, mamba_d_head=16, lm_head_multiplier=0.5, **MAMBA2),
     "bamba": like_llama("BambaConfig", attn_layer_indices=[1], mamba_d_head=32, **MAMBA2),

@@ -64,11 +64,16 @@ def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None
     """What is wrong, and what to change; None where nothing is."""
     separate = ("Set learner.packing to false." if found.packed else
                 "Sequences of a padded micro-batch change each other; frpo cannot train it in batches.")
+    if found.fails_alone:
+        return f"cannot compute one sequence ({found.failure}); frpo cannot train it. Check its config.json."
     if found.failure is not None:
         return f"cannot compute several sequences at once ({found.failure}). {separate}"
     if differs(found.repeated):
         return ("gives other log-probabilities when asked twice: it draws random numbers although it is not in "
                 "training mode (dropout, router jitter); frpo cannot train it.")
+    if differs(found.before):
+        return ("is no causal language model: what it says of a token changes with tokens that come after it. Check "
+                "its config.json (is_decoder, use_bidirectional_attention and the like).")
     if differs(found.alone):
         return ("is another function in the learner than in plain transformers, for one sequence alone already. Likely "
                 "causes are its attention (try model.attn_implementation: eager) or its logits.")

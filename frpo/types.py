@@ -207,8 +207,9 @@ class Comparison:
 
     together: all sequences in one micro-batch, as in training, less plain. alone: one at a time by the learner's own
     functions, less plain. repeated: the first once more, less itself.
+    before: the tokens of one sequence before its last, less themselves with another last token; plain.
     layers_apart: attention layers that kept the sequences of a pack apart, of `layers`.
-    failure: why several sequences could not be computed at all; nothing else is known then.
+    failure: why several sequences, or one if `fails_alone`, could not be computed; nothing else is known then.
     """
 
     model: str
@@ -218,7 +219,9 @@ class Comparison:
     together: Gap = (math.inf, math.inf)
     alone: Gap = (math.inf, math.inf)
     repeated: Gap = (math.inf, math.inf)
+    before: Gap = (math.inf, math.inf)
     failure: str | None = None
+    fails_alone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from frpo.errors import ModelError
 
@@ -117,17 +117,26 @@ def packed_flash(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
     return flash_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-def packed_mask(*args: Any, q_length: int, kv_length: int, batch_size: int, q_offset: int = 0, kv_offset: int = 0,
-                attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+def packed_mask(*args: Any, **options: Any) -> torch.Tensor | None:
     """Boolean (B, 1, S, S), True where a token is met; None: plain causal. Of a pack: (1, 1, L, L), L its longest
     sequence. A shorter sequence has the first rows and columns of it.
     """
+    return sdpa_mask(*args, **options | _of_longest())
+
+
+def packed_eager_mask(*args: Any, **options: Any) -> torch.Tensor:
+    """The same as eager functions take it: what is added to scores. Never None, since some families add to it."""
+    return eager_mask(*args, **options | _of_longest())
+
+
+def _of_longest() -> dict[str, Any]:
+    """Arguments of a mask for the longest sequence of a pack; of no pack none."""
     pack = _pack()
     if pack is None:
-        return sdpa_mask(*args, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-                         kv_offset=kv_offset, attention_mask=attention_mask, **options)
+        return {}
     longest = max(pack.lengths)
-    return sdpa_mask(*args, batch_size=1, q_length=longest, kv_length=longest, **options)
+    return {"batch_size": 1, "q_length": longest, "kv_length": longest, "q_offset": 0, "kv_offset": 0,
+            "attention_mask": None}
 
 
 def _pack() -> Arrangement | None:
@@ -203,5 +212,5 @@ def _additive(mask: torch.Tensor | None, length: int, like: torch.Tensor) -> tor
 AttentionInterface.register(SDPA, packed_sdpa)
 AttentionInterface.register(EAGER, packed_eager)
 AttentionInterface.register(FLASH, packed_flash)
-for _name in (SDPA, EAGER):
-    AttentionMaskInterface.register(_name, packed_mask)
+AttentionMaskInterface.register(SDPA, packed_mask)
+AttentionMaskInterface.register(EAGER, packed_eager_mask)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from frpo.errors import FrpoError
 from frpo.kernels import linear_logprobs
 from frpo.learner.attention import arrangement
 from frpo.learner.collate import TokenBatch
@@ -31,20 +32,26 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
     batch = collate(samples)
     facts = {"model": name, "packed": batch.bounds is not None,
              "layers": model.network.config.get_text_config().num_hidden_layers}
+    fails_alone = True
     with torch.no_grad():
         try:
+            with _eager_attention(model.network):
+                plain = [_plain_logprobs(network, collate([sample])) for sample in samples]
+                other = _plain_logprobs(network, collate([_sample(0, _with_another_end(model, sequences[-1]))]))
+            alone = np.concatenate([_logprobs(network, model, collate([sample])) for sample in samples])
+            fails_alone = False
             together = _logprobs(network, model, batch)
-        except torch.OutOfMemoryError:
+            apart = len(arrangement().layers)
+            repeated = _logprobs(network, model, batch)
+        except (FrpoError, torch.OutOfMemoryError):
             raise
-        except RuntimeError as error:  # shapes of a pack that a layer of the model cannot take
-            return Comparison(**facts, failure=str(error).splitlines()[0])
-        apart = len(arrangement().layers)
-        repeated = _logprobs(network, model, batch)
-        alone = np.concatenate([_logprobs(network, model, collate([sample])) for sample in samples])
-        with _eager_attention(model.network):
-            plain = np.concatenate([_plain_logprobs(network, collate([sample])) for sample in samples])
+        except Exception as error:  # of any class: the model's own code, on what it cannot take
+            return Comparison(**facts, failure=f"{type(error).__name__}: {error}".splitlines()[0],
+                              fails_alone=fails_alone)
+    before = _gap(other[:-1], plain[-1][:-1])
+    plain = np.concatenate(plain)
     return Comparison(**facts, layers_apart=apart, together=_gap(together, plain), alone=_gap(alone, plain),
-                      repeated=_gap(repeated, together))
+                      repeated=_gap(repeated, together), before=before)
 
 
 def _sample(index: int, token_ids: Sequence[int]) -> SupervisedSample:
@@ -52,6 +59,11 @@ def _sample(index: int, token_ids: Sequence[int]) -> SupervisedSample:
     learned = np.arange(len(token_ids)) > 0
     return SupervisedSample(sample_id=(0, 0, index), token_ids=np.array(token_ids), loss_mask=learned,
                             weight=learned.astype(np.float64))
+
+
+def _with_another_end(model: TokenModel, token_ids: Sequence[int]) -> list[int]:
+    """A causal model says the same of all tokens but the last."""
+    return [*token_ids[:-1], (token_ids[-1] + 1) % model.network.config.get_text_config().vocab_size]
 
 
 def _logprobs(network: torch.nn.Module, model: TokenModel, batch: TokenBatch) -> np.ndarray:
@@ -84,4 +96,4 @@ def _eager_attention(network: PreTrainedModel) -> Iterator[None]:
 def _gap(one: np.ndarray, other: np.ndarray) -> Gap:
     """NaN counts as the largest difference there is."""
     difference = np.nan_to_num(np.abs(one - other), nan=np.inf)
-    return float(difference.mean()), float(difference.max())
+    return (float(difference.mean()), float(difference.max())) if difference.size else (0.0, 0.0)

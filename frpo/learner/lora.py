@@ -190,5 +190,8 @@ def _is_linear(module: nn.Module) -> bool:
               for name, parameter in module.named_parameters(recurse=False)}
     with torch.no_grad():
         asked = torch.empty((1, module.in_features), dtype=module.weight.dtype, device="meta")
-        answer = torch.func.functional_call(module, hollow, (asked,))
+        try:
+            answer = torch.func.functional_call(module, hollow, (asked,))
+        except Exception:  # of any class: it wants something else than one vector, such as a group of them
+            return False
     return isinstance(answer, torch.Tensor) and answer.shape == (1, module.out_features)

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -27,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import ModelSection
@@ -80,7 +85,7 @@ def check_model_path(model: ModelSection, path: str) -> None:
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"model.path {path!r} cannot be read: {_first_line(error)}") from None
     window = getattr(config, "max_position_embeddings", None)
-    if window and model.max_length > window:
+    if window and 0 < window < model.max_length:
         raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}")
     pad_id, rows = getattr(config, "pad_token_id", None), config.get_text_config().vocab_size
     if pad_id is not None and pad_id >= rows:
@@ -174,20 +179,51 @@ def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool =
     """The model at `path` in the recipe's precision, with attention that keeps the sequences of a pack apart.
 
     gradient_checkpointing: recompute every layer in the backward pass. Raises ModelError where the weights cannot be
-    read, or where the family has no layers to recompute.
+    read, where some are missing, or where the family has no layers to recompute.
     """
+    partly = "; learner.deepspeed: zero2, which loads weights whole, may do" if is_deepspeed_zero3_enabled() else ""
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
-            trust_remote_code=model.trust_remote_code)
+        with _loaded_weights_kept():
+            network, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
+                trust_remote_code=model.trust_remote_code, output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last of shapes that the config denies
-        raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}{partly}") from None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of a family's code on weights in parts
+        raise ModelError(f"model.path {path!r} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+                         f"{partly}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(f"model.path {path!r} cannot be loaded: {len(missing)} of its weights are not found and would "
+                         f"be random: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; save the whole model"
+                         f"{partly}")
     restore_buffers(network)
     follow_own_lengths(network)
     network.config.use_cache = False
     if gradient_checkpointing:
         checkpoint_layers(network)
     return network
+
+
+@contextmanager
+def _loaded_weights_kept() -> Iterator[None]:
+    """Within it, transformers draws nothing under ZeRO-3 for modules whose own weights a checkpoint has filled.
+
+    It would not keep what it draws, but some families fail over weights in parts. Their buffers have been computed
+    already; without ZeRO-3 they have not.
+    """
+    own = PreTrainedModel._initialize_weights
+
+    def missing_only(network: PreTrainedModel, module: nn.Module, *args: Any) -> None:
+        loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)]
+        if not (is_deepspeed_zero3_enabled() and loaded and all(loaded)):
+            own(network, module, *args)
+
+    PreTrainedModel._initialize_weights = missing_only
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = own
 
 
 def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
@@ -215,7 +251,18 @@ def _attention_of(model: ModelSection, path: str) -> str:
     by_sdpa = model.attn_implementation == "sdpa" and family._supports_sdpa
     if not family._can_set_attn_implementation():
         return "sdpa" if by_sdpa else "eager"
+    if _asks_for_sdpa(family):
+        return "eager"
     return attention.SDPA if by_sdpa else attention.EAGER
+
+
+def _asks_for_sdpa(family: type[PreTrainedModel]) -> bool:
+    """Whether its code does something only under attention of the name "sdpa" (or "eager"), as sparse attention does.
+
+    Under a name of ours it would leave that out.
+    """
+    code = Path(sys.modules[family.__module__].__file__).read_text(encoding="utf-8")
+    return re.search(r"_attn_implementation\b[^\n:]*[\"']sdpa[\"']", code) is not None
 
 
 def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:

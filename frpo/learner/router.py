@@ -62,6 +62,9 @@ class UseCounter:
 
     def add(self, answer: Any, router_logits: Sequence[torch.Tensor], *, counted_M: torch.Tensor) -> Any:
         """Returns `answer`, what the model says besides."""
+        if not router_logits:
+            raise ModelError("the model has no layer with experts, so no load-balancing loss; set "
+                             "model.router_aux_loss_coef to null and output_router_logits of its config.json to false")
         for logits_ME in router_logits:
             chosen = _counted(logits_ME, counted_M).softmax(-1).topk(self.k, dim=-1).indices
             chosen_E = torch.bincount(chosen.flatten(), minlength=logits_ME.shape[-1]).double()
@@ -107,6 +110,12 @@ def counted_tokens(samples: MicroBatch, batch: TokenBatch) -> torch.Tensor:
 
 
 def _counted(logits_ME: torch.Tensor, counted_M: torch.Tensor) -> torch.Tensor:
-    """float32 (or float64) logits of the tokens that count."""
+    """float32 (or float64) logits of the tokens that count.
+
+    Raises ModelError where a router says more of a token than one row.
+    """
     flat_ME = logits_ME.reshape(-1, logits_ME.shape[-1])
+    if len(flat_ME) != len(counted_M):
+        raise ModelError(f"the model's routers say {len(flat_ME)} rows of {len(counted_M)} tokens, so frpo has no "
+                         "load-balancing loss for it; set model.router_aux_loss_coef to 0")
     return (flat_ME if flat_ME.dtype == torch.float64 else flat_ME.float())[counted_M]

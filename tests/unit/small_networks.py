@@ -17,6 +17,11 @@ SHAPE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hi
              num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, eos_token_id=1,
              bos_token_id=None)
 EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+LATENT = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+              v_head_dim=8)
+SPARSE = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+              first_k_dense_replace=1, index_topk=4, index_head_dim=16, index_n_heads=16, **LATENT)
+"""DeepSeek's sparse attention: each token meets the four that an indexer chooses."""
 
 
 def config_of(family: str, **changes: Any) -> Any:

@@ -11,7 +11,7 @@ from frpo.invariants import PROBED_TOKENS, check_same_function, probe_sequences
 from frpo.learner import attention
 from frpo.learner.collate import collate
 from frpo.learner.guard import compare
-from small_networks import EXPERTS, VOCABULARY, learners_model, plain_network, saved
+from small_networks import EXPERTS, SPARSE, VOCABULARY, learners_model, plain_network, saved
 
 CPU = torch.device("cpu")
 SEQUENCES = [torch.randint(2, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
@@ -110,6 +110,46 @@ def test_state_beside_attention_in_one_layer_is_refused_by_its_numbers(tmp_path)
     message = refused(model)
     assert "beside others than alone" in message and "Set learner.packing to false." in message
     check_same_function(Ranks(model, packed=False), RECIPE, ITEMS)
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("DeepseekV32", SPARSE),
+    ("DeepseekV4", {"head_dim": 16, "q_lora_rank": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 16, "num_hidden_layers": 3, "sliding_window": 8, "o_groups": 2,
+                    "o_lora_rank": 8, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 2,
+                    "layer_types": ["sliding_attention", "compressed_sparse_attention",
+                                    "heavily_compressed_attention"]})])
+def test_attention_that_changes_its_own_mask_is_right_when_padded(tmp_path, family, changes):
+    """Only some tokens are met, by a mask of the model's own beside the causal one."""
+    model = model_of(tmp_path, family, changes)
+    check_same_function(Ranks(model, packed=False), RECIPE, ITEMS)
+    with pytest.raises(ModelError, match="[Ss]et learner.packing to false"):
+        check_same_function(Ranks(model), RECIPE, ITEMS)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_that_sees_what_comes_is_refused(tmp_path, packed):
+    model = model_of(tmp_path, "Gemma3Text", {"use_bidirectional_attention": True, "head_dim": 8})
+    message = refused(model, packed=packed)
+    assert "is no causal language model" in message and "use_bidirectional_attention" in message
+
+
+def test_a_failure_of_the_model_s_own_code_is_refused_with_what_it_says(tmp_path, monkeypatch):
+    """Of any class, in one sequence or in several."""
+    model = model_of(tmp_path, "Llama", {})
+    forward = model.network.model.layers[0].forward
+
+    def fails_beyond(length):
+        def layer(hidden, **options):
+            assert hidden.shape[1] <= length, "too long"
+            return forward(hidden, **options)
+        monkeypatch.setattr(model.network.model.layers[0], "forward", layer)
+
+    fails_beyond(64)
+    assert "cannot compute several sequences at once (AssertionError: too long). Set learner.packing" in refused(model)
+    fails_beyond(4)
+    message = refused(model)
+    assert "cannot compute one sequence (AssertionError: too long)" in message and "packing" not in message
 
 
 def test_shapes_that_a_layer_cannot_take_are_refused(tmp_path):

@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     FalconConfig,
     GPT2Config,
     Llama4TextConfig,
@@ -189,6 +191,17 @@ NEXT = Qwen3NextConfig(
     intermediate_size=32, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2,
     linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, num_experts=3, num_experts_per_tok=2,
     moe_intermediate_size=16, shared_expert_intermediate_size=16)
+
+
+def test_a_linear_layer_that_takes_groups_of_vectors_is_none(tmp_path):
+    with torch.device("meta"):
+        network = DeepseekV4ForCausalLM(DeepseekV4Config(
+            vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, o_groups=2,
+            o_lora_rank=8, q_lora_rank=8, n_routed_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+            layer_types=["sliding_attention"]))
+    add_adapters(network, SECTION, seed=1)
+    adapted = {name.split(".")[-4] for name, _ in network.named_parameters() if ".lora_A." in name}
+    assert {"o_b_proj", "kv_proj"} <= adapted and "o_a_proj" not in adapted
 
 
 @pytest.mark.parametrize(("config", "message", "instead"), [

@@ -86,8 +86,9 @@ class Learner:
         self.sender: WeightSender | None = None
 
     def _policy(self) -> TokenModel:
-        network = load_model(self.recipe.model, self.model_path,
-                             gradient_checkpointing=self.recipe.learner.gradient_checkpointing)
+        learner = self.recipe.learner
+        network = load_model(self.recipe.model, self.model_path, packed=learner.packing,
+                             gradient_checkpointing=learner.gradient_checkpointing)
         if self.recipe.model.lora is not None:
             add_adapters(network, self.recipe.model.lora, self.recipe.run.seed)
         return TokenModel(network)
@@ -96,7 +97,7 @@ class Learner:
         """The model at `path`, or the policy before its first update."""
         if path is None and self.recipe.model.lora is not None:
             return FrozenModel(self.engine, is_policy=True)
-        load = partial(load_model, self.recipe.model, path or self.model_path)
+        load = partial(load_model, self.recipe.model, path or self.model_path, packed=self.recipe.learner.packing)
         return FrozenModel(ds.build_reference(lambda: TokenModel(load()), self.config, self.device), is_policy=False)
 
     @property

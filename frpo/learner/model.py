@@ -41,7 +41,7 @@ from frpo.errors import ModelError
 from frpo.learner import attention
 from frpo.learner.buffers import restore_buffers
 from frpo.learner.logits import logit_scale
-from frpo.learner.rotary import follow_own_lengths
+from frpo.learner.rotary import follow_own_lengths, scale_within_sequences
 from frpo.types import Example
 
 transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
@@ -175,9 +175,11 @@ def embedding_count(model: ModelSection) -> int | None:
     return config.get_text_config().vocab_size
 
 
-def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient_checkpointing: bool = False
+               ) -> PreTrainedModel:
     """The model at `path` in the recipe's precision, with attention that keeps the sequences of a pack apart.
 
+    packed: sequences of at most `model.max_length` tokens will share a row.
     gradient_checkpointing: recompute every layer in the backward pass. Raises ModelError where the weights cannot be
     read, where some are missing, or where the family has no layers to recompute.
     """
@@ -199,6 +201,8 @@ def load_model(model: ModelSection, path: str, *, gradient_checkpointing: bool =
                          f"{partly}")
     restore_buffers(network)
     follow_own_lengths(network)
+    if packed:
+        scale_within_sequences(network, model.max_length)
     network.config.use_cache = False
     if gradient_checkpointing:
         checkpoint_layers(network)

@@ -1,4 +1,4 @@
-"""Rotary positions whose frequencies depend on the length of a sequence: LongRoPE and dynamic NTK scaling.
+"""What a family computes by place and length: LongRoPE, dynamic NTK scaling, scales of queries without positions.
 
 transformers chooses them by the largest position of a whole micro-batch, and for dynamic NTK by what came before. Here
 every sequence gets those of its own length, as if it were alone.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frpo.errors import ModelError
 from frpo.learner.attention import arrangement
 
 KINDS = ("dynamic", "longrope")
@@ -23,6 +24,22 @@ def follow_own_lengths(network: nn.Module) -> None:
         kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
         if any(kind in str(each) for each in kinds for kind in KINDS):
             module.forward = _by_sequence(module, module.forward)
+
+
+def scale_within_sequences(network: nn.Module, longest: int) -> None:
+    """Leave out a scale of queries that transformers takes from the place in a pack (Llama 4). In place.
+
+    It begins at `floor_scale` tokens, so that sequences below that length have none. longest: tokens of the longest.
+    Raises ModelError where a sequence may be longer.
+    """
+    for module in network.modules():
+        if not (getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")):
+            continue
+        if longest >= module.floor_scale:
+            raise ModelError(f"{type(module).__name__} scales queries from {module.floor_scale} tokens on, and would "
+                             f"count those of a whole pack: lower model.max_length ({longest}) below that, or set "
+                             "learner.packing to false")
+        module.attn_temperature_tuning = False
 
 
 def _by_sequence(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,9 @@
 import pytest
 import torch
 
+from frpo.errors import ModelError
 from frpo.learner import attention
-from frpo.learner.rotary import follow_own_lengths
+from frpo.learner.rotary import follow_own_lengths, scale_within_sequences
 from small_networks import VOCABULARY, plain_network
 
 ORIGINAL = 8
@@ -51,6 +52,35 @@ def test_every_sequence_has_the_frequencies_of_its_own_length(token_ids, family,
     for _ in range(2):  # the second pass begins with what the first has left behind
         found = network.model(input_ids=ids, attention_mask=real, use_cache=False, **options).last_hidden_state
         torch.testing.assert_close(found[real.bool()], torch.cat(wanted), rtol=0, atol=5e-5)
+
+
+LLAMA4 = ("Llama4Text", {
+    "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "floor_scale": 21,
+    "attn_scale": 2.0, "no_rope_layers": [0, 0], "attention_chunk_size": 64})
+
+
+def test_a_scale_by_place_in_the_pack_is_left_out_below_its_beginning(token_ids):
+    """The pack of 52 tokens passes the 21 at which it begins, none of its sequences does."""
+    def packed_states(network):
+        attention.arrange(attention.Arrangement(
+            lengths=LENGTHS, bounds=torch.tensor([0, *LENGTHS]).cumsum(0).int()))
+        places = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+        ids = torch.cat(token_ids)[None]
+        return network.model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=False
+                             ).last_hidden_state[0]
+
+    network = plain_network(LLAMA4[0], **LLAMA4[1])
+    wanted = torch.cat([alone(*LLAMA4, ids) for ids in token_ids])
+    network.set_attn_implementation(attention.SDPA)
+    assert (packed_states(network) - wanted).abs().max() > 1e-3, "which is what transformers does"
+    scale_within_sequences(network, max(LENGTHS))
+    torch.testing.assert_close(packed_states(network), wanted, rtol=0, atol=5e-5)
+
+
+def test_a_scale_by_place_is_refused_where_sequences_reach_it():
+    network = plain_network(LLAMA4[0], **LLAMA4[1])
+    with pytest.raises(ModelError, match=r"scales queries from 21 tokens on, .* lower model.max_length \(21\)"):
+        scale_within_sequences(network, 21)
 
 
 def test_without_an_arrangement_what_came_before_is_forgotten(token_ids):

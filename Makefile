@@ -1,9 +1,11 @@
 # Two commands do all their own set-up:  make quickstart   make test
+# make quickstart MODEL=tiny trains a tiny model made on the spot instead of a real one.
 # The environment is made from frpo/locks/cpu.txt; a machine with GPUs takes LOCK=gpu.
 
 PYTHON ?= python3
 LOCK ?= cpu
 VENV ?= .venv
+MODEL ?= smollm2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(LOCK)
 
@@ -14,7 +16,7 @@ TORCH_FROM := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--torch-backend $(if
 .PHONY: quickstart test lint lock clean
 
 quickstart: $(READY)
-	$(BIN)/frpo quickstart
+	$(BIN)/frpo quickstart --model $(MODEL)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests -n 2 --dist loadscope --no-loadscope-reorder

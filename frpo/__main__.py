@@ -210,7 +210,7 @@ def report(parsed: argparse.Namespace) -> int:
 def quickstart(parsed: argparse.Namespace) -> int:
     from frpo.quickstart import run_quickstart
 
-    return run_quickstart(parsed.overrides)
+    return run_quickstart(parsed.overrides, parsed.model)
 
 
 def config(parsed: argparse.Namespace) -> int:

@@ -155,8 +155,11 @@ def _several_trainings(commands: _Commands) -> None:
     command = commands.add("report", "one HTML page about finished or unfinished runs, a retention matrix or any other")
     command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")
     command.add_argument("--output", metavar="FILE", help="the page; default: report.html in the first folder")
-    command = commands.add("quickstart", "make a small policy, train it and a control, see what forks keep, here")
+    command = commands.add("quickstart", "train a small model and a control here, and see what forks of it keep")
     _overrides(command)
+    command.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2",
+                         help="smollm2: a real one of 135 M parameters, about ten minutes; tiny: made on the spot, "
+                              "about four; default: smollm2, or tiny where that cannot be had")
 
 
 def _others(commands: _Commands) -> None:

@@ -1,21 +1,19 @@
-"""The quick start: train a policy made on the spot, then a control in which rewards are shuffled; see what is left.
+"""The quick start: train a policy, then a control in which rewards are shuffled; fine-tune both, see what is left.
 
 The control is what makes the gain believable: same data, same updates, rewards that belong to other completions. At the
-end forks of the policy, of a Dr. GRPO policy and of the model they began as go through the same fine-tuning for another
-task. All of it shares one set of started processes.
+end forks go through the same fine-tuning for another task. All of it shares one set of started processes. The policy is
+a real small language model, or a tiny one that is made on the spot.
 """
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from frpo.builder import Parts, Stack, build
 from frpo.checkpoint import CheckpointStore
@@ -23,73 +21,153 @@ from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.data.arithmetic import comparisons
+from frpo.errors import ModelError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
+from frpo.evaluate.page import Section, TableText, write_page
 from frpo.journal import open_journal
+from frpo.learner.smollm2 import make_smollm2
+from frpo.progress import say
 from frpo.retention.archive import write_archive
-from frpo.retention.command import show, write_report
+from frpo.retention.command import REPORT, show, write_report
 from frpo.retention.pictures import draw_all
 from frpo.retention.plan import Plan, make_plan
 from frpo.retention.reading import collect
+from frpo.retention.report import section_of
 from frpo.retention.stages import run_plan
 from frpo.retention.tables import fork_table, policy_table
+from frpo.rollout.engine import Sampling
+from frpo.rollout.sampler import EVALUATION
 from frpo.trainer import Trainer
 
-DOWNSTREAM = "larger"
-"""The regime of `quickstart_retention`."""
+Answers = list[tuple[str, str]]
+"""What was asked, and what was answered."""
 
 
-def run_quickstart(overrides: Sequence[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Tour:
+    """recipe, matrix: names of recipes. downstream: the regime that forks go through; means: what it is.
+
+    shown: held-out prompts whose likeliest answers are shown before and after.
+    """
+
+    recipe: str
+    matrix: str
+    downstream: str
+    means: str
+    shown: int
+
+
+TOURS = {
+    "tiny": Tour(recipe="quickstart", matrix="quickstart_retention", downstream="larger", shown=6,
+                 means="fine-tuning for another task: which of two numbers is larger"),
+    "smollm2": Tour(recipe="quickstart_smollm2", matrix="quickstart_smollm2_retention", downstream="gsm8k", shown=4,
+                    means="fine-tuning on 48 solved problems of GSM8K, school mathematics")}
+"""Quick starts by the model that is trained."""
+
+SAMPLE = Path(__file__).parent / "data" / "gsm8k_sample.jsonl"
+"""48 problems of GSM8K (Cobbe et al., 2021; MIT License, beside it)."""
+
+
+def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
     """Run everything, print tables, draw pictures. Returns 0 if the gain is real and the control has none, else 1.
 
-    overrides: section.key=value over the recipe `quickstart`.
+    model: smollm2, or tiny, which is also taken where the real one cannot be had. overrides: section.key=value over its
+    recipe.
     """
     started = time.perf_counter()
-    recipe = _into_fresh_folder(load_recipe("quickstart", overrides))
-    run_dir = Path(recipe.run.dir)
-    matrix = _matrix(run_dir, recipe.run.seed, overrides)
+    tour, recipe = _at_hand(model, overrides)
+    recipe = _into_fresh_folder(recipe)
+    run_dir, steps = Path(recipe.run.dir), recipe.run.num_steps
+    matrix = _matrix(tour, recipe, overrides)
     with build(recipe) as parts:
-        first = str(run_dir / "first_state")
-        parts.learner.save(first)
-        Trainer(parts).fit()
-        parts.learner.load(first)
+        first = run_dir / "first_state"
+        parts.learner.save(str(first))
+        parts.engines.push(0)
+        before = _likeliest(parts, tour.shown, version=0)
+        say(f"--- 1 of 3: FRPO, {steps} steps")
+        state = Trainer(parts).fit()
+        after = _likeliest(parts, tour.shown, version=state.policy_version)
+        parts.learner.load(str(first))
+        say(f"--- 2 of 3: the control, {steps} steps with rewards shuffled over the completions; it must not gain")
         with _control_parts(parts) as control:
             Trainer(control).fit()
         write_archive(matrix.recipe)
+        say(f"--- 3 of 3: forks of the policies, {tour.means}")
         run_plan(matrix, Stack(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
-    kept = collect(matrix)
+    for folder in (first, control.run_dir / "checkpoints", *(Path(matrix.recipe.run.dir).rglob("checkpoints"))):
+        shutil.rmtree(folder)  # nobody goes on from them, and a real model's are large
     runs = {"FRPO": run_dir / "metrics.jsonl", "control (rewards shuffled)": control.run_dir / "metrics.jsonl"}
-    picture = draw_reward_curve(runs, run_dir / "reward.png")
     ends = {name: _ends(path) for name, path in runs.items()}
-    _print_table(ends)
-    show([policy_table(kept), fork_table(kept, f"through {DOWNSTREAM}")])
-    print(f"Kept through fine-tuning for another task: {draw_all(kept, run_dir)[f'Kept through {DOWNSTREAM}']}  "
-          f"all of it: {write_report(kept)}")
+    picture = draw_reward_curve(runs, run_dir / "reward.png")
+    kept = collect(matrix)
+    show([_ends_table(ends), answers_table(before, after), policy_table(kept),
+          fork_table(kept, f"through {tour.downstream}")])
+    kept_picture = draw_all(kept, run_dir)[f"Kept through {tour.downstream}"]
+    write_report(kept)
+    page = write_page("Quick start", [
+        Section(title="Training", text=("The control has the same rewards, shuffled over the completions of a step.",),
+                pictures={"Mean reward": picture}, tables=(_ends_table(ends), answers_table(before, after))),
+        section_of(kept, Path(matrix.recipe.run.dir))], run_dir / REPORT)
+    print(f"{tour.downstream}: {tour.means}. What forks keep: {kept_picture}")
     minutes = (time.perf_counter() - started) / 60
-    print(f"{minutes:.1f} minutes. Picture: {picture}  model: {run_dir / 'export'}  "
+    print(f"{minutes:.1f} minutes. All of it on one page: {page}  picture: {picture}  model: {run_dir / 'export'}  "
           f"metrics: {run_dir / 'metrics.jsonl'}")
     gained, lured = (_verdict(*ends[name]) for name in runs)
-    print(f"Gain on held-out prompts beyond the warm-started model's interval: {'yes' if gained else 'NO'}; "
+    print(f"Gain on held-out prompts beyond the first model's interval: {'yes' if gained else 'NO'}; "
           f"gain under shuffled rewards: {'YES' if lured else 'none'}")
     return 0 if gained and not lured else 1
 
 
 def prepare_downstream(folder: Path, seed: int) -> None:
-    """The setup of `quickstart_retention`: what forks are fine-tuned on."""
+    """The setup of both matrices: what forks are fine-tuned on."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"prompt": question, "response": answer} for question, answer in comparisons(480, seed)]
-    (folder / f"{DOWNSTREAM}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    solved = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    for name, pairs in (("larger", comparisons(480, seed)),
+                        ("gsm8k", [(row["question"], row["answer"]) for row in solved])):
+        text = "".join(json.dumps({"prompt": asked, "response": answer}) + "\n" for asked, answer in pairs)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def _matrix(run_dir: Path, seed: int, overrides: Sequence[str]) -> Plan:
+def answers_table(before: Answers, after: Answers) -> TableText:
+    """The same questions, answered by the policy as it was and as it is."""
+    return TableText(
+        title="Likeliest answers to held-out prompts", note="temperature 0", columns=("asked", "before", "after"),
+        rows=tuple((asked, was, now) for (asked, was), (_, now) in zip(before, after, strict=True)), laid_out=True)
+
+
+def _at_hand(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
+    """The tour of `model` and its recipe, once that model is there; else those of the tiny one, saying why."""
+    tour = TOURS[model]
+    recipe = load_recipe(tour.recipe, overrides)
+    if recipe.model.path is None or Path(recipe.model.path).is_dir():
+        return tour, recipe
+    try:
+        make_smollm2(Path(recipe.model.path))
+        return tour, recipe
+    except ModelError as error:
+        say(f"{error}. Until then: the quick start of a tiny model, which is made on the spot (--model tiny)")
+        return TOURS["tiny"], load_recipe(TOURS["tiny"].recipe, overrides)
+
+
+def _likeliest(parts: Parts, count: int, version: int) -> Answers:
+    """Greedy answers to the first held-out prompts, none longer than in training."""
+    prompts = parts.prompts.heldout[:count]
+    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)
+    groups = parts.sampler.sample(prompts, step=0, first_sample=0, group_size=1, sampling=sampling, version=version,
+                                  purpose=EVALUATION)
+    return [(prompt.messages[-1]["content"], group.completions[0].text) for prompt, group in zip(prompts, groups)]
+
+
+def _matrix(tour: Tour, recipe: Recipe, overrides: Sequence[str]) -> Plan:
     """Where a policy is trained and where it is measured, the quick start's own overrides hold too."""
-    recipe = load_recipe("quickstart_retention", [f"run.dir={run_dir / 'retention'}", f"seeds=[{seed}]"],
-                         RetentionRecipe)
+    found = load_recipe(tour.matrix, [f"run.dir={Path(recipe.run.dir) / 'retention'}", f"seeds=[{recipe.run.seed}]"],
+                        RetentionRecipe)
     extra = {"extra": [override.replace("$", "$$") for override in overrides]}
     policies = {name: policy.model_copy(update=extra) if policy.recipe else policy
-                for name, policy in recipe.policies.items()}
-    kept = recipe.measure.kept.model_copy(update=extra)
-    return make_plan(recipe.model_copy(update={
-        "policies": policies, "measure": recipe.measure.model_copy(update={"kept": kept})}))
+                for name, policy in found.policies.items()}
+    kept = found.measure.kept.model_copy(update=extra)
+    return make_plan(found.model_copy(update={
+        "policies": policies, "measure": found.measure.model_copy(update={"kept": kept})}))
 
 
 def _into_fresh_folder(recipe: Recipe) -> Recipe:
@@ -127,10 +205,8 @@ def _verdict(first: dict[str, float], last: dict[str, float]) -> bool:
     return last["eval/reward"] - last["eval/interval"] > first["eval/reward"] + first["eval/interval"]
 
 
-def _print_table(ends: dict[str, tuple[dict[str, float], dict[str, float]]]) -> None:
-    table = Table(title="Mean reward on held-out prompts, 95 % interval")
-    for column in ("run", "warm-started", "trained"):
-        table.add_column(column)
-    for name, rows in ends.items():
-        table.add_row(name, *(f"{row['eval/reward']:.3f} ± {row['eval/interval']:.3f}" for row in rows))
-    Console().print(table)
+def _ends_table(ends: dict[str, tuple[dict[str, float], dict[str, float]]]) -> TableText:
+    rows = tuple((name, *(f"{row['eval/reward']:.3f} ± {row['eval/interval']:.3f}" for row in both))
+                 for name, both in ends.items())
+    return TableText(title="Mean reward on held-out prompts", note="95 % interval", rows=rows,
+                     columns=("run", "before", "trained"))

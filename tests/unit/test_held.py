@@ -158,7 +158,7 @@ def begin_rollout(folder):
 
 
 def begin_quickstart(folder):
-    run_quickstart([f"run.dir={folder}"])
+    run_quickstart([f"run.dir={folder}"], "tiny")
 
 
 def begin_matrix(folder):

@@ -45,7 +45,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard", "wandb"],
     },
     entry_points={"console_scripts": ["frpo = frpo.__main__:main"]},
 )

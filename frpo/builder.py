@@ -198,7 +198,7 @@ def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuit
         pool.wait_until_ready()
     learner.connect_engines(pool.client(), recipe.weight_sync)
     engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
-    names = ("metrics", "traces") if recipe.telemetry.traces else ("metrics",)
+    names = ("metrics", "samples", "traces") if recipe.telemetry.traces else ("metrics", "samples")
     with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
         yield Parts(
             recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,

@@ -89,14 +89,18 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
 
 
 @contextmanager
-def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: CheckedFinetune, model_path: str
-                ) -> Iterator[FinetuneParts]:
-    """A learner of this recipe in running ranks, and a journal that is closed with the context."""
+def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: CheckedFinetune, model_path: str,
+                samples: bool = False) -> Iterator[FinetuneParts]:
+    """A learner of this recipe in running ranks, and a journal that is closed with the context.
+
+    samples: whether it keeps completions, which a probe will draw.
+    """
     run_dir = Path(recipe.run.dir)
     write_manifest(run_dir, recipe, checked.examples.digest, device)
     with phase(f"loading the learner: {recipe.learner.num_ranks} rank(s) of DeepSpeed {recipe.learner.deepspeed} on "
                f"{device}"):
         learner = LearnerGroup(recipe, model_path, device, ranks)
-    with open_journal(recipe, checked.checkpoints, checked.resume, ("metrics",)) as journal:
+    names = ("metrics", "samples") if samples else ("metrics",)
+    with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
         yield FinetuneParts(recipe=recipe, run_dir=run_dir, model_path=model_path, examples=checked.examples,
                             learner=learner, journal=journal)

@@ -11,11 +11,15 @@ from pathlib import Path
 
 from frpo.checkpoint import FINISHED, CheckpointStore, write_finished
 from frpo.cluster.learner_group import LearnerGroup
-from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
+from frpo.config.loader import AnyRecipe, recipe_digest
 from frpo.errors import CheckpointError
 from frpo.progress import ProgressBar, phase, say
-from frpo.telemetry import JsonlFile, PhaseTimer, Sink, TensorBoardSink, WandbSink
-from frpo.types import RunState
+from frpo.sinks import Sink, open_sinks
+from frpo.telemetry import JsonlFile, PhaseTimer
+from frpo.types import RunState, ScoredGroup
+
+SAMPLES = 8
+"""Held-out completions that are kept of an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,18 @@ class Journal:
         bar.step(step, metrics)
 
 
+    def keep_samples(self, step: int, scored: Sequence[ScoredGroup], task: str = "eval") -> None:
+        """The first completions of a task's first held-out prompts, for whoever reads what the policy says."""
+        rows = [{"step": step, "task": task, "prompt": group.group.prompt.messages[-1]["content"],
+                 "completion": group.group.completions[0].text, "reward": float(group.rewards_G[0]),
+                 "rewards": {name: float(values_G[0]) for name, values_G in group.terms.items()}}
+                for group in scored[:SAMPLES]]
+        for row in rows:
+            self.files["samples"].append(row)
+        for sink in self.sinks:
+            sink.samples(step, rows)
+
+
 @contextmanager
 def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[Path, RunState] | None,
                  names: Sequence[str]) -> Iterator[Journal]:
@@ -87,7 +103,7 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
         files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
         if resume is not None and (changes := checkpoints.changes(resume[0])):
             _tell_changes(run_dir, resume[1].step, changes)
-        sinks = _sinks(recipe, run_dir)
+        sinks = open_sinks(recipe, run_dir, resume and resume[1].step)
         for each in (*files.values(), *sinks):
             stack.callback(each.close)
         yield Journal(recipe=recipe, checkpoints=checkpoints, resume=resume, files=files, sinks=sinks)
@@ -106,12 +122,3 @@ def _move_aside(run_dir: Path, name: str) -> None:
     if path.is_file() and path.stat().st_size > 0:
         number = 1 + sum(1 for _ in run_dir.glob(f"{name}.earlier-*.jsonl"))
         path.rename(run_dir / f"{name}.earlier-{number}.jsonl")
-
-
-def _sinks(recipe: AnyRecipe, run_dir: Path) -> tuple[Sink, ...]:
-    sinks: list[Sink] = []
-    if recipe.telemetry.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard"))
-    if recipe.telemetry.wandb:
-        sinks.append(WandbSink(recipe.run.name, run_dir, dump_recipe(recipe)))
-    return tuple(sinks)

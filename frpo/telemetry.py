@@ -1,7 +1,6 @@
-"""Metrics, timers and sinks: all arithmetic on metrics lives here.
+"""Metrics, timers and files of lines: all arithmetic on metrics lives here.
 
-Keys are `area/name`. JSONL is always written; TensorBoard and W&B on request. It measures and writes, and decides
-nothing.
+Keys are `area/name`. It measures and writes, and decides nothing.
 """
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from frpo.errors import CheckpointError
 from frpo.progress import activity
@@ -74,14 +73,6 @@ class PhaseTimer:
         return {f"time/{name}": value for name, value in seconds.items()}
 
 
-class Sink(Protocol):
-    """Where a step's metrics go."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class JsonlFile:
     """An append-only file of one JSON object a line, flushed line by line; its size is what a checkpoint remembers.
 
@@ -118,38 +109,6 @@ class JsonlFile:
 
     def close(self) -> None:
         self.file.close()
-
-
-class TensorBoardSink:
-    """TensorBoard events in the run's folder."""
-
-    def __init__(self, folder: Path):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder))
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandbSink:
-    """Weights & Biases; project and credentials come from its own environment variables."""
-
-    def __init__(self, name: str, folder: Path, config: Mapping[str, Any]):
-        import wandb
-
-        self.run = wandb.init(name=name, dir=str(folder), config=dict(config))
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -47,6 +47,9 @@ class FinetuneEvaluateSection(Section):
 class FinetuneTelemetrySection(Section):
     tensorboard: bool = Field(False, description="also write TensorBoard events")
     wandb: bool = Field(False, description="also log to Weights & Biases")
+    project: str | None = Field(None, description="of W&B; null: WANDB_PROJECT, or its default")
+    group: str | None = Field(None, description="of W&B: runs that belong together")
+    tags: list[str] = Field([], description="of W&B")
 
 
 class FinetuneRecipe(Section):

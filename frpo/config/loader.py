@@ -39,7 +39,7 @@ NOT_IN_DIGEST = {
                 "startup_timeout_s", "timeout_s"},
     "weight_sync": {"backend", "bucket_mb", "timeout_s"},
     "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
-    "telemetry": {"tensorboard", "wandb", "traces"},
+    "telemetry": {"tensorboard", "wandb", "project", "group", "tags", "traces"},
     "checks": {"max_logprob_gap", "parameters_move", "rewards", "same_function"},
     "rewards": {"processes", "timeout_s"},
 }

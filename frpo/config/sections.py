@@ -175,6 +175,9 @@ class ChecksSection(Section):
 class TelemetrySection(Section):
     tensorboard: bool = Field(False, description="also write TensorBoard events")
     wandb: bool = Field(False, description="also log to Weights & Biases")
+    project: str | None = Field(None, description="of W&B; null: WANDB_PROJECT, or its default")
+    group: str | None = Field(None, description="of W&B: runs that belong together")
+    tags: list[str] = Field([], description="of W&B")
     traces: bool = Field(True, description="write every rollout group to traces.jsonl")
 
 

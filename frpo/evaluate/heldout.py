@@ -24,9 +24,10 @@ ROUNDING = 1e-9
 
 
 def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
-    """`eval/...` metrics of the policy version in `state`; see `heldout_metrics`."""
+    """`eval/...` metrics of the policy version in `state`; see `heldout_metrics`. Some completions are kept."""
     scored = scored_heldout(parts, step=state.step, version=state.policy_version)
     kl = parts.learner.kl_groups([group.group for group in scored]) if measures_kl(parts.recipe) else None
+    parts.journal.keep_samples(state.step, scored)
     return heldout_metrics(scored, parts.recipe.evaluate, kl)
 
 

@@ -18,9 +18,9 @@ from frpo.data.prompts import PromptSet
 from frpo.evaluate.heldout import heldout_metrics, scored_heldout
 from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.invariants import CHECKED_PUSHES, check_logprob_gap
+from frpo.journal import Journal
 from frpo.rewards import RewardSuite
 from frpo.rollout.sampler import Sampler
-from frpo.telemetry import PhaseTimer
 from frpo.types import RunState, ScoredGroup
 
 WORST = 0.1
@@ -52,9 +52,9 @@ class TaskProbe:
     """A `frpo.types.Probe` of one fine-tuning."""
 
     def __init__(self, *, schedule: ProbeSchedule, tasks: Sequence[Task], exact: Exact | None,
-                 engines: RecoveringEngines, learner: LearnerGroup, timer: PhaseTimer):
+                 engines: RecoveringEngines, learner: LearnerGroup, journal: Journal):
         self.schedule, self.tasks, self.exact = schedule, tasks, exact
-        self.engines, self.learner, self.timer = engines, learner, timer
+        self.engines, self.learner, self.journal, self.timer = engines, learner, journal, journal.timer
         self.unchecked = CHECKED_PUSHES
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:
@@ -70,6 +70,8 @@ class TaskProbe:
             if number == 0 and self.unchecked:
                 check_agreement(task, self.engines, self.learner, scored, state.policy_version)
                 self.unchecked -= 1
+            if number == 0:
+                self.journal.keep_samples(state.step, scored, task.name)
             kl = self.learner.kl_groups([group.group for group in scored], to="start") if number == 0 else None
             metrics |= task_metrics(task, scored, kl)
             if kl is not None:

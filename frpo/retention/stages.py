@@ -35,13 +35,14 @@ from frpo.evaluate.probe import Exact, Task, TaskProbe, check_agreement, sampled
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.held import held_folder
+from frpo.journal import Journal
 from frpo.learner.model import check_reference, vocabulary_difference
 from frpo.learner.tiny import tiny_model
 from frpo.progress import ProgressBar
 from frpo.retention.before import missing, write_distance, write_samples
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
-from frpo.telemetry import JsonlFile, PhaseTimer
+from frpo.telemetry import JsonlFile
 from frpo.trainer import Trainer
 from frpo.types import Example, RunState
 
@@ -156,25 +157,25 @@ class Matrix:
         stack = self.processes(tasks[0].recipe, model)
         if isinstance(recipe, FinetuneRecipe):
             checked = check_finetune(recipe)
-            with finetune_on(stack.ranks, stack.device, recipe, checked, model) as parts:
+            with finetune_on(stack.ranks, stack.device, recipe, checked, model, samples=bool(stage.regime)) as parts:
                 probe = None
                 if stage.regime:
                     engines = self.connected(parts.learner, tasks[0].recipe)
-                    probe = self.probe(stage, tasks, parts.learner, engines, parts.journal.timer)
+                    probe = self.probe(stage, tasks, parts.learner, engines, parts.journal)
                 return FineTuner(parts, probe).fit()
         checked = check(recipe)
         with tried_rewards(recipe, checked.prompts) as rewards, \
                 parts_on(stack, recipe, checked, rewards, model) as parts:
-            probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.timer) if stage.regime else None
+            probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.journal) if stage.regime else None
             return Trainer(parts, probe).fit()
 
     def probe(self, stage: Stage, tasks: Sequence[Task], learner: LearnerGroup, engines: RecoveringEngines,
-              timer: PhaseTimer) -> TaskProbe:
+              journal: Journal) -> TaskProbe:
         learner.remember_start()
         measure = self.recipe.measure
         schedule = ProbeSchedule(measure.at, measure.pictured_kl, partial(probed_kl, stage))
         return TaskProbe(schedule=schedule, tasks=tasks, exact=self.exact(stage.seed), engines=engines,
-                         learner=learner, timer=timer)
+                         learner=learner, journal=journal)
 
     def exact(self, seed: int) -> Exact | None:
         measure = self.recipe.measure

@@ -1,0 +1,127 @@
+"""Where metrics and sampled completions of a run go besides its own files: TensorBoard, Weights & Biases.
+
+A run that goes on logs on: every step stands there once, in one run.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from frpo.config.loader import AnyRecipe, dump_recipe
+
+Sample = Mapping[str, Any]
+"""step, task, prompt, completion, reward, and the rewards that it is made of."""
+
+COLUMNS = ("step", "prompt", "completion", "reward")
+WANDB, SAMPLES = "wandb.json", "samples.jsonl"
+"""In the run's folder: the id of its W&B run with the last steps logged there, and all samples."""
+
+
+class Sink(Protocol):
+    """Where a step's metrics go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Completions of held-out prompts after this step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_sinks(recipe: AnyRecipe, run_dir: Path, last_step: int | None) -> tuple[Sink, ...]:
+    """Those that the recipe asks for. last_step: the step that the run goes on from; None where it begins."""
+    sinks: list[Sink] = []
+    if recipe.telemetry.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", last_step))
+    if recipe.telemetry.wandb:
+        sinks.append(WandbSink(recipe, run_dir, last_step))
+    return tuple(sinks)
+
+
+class TensorBoardSink:
+    """TensorBoard events in the run's folder."""
+
+    def __init__(self, folder: Path, last_step: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an ended process logged beyond its checkpoint is taken back: those steps are made again.
+        self.writer = SummaryWriter(str(folder), purge_step=None if last_step is None else last_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        rows = ["| " + " | ".join(_cell(sample[column]) for column in COLUMNS[1:]) + " |" for sample in samples]
+        lines = [f"| {' | '.join(COLUMNS[1:])} |", "|---|---|---|", *rows]
+        self.writer.add_text(f"{samples[0]['task']}/samples", "\n".join(lines), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbSink:
+    """Weights & Biases; credentials, and what the recipe leaves open, come from its own environment variables."""
+
+    def __init__(self, recipe: AnyRecipe, run_dir: Path, last_step: int | None):
+        import wandb
+
+        self.record = run_dir / WANDB
+        known: dict[str, Any] = {"id": None}
+        if last_step is not None and self.record.is_file():
+            known |= json.loads(self.record.read_text(encoding="utf-8"))
+        section = recipe.telemetry
+        self.run = wandb.init(
+            id=known["id"], resume="allow", name=recipe.run.name, dir=str(run_dir), config=dump_recipe(recipe),
+            project=section.project, group=section.group, tags=section.tags or None)
+        self.known = known | {"id": self.run.id}
+        self.shown: dict[str, list[list[Any]]] = {}
+        for sample in _kept(run_dir / SAMPLES, last_step):
+            self._show(sample)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._is_new("metrics", step):
+            self.run.log(dict(metrics), step=step)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        import wandb
+
+        for sample in samples:
+            name = self._show(sample)
+        if self._is_new(name, step):
+            self.run.log({name: wandb.Table(columns=list(COLUMNS), data=self.shown[name])}, step=step)
+
+    def _show(self, sample: Sample) -> str:
+        """Add a row to the table of its task; returns the table's name."""
+        name = f"{sample['task']}/samples"
+        self.shown.setdefault(name, []).append([sample[column] for column in COLUMNS])
+        return name
+
+    def _is_new(self, what: str, step: int) -> bool:
+        """Whether it was not logged by a process that ended before its next checkpoint. W&B takes nothing back."""
+        if step <= self.known.get(what, -1):
+            return False
+        self.known[what] = step
+        self.record.write_text(json.dumps(self.known), encoding="utf-8")
+        return True
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _kept(path: Path, last_step: int | None) -> list[Sample]:
+    """Samples of a run up to the step that it goes on from."""
+    if last_step is None or not path.is_file():
+        return []
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["step"] <= last_step]
+
+
+def _cell(value: Any) -> str:
+    """As a cell of a table in Markdown."""
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,114 @@
+"""TensorBoard's events and W&B's offline run, read back, of a run that ended beyond its checkpoint and went on."""
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from frpo.config.loader import recipe_from_dict
+from frpo.sinks import SAMPLES, open_sinks
+
+VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}
+
+
+def recipe(**telemetry):
+    return recipe_from_dict(VALUES | {"run": {"name": "mine"}, "telemetry": telemetry})
+
+
+def sample(step, text="said"):
+    return {"step": step, "task": "eval", "prompt": "ask | 1", "completion": f"{text}\nthen", "reward": 0.25,
+            "rewards": {"a": 0.25}}
+
+
+def run_and_go_on(folder: Path, **telemetry):
+    """Steps 0 to 7, ended without a word; then on from the checkpoint of step 5 to step 9."""
+    for last, steps in ((None, range(8)), (5, range(6, 10))):
+        sink, = open_sinks(recipe(**telemetry), folder, last)
+        for step in steps:
+            if step % 3 == 0:
+                rows = [sample(step)]
+                with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+                sink.samples(step, rows)
+            sink.write(step, {"reward/mean": float(step)})
+        sink.close()
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    run_and_go_on(tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    found = events.Scalars("reward/mean")
+    assert [(event.step, event.value) for event in found] == [(step, float(step)) for step in range(10)]
+    texts = events.Tensors("eval/samples/text_summary")
+    assert sorted({event.step for event in texts}) == [0, 3, 6, 9]
+    table = texts[0].tensor_proto.string_val[0].decode()
+    assert table.splitlines()[2] == "| ask \\| 1 | said then | 0.25 |"
+
+
+BLOCK, HEADER = 32768, struct.Struct("<IHB")
+"""Records of an offline run lie in blocks of LevelDB's log format: checksum, length, type (whole, first, middle, last).
+"""
+
+
+def records(path: Path):
+    """The bytes of every record of a .wandb file, behind the 7 bytes that name its format."""
+    data, place, parts = path.read_bytes(), 7, b""
+    while place + HEADER.size <= len(data):
+        left = BLOCK - place % BLOCK
+        if left < HEADER.size:
+            place += left
+            continue
+        _, length, kind = HEADER.unpack_from(data, place)
+        parts += data[place + HEADER.size:place + HEADER.size + length]
+        place += HEADER.size + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def history(folder: Path):
+    """The offline runs in the order in which they were made, and (run id, step, values) of what they logged."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows, runs = [], []
+    for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        for data in records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                runs.append(record.run)
+            if record.HasField("history"):
+                values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                rows.append((runs[-1].run_id, record.history.step.num, values))
+    return runs, rows
+
+
+@pytest.mark.timeout(120)
+def test_wandb_goes_on_with_its_run_and_logs_each_step_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_and_go_on(tmp_path, wandb=True, project="kept", group="seeds", tags=["a", "b"])
+    runs, rows = history(tmp_path)
+    assert len({run.run_id for run in runs}) == 1
+    assert {(run.project, run.run_group, run.display_name, tuple(run.tags)) for run in runs} == {
+        ("kept", "seeds", "mine", ("a", "b"))}
+    assert [(step, values["reward/mean"]) for _, step, values in rows] == [(step, float(step)) for step in range(10)]
+    assert [step for _, step, values in rows if any("eval/samples" in key for key in values)] == [0, 3, 6, 9]
+
+
+def test_a_run_that_starts_anew_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for _ in range(2):
+        sink, = open_sinks(recipe(wandb=True), tmp_path, None)
+        sink.write(0, {"reward/mean": 0.5})
+        sink.close()
+    runs, rows = history(tmp_path)
+    assert len({run.run_id for run in runs}) == 2 and [step for _, step, _ in rows] == [0, 0]
+
+
+def test_what_is_not_asked_for_is_not_opened(tmp_path):
+    assert open_sinks(recipe(), tmp_path, None) == () and list(tmp_path.iterdir()) == []

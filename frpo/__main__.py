@@ -51,26 +51,9 @@ def train(parsed: argparse.Namespace) -> int:
     if not parsed.dry_run and _is_finished(recipe, launched()):
         return 0
     if parsed.dry_run:
-        from frpo.builder import check, reward_suite, try_rewards
-        from frpo.rewards.trial import report_lines
-        from frpo.step_metrics import mishaps
+        from frpo.dry_run import show_training
 
-        checked = check(recipe)
-        with reward_suite(recipe, checked.prompts) as rewards:
-            trial = try_rewards(rewards, recipe, checked.prompts)
-        print(as_yaml(dump_recipe(recipe)).rstrip())
-        for line in (*report_lines(trial.groups), *mishaps(trial.counts)):
-            print(f"# {line}")
-        model = recipe.model.path or "made on the spot"
-        print(f"# checked: model {model}, {len(checked.prompts.train)} training and "
-              f"{len(checked.prompts.heldout)} held-out prompts, resume "
-              f"{checked.resume[0] if checked.resume else 'from the start'}")
-        for reason, count in checked.prompts.skipped.items():
-            print(f"# left out: {count} x {reason}")
-        if checked.prompts.overlap:
-            print(f"# trained on too: {checked.prompts.overlap} x same prompt as a held-out one "
-                  "(data.heldout_overlap: keep)")
-        _tell_adapters(recipe)
+        show_training(recipe)
         return 0
     from frpo.builder import build
     from frpo.evaluate.curve import draw_reward_curve
@@ -97,18 +80,14 @@ def finetune(parsed: argparse.Namespace) -> int:
         return follow(recipe)
     if not parsed.dry_run and _is_finished(recipe, launched()):
         return 0
-    from frpo.finetune_parts import build_finetune, check_finetune
-
     if parsed.dry_run:
-        examples = check_finetune(recipe).examples
-        print(as_yaml(dump_recipe(recipe)).rstrip())
-        print(f"# checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples")
-        for reason, count in examples.skipped.items():
-            print(f"# left out: {count} x {reason}")
-        _tell_adapters(recipe)
+        from frpo.dry_run import show_finetuning
+
+        show_finetuning(recipe)
         return 0
     from frpo.evaluate.curve import draw_loss_curve
     from frpo.finetune import FineTuner
+    from frpo.finetune_parts import build_finetune
     from frpo.supervise import outlive
 
     def fit(parts: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from frpo.checkpoint import CheckpointStore
+from frpo.cluster.device import check_packages
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.rank import Ranks
@@ -110,6 +111,7 @@ def check(recipe: Recipe) -> Checked:
 
     Raises the FrpoError that says what to change.
     """
+    check_packages(recipe)
     memory_strategy(recipe.learner.deepspeed)
     if recipe.rollout.hook is not None:
         load_hook(recipe.rollout.hook)

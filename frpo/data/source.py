@@ -16,6 +16,7 @@ from typing import Any
 from frpo.data import tables
 from frpo.data.arithmetic import problems
 from frpo.data.constraints import heldout_rows, training_rows
+from frpo.data.hub import here, unreachable
 from frpo.data.plain import plain_columns
 from frpo.data.text_files import Record, delimited, json_lines, json_list
 from frpo.errors import DataError
@@ -138,8 +139,11 @@ def _records(path: str, subset: str | None, split: str) -> Iterator[Record]:
     if exists:
         raise DataError(f"data file {path!r} has no suffix that says what it is; allowed: {ALLOWED}")
     if looks_local(path) or ("/" not in path and place.suffix[1:].isalpha()):
-        raise DataError(f"data set {path!r}: there is no such file or folder; give a file ({ALLOWED}), a folder, or "
-                        "the id of a Hugging Face data set, such as owner/name (~ is not expanded)")
+        raise DataError(f"data set {path!r}: there is no such file or folder ({here()}); give a file ({ALLOWED}), a "
+                        "folder, or the id of a Hugging Face data set, such as owner/name (~ is not expanded)")
+    if reason := unreachable(path, "dataset", "README.md"):
+        raise DataError(f"data set {path!r}: there is no such file or folder ({here()}), and {reason}; correct "
+                        "data.path, or give a local file")
     return tables.hugging_face(path, subset, split)
 
 

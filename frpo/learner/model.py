@@ -36,6 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import ModelSection
 from frpo.data.assistant import end_of_turn
+from frpo.data.hub import here, unreachable
 from frpo.data.source import looks_local
 from frpo.errors import ModelError
 from frpo.learner import attention
@@ -77,9 +78,13 @@ def _saved_as_it_is(folder: Path) -> bool:
 
 def check_model_path(model: ModelSection, path: str) -> None:
     """Raise ModelError if no config can be read at `path`, or it contradicts the recipe's window or itself."""
-    if looks_local(path) and not Path(path).is_dir():
-        raise ModelError(f"model.path {path!r} is no folder; give a folder with config.json and weights, or a hub id "
-                         "such as owner/name (~ is not expanded)")
+    if not Path(path).is_dir():
+        if looks_local(path):
+            raise ModelError(f"model.path {path!r} is no folder ({here()}); give a folder with config.json and "
+                             "weights, or a hub id such as owner/name (~ is not expanded)")
+        if reason := unreachable(path, "model", "config.json"):
+            raise ModelError(f"model.path {path!r} is no folder ({here()}), and {reason}; correct the path, or load "
+                             "the model where there is a network")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:

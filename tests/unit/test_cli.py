@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
 from transformers import Qwen2Config
@@ -48,6 +49,8 @@ def models(tmp_path_factory):
 def place(tmp_path, models, monkeypatch):
     """A working folder with a recipe that passes every check, its data, and a run's folder that must stay as it is."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+2="\n')
@@ -119,7 +122,18 @@ BAD = {
     "no padding token": (
         ["model.path=MODELS/no_pad"], "ModelError: tokenizer 'MODELS/no_pad' has no padding token; set"),
     "missing model": (
-        ["model.path=PLACE/none"], "ModelError: model.path 'PLACE/none' is no folder; give a folder with config"),
+        ["model.path=PLACE/none"],
+        "ModelError: model.path 'PLACE/none' is no folder (from PLACE, where relative paths begin); give a folder"),
+    "a model that nobody has": (
+        ["model.path=models/typo"],
+        "ModelError: model.path 'models/typo' is no folder (from PLACE, where relative paths begin), and the hub "
+        "(127.0.0.1) cannot be reached: Connection refused; correct the path"),
+    "a data set that nobody has": (
+        ["data.path=some/typo"], "and the hub (127.0.0.1) cannot be reached: Connection refused; correct data.path"),
+    "a package that is missing": (
+        ["model.attn_implementation=flash_attention_2"], "ConfigError: model.attn_implementation: flash_attention_2 "
+        "needs the package flash_attn, which is not installed here; install frpo[flash-attn]"),
+    "a GPU that is missing": (["run.device=cuda"], "ConfigError: run.device: cuda, but "),
     "window beyond the model's": (
         ["model.max_length=65"], "ModelError: model.max_length = 65 exceeds the 64 positions of 'MODELS/whole'"),
     "missing reward file": (
@@ -188,8 +202,16 @@ def test_a_dry_run_prints_the_resolved_recipe_and_what_was_checked(place, models
     code, out, err = run(capsys, "train", "recipe.yaml", "run.seed=3", "--dry-run")
     assert code == 0, err
     assert yaml.safe_load(out)["run"]["seed"] == 3
-    assert out.splitlines()[-1] == (f"# checked: model {models / 'whole'}, 4 training and 2 held-out prompts, "
-                                    "resume from the start")
+    told = [line for line in out.splitlines() if line.startswith("#")]
+    assert f"# checked: model {models / 'whole'}, 4 training and 2 held-out prompts, resume from the start" in told
+    assert "# length: 100 steps x 2 prompts x 4 completions, each prompt 50 times" in told
+    assert any(line.startswith("# device: cpu (run.device: auto, since torch ") for line in told)
+    told = run(capsys, "train", "recipe.yaml", "learner.threads=700", "rollout.prompts_per_step=6", "run.device=cpu",
+               "--dry-run")[1].splitlines()
+    assert ("# note: rollout.prompts_per_step = 6 is more than the 4 training prompts, so that a step draws some of "
+            "them twice") in told
+    assert "# device: cpu (run.device: cpu)" in told
+    assert any(line.startswith("# note: learner.num_ranks x learner.threads = 1400 and ") for line in told)
     assert tree(place) == before
 
 
@@ -264,8 +286,8 @@ def offered(*words):
 
 def test_a_shell_completes_commands_recipes_keys_and_values(place):
     assert offered("frpo", "ret") == ["retention"]
-    assert offered("frpo", "train", "re") == ["recipe.yaml"] and offered("frpo", "train", "qui") == ["quickstart"]
-    assert offered("frpo", "retention", "qui") == ["quickstart_retention"]
+    assert offered("frpo", "train", "re") == ["recipe.yaml"] and offered("frpo", "train", "smok") == ["smoke"]
+    assert offered("frpo", "retention", "quick") == ["quickstart_retention", "quickstart_smollm2_retention"]
     assert offered("frpo", "train", "smoke", "rollout.gro") == ["rollout.group_size="]
     assert offered("frpo", "train", "smoke", "run.device=c") == ["cpu", "cuda"]  # bash breaks words at =
     assert offered("frpo", "train", "smoke", "--dr") == ["--dry-run"]
@@ -279,7 +301,7 @@ def test_the_completion_script_of_a_shell(capsys, shell, words):
 
 @pytest.mark.parametrize("arguments, message", [
     (["PLACE/none", "recipe.yaml"], "'PLACE/none' is no folder to write evaluation.json into; give --json PATH, or a "),
-    (["PLACE/none", "recipe.yaml", "--json", "x.json"], "ModelError: model.path 'PLACE/none' is no folder"),
+    (["PLACE/none", "recipe.yaml", "--json", "x.json"], "ModelError: model.path 'PLACE/none' is no folder (from"),
     (["MODELS/whole", "recipe.yaml", "--json", "none/x.json"], "ConfigError: none/x.json cannot be written; give"),
     (["MODELS/whole", "recipe.yaml", "data.heldout=0"], "there are no held-out prompts to evaluate on; raise data"),
     (["MODELS/no_template", "recipe.yaml", "data.format=chat"], "tokenizer 'MODELS/no_template' has no chat"),
@@ -335,11 +357,10 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     (place / "heldout.jsonl").write_text('{"prompt": "2+1=", "answer": "3"}\n')
     arguments = ["train", "recipe.yaml", "data.heldout_path=heldout.jsonl", "--dry-run"]
     out = run(capsys, *arguments, "data.heldout_overlap=remove")[1]
-    assert out.splitlines()[-1] == "# left out: 1 x same prompt as a held-out one"
-    assert "5 training and 1 held-out prompts" in out.splitlines()[-2]
+    assert "\n# left out: 1 x same prompt as a held-out one\n" in out and "5 training and 1 held-out prompts" in out
     out = run(capsys, *arguments, "data.heldout_overlap=keep")[1]
-    assert out.splitlines()[-1] == "# trained on too: 1 x same prompt as a held-out one (data.heldout_overlap: keep)"
-    assert "6 training and 1 held-out prompts" in out.splitlines()[-2]
+    assert "\n# trained on too: 1 x same prompt as a held-out one (data.heldout_overlap: keep)\n" in out
+    assert "6 training and 1 held-out prompts" in out
 
 
 def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):

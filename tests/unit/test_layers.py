@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[2] / "frpo"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    ("__main__", "arguments", "completion", "doctor"),
+    ("__main__", "arguments", "completion", "dry_run", "doctor"),
     ("quickstart", "report", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
     ("evaluate", "invariants", "step_metrics", "traces", "finetune_parts", "builder", "journal", "sinks",

@@ -1,0 +1,96 @@
+"""`--dry-run`: what is known of a run before an engine or a rank starts, as lines behind the resolved recipe.
+
+What cannot work raises, as it would in the run. What works otherwise than its user may think is a line with "note:".
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from frpo.builder import check, reward_suite, try_rewards
+from frpo.cluster.device import lacking_packages, settled
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe
+from frpo.config.sections import Recipe
+from frpo.data.heldout import Split
+from frpo.finetune_parts import check_finetune
+from frpo.learner.lora import adapter_summary
+from frpo.rewards.trial import report_lines
+from frpo.step_metrics import mishaps
+
+
+def show_training(recipe: Recipe) -> None:
+    """Check a recipe of `frpo train` and print what was found. Raises the FrpoError that says what to change."""
+    checked = check(recipe)
+    with reward_suite(recipe, checked.prompts) as rewards:
+        trial = try_rewards(rewards, recipe, checked.prompts)
+    prompts = checked.prompts
+    model = recipe.model.path or "made on the spot"
+    _show(recipe, [
+        *report_lines(trial.groups), *mishaps(trial.counts),
+        f"checked: model {model}, {len(prompts.train)} training and {len(prompts.heldout)} held-out prompts, resume "
+        f"{checked.resume[0] if checked.resume else 'from the start'}",
+        *_left_out(prompts), *_notes(recipe, len(prompts.train))])
+
+
+def show_finetuning(recipe: FinetuneRecipe) -> None:
+    """The same for a recipe of `frpo finetune`."""
+    checked = check_finetune(recipe)
+    examples = checked.examples
+    _show(recipe, [
+        f"checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples, resume "
+        f"{checked.resume[0] if checked.resume else 'from the start'}",
+        *_left_out(examples), *_common_notes(recipe, engines=False)])
+
+
+def _show(recipe: AnyRecipe, lines: list[str]) -> None:
+    print(as_yaml(dump_recipe(recipe)).rstrip())
+    for line in lines:
+        print(f"# {line}")
+    if recipe.model.lora is not None and recipe.model.path is not None:
+        print(f"# {adapter_summary(recipe.model, recipe.model.path)}")
+
+
+def _left_out(items: Split) -> Iterator[str]:
+    for reason, count in items.skipped.items():
+        yield f"left out: {count} x {reason}"
+    if items.overlap:
+        yield f"trained on too: {items.overlap} x same prompt as a held-out one (data.heldout_overlap: keep)"
+
+
+def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
+    per_step, steps = recipe.rollout.prompts_per_step, recipe.run.num_steps
+    yield (f"length: {steps} steps x {per_step} prompts x {recipe.rollout.group_size} completions, each prompt "
+           f"{per_step * steps / prompts:.3g} times")
+    if per_step > prompts:
+        yield (f"note: rollout.prompts_per_step = {per_step} is more than the {prompts} training prompts, so that a "
+               "step draws some of them twice")
+    yield from _common_notes(recipe, engines=recipe.rollout.replay is None)
+
+
+def _common_notes(recipe: AnyRecipe, engines: bool) -> Iterator[str]:
+    device, reason = _device(recipe, engines)
+    yield f"device: {device} ({reason})"
+    cores = os.cpu_count() or 1
+    threads = recipe.learner.num_ranks * recipe.learner.threads
+    sampling = recipe.rollout.num_engines * recipe.rollout.threads if engines else 0
+    if device == "cpu" and max(threads, sampling) > cores:
+        yield (f"note: learner.num_ranks x learner.threads = {threads} and rollout.num_engines x rollout.threads = "
+               f"{sampling} on {cores} cores; more threads than cores slow each other down")
+    if "RAY_ADDRESS" in os.environ:
+        yield f"note: device and cores are those of this machine; the run joins {os.environ['RAY_ADDRESS']}"
+
+
+def _device(recipe: AnyRecipe, engines: bool) -> tuple[str, str]:
+    """What run.device comes to on this machine, and why. Raises ConfigError for a cuda that it cannot have."""
+    asked = recipe.run.device
+    lacking = [] if asked == "cpu" else lacking_packages(engines)
+    needed = recipe.learner.num_ranks
+    if engines:
+        needed += recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size
+    if asked != "cpu" and not lacking and "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() < needed:
+        lacking.append(f"the recipe needs {needed} GPUs, this machine shows {torch.cuda.device_count()}")
+    device = settled(asked, lacking, quiet=True)
+    return device, f"run.device: {asked}" + (f", since {'; '.join(lacking)}" if lacking else "")

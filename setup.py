@@ -33,6 +33,7 @@ setup(
         "argcomplete",
         "jinja2",
         "matplotlib",
+        "plotly>=6",
         "math-verify>=0.8",
         "rouge-score>=0.1.2",
     ],

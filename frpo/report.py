@@ -6,12 +6,14 @@ texts are shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from frpo.errors import ConfigError
-from frpo.evaluate.curve import draw_loss_curve, draw_reward_curve, read_metrics
+from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.page import Section, TableText, write_page
+from frpo.evaluate.runs import answers_over_time, chart_runs, draw_runs, read_runs
 from frpo.retention.archive import RECIPE, read_archive
 from frpo.retention.command import REPORT
 from frpo.retention.plan import make_plan
@@ -24,8 +26,8 @@ METRICS, FOLDED = "metrics.jsonl", ("recipe.yaml", "manifest.json", "heldout.jso
 def run_report(folders: Sequence[str], output: str | None) -> int:
     """Write the page; into the first folder unless `output` names a file."""
     path = Path(output) if output else Path(folders[0]) / REPORT
-    sections = [section(Path(folder)) for folder in folders]
-    title = sections[0].title if len(sections) == 1 else f"{len(sections)} runs"
+    sections = [*_side_by_side(list(map(Path, folders))), *(section(Path(folder)) for folder in folders)]
+    title = sections[0].title if len(folders) == 1 else f"{len(folders)} runs"
     print(f"Report: {write_page(title, sections, path)}")
     return 0
 
@@ -45,10 +47,25 @@ def section(folder: Path) -> Section:
     return Section(title=folder.name, pictures=pictures, shown=texts)
 
 
+def _side_by_side(folders: Sequence[Path]) -> list[Section]:
+    """One section about all trainings among the folders, if there are several."""
+    trainings = [folder for folder in folders if (folder / METRICS).is_file() and not (folder / RECIPE).is_file()]
+    if len(trainings) < 2:
+        return []
+    names = [folder.name for folder in trainings]
+    named = {folder.name if names.count(folder.name) == 1 else str(folder): folder for folder in trainings}
+    return [Section(title="Side by side", **_curves(named, trainings[0] / "side_by_side.png"))]
+
+
+def _curves(folders: Mapping[str, Path], picture: Path) -> dict[str, Any]:
+    """Pictures and charts of a section about these runs."""
+    runs = read_runs(folders)
+    drawn = draw_runs(runs, picture)
+    return {"pictures": {"Training": drawn}, "charts": {"Training": chart_runs(runs, folders)}} if drawn else {}
+
+
 def _training(folder: Path) -> Section:
     rows = read_metrics(folder / METRICS)
-    draw = draw_reward_curve if any("reward/mean" in row or "eval/reward" in row for row in rows) else draw_loss_curve
-    pictures = {"Training": draw({folder.name: folder / METRICS}, folder / "curve.png")} if rows else {}
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
     tables = []
     if evaluated:
@@ -56,9 +73,11 @@ def _training(folder: Path) -> Section:
         tables.append(TableText(
             title="Held-out metrics", note="at the first and the last evaluation", columns=("metric", "first", "last"),
             rows=tuple((name, *(_short(row[name]) for row in (evaluated[0], evaluated[-1]))) for name in names)))
+    said = answers_over_time(folder)
+    tables += [said] if said else []
     folded = {name: (folder / name).read_text(encoding="utf-8") for name in FOLDED if (folder / name).is_file()}
-    return Section(title=folder.name, text=(f"{rows[-1]['step']:.0f} steps.",) if rows else (), pictures=pictures,
-                   tables=tuple(tables), folded=folded)
+    return Section(title=folder.name, text=(f"{rows[-1]['step']:.0f} steps.",) if rows else (),
+                   tables=tuple(tables), folded=folded, **_curves({folder.name: folder}, folder / "curve.png"))
 
 
 def _short(value: float) -> str:

@@ -7,13 +7,12 @@ Shape suffix: K values of KL.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import cycle
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
 
+from frpo.evaluate.chart import STYLES, colored
 from frpo.evaluate.retained import ForkPath
 from frpo.retention.results import Results
 from frpo.telemetry import mean_interval
@@ -23,8 +22,6 @@ from matplotlib import pyplot as plt  # the backend has to be chosen first
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
-
-Name = TypeVar("Name")
 
 
 def kept(found: Results, title: str) -> Figure:
@@ -85,11 +82,6 @@ def differences(found: Results, regime: str) -> Figure:
     return tidy(figure, axes, axes[1])
 
 
-def colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:
-    """Pair each name with a color."""
-    return zip(names, cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]))
-
-
 def tidy(figure: Figure, axes: Iterable[Axes], legend: Axes) -> Figure:
     """Take the frames away and put a legend on one of the axes."""
     for axis in axes:
@@ -103,7 +95,7 @@ def band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label:
     """Draw mean and interval where every curve has a value; the line breaks off elsewhere."""
     columns = [column if not np.isnan(column).any() else () for column in np.stack(curves).T]
     mean, half_width = np.array([mean_interval(column) for column in columns]).T
-    axis.plot(x, mean, color=color, label=label, linewidth=1.5)
+    axis.plot(x, mean, color=color, label=label, linewidth=1.5, linestyle=STYLES.get(color, "solid"))
     if len(curves) > 1:
         axis.fill_between(x, mean - half_width, mean + half_width, color=color, alpha=0.15, linewidth=0)
 

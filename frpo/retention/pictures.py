@@ -10,7 +10,8 @@ import matplotlib
 import numpy as np
 
 from frpo.config.retention import TableSection
-from frpo.retention.curves import band, colored, differences, kept, tidy
+from frpo.evaluate.chart import colored
+from frpo.retention.curves import band, differences, kept, tidy
 from frpo.retention.results import Results
 from frpo.telemetry import mean_interval
 

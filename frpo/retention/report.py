@@ -14,6 +14,7 @@ import numpy as np
 from frpo.config.loader import as_yaml, dump_recipe
 from frpo.evaluate.page import Section
 from frpo.manifest import environment
+from frpo.retention.charts import kept_charts
 from frpo.retention.pictures import draw_all
 from frpo.retention.results import Results
 from frpo.retention.tables import COMPARED, all_tables, heldout_table, level
@@ -29,7 +30,7 @@ def section_of(found: Results, folder: Path) -> Section:
     return Section(
         title=recipe.run.name, text=tuple(sentences(found)), warnings=found.warnings,
         tables=(*all_tables(found), *([heldout_table(found)] if found.heldout else ())),
-        pictures=draw_all(found, folder),
+        pictures=draw_all(found, folder), charts=kept_charts(found),
         folded={"Recipe": as_yaml(dump_recipe(recipe)),
                 "Manifest": json.dumps(environment(), indent=1),
                 "Seconds of each stage": json.dumps(found.seconds, indent=1)})

@@ -150,9 +150,9 @@ def test_a_recipe_is_trained_and_its_log_followed(cluster, elsewhere):
     home = cluster.python.parents[1]
     imported, = [line.split(" with ")[1] for line in log.splitlines() if line.startswith("rewards with")]
     assert Path(imported).is_relative_to(home)
-    assert "rewards with" in early and "step    2" not in early
+    assert "rewards with" in early and "step 2/2" not in early
     assert [line.split("|")[0].strip() for line in log.splitlines() if line.startswith("step ")] == [
-        "step    0", "step    1", "step    2"]
+        "step 0/2", "step 1/2", "step 2/2"]
     assert "ray_job: job smoke-" in log and "files sent: my/rewards.py, helper.py" in log
     rows = [json.loads(line) for line in (elsewhere / "runs" / "first" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["policy/version"] == 2

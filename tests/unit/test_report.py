@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import re
 
-from frpo.evaluate.curve import draw_loss_curve
+from plotly.offline import get_plotlyjs
+
 from frpo.evaluate.page import TableText
 from frpo.report import run_report, section
 from frpo.retention.command import REPORT, show
@@ -21,8 +23,7 @@ def test_folders_of_other_kinds(tmp_path):
     found = section(tmp_path / "tuned")
     assert (found.title, found.text, found.folded) == ("tuned", ("7 steps.",), {"manifest.json": '{"seed": 5}'})
     assert found.tables[0].rows == (("eval/nll", "1.5", "-"),) and found.pictures["Training"].is_file()
-    losses = draw_loss_curve({"tuned": tmp_path / "tuned" / "metrics.jsonl"}, tmp_path / "losses.png")
-    assert found.pictures["Training"].read_bytes() == losses.read_bytes()
+    assert list(found.charts["Training"].panels) == ["cross-entropy, training, nats a token"], "one point is no curve"
     (tmp_path / "drawn").mkdir()
     (tmp_path / "tuned" / "curve.png").rename(tmp_path / "drawn" / "a<b.png")
     assert list(section(tmp_path / "drawn").pictures) == ["a<b"]
@@ -33,6 +34,48 @@ def test_folders_of_other_kinds(tmp_path):
     assert "<h1>drawn</h1>" in page and 'alt="a&lt;b"' in page and 'src="data:image/png;base64,iVBOR' in page
     run_report([str(tmp_path / "drawn"), str(tmp_path / "begun")], None)
     assert "<h1>2 runs</h1>" in (tmp_path / "drawn" / REPORT).read_text(encoding="utf-8")
+
+
+STEPS = [{"step": step, "reward/mean": 0.1 * step, "reward/a/mean": 0.2, "reward/b/mean": 0.3, "policy/kl_ref": 0.01,
+          **({"eval/reward": 0.5, "eval/interval": 0.1} if step in (0, 4) else {})} for step in range(5)]
+
+
+def test_several_trainings_stand_side_by_side(tmp_path):
+    """Every measure of which one run has two points; a run that lacks it is not in that panel."""
+    for name, rows in (("one", STEPS), ("two", [{key: value for key, value in row.items() if key != "policy/kl_ref"}
+                                                for row in STEPS])):
+        write(tmp_path / name / "metrics.jsonl", rows)
+    write(tmp_path / "one" / "samples.jsonl", [
+        {"step": step, "task": task, "prompt": "ask", "completion": f"said <{step}>", "reward": 0.5, "rewards": {}}
+        for step in (0, 4) for task in ("eval", "kept")])
+    run_report([str(tmp_path / "one"), str(tmp_path / "two")], None)
+    page = (tmp_path / "one" / REPORT).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert re.findall("<h2>(.*)</h2>", page) == ["Side by side", "one", "two"]
+    both, one, two = (json.loads(text) for text in re.findall(
+        r'<script type="application/json">(.*?)</script>', page, re.DOTALL))
+    assert list(both["panels"]) == ["reward, training", "reward, held-out", "KL to the reference, nats a token",
+                                    "reward a, training", "reward b, training"]
+    curves = {title: [trace["name"] for trace in panel["data"]] for title, panel in both["panels"].items()}
+    assert curves["reward, training"] == ["one", "one", "two", "two"]
+    assert curves["KL to the reference, nats a token"] == ["one", "one"]
+    styles = {(trace["line"]["color"], trace["line"]["dash"]) for trace in both["panels"]["reward, training"]["data"]
+              if trace["mode"] == "lines"}
+    assert len(styles) == 2 and len({color for color, _ in styles}) == len({dash for _, dash in styles}) == 2
+    heldout = both["panels"]["reward, held-out"]["data"][1]
+    assert heldout["x"] == [0, 4] and heldout["error_y"]["array"] == [0.1, 0.1]
+    assert [row["completion"] for key in heldout["customdata"] for row in both["samples"][key]] == [
+        "said <0>", "said <4>"]
+    assert "said &lt;4&gt;\n[0.5]" in page and "<td>ask</td>" in page
+    assert (tmp_path / "one" / "side_by_side.png").is_file() and two["samples"] == {}
+
+
+def test_what_was_said_cannot_break_out_of_the_page(tmp_path):
+    write(tmp_path / "run" / "metrics.jsonl", STEPS)
+    write(tmp_path / "run" / "samples.jsonl", [{"step": 0, "task": "eval", "prompt": "</script><b>", "completion": "x",
+                                                "reward": 0.5, "rewards": {}}])
+    run_report([str(tmp_path / "run")], None)
+    page = (tmp_path / "run" / REPORT).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert "</script><b>" not in page and "\\u003c/script>\\u003cb>" in page
 
 
 def test_a_terminal_shows_what_looks_like_markup(capsys):

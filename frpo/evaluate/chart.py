@@ -1,0 +1,67 @@
+"""Curves that answer questions on a page: panels for Plotly, and what was said at each of their points.
+
+A panel is what Plotly draws, as plain values. What a curve shows is its maker's business. There is a picture of the
+same for print, and for readers without scripts. Lines differ in color and in dash.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any, TypeVar
+
+Name = TypeVar("Name")
+
+STYLES = {"#0072b2": "solid", "#d55e00": "dashed", "#009e73": "dashdot", "#cc79a7": "dotted", "#e69f00": "solid",
+          "#56b4e9": "dashed", "#6a3d9a": "dashdot", "#000000": "dotted"}
+"""Color -> dash, in matplotlib's words; colors that a color-blind reader can tell apart (after Okabe and Ito)."""
+
+DASHES = {"solid": "solid", "dashed": "dash", "dashdot": "dashdot", "dotted": "dot"}
+"""The same in Plotly's words."""
+
+
+def colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:
+    """Pair each name with a color of STYLES."""
+    return zip(names, cycle(STYLES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """panels: title -> figure. samples: the key of a point (its customdata) -> what was said there."""
+
+    panels: Mapping[str, Mapping[str, Any]]
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+
+def panel(traces: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, Any]:
+    """A figure with these axes."""
+    axis = {"gridcolor": "#e6e8ec", "zerolinecolor": "#c4c9d1"}
+    return {"data": list(traces), "layout": {
+        "xaxis": {**axis, "title": {"text": x}}, "yaxis": {**axis, "title": {"text": y}}, "hovermode": "closest",
+        "margin": {"l": 60, "r": 15, "t": 10, "b": 45}, "height": 340, "plot_bgcolor": "white",
+        "legend": {"orientation": "h", "y": -0.25}}}
+
+
+def line(name: str, color: str, x: Sequence[float], y: Sequence[float], **more: Any) -> dict[str, Any]:
+    """A line without points; it and all of its name are shown or hidden together."""
+    return {"type": "scatter", "mode": "lines", "name": name, "legendgroup": name, "x": _plain(x), "y": _plain(y),
+            "line": {"color": color, "dash": DASHES[STYLES[color]], "width": 2}, "hoverinfo": "skip", **more}
+
+
+def points(name: str, color: str, x: Sequence[float], y: Sequence[float], told: Sequence[str],
+           keys: Sequence[str] | None = None, interval: Sequence[float] | None = None, **more: Any) -> dict[str, Any]:
+    """Points that say `told` under the pointer. keys: of `Chart.samples`."""
+    trace = {"type": "scatter", "mode": "markers", "name": name, "legendgroup": name, "x": _plain(x), "y": _plain(y),
+             "marker": {"color": color, "size": 7}, "text": list(told), "showlegend": False,
+             "hovertemplate": "%{text}<extra>%{fullData.name}</extra>", **more}
+    if keys is not None:
+        trace["customdata"] = list(keys)
+    if interval is not None:
+        trace["error_y"] = {"type": "data", "array": _plain(interval), "thickness": 1, "color": color}
+    return trace
+
+
+def _plain(values: Sequence[float]) -> list[float | None]:
+    """A gap where a value is not known."""
+    return [float(value) if math.isfinite(value) else None for value in values]

@@ -70,6 +70,8 @@ def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
         traces = []
         for (name, rows), color in colored(runs.items()):
             known = _known(rows, metric)
+            if not known:
+                continue
             x, y = [row["step"] for row in known], [row[metric] for row in known]
             told = [f"step {row['step']:.0f}<br>{title} {row[metric]:.4g}" for row in known]
             widths = [row.get(interval, math.nan) for row in known] if interval else None

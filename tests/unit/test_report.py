@@ -51,7 +51,7 @@ def test_several_trainings_stand_side_by_side(tmp_path):
     run_report([str(tmp_path / "one"), str(tmp_path / "two")], None)
     page = (tmp_path / "one" / REPORT).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
     assert re.findall("<h2>(.*)</h2>", page) == ["Side by side", "one", "two"]
-    both, one, two = (json.loads(text) for text in re.findall(
+    both, _, two = (json.loads(text) for text in re.findall(
         r'<script type="application/json">(.*?)</script>', page, re.DOTALL))
     assert list(both["panels"]) == ["reward, training", "reward, held-out", "KL to the reference, nats a token",
                                     "reward a, training", "reward b, training"]

@@ -77,7 +77,7 @@ def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
             widths = [row.get(interval, math.nan) for row in known] if interval else None
             keys = [f"{name}/{step:.0f}" for step in x] if metric.startswith("eval/") else None
             traces += [line(name, color, x, y), points(name, color, x, y, told, keys, widths)]
-        found[title] = panel(traces, "step", title)
+        found[title] = panel(traces, "step", "")
     for name, folder in folders.items():
         for row in read_samples(folder):
             samples.setdefault(f"{name}/{row['step']}", []).append(row)

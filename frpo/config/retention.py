@@ -64,6 +64,7 @@ class RegimeSection(Section):
     """A fine-tuning that forks go through."""
 
     recipe: str = Field(description="recipe of `frpo finetune` or `frpo train`")
+    means: str | None = Field(None, description="in words, for the report: what forks are fine-tuned for")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)
     policies: list[str] | None = Field(None, description="only forks of these go through it; null: all")
@@ -72,6 +73,7 @@ class RegimeSection(Section):
 class TaskSection(Section):
     """Held-out prompts, and the rewards of their completions."""
 
+    means: str | None = Field(None, description="in words, for the report: what the task is")
     recipe: str = Field(description="recipe of `frpo train`, of which data, rewards, rollout and evaluate are taken")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)

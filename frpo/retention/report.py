@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from frpo.config.loader import as_yaml, dump_recipe
-from frpo.evaluate.page import Section
+from frpo.config.retention import RegimeSection, TaskSection
+from frpo.evaluate.page import Section, TableText
 from frpo.manifest import environment
 from frpo.retention.charts import kept_charts
 from frpo.retention.pictures import draw_all
@@ -29,11 +30,32 @@ def section_of(found: Results, folder: Path) -> Section:
     recipe = found.plan.recipe
     return Section(
         title=recipe.run.name, text=tuple(sentences(found)), warnings=found.warnings,
-        tables=(*all_tables(found), *([heldout_table(found)] if found.heldout else ())),
+        tables=(meanings(found), *all_tables(found), *([heldout_table(found)] if found.heldout else ())),
         pictures=draw_all(found, folder), charts=kept_charts(found),
         folded={"Recipe": as_yaml(dump_recipe(recipe)),
                 "Manifest": json.dumps(environment(), indent=1),
                 "Seconds of each stage": json.dumps(found.seconds, indent=1)})
+
+
+def meanings(found: Results) -> TableText:
+    """What regimes and measures are, each in a line."""
+    recipe = found.plan.recipe
+    measure, rows = recipe.measure, []
+    for name, section in recipe.regimes.items():
+        rows.append((name, f"{_described(section)}: what forks go through"))
+    rows += [("kept", f"reward of held-out prompts of {_described(measure.kept)}"),
+             ("decile", "mean of the lowest tenth of its completions")]
+    if measure.utility is not None:
+        rows.append(("utility", f"reward of held-out prompts of {_described(measure.utility)}"))
+    rows += [("over updates", "mean along a fork's updates: how soon it is lost"),
+             ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy: how much is lost by a "
+                         "fine-tuning that goes so far"),
+             ("KL to the reference", "nats a sequence that a policy itself has moved before any fork")]
+    return TableText(title="What the names mean", note="", columns=("name", "meaning"), rows=tuple(rows), laid_out=True)
+
+
+def _described(section: RegimeSection | TaskSection) -> str:
+    return f"{section.means} (recipe {section.recipe})" if section.means else f"recipe {section.recipe}"
 
 
 def sentences(found: Results) -> list[str]:

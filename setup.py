@@ -28,6 +28,7 @@ setup(
         "safetensors",
         "numpy",
         "pydantic>=2.9",
+        "psutil",
         "pyyaml",
         "rich",
         "argcomplete",

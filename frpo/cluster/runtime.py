@@ -10,11 +10,12 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import psutil
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 from ray.exceptions import (
@@ -88,6 +89,7 @@ def ray_session() -> Iterator[None]:
 
 def _start_local(attempts: int = 3) -> None:
     """Start Ray here; again if a busy machine was too slow for the 30 s that Ray gives itself."""
+    before = _descendants()
     for attempt in range(1, attempts + 1):
         try:
             with phase("starting Ray"), outside_the_team():
@@ -96,8 +98,20 @@ def _start_local(attempts: int = 3) -> None:
             return
         except Exception as error:  # Ray raises nothing more specific
             ray.shutdown()
+            _end(_descendants() - before)  # Ray ends what it has half started only with this process
             if attempt == attempts or "timed out during startup" not in str(error):
                 raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=GRACE_S)
 
 
 def show_what_cuda_sees() -> None:

@@ -65,6 +65,9 @@ def packaged_file() -> Path | None:
 def _write(folder: Path, package: Path | None, source: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     where, options = (HUB_ID, {}) if package is None else (str(package.parent), {"gguf_file": package.name})
     try:

@@ -151,7 +151,8 @@ def test_only_the_first_rank_of_a_launcher_says_why(machine, monkeypatch, caplog
     assert device_here(SimpleNamespace(run=SimpleNamespace(device="auto"))) == "cpu" and not caplog.records
 
 
-FOR_CPU = {"quickstart", "quickstart_downstream", "smoke", "smollm2_constraints", "gsm8k_calculator", "finetune_gsm8k",
+FOR_CPU = {"quickstart", "quickstart_downstream", "quickstart_smollm2", "quickstart_smollm2_downstream", "smoke",
+           "smollm2_constraints", "gsm8k_calculator", "finetune_gsm8k",
            "lab_alignment", "lab_attack", "lab_downstream_grpo", "lab_downstream_sft", "lab_policy", "lab_warm_start"}
 
 

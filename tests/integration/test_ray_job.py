@@ -205,7 +205,7 @@ def test_a_session_joins_with_the_token_that_there_is(cluster, tmp_path, script,
     """Ray itself fails after 20 s where it does not look for the token, and aborts where it wants one that is not."""
     code = f"import os, ray\nfrom frpo.cluster.runtime import ray_session, show_token\n{script}"
     environment = cluster.environment | {"RAY_ADDRESS": cluster.head, "HOME": str(tmp_path)}
-    assert call([cluster.python, "-c", code], tmp_path, environment) == f"{expected}\n"
+    assert call([cluster.python, "-c", code], tmp_path, environment).splitlines()[-1] == expected
 
 
 def launch(cluster: Cluster, folder: Path, reward: str, *overrides: str, interrupt_at: set[str] | None = None

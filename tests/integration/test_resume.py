@@ -67,7 +67,7 @@ def test_the_resumed_run_repeats_the_one_left_alone_to_the_bit(runs):
 def test_another_recipe_is_refused_naming_the_key(runs):
     alone, _, _ = runs
     changed = load_recipe("smoke", [*overrides_of(alone), "learner.lr=0.5"])
-    with pytest.raises(CheckpointError, match="was written by another recipe:\n  learner.lr: 0.0004 -> 0.5\nuse that"):
+    with pytest.raises(CheckpointError, match="was written by another recipe:\n  learner.lr: 0.0004 -> 0.5\nUse that"):
         CheckpointStore(alone, changed).select()
     longer = load_recipe("smoke", [*overrides_of(alone), "run.num_steps=9"])
     path, state = CheckpointStore(alone, longer).select()

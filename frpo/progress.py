@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 WIDTH, MOST = 120, 6
 """Columns and figures that a line has at most."""
 
-SILENCE_S, LONGEST_SILENCE_S = 15.0, 60.0
+SILENCE_S, LONGEST_SILENCE_S = 30.0, 60.0
 """Seconds without a line after which one says what goes on; every further one waits twice as long, up to a limit."""
 
 POLL_S = 1.0

@@ -287,6 +287,7 @@ def offered(*words):
 def test_a_shell_completes_commands_recipes_keys_and_values(place):
     assert offered("frpo", "ret") == ["retention"]
     assert offered("frpo", "train", "re") == ["recipe.yaml"] and offered("frpo", "train", "smok") == ["smoke"]
+    assert offered("frpo", "train", f"{place}/re") == [f"{place}/recipe.yaml"]
     assert offered("frpo", "retention", "quick") == ["quickstart_retention", "quickstart_smollm2_retention"]
     assert offered("frpo", "train", "smoke", "rollout.gro") == ["rollout.group_size="]
     assert offered("frpo", "train", "smoke", "run.device=c") == ["cpu", "cuda"]  # bash breaks words at =

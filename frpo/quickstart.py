@@ -21,7 +21,7 @@ from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.data.arithmetic import comparisons
-from frpo.errors import ModelError
+from frpo.errors import ConfigError, ModelError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
 from frpo.evaluate.page import Section, TableText, write_page
 from frpo.journal import open_journal
@@ -136,9 +136,15 @@ def answers_table(before: Answers, after: Answers) -> TableText:
 
 
 def _at_hand(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
-    """The tour of `model` and its recipe, once that model is there; else those of the tiny one, saying why."""
+    """The tour of `model` and its recipe, once that model is there; else those of the tiny one, saying why.
+
+    Raises ConfigError where the overrides name another model, which the matrix would not fork.
+    """
     tour = TOURS[model]
-    recipe = load_recipe(tour.recipe, overrides)
+    recipe, own = load_recipe(tour.recipe, overrides), load_recipe(tour.recipe).model.path
+    if own is not None and Path(recipe.model.path or "") != Path(own):
+        raise ConfigError(f"the quick start trains the model that it makes, {own}, given model.path = "
+                          f"{recipe.model.path}; train another one with `frpo train {tour.recipe} model.path=...`")
     if recipe.model.path is None or Path(recipe.model.path).is_dir():
         return tour, recipe
     try:

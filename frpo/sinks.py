@@ -77,8 +77,8 @@ class WandbSink:
             known |= json.loads(self.record.read_text(encoding="utf-8"))
         section = recipe.telemetry
         self.run = wandb.init(
-            id=known["id"], resume="allow", name=recipe.run.name, dir=str(run_dir), config=dump_recipe(recipe),
-            project=section.project, group=section.group, tags=section.tags or None)
+            id=known["id"], resume="allow", reinit="create_new", name=recipe.run.name, dir=str(run_dir),
+            config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
         self.known = known | {"id": self.run.id}
         self.shown: dict[str, list[list[Any]]] = {}
         for sample in _kept(run_dir / SAMPLES, last_step):

@@ -110,6 +110,23 @@ def test_a_run_that_starts_anew_is_another_one(tmp_path, monkeypatch):
     assert len({run.run_id for run in runs}) == 2 and [step for _, step, _ in rows] == [0, 0]
 
 
+def test_two_runs_of_one_process_are_two(tmp_path, monkeypatch):
+    """As in the quick start, whose control logs while the journal of the first run is open."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    sinks = [sink for folder in folders for sink in open_sinks(recipe(wandb=True), folder, None)]
+    for step in range(2):
+        for value, sink in enumerate(sinks):
+            sink.write(step, {"reward/mean": float(value)})
+    for sink in sinks:
+        sink.close()
+    for value, folder in enumerate(folders):
+        assert [(step, values["reward/mean"]) for _, step, values in history(folder)[1]] == [(0, value), (1, value)]
+
+
 def test_tensorboard_takes_back_an_earlier_run_when_one_starts_anew(tmp_path):
     for step in (3, 0):
         sink, = open_sinks(recipe(tensorboard=True), tmp_path, None)

@@ -71,8 +71,10 @@ def records(path: Path):
 
 def history(folder: Path):
     """The offline runs in the order in which they were made, and (run id, step, values) of what they logged."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its process writes the last records of a finished run only with its own end
     rows, runs = [], []
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for data in records(path):

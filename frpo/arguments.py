@@ -11,13 +11,15 @@ from typing import NoReturn
 RECIPE = "a recipe file, or the name of one in recipes/"
 EXIT_CODES = """exit codes:
   0    done
-  1    done, but a stage of a matrix failed, the quick start saw no gain, or an error of Python's own
+  1    done, but a stage of a matrix failed, the quick start saw no gain or doctor found a mismatch; an error of
+       Python's own
   2    an error that the message explains: usage, recipe, data, model, machine
   130  interrupted (Ctrl-C); the same command goes on from the newest checkpoint"""
 RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
 """Commands whose recipes are of another kind than those of train."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",
-            "rollout": "smoke", "config": "smoke"}
+            "rollout": "smoke", "config": "smoke", "evaluate": "runs/smoke/export smoke",
+            "rescore": "runs/smoke/traces.jsonl smoke", "sweep": "smoke --over learner.lr=[1e-5,1e-4]"}
 MODEL = "a folder with a Hugging Face model, such as a run's export, or a hub id"
 
 
@@ -56,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
             command = self.prog.split()[-1]
             names = recipe_names(RECIPE_COMMANDS.get(command, "train"))
-            message = message.removesuffix(", section.key=value")  # argparse counts what may be missing too
+            message = message.replace(", section.key=value", "")  # argparse counts what may be missing too
             message += (f"\nGive a recipe: a YAML file, or the name of one: {', '.join(names)}."
                         f"\nFor example: {self.prog} {EXAMPLES.get(command, names[0])}")
         if "COMMAND" in missing:

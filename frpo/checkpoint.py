@@ -134,10 +134,13 @@ def write_finished(recipe: AnyRecipe, steps: int) -> None:
 
 def finished_steps(recipe: AnyRecipe) -> int | None:
     """How many steps the run of this recipe took, if it has come to its end and nothing of it is to be done again."""
-    path = Path(recipe.run.dir) / FINISHED
-    if recipe.run.resume not in ("auto", "force") or not path.is_file():
+    folder = Path(recipe.run.dir)
+    if recipe.run.resume not in ("auto", "force") or not (folder / "export").is_dir():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or the process ended while it was written
+        return None
     longer = isinstance(recipe, Recipe) and recipe.run.num_steps > record["steps"]
     return None if longer or record["recipe_digest"] != recipe_digest(recipe) else record["steps"]
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 def _recipes(kinds: Mapping[str, str], prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
     """Of the command's kind, from recipes/ and from the folder that has been typed."""
-    files = [str(path) for path in Path().glob(f"{prefix}*") if path.suffix == ".yaml" or path.is_dir()]
+    files = [path for path in glob.glob(f"{glob.escape(prefix)}*") if path.endswith(".yaml") or Path(path).is_dir()]
     named = recipe_names(kinds.get(parsed_args.command.__name__, "train"))
     return named + [f"{file}/" if Path(file).is_dir() else file for file in files]
 

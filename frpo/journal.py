@@ -21,6 +21,9 @@ from frpo.types import RunState, ScoredGroup
 SAMPLES = 8
 """Held-out completions that are kept of an evaluation."""
 
+CHANGES = "changes"
+"""Name of the file of what run.resume: force has changed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
@@ -72,7 +75,6 @@ class Journal:
             sink.write(step, metrics)
         bar.step(step, metrics)
 
-
     def keep_samples(self, step: int, scored: Sequence[ScoredGroup], task: str = "eval") -> None:
         """The first completions of a task's first held-out prompts, for whoever reads what the policy says."""
         rows = [{"step": step, "task": task, "prompt": group.group.prompt.messages[-1]["content"],
@@ -98,7 +100,7 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
         if resume is None:
             if recipe.run.resume == "overwrite":
                 checkpoints.clear()
-            for name in names:
+            for name in (*names, CHANGES):
                 _move_aside(run_dir, name)
         files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
         if resume is not None and (changes := checkpoints.changes(resume[0])):
@@ -112,7 +114,7 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
 def _tell_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
     """Print what is decided otherwise from here on, and keep it beside the metrics."""
     say(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}")
-    record = JsonlFile(run_dir / "changes.jsonl")
+    record = JsonlFile(run_dir / f"{CHANGES}.jsonl")
     record.append({"step": step, "changes": list(changes)})
     record.close()
 

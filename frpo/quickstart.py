@@ -21,7 +21,7 @@ from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.data.arithmetic import comparisons
-from frpo.errors import ModelError
+from frpo.errors import ConfigError, ModelError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
 from frpo.evaluate.page import Section, TableText, write_page
 from frpo.journal import open_journal
@@ -69,7 +69,8 @@ SAMPLE = Path(__file__).parent / "data" / "gsm8k_sample.jsonl"
 
 
 def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
-    """Run everything, print tables, draw pictures. Returns 0 if the gain is real and the control has none, else 1.
+    """Run everything, print tables, draw pictures. Returns 0 if the gain is real, the control has none and every
+    fork was fine-tuned, else 1.
 
     model: smollm2, or tiny, which is also taken where the real one cannot be had. overrides: section.key=value over its
     recipe.
@@ -102,7 +103,7 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
     kept = collect(matrix)
     show([_ends_table(ends), answers_table(before, after), policy_table(kept),
           fork_table(kept, f"through {tour.downstream}")])
-    kept_picture = draw_all(kept, run_dir)[f"Kept through {tour.downstream}"]
+    kept_picture = draw_all(kept, run_dir).get(f"Kept through {tour.downstream}", "no fork has two points to draw")
     write_report(kept)
     page = write_page("Quick start", [
         Section(title="Training", text=("The control has the same rewards, shuffled over the completions of a step.",),
@@ -115,7 +116,7 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
     gained, lured = (_verdict(*ends[name]) for name in runs)
     print(f"Gain on held-out prompts beyond the first model's interval: {'yes' if gained else 'NO'}; "
           f"gain under shuffled rewards: {'YES' if lured else 'none'}")
-    return 0 if gained and not lured else 1
+    return 0 if gained and not lured and not kept.failures else 1
 
 
 def prepare_downstream(folder: Path, seed: int) -> None:
@@ -136,9 +137,15 @@ def answers_table(before: Answers, after: Answers) -> TableText:
 
 
 def _at_hand(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
-    """The tour of `model` and its recipe, once that model is there; else those of the tiny one, saying why."""
+    """The tour of `model` and its recipe, once that model is there; else those of the tiny one, saying why.
+
+    Raises ConfigError where the overrides name another model, which the matrix would not fork.
+    """
     tour = TOURS[model]
-    recipe = load_recipe(tour.recipe, overrides)
+    recipe, own = load_recipe(tour.recipe, overrides), load_recipe(tour.recipe).model.path
+    if own is not None and Path(recipe.model.path or "") != Path(own):
+        raise ConfigError(f"the quick start trains the model that it makes, {own}, given model.path = "
+                          f"{recipe.model.path}; train another one with `frpo train {tour.recipe} model.path=...`")
     if recipe.model.path is None or Path(recipe.model.path).is_dir():
         return tour, recipe
     try:

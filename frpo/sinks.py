@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from frpo.config.loader import AnyRecipe, dump_recipe
+from frpo.telemetry import read_rows
 
 Sample = Mapping[str, Any]
 """step, task, prompt, completion, reward, and the rewards that it is made of."""
@@ -47,8 +48,8 @@ class TensorBoardSink:
     def __init__(self, folder: Path, last_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an ended process logged beyond its checkpoint is taken back: those steps are made again.
-        self.writer = SummaryWriter(str(folder), purge_step=None if last_step is None else last_step + 1)
+        # What an earlier process logged beyond the checkpoint is taken back, all of it where the run starts anew.
+        self.writer = SummaryWriter(str(folder), purge_step=0 if last_step is None else last_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -76,8 +77,8 @@ class WandbSink:
             known |= json.loads(self.record.read_text(encoding="utf-8"))
         section = recipe.telemetry
         self.run = wandb.init(
-            id=known["id"], resume="allow", name=recipe.run.name, dir=str(run_dir), config=dump_recipe(recipe),
-            project=section.project, group=section.group, tags=section.tags or None)
+            id=known["id"], resume="allow", reinit="create_new", name=recipe.run.name, dir=str(run_dir),
+            config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
         self.known = known | {"id": self.run.id}
         self.shown: dict[str, list[list[Any]]] = {}
         for sample in _kept(run_dir / SAMPLES, last_step):
@@ -85,7 +86,7 @@ class WandbSink:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._is_new("metrics", step):
-            self.run.log(dict(metrics), step=step)
+            self.run.log(dict(metrics), step=step, commit=True)  # a step's samples come before its metrics
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
@@ -117,8 +118,7 @@ def _kept(path: Path, last_step: int | None) -> list[Sample]:
     """Samples of a run up to the step that it goes on from."""
     if last_step is None or not path.is_file():
         return []
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row["step"] <= last_step]
+    return [row for row in read_rows(path) if row["step"] <= last_step]
 
 
 def _cell(value: Any) -> str:

@@ -42,6 +42,6 @@ def outlive(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[Liv
                     raise
                 logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
                                "(run.max_restarts)", error, left - 1)
-        if parts.journal.checkpoints.complete():
+        if recipe.run.resume != "force" and parts.journal.checkpoints.complete():
             recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     raise AssertionError("the last attempt returns or raises")

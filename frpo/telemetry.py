@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,15 @@ class JsonlFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JsonlFile. A last line that is not whole, such as after a kill -9, is left out."""
+    *whole, last = path.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in whole]
+    with suppress(json.JSONDecodeError):
+        rows.append(json.loads(last))
+    return rows
 
 
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -1,12 +1,13 @@
 """Reward and loss curves of one or several runs as pictures, from their metrics files."""
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
+
+from frpo.telemetry import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend has to be chosen first
@@ -14,8 +15,7 @@ from matplotlib import pyplot as plt  # the backend has to be chosen first
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics file, one a step; null is what was not finite."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in read_rows(path)]
 
 
 def draw_reward_curve(runs: Mapping[str, Path], picture: Path) -> Path:

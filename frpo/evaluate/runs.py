@@ -1,14 +1,15 @@
 """Trainings side by side: every measure in one panel, as a picture and as curves that answer questions."""
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from frpo.evaluate.chart import STYLES, Chart, colored, line, panel, points
 from frpo.evaluate.curve import plt, read_metrics
 from frpo.evaluate.page import TableText
+from frpo.telemetry import read_rows
 
 MEASURES = {
     "reward, training": ("reward/mean", None), "reward, held-out": ("eval/reward", "eval/interval"),
@@ -90,7 +91,7 @@ def answers_over_time(folder: Path) -> TableText | None:
     steps = sorted({row["step"] for row in rows})
     by_prompt: dict[str, dict[int, str]] = {}
     for row in rows:
-        by_prompt.setdefault(row["prompt"], {})[row["step"]] = f"{row['completion']}\n[{row['reward']:.3g}]"
+        by_prompt.setdefault(row["prompt"], {})[row["step"]] = _answer(row)
     if len(steps) > 4:  # the first, the last and two between
         steps = [steps[round(place * (len(steps) - 1) / 3)] for place in range(4)]
     told = tuple((prompt, *(said.get(step, "") for step in steps)) for prompt, said in list(by_prompt.items())[:TOLD])
@@ -100,17 +101,21 @@ def answers_over_time(folder: Path) -> TableText | None:
                      columns=("asked", *(f"step {step}" for step in steps)), rows=told)
 
 
-def read_samples(folder: Path) -> list[Mapping[str, float | str]]:
+def read_samples(folder: Path) -> list[Mapping[str, Any]]:
     """Held-out completions that a training kept; none of other tasks."""
     file = folder / "samples.jsonl"
-    if not file.is_file():
-        return []
-    return [row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if row["task"] == "eval"]
+    return [row for row in read_rows(file) if row["task"] == "eval"] if file.is_file() else []
 
 
 def read_runs(folders: Mapping[str, Path]) -> dict[str, Rows]:
     """Name -> rows of the metrics of each run."""
     return {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    """A completion with its reward in brackets; null is one that was not finite."""
+    reward = math.nan if sample["reward"] is None else sample["reward"]
+    return f"{sample['completion']}\n[{reward:.3g}]"
 
 
 def _known(rows: Rows, metric: str) -> Rows:

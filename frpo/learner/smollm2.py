@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
+from frpo.data.hub import unreachable
 from frpo.errors import ModelError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -68,15 +69,15 @@ def _write(folder: Path, package: Path | None, source: str) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
+    if package is None and (reason := unreachable(HUB_ID, "model", "config.json")):
+        raise _not_loaded(source, reason)
     where, options = (HUB_ID, {}) if package is None else (str(package.parent), {"gguf_file": package.name})
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         network = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{NAME} cannot be loaded from the {source}: {reason}; install its package ({INSTALL}), or "
-                         f"run this where the hub can be reached ({HUB_ID})") from error
+        raise _not_loaded(source, reason) from error
     print(f"writing {network.num_parameters() / 1e6:.1f} million parameters", flush=True)
     values = network.config.to_dict()
     if values.pop("quantization_config", None) is not None:
@@ -88,6 +89,11 @@ def _write(folder: Path, package: Path | None, source: str) -> None:
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / RECORD).write_text(json.dumps({"model": NAME, "source": source}), encoding="utf-8")
+
+
+def _not_loaded(source: str, reason: str) -> ModelError:
+    return ModelError(f"{NAME} cannot be loaded from the {source}: {reason}; install its package ({INSTALL}), or run "
+                      f"this where the hub can be reached ({HUB_ID})")
 
 
 def _source_in(folder: Path) -> str:

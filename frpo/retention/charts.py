@@ -1,7 +1,6 @@
 """What forks keep as curves that answer questions: as in `curves`, with every probe's values and completions."""
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from frpo.evaluate.chart import Chart, colored, line, panel, points
 from frpo.evaluate.retained import ForkPath
 from frpo.retention.plan import Stage
 from frpo.retention.results import Fork, Results
+from frpo.telemetry import read_rows
 
 TASK = "kept"
 """Completions of the original task are shown."""
@@ -67,9 +67,8 @@ def _samples(found: Results, fork: Fork, keys: list[str]) -> Mapping[str, list[M
     file = _stage(found, fork).run_dir / "samples.jsonl"
     if not file.is_file():
         return {}
-    rows = [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()]
     by_step: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in read_rows(file):
         if row["task"] == TASK:
             by_step.setdefault(f"{'/'.join(map(str, fork))}/{row['step']}", []).append(row)
     return {key: by_step[key] for key in keys if key in by_step}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from frpo.checkpoint import MARKER, CheckpointStore, finished_steps, write_finished
+from frpo.checkpoint import FINISHED, MARKER, CheckpointStore, finished_steps, write_finished
 from frpo.config.loader import dump_recipe, recipe_digest, recipe_from_dict
 from frpo.errors import CheckpointError
 from frpo.types import RunState
@@ -197,7 +197,11 @@ def test_a_run_that_came_to_its_end_is_known(tmp_path, changes, found):
 
     assert finished_steps(of()) is None
     write_finished(of(), 4)
+    assert finished_steps(of()) is None, "its export is gone and has to be made again"
+    (tmp_path / "export").mkdir()
     assert finished_steps(of(**changes)) == found
+    (tmp_path / FINISHED).write_text("")
+    assert finished_steps(of()) is None, "the process ended while this was written"
 
 
 def test_a_longer_run_with_other_limits_goes_on(tmp_path):

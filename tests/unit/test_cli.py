@@ -226,6 +226,15 @@ def test_overrides_may_stand_on_either_side_of_an_option(place, capsys, argument
     assert (yaml.safe_load(out)["run"]["seed"], yaml.safe_load(out)["run"]["name"]) == (3, "x")
 
 
+@pytest.mark.parametrize("command, recipe", [("train", "recipe.yaml"), ("finetune", "finetune_gsm8k")])
+def test_a_dry_run_of_a_launcher_is_of_its_first_rank(place, capsys, monkeypatch, command, recipe):
+    """Others that waited for it would wait for a rank that has ended."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(capsys, command, recipe, "data.path=rows.jsonl", "--dry-run") == (0, "", "")
+
+
 def test_config_prints_what_reads_back(place, capsys):
     out = run(capsys, "config", "recipe.yaml", "learner.lr=2e-5")[1]
     (place / "resolved.yaml").write_text(out)
@@ -287,6 +296,7 @@ def offered(*words):
 def test_a_shell_completes_commands_recipes_keys_and_values(place):
     assert offered("frpo", "ret") == ["retention"]
     assert offered("frpo", "train", "re") == ["recipe.yaml"] and offered("frpo", "train", "smok") == ["smoke"]
+    assert offered("frpo", "train", f"{place}/re") == [f"{place}/recipe.yaml"]
     assert offered("frpo", "retention", "quick") == ["quickstart_retention", "quickstart_smollm2_retention"]
     assert offered("frpo", "train", "smoke", "rollout.gro") == ["rollout.group_size="]
     assert offered("frpo", "train", "smoke", "run.device=c") == ["cpu", "cuda"]  # bash breaks words at =
@@ -385,6 +395,8 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     (["train", "recipe.yaml", "--learner.lr=4"], "as section.key=value, this one as learner.lr=VALUE"),
     (["trian", "recipe.yaml"], "invalid choice: 'trian' (choose from 'train'"),
     (["train"], "the following arguments are required: recipe"),
+    (["sweep"], "the following arguments are required: recipe, --over\n"),
+    (["rescore"], "\nFor example: frpo rescore runs/smoke/traces.jsonl smoke\n"),
     (["retention"], "the following arguments are required: recipe"),
     (["sweep", "recipe.yaml"], "the following arguments are required: --over"),
     (["report"], "the following arguments are required: RUN"),

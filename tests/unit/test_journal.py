@@ -1,0 +1,33 @@
+"""What becomes of the files of an earlier run in the same folder."""
+import json
+
+from frpo.checkpoint import FINISHED, CheckpointStore, write_finished
+from frpo.config.loader import load_recipe, recipe_from_dict
+from frpo.journal import open_journal
+from frpo.manifest import write_manifest
+
+VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}
+
+
+def recipe(folder, resume="auto"):
+    return recipe_from_dict(VALUES | {"run": {"dir": str(folder), "resume": resume}})
+
+
+def test_a_run_that_starts_over_moves_aside_what_an_earlier_one_wrote(tmp_path):
+    for name in ("metrics", "changes", "traces"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"of": name}) + "\n")
+    over = recipe(tmp_path, "overwrite")
+    write_finished(over, 3)
+    with open_journal(over, CheckpointStore(tmp_path, over), None, ("metrics", "samples")):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "samples.jsonl").read_text() == ""
+    for name in ("metrics", "changes"):
+        assert json.loads((tmp_path / f"{name}.earlier-1.jsonl").read_text()) == {"of": name}
+    assert not (tmp_path / "changes.jsonl").exists() and not (tmp_path / FINISHED).exists()
+    assert (tmp_path / "traces.jsonl").read_text() != "", "the run writes none"
+
+
+def test_the_recipe_of_a_run_that_started_over_does_not_start_over_again(tmp_path):
+    for resume, written in (("overwrite", "auto"), ("never", "never"), ("force", "force")):
+        write_manifest(tmp_path, recipe(tmp_path, resume), data_digest="d", device="cpu")
+        assert load_recipe(tmp_path / "recipe.yaml").run.resume == written

@@ -1,4 +1,4 @@
-"""`--dry-run`: what is known of a run before an engine or a rank starts, as lines behind the resolved recipe.
+"""`--dry-run`: check a run before any engine starts, and print what was found below the resolved recipe.
 
 What cannot work raises, as it would in the run. What works otherwise than its user may think is a line with "note:".
 """

@@ -1,8 +1,8 @@
 """What a person sees of a run while it goes: what it does now, from second zero, and one line a step.
 
-The lines are the same on a terminal, where a live bar stands below them, and in a log file. Whoever is silent for long
-is heard again by itself: a line says what still goes on. Everything that is measured is in the run's files; here is
-what fits into a line.
+The lines are the same on a terminal, where a live bar stands below them, and in a log file. If no line was printed for
+a while, a line says what is still running. Everything that is measured is in the run's files; here is what fits into a
+line.
 """
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLL_S = 1.0
 """Seconds between two looks at whether it is silent."""
 
 BEGAN = time.monotonic()
-"""When the process began, as good as: this module is imported by its command line."""
+"""About when the process began: the command line imports this module early."""
 
 
 def say(line: str) -> None:

@@ -13,7 +13,7 @@ from frpo.config.loader import AnyRecipe, dump_recipe
 from frpo.telemetry import read_rows
 
 Sample = Mapping[str, Any]
-"""step, task, prompt, completion, reward, and the rewards that it is made of."""
+"""One completion: step, task, prompt, completion, reward, and the rewards that it is made of."""
 
 COLUMNS = ("step", "prompt", "completion", "reward")
 WANDB, SAMPLES = "wandb.json", "samples.jsonl"

@@ -65,15 +65,15 @@ class Trainer:
 
     def step(self, state: RunState, bar: ProgressBar) -> tuple[RunState, dict[str, float]]:
         """One rollout batch, its optimizer updates, one weight push."""
-        parts, phase, objective = self.parts, self.parts.timer.phase, self.recipe.objective
+        parts, timed, objective = self.parts, self.parts.timer.phase, self.recipe.objective
         kl_coef = state.controllers.get(kl_control.COEF, objective.kl_coef)
         batch = self.batches.next(state, bar)
-        with phase("score"):
+        with timed("score"):
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
         weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward(kl_coef))
-        with phase("learn"):
+        with timed("learn"):
             learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef)
-        with phase("sync"):
+        with timed("sync"):
             parts.engines.push(stepped.policy_version)
         replaced = advantaged(batch.replaced, objective.advantage, [None] * len(batch.replaced))
         self.trace(weighed, replaced)

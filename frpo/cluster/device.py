@@ -54,10 +54,10 @@ def check_packages(recipe: AnyRecipe) -> None:
             "flash_attn", "flash-attn", recipe.model.attn_implementation == "flash_attention_2"),
         "telemetry.tensorboard: true": ("tensorboard", "tensorboard", recipe.telemetry.tensorboard),
         "telemetry.wandb: true": ("wandb", "wandb", recipe.telemetry.wandb),
-        "frpo train": ("vllm", "cpu] or frpo[gpu", engines is not None and engines.replay is None)}
+        "rollout engines": ("vllm", "cpu] or frpo[gpu", engines is not None and engines.replay is None)}
     for key, (package, extra, asked) in needed.items():
         if asked and find_spec(package) is None:
-            raise ConfigError(f"{key} needs the package {package}, which is not installed here; install frpo[{extra}]")
+            raise ConfigError(f"{key}: the package {package} is not installed here; install frpo[{extra}]")
 
 
 def check_cpu_engines() -> None:

@@ -41,7 +41,7 @@ OTHER_NAMES = {
     "rollout.hook": "agent_func_path",
     "rewards": "reward_funcs remote_rm_url reward_fn reward_weights custom_reward_function",
     "objective.advantage": "advantage_estimator adv_estimator scale_rewards",
-    "objective.kl_coef": "beta init_kl_coef kl_loss_coef",
+    "objective.kl_coef": "beta init_kl_coef kl_loss_coef kl_coef",
     "objective.kl_estimator": "kl_loss_type kl_estimator",
     "objective.kl_control.target": "kl_target target_kl",
     "objective.reduction": "loss_type loss_agg_mode",

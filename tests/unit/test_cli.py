@@ -131,8 +131,8 @@ BAD = {
     "a data set that nobody has": (
         ["data.path=some/typo"], "and the hub (127.0.0.1) cannot be reached: Connection refused; correct data.path"),
     "a package that is missing": (
-        ["model.attn_implementation=flash_attention_2"], "ConfigError: model.attn_implementation: flash_attention_2 "
-        "needs the package flash_attn, which is not installed here; install frpo[flash-attn]"),
+        ["model.attn_implementation=flash_attention_2"], "ConfigError: model.attn_implementation: flash_attention_2: "
+        "the package flash_attn is not installed here; install frpo[flash-attn]"),
     "a GPU that is missing": (["run.device=cuda"], "ConfigError: run.device: cuda, but "),
     "window beyond the model's": (
         ["model.max_length=65"], "ModelError: model.max_length = 65 exceeds the 64 positions of 'MODELS/whole'"),

@@ -61,7 +61,7 @@ TOURS = {
     "tiny": Tour(recipe="quickstart", matrix="quickstart_retention", downstream="larger", shown=6,
                  means="fine-tuning for another task: which of two numbers is larger"),
     "smollm2": Tour(recipe="quickstart_smollm2", matrix="quickstart_smollm2_retention", downstream="gsm8k", shown=4,
-                    means="fine-tuning on 48 solved problems of GSM8K, school mathematics")}
+                    means="fine-tuning on solved problems of GSM8K, school mathematics")}
 """Quick starts by the model that is trained."""
 
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_sample.jsonl"

@@ -22,8 +22,8 @@ from frpo.retention.stages import run_plan
 from frpo.retention.tables import all_tables
 
 REPORT = "report.html"
-WIDTH = 120
-"""Columns of text that tables take at least."""
+WIDTH, LONG = 120, 40
+"""Columns of text that tables take at least, and from which on a cell is read as text."""
 
 
 def run_retention(recipe: RetentionRecipe, jobs: int = 1) -> int:
@@ -79,8 +79,8 @@ def _table(table: TableText) -> Table:
     shown = Table(*first, title=escape(f"{table.title}\n{table.note}"))
     for column in shown.columns:
         column.overflow = "fold"
-    for column in shown.columns[1:]:
-        column.justify = "right"
+    for column, *cells in zip(shown.columns[1:], *(row[1:] for row in rows)):
+        column.justify = "left" if any(len(cell) > LONG for cell in cells) else "right"
     for row in rows:
         shown.add_row(*row)
     return shown

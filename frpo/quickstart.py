@@ -24,6 +24,7 @@ from frpo.data.arithmetic import comparisons
 from frpo.errors import ConfigError, ModelError
 from frpo.evaluate.curve import draw_reward_curve, read_metrics
 from frpo.evaluate.page import Section, TableText, write_page
+from frpo.evaluate.runs import chart_runs, read_runs
 from frpo.journal import open_journal
 from frpo.learner.smollm2 import make_smollm2
 from frpo.progress import say
@@ -97,7 +98,8 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
         run_plan(matrix, Stack(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
     for folder in (first, control.run_dir / "checkpoints", *(Path(matrix.recipe.run.dir).rglob("checkpoints"))):
         shutil.rmtree(folder)  # nobody goes on from them, and a real model's are large
-    runs = {"FRPO": run_dir / "metrics.jsonl", "control (rewards shuffled)": control.run_dir / "metrics.jsonl"}
+    folders = {"FRPO": run_dir, "control (rewards shuffled)": control.run_dir}
+    runs = {name: folder / "metrics.jsonl" for name, folder in folders.items()}
     ends = {name: _ends(path) for name, path in runs.items()}
     picture = draw_reward_curve(runs, run_dir / "reward.png")
     kept = collect(matrix)
@@ -107,7 +109,8 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
     write_report(kept)
     page = write_page("Quick start", [
         Section(title="Training", text=("The control has the same rewards, shuffled over the completions of a step.",),
-                pictures={"Mean reward": picture}, tables=(_ends_table(ends), answers_table(before, after))),
+                pictures={"Mean reward": picture}, charts={"Mean reward": chart_runs(read_runs(folders), folders)},
+                tables=(_ends_table(ends), answers_table(before, after))),
         section_of(kept, Path(matrix.recipe.run.dir))], run_dir / REPORT)
     print(f"{tour.downstream}: {tour.means}. What forks keep: {kept_picture}")
     minutes = (time.perf_counter() - started) / 60

@@ -12,6 +12,9 @@ from frpo.retention.plan import Stage
 from frpo.retention.results import Fork, Results
 from frpo.telemetry import read_rows
 
+POINTS = 101
+"""Of a line along the KL, which breaks off where neighbouring probes lie too far apart."""
+
 TASK = "kept"
 """Completions of the original task are shown."""
 
@@ -31,10 +34,10 @@ def _kept(found: Results, title: str) -> Chart:
             told, keys = _told(found, fork, path), _keys(fork, path)
             kl_S, reward_S = np.maximum(path.kl_S, 0.0), path.metrics[found.reward]
             lines = {"showlegend": number == 0, "opacity": 0.7}
-            _, kl_R, reward_R = path.first_to_reach(found.reward)
+            grid_K = np.union1d(np.linspace(0.0, path.largest_kl(found.reward), POINTS), np.maximum(path.kl_S, 0.0))
             by_update += [line(name, colors[name], path.step_S, reward_S, **lines),
                           points(name, colors[name], path.step_S, reward_S, told, keys)]
-            by_kl += [line(name, colors[name], kl_R, reward_R, **lines),
+            by_kl += [line(name, colors[name], grid_K, path.along_kl(found.reward, grid_K), **lines),
                       points(name, colors[name], kl_S, reward_S, told, keys)]
             samples |= _samples(found, fork, keys)
     reward = "reward of the original task"

@@ -18,6 +18,7 @@ from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.retention.archive import RECIPE
 from frpo.retention.before import read_distance, write_distance
+from frpo.retention.charts import kept_charts
 from frpo.retention.command import show, write_report
 from frpo.retention.curves import differences, kept
 from frpo.retention.pictures import bars, certificates, frontier, spent
@@ -259,6 +260,31 @@ def test_other_references_and_a_kl_that_is_not_finite_are_told(tmp_path):
     assert "so that only policies of one reference compare: given to base, made to given" in warnings
     assert "made: its KL to the reference was not finite for seed(s) 1, 2" in warnings
     assert "not measured" not in warnings
+
+
+def test_curves_of_the_page_tell_values_and_completions_and_break_off_in_gaps(tmp_path):
+    """The fork of seed 0 goes from 0 to 3 nats between two probes; those of the others stay near."""
+    plan = matrix(tmp_path)
+    fork = next(stage for stage in plan.seeds[0].forks if stage.name == "made, seed 0, sft")
+    rows = probes(fork)
+    rows[2] |= {"kept/kl": 3.0}
+    write(fork.run_dir / "metrics.jsonl", rows)
+    write(fork.run_dir / "samples.jsonl", [
+        {"step": step, "task": task, "prompt": "ask", "completion": f"{task} {step}", "reward": 0.5, "rewards": {}}
+        for step in STEPS for task in ("kept", "eval")])
+    chart = kept_charts(collect(plan))["Kept through sft"]
+    assert list(chart.panels) == ["over updates", "over KL"]
+    lines = [trace for trace in chart.panels["over KL"]["data"]
+             if trace["name"] == "made" and trace["mode"] == "lines"]
+    between = [[y for x, y in zip(line["x"], line["y"]) if 0.2 < x < line["x"][-1]] for line in lines]
+    assert set(between[0]) == {None} and None not in between[1] + between[2] and len(between[1]) > 50
+    assert [line["showlegend"] for line in lines] == [True, False, False]
+    marks = next(trace for trace in chart.panels["over updates"]["data"]
+                 if trace["name"] == "made" and trace["mode"] == "markers")
+    assert marks["customdata"] == [f"made/sft/0/{step}" for step in STEPS]
+    assert marks["text"][2].split("<br>") == ["seed 0, update 20", "KL 3.000 nats", "reward 0.350",
+                                              "lowest decile 0.200", "new task 0.500"]
+    assert [chart.samples[key][0]["completion"] for key in marks["customdata"]] == ["kept 0", "kept 10", "kept 20"]
 
 
 # --- tables and sentences ---------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from frpo.arguments import parse
 from frpo.checkpoint import finished_steps
@@ -42,63 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(parsed: argparse.Namespace) -> int:
-    recipe = load_recipe(parsed.recipe, parsed.overrides)
-    from frpo.cluster.team import follow, follows, launched, sized
-
-    recipe = sized(recipe)
-    if follows():
-        return 0 if parsed.dry_run else follow(recipe)
-    if not parsed.dry_run and _is_finished(recipe, launched()):
-        return 0
-    if parsed.dry_run:
-        from frpo.dry_run import show_training
-
-        show_training(recipe)
-        return 0
-    from frpo.builder import build
-    from frpo.evaluate.curve import draw_reward_curve
-    from frpo.supervise import outlive
-    from frpo.trainer import Trainer
-
-    def fit(parts: Any) -> Any:
-        _tell_adapters(recipe)
-        return Trainer(parts).fit()
-
-    state, folder = outlive(recipe, build, fit), Path(recipe.run.dir)
-    picture = draw_reward_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "reward.png")
-    print(f"{state.step} steps done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
-          f"picture: {picture}")
-    return 0
+    return _train(load_recipe(parsed.recipe, parsed.overrides), parsed.dry_run)
 
 
 def finetune(parsed: argparse.Namespace) -> int:
-    recipe = load_recipe(parsed.recipe, parsed.overrides, FinetuneRecipe)
-    from frpo.cluster.team import follow, follows, launched, sized
-
-    recipe = sized(recipe)
-    if follows():
-        return 0 if parsed.dry_run else follow(recipe)
-    if not parsed.dry_run and _is_finished(recipe, launched()):
-        return 0
-    if parsed.dry_run:
-        from frpo.dry_run import show_finetuning
-
-        show_finetuning(recipe)
-        return 0
-    from frpo.evaluate.curve import draw_loss_curve
-    from frpo.finetune import FineTuner
-    from frpo.finetune_parts import build_finetune
-    from frpo.supervise import outlive
-
-    def fit(parts: Any) -> Any:
-        _tell_adapters(recipe)
-        return FineTuner(parts).fit()
-
-    state, folder = outlive(recipe, build_finetune, fit), Path(recipe.run.dir)
-    picture = draw_loss_curve({recipe.run.name: folder / "metrics.jsonl"}, folder / "loss.png")
-    print(f"{state.step} updates done. Model: {folder / 'export'}  metrics: {folder / 'metrics.jsonl'}  "
-          f"picture: {picture}")
-    return 0
+    return _train(load_recipe(parsed.recipe, parsed.overrides, FinetuneRecipe), parsed.dry_run)
 
 
 def evaluate(parsed: argparse.Namespace) -> int:
@@ -226,23 +173,27 @@ def _hear_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _is_finished(recipe: AnyRecipe, launched: bool) -> bool:
-    """Whether the run has come to its end already, which is told. Ranks of a launcher wait for calls all the same."""
-    steps = None if launched else finished_steps(recipe)
-    if steps is None:
-        return False
-    more = "run.num_steps" if isinstance(recipe, Recipe) else "run.num_epochs, with run.resume=force,"
-    print(f"{recipe.run.dir} is finished: all {steps} steps are done, the model is {Path(recipe.run.dir) / 'export'}. "
-          f"Raise {more} to go on, choose another run.dir, or start over with --overwrite")
-    return True
+def _train(recipe: AnyRecipe, dry_run: bool) -> int:
+    from frpo.cluster.team import follow, follows, launched, sized
 
+    recipe = sized(recipe)
+    if follows():
+        return 0 if dry_run else follow(recipe)
+    if dry_run:
+        from frpo.dry_run import show
 
-def _tell_adapters(recipe: AnyRecipe) -> None:
-    """Print what the recipe's adapters train and what they leave frozen, once its model is known to be there."""
-    if recipe.model.lora is not None and recipe.model.path is not None:
-        from frpo.learner.lora import adapter_summary
+        show(recipe)
+        return 0
+    steps = None if launched() else finished_steps(recipe)  # the other ranks of a launcher wait for calls
+    if steps is not None:
+        more = "run.num_steps" if isinstance(recipe, Recipe) else "run.num_epochs, with run.resume=force,"
+        folder = Path(recipe.run.dir)
+        print(f"{folder} is finished: all {steps} steps are done, the model is {folder / 'export'}. Raise {more} to go "
+              "on, choose another run.dir, or start over with --overwrite")
+        return 0
+    from frpo.training import run_training
 
-        print(f"# {adapter_summary(recipe.model, recipe.model.path)}")
+    return run_training(recipe)
 
 
 def _not_launched(command: str) -> None:

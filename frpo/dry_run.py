@@ -16,41 +16,39 @@ from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe
 from frpo.config.sections import Recipe
 from frpo.data.heldout import Split
 from frpo.finetune_parts import check_finetune
-from frpo.learner.lora import adapter_summary
 from frpo.rewards.trial import report_lines
 from frpo.step_metrics import mishaps
+from frpo.training import adapters
 
 
-def show_training(recipe: Recipe) -> None:
-    """Check a recipe of `frpo train` and print what was found. Raises the FrpoError that says what to change."""
+def show(recipe: AnyRecipe) -> None:
+    """Check a recipe and print what was found. Raises the FrpoError that says what to change."""
+    lines = _of_training(recipe) if isinstance(recipe, Recipe) else _of_finetuning(recipe)
+    print(as_yaml(dump_recipe(recipe)).rstrip())
+    for line in (*lines, *adapters(recipe)):
+        print(f"# {line}")
+
+
+def _of_training(recipe: Recipe) -> list[str]:
     checked = check(recipe)
     with reward_suite(recipe, checked.prompts) as rewards:
         trial = try_rewards(rewards, recipe, checked.prompts)
     prompts = checked.prompts
     model = recipe.model.path or "made on the spot"
-    _show(recipe, [
+    return [
         *report_lines(trial.groups), *mishaps(trial.counts),
         f"checked: model {model}, {len(prompts.train)} training and {len(prompts.heldout)} held-out prompts, resume "
         f"{checked.resume[0] if checked.resume else 'from the start'}",
-        *_left_out(prompts), *_notes(recipe, len(prompts.train))])
+        *_left_out(prompts), *_notes(recipe, len(prompts.train))]
 
 
-def show_finetuning(recipe: FinetuneRecipe) -> None:
-    """The same for a recipe of `frpo finetune`."""
+def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
     checked = check_finetune(recipe)
     examples = checked.examples
-    _show(recipe, [
+    return [
         f"checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples, resume "
         f"{checked.resume[0] if checked.resume else 'from the start'}",
-        *_left_out(examples), *_common_notes(recipe, engines=False)])
-
-
-def _show(recipe: AnyRecipe, lines: list[str]) -> None:
-    print(as_yaml(dump_recipe(recipe)).rstrip())
-    for line in lines:
-        print(f"# {line}")
-    if recipe.model.lora is not None and recipe.model.path is not None:
-        print(f"# {adapter_summary(recipe.model, recipe.model.path)}")
+        *_left_out(examples), *_common_notes(recipe, engines=False)]
 
 
 def _left_out(items: Split) -> Iterator[str]:

@@ -11,7 +11,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     ("__main__", "arguments", "completion", "dry_run", "doctor"),
-    ("quickstart", "report", "retention", "supervise", "trainer", "finetune", "rescore", "rollout_only"),
+    ("quickstart", "report", "retention", "training", "supervise", "trainer", "finetune", "rescore",
+     "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),
     ("evaluate", "invariants", "step_metrics", "traces", "finetune_parts", "builder", "journal", "sinks",
      "checkpoint", "manifest"),

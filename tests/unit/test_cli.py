@@ -13,7 +13,7 @@ import yaml
 from transformers import Qwen2Config
 
 from frpo.__main__ import main
-from frpo.checkpoint import CheckpointStore
+from frpo.checkpoint import CheckpointStore, write_finished
 from frpo.config.keys import keys
 from frpo.config.loader import KINDS, load_recipe, recipe_digest
 from frpo.config.other_names import OTHER_NAMES
@@ -193,6 +193,18 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_kept(place, capsys):
     assert run(capsys, "train", "recipe.yaml", "run.num_steps=200", "--dry-run")[0] == 0
     assert run(capsys, "train", "recipe.yaml", "run.resume=never", "--dry-run")[0] == 2
     assert tree(place) == before
+
+
+def test_a_finished_run_says_so_at_once_and_what_to_do(place, capsys):
+    recipe = load_recipe("recipe.yaml")
+    (place / "run" / "export").mkdir()
+    (place / "run" / "export" / "config.json").write_text("{}")
+    write_finished(recipe, 100)
+    before = tree(place)
+    code, out, err = run(capsys, "train", "recipe.yaml")
+    assert (code, err) == (0, "") and tree(place) == before
+    assert out == (f"{place / 'run'} is finished: all 100 steps are done, the model is {place / 'run' / 'export'}. Raise "
+                   "run.num_steps to go on, choose another run.dir, or start over with --overwrite\n")
 
 
 # --- what is accepted -------------------------------------------------------------------------------------------------

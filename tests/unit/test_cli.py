@@ -203,7 +203,8 @@ def test_a_finished_run_says_so_at_once_and_what_to_do(place, capsys):
     before = tree(place)
     code, out, err = run(capsys, "train", "recipe.yaml")
     assert (code, err) == (0, "") and tree(place) == before
-    assert out == (f"{place / 'run'} is finished: all 100 steps are done, the model is {place / 'run' / 'export'}. Raise "
+    folder = place / "run"
+    assert out == (f"{folder} is finished: all 100 steps are done, the model is {folder / 'export'}. Raise "
                    "run.num_steps to go on, choose another run.dir, or start over with --overwrite\n")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from frpo.evaluate.chart import Chart, colored, line, panel, points
 from frpo.evaluate.retained import ForkPath
+from frpo.retention.curves import sampling_interval
 from frpo.retention.plan import Stage
 from frpo.retention.results import Fork, Results
 from frpo.telemetry import read_rows
@@ -33,12 +34,13 @@ def _kept(found: Results, title: str) -> Chart:
         for number, (fork, path) in enumerate(_forks(found, policy, regime)):
             told, keys = _told(found, fork, path), _keys(fork, path)
             kl_S, reward_S = np.maximum(path.kl_S, 0.0), path.metrics[found.reward]
+            widths = sampling_interval(found, path, found.reward)
             lines = {"showlegend": number == 0, "opacity": 0.7}
             grid_K = np.union1d(np.linspace(0.0, path.largest_kl(found.reward), POINTS), np.maximum(path.kl_S, 0.0))
             by_update += [line(name, colors[name], path.step_S, reward_S, **lines),
-                          points(name, colors[name], path.step_S, reward_S, told, keys)]
+                          points(name, colors[name], path.step_S, reward_S, told, keys, widths)]
             by_kl += [line(name, colors[name], grid_K, path.along_kl(found.reward, grid_K), **lines),
-                      points(name, colors[name], kl_S, reward_S, told, keys)]
+                      points(name, colors[name], kl_S, reward_S, told, keys, widths)]
             samples |= _samples(found, fork, keys)
     reward = "reward of the original task"
     return Chart(panels={"over updates": panel(by_update, "updates of the fork", reward),

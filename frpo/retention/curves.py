@@ -42,8 +42,9 @@ def kept(found: Results, title: str) -> Figure:
         for name, policy, regime in group:
             forks, color = list(found.forks(policy, regime).values()), colors[name]
             for path in forks:
-                _points(row[0], path.step_S, path.metrics[metric], color)
-                _points(row[1], np.maximum(path.kl_S, 0.0), path.metrics[metric], color)
+                widths = sampling_interval(found, path, metric) if len(forks) == 1 else None
+                _points(row[0], path.step_S, path.metrics[metric], color, widths)
+                _points(row[1], np.maximum(path.kl_S, 0.0), path.metrics[metric], color, widths)
             common = _common_updates(forks)
             band(row[0], common, [_at(path, metric, common) for path in forks], color, name)
             band(row[1], grid_K, [path.along_kl(metric, grid_K) for path in forks], color, name)
@@ -132,9 +133,16 @@ def _kl_axis(axis: Axes, paths: Sequence[ForkPath], until: float) -> np.ndarray:
     return np.linspace(0.0, end, 161)
 
 
-def _points(axis: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
-    """Draw the probes of one seed."""
+def sampling_interval(found: Results, path: ForkPath, metric: str) -> np.ndarray | None:
+    """(S) half-widths at 95 % over the prompts of a probe; None for what is not sampled, or is no mean reward."""
+    return path.metrics.get("kept/interval") if metric == found.reward == "kept/reward" else None
+
+
+def _points(axis: Axes, x: np.ndarray, y: np.ndarray, color: str, widths: np.ndarray | None = None) -> None:
+    """Draw the probes of one seed. widths: of their intervals, where there are no other seeds to tell the noise."""
     axis.scatter(x, y, s=14, color=color, alpha=0.7, linewidths=0, zorder=3)
+    if widths is not None:
+        axis.vlines(x, y - widths, y + widths, color=color, linewidth=0.8, alpha=0.5)
 
 
 def _fit_to_values(axis: Axes) -> None:

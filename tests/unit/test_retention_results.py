@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib import pyplot as plt
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from plotly.offline import get_plotlyjs
 
 from frpo.config.loader import load_recipe
@@ -220,6 +220,8 @@ def test_pictures_show_probes_as_points_and_no_line_between_those_far_apart(tmp_
     line = kl.lines[0]
     drawn = line.get_xdata()[np.isfinite(line.get_ydata())]
     assert drawn[0] == 0 and (drawn[1:] >= 68).all() and len(drawn) > 10
+    intervals, = [each.get_segments() for each in kl.collections if isinstance(each, LineCollection)][:1]
+    assert np.ptp(intervals[0][:, 1]) == pytest.approx(2 * 0.05) and len(intervals) == 4, "of one seed's prompts"
     assert lower.get_xlabel() == "KL from the policy, nats a sequence" and kl.get_xlim()[1] > 75
     assert -0.2 < kl.get_ylim()[0] < 0 and 0.94 < kl.get_ylim()[1] < 1.2
     updates, kl = differences(found, "sft").axes

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from frpo.config.loader import as_yaml, dump_recipe
-from frpo.config.retention import RegimeSection, TaskSection
+from frpo.config.sections import Recipe
 from frpo.evaluate.page import Section, TableText
 from frpo.manifest import environment
 from frpo.retention.charts import kept_charts
@@ -39,14 +39,14 @@ def section_of(found: Results, folder: Path) -> Section:
 
 def meanings(found: Results) -> TableText:
     """What regimes and measures are, each in a line."""
-    recipe = found.plan.recipe
+    recipe, first = found.plan.recipe, found.plan.seeds[0]
     measure, rows = recipe.measure, []
     for name, section in recipe.regimes.items():
-        rows.append((name, f"{_described(section)}: what forks go through"))
-    rows += [("kept", f"reward of held-out prompts of {_described(measure.kept)}"),
+        rows.append((name, f"what forks go through: {section.means or _training(found, name)}"))
+    rows += [("kept", f"reward of held-out prompts of {measure.kept.means or _rewards(first.kept)}"),
              ("decile", "mean of the lowest tenth of its completions")]
-    if measure.utility is not None:
-        rows.append(("utility", f"reward of held-out prompts of {_described(measure.utility)}"))
+    if first.utility is not None:
+        rows.append(("utility", f"reward of held-out prompts of {measure.utility.means or _rewards(first.utility)}"))
     rows += [("over updates", "mean along a fork's updates: how soon it is lost"),
              ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy: how much is lost by a "
                          "fine-tuning that goes so far"),
@@ -54,8 +54,17 @@ def meanings(found: Results) -> TableText:
     return TableText(title="What the names mean", note="", columns=("name", "meaning"), rows=tuple(rows), laid_out=True)
 
 
-def _described(section: RegimeSection | TaskSection) -> str:
-    return f"{section.means} (recipe {section.recipe})" if section.means else f"recipe {section.recipe}"
+def _training(found: Results, regime: str) -> str:
+    """The command and the objective of a regime."""
+    recipe = next((stage.recipe for seed in found.plan.seeds for stage in seed.forks if stage.regime == regime), None)
+    if recipe is None:
+        return "no fork of this plan"
+    objective = recipe.objective.advantage if isinstance(recipe, Recipe) else recipe.objective
+    return f"frpo {recipe.COMMAND} with {objective.name}"
+
+
+def _rewards(recipe: Recipe) -> str:
+    return f"the task with reward {', '.join(reward.name for reward in recipe.rewards)}"
 
 
 def sentences(found: Results) -> list[str]:

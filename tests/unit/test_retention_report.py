@@ -452,7 +452,7 @@ def test_the_page_and_the_file_of_numbers_hold_everything(tmp_path, capsys):
                  "<td>seen by made/rl</td><td>17</td>", "only_policies: null", "<summary>Recipe</summary>",
                  "&#34;made, seed 0, rl&#34;: 30.0"):
         assert text.replace("'", "&#39;") in page
-    assert "<td>sft</td><td class=\"told\">recipe lab_downstream_sft: what forks go through</td>" in page
+    assert "<td>sft</td><td class=\"told\">what forks go through: frpo finetune with sft</td>" in page
     own = page.replace(get_plotlyjs(), "")
     assert len(own) < len(page) and not any(text in own for text in ("http", "@import", "<link", " src=h", "url("))
     results = json.loads((tmp_path / "wide" / "results.json").read_text(encoding="utf-8"))

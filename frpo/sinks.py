@@ -5,6 +5,7 @@ A run that goes on logs on: every step stands there once, in one run.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,11 @@ Sample = Mapping[str, Any]
 """One completion: step, task, prompt, completion, reward, and the rewards that it is made of."""
 
 COLUMNS = ("step", "prompt", "completion", "reward")
-WANDB, SAMPLES = "wandb.json", "samples.jsonl"
-"""In the run's folder: the id of its W&B run with the last steps logged there, and all samples."""
+WANDB, SAMPLES, METRICS = "wandb.json", "samples.jsonl", "metrics.jsonl"
+"""In the run's folder: the id of its W&B run and the step at which it was closed; all samples; all metrics."""
+
+BLOCK, HEADER, WHOLE, LAST = 32768, struct.Struct("<IHB"), 1, 4
+"""Of a file of an offline run."""
 
 
 class Sink(Protocol):
@@ -71,29 +75,33 @@ class WandbSink:
     def __init__(self, recipe: AnyRecipe, run_dir: Path, last_step: int | None):
         import wandb
 
-        self.record = run_dir / WANDB
-        known: dict[str, Any] = {"id": None}
+        self.record, known = run_dir / WANDB, {"id": None, "closed": -1}
         if last_step is not None and self.record.is_file():
             known |= json.loads(self.record.read_text(encoding="utf-8"))
         section = recipe.telemetry
         self.run = wandb.init(
             id=known["id"], resume="allow", reinit="create_new", name=recipe.run.name, dir=str(run_dir),
             config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
-        self.known = known | {"id": self.run.id}
+        self.last = known["closed"] if known["id"] is None else max(known["closed"], self._written(run_dir))
+        self._remember(closed=known["closed"])
         self.shown: dict[str, list[list[Any]]] = {}
         for sample in _kept(run_dir / SAMPLES, last_step):
             self._show(sample)
+        for row in _kept(run_dir / METRICS, last_step):  # what an ended process had logged, but W&B not written
+            self.write(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._is_new("metrics", step):
-            self.run.log(dict(metrics), step=step, commit=True)  # a step's samples come before its metrics
+        if step > self.last:  # W&B takes nothing back
+            self.run.log({name: value for name, value in metrics.items() if value is not None}, step=step,
+                         commit=True)  # a step's samples come before its metrics
+            self.last = step
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
 
         for sample in samples:
             name = self._show(sample)
-        if self._is_new(name, step):
+        if step > self.last:
             self.run.log({name: wandb.Table(columns=list(COLUMNS), data=self.shown[name])}, step=step)
 
     def _show(self, sample: Sample) -> str:
@@ -102,20 +110,47 @@ class WandbSink:
         self.shown.setdefault(name, []).append([sample[column] for column in COLUMNS])
         return name
 
-    def _is_new(self, what: str, step: int) -> bool:
-        """Whether it was not logged by a process that ended before its next checkpoint. W&B takes nothing back."""
-        if step <= self.known.get(what, -1):
-            return False
-        self.known[what] = step
-        self.record.write_text(json.dumps(self.known), encoding="utf-8")
-        return True
+    def _written(self, run_dir: Path) -> int:
+        """The last step that W&B holds of a run that goes on, on its server or in its files; -1 without any."""
+        if not self.run.offline:
+            return self.run.starting_step - 1
+        files = (run_dir / "wandb").glob(f"offline-run-*-{self.run.id}/*.wandb")
+        return max((step for file in files for step in offline_steps(file)), default=-1)
+
+    def _remember(self, closed: int) -> None:
+        self.record.write_text(json.dumps({"id": self.run.id, "closed": closed}), encoding="utf-8")
 
     def close(self) -> None:
         self.run.finish()
+        self._remember(closed=self.last)  # its files may be written later still
 
 
-def _kept(path: Path, last_step: int | None) -> list[Sample]:
-    """Samples of a run up to the step that it goes on from."""
+def offline_steps(file: Path) -> list[int]:
+    """The steps in a file of an offline run, whose last record may not be whole.
+
+    Records lie behind 7 bytes in blocks of LevelDB's log format: checksum, length, type (whole, first, middle, last).
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, parts, steps = file.read_bytes(), 7, b"", []
+    while place + HEADER.size <= len(data):
+        left = BLOCK - place % BLOCK
+        if left < HEADER.size:
+            place += left
+            continue
+        _, length, kind = HEADER.unpack_from(data, place)
+        parts += data[place + HEADER.size:place + HEADER.size + length]
+        place += HEADER.size + length
+        if kind in (WHOLE, LAST) and place <= len(data):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            steps += [record.history.step.num] if record.HasField("history") else []
+            parts = b""
+    return steps
+
+
+def _kept(path: Path, last_step: int | None) -> list[dict[str, Any]]:
+    """Rows of a run's file up to the step that it goes on from."""
     if last_step is None or not path.is_file():
         return []
     return [row for row in read_rows(path) if row["step"] <= last_step]

@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from frpo.config.loader import recipe_from_dict
-from frpo.sinks import SAMPLES, _kept, open_sinks
+from frpo.sinks import SAMPLES, _kept, offline_steps, open_sinks
 
 VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}
 
@@ -86,6 +88,41 @@ def history(folder: Path):
                 values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 rows.append((runs[-1].run_id, record.history.step.num, values))
     return runs, rows
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from frpo.sinks import open_sinks
+from frpo.telemetry import JsonlFile
+from test_sinks import recipe
+folder = Path(sys.argv[1])
+sink, = open_sinks(recipe(wandb=True), folder, None)
+metrics = JsonlFile(folder / "metrics.jsonl")
+for step in range(8):
+    row = {"reward/mean": float(step), "policy/kl_ref": None}
+    metrics.append({"step": step, **row})
+    sink.write(step, row)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_what_wandb_had_not_written_when_a_run_was_killed_is_logged_once_more(tmp_path, monkeypatch):
+    """A process that ends by kill -9 takes what W&B has only in memory with it; the metrics file has it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)], timeout=60)
+    assert ended.returncode == -9
+    written, = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert len(offline_steps(written)) < 8, "or this tests nothing"
+    sink, = open_sinks(recipe(wandb=True), tmp_path, 5)
+    for step in range(6, 10):
+        sink.write(step, {"reward/mean": float(step)})
+    sink.close()
+    _, rows = history(tmp_path)
+    assert [(step, values["reward/mean"]) for _, step, values in rows] == [(step, float(step)) for step in range(10)]
 
 
 @pytest.mark.timeout(120)

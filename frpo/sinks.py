@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,7 +115,8 @@ class WandbSink:
         if not self.run.offline:
             return self.run.starting_step - 1
         files = (run_dir / "wandb").glob(f"offline-run-*-{self.run.id}/*.wandb")
-        return max((step for file in files for step in offline_steps(file)), default=-1)
+        return max((record.history.step.num for file in files for record in offline_records(file)
+                    if record.HasField("history")), default=-1)
 
     def _remember(self, closed: int) -> None:
         self.record.write_text(json.dumps({"id": self.run.id, "closed": closed}), encoding="utf-8")
@@ -125,14 +126,14 @@ class WandbSink:
         self._remember(closed=self.last)  # its files may be written later still
 
 
-def offline_steps(file: Path) -> list[int]:
-    """The steps in a file of an offline run, whose last record may not be whole.
+def offline_records(file: Path) -> Iterator[Any]:
+    """W&B's own records in a file of an offline run; a last one that is not whole is left out.
 
     Records lie behind 7 bytes in blocks of LevelDB's log format: checksum, length, type (whole, first, middle, last).
     """
     from wandb.proto import wandb_internal_pb2
 
-    data, place, parts, steps = file.read_bytes(), 7, b"", []
+    data, place, parts = file.read_bytes(), 7, b""
     while place + HEADER.size <= len(data):
         left = BLOCK - place % BLOCK
         if left < HEADER.size:
@@ -144,9 +145,8 @@ def offline_steps(file: Path) -> list[int]:
         if kind in (WHOLE, LAST) and place <= len(data):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
-            steps += [record.history.step.num] if record.HasField("history") else []
+            yield record
             parts = b""
-    return steps
 
 
 def _kept(path: Path, last_step: int | None) -> list[dict[str, Any]]:

@@ -31,6 +31,12 @@ def in_background(call) -> tuple[threading.Thread, list]:
 
 @pytest.mark.timeout(200)
 def test_what_is_under_way_goes_on_with_the_new_weights(loop):
+    """On a busy machine the push may come too late to meet samples under way: then it is done once more."""
+    assert any(push_while_sampling(loop) >= 4 for _ in range(5)), "no push came while samples were under way"
+
+
+def push_while_sampling(loop: RunningLoop) -> int:
+    """Check every completion of an engine that gets new weights; returns how many were under way then."""
     old = loop.push()
     undisturbed = sampled(loop, old)
     thread, results = in_background(lambda: sampled(loop, old))
@@ -52,10 +58,10 @@ def test_what_is_under_way_goes_on_with_the_new_weights(loop):
             if len(spans) == 2:
                 straddling += 1
                 assert not np.array_equal(completion.logprobs, alone.logprobs)
-    assert straddling >= 4, "the push came while samples were under way"
     assert {span.policy_version for g in other for c in g.completions for span in c.version_spans} == {new}
     assert np.abs(flat([c.logprobs for c in g.completions] for g in other)
                   - flat(loop.learner.score_groups(other, "policy", temperature=1.0))).max() <= LIMIT["fp32"]
+    return straddling
 
 
 @pytest.mark.timeout(100)

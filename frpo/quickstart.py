@@ -41,7 +41,7 @@ from frpo.rollout.sampler import EVALUATION
 from frpo.trainer import Trainer
 
 Answers = list[tuple[str, str]]
-"""What was asked, and what was answered."""
+"""Pairs of a question and the answer to it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Where metrics and sampled completions of a run go besides its own files: TensorBoard, Weights & Biases.
 
-A run that goes on logs on: every step stands there once, in one run.
+A resumed run continues its log: each step is there once, in one run.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WANDB, SAMPLES, METRICS = "wandb.json", "samples.jsonl", "metrics.jsonl"
 """In the run's folder: the id of its W&B run and the step at which it was closed; all samples; all metrics."""
 
 BLOCK, HEADER, WHOLE, LAST = 32768, struct.Struct("<IHB"), 1, 4
-"""Of a file of an offline run."""
+"""Layout of a file of an offline run: bytes of a block, header of a record, types of records that end one."""
 
 
 class Sink(Protocol):

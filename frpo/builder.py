@@ -44,7 +44,7 @@ from frpo.learner.model import (
 from frpo.learner.router import balance_coefficient
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
-from frpo.progress import phase
+from frpo.progress import phase, remark
 from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
@@ -166,6 +166,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
     with held_folder(run_dir):
         with phase("reading model, prompts and rewards"):
             checked = check(recipe)
+        remark(checked.prompts.summary("prompts"))
         with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
             with build_stack(recipe, model_path) as stack, \

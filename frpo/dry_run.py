@@ -14,7 +14,6 @@ from frpo.cluster.device import lacking_packages, settled
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe
 from frpo.config.sections import Recipe
-from frpo.data.heldout import Split
 from frpo.finetune_parts import check_finetune
 from frpo.rewards.trial import report_lines
 from frpo.step_metrics import mishaps
@@ -37,25 +36,16 @@ def _of_training(recipe: Recipe) -> list[str]:
     model = recipe.model.path or "made on the spot"
     return [
         *report_lines(trial.groups), *mishaps(trial.counts),
-        f"checked: model {model}, {len(prompts.train)} training and {len(prompts.heldout)} held-out prompts, resume "
-        f"{checked.resume[0] if checked.resume else 'from the start'}",
-        *_left_out(prompts), *_notes(recipe, len(prompts.train))]
+        f"checked: model {model}, resume {checked.resume[0] if checked.resume else 'from the start'}",
+        *prompts.summary("prompts"), *_notes(recipe, len(prompts.train))]
 
 
 def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
     checked = check_finetune(recipe)
     examples = checked.examples
     return [
-        f"checked: {len(examples.train)} training and {len(examples.heldout)} held-out examples, resume "
-        f"{checked.resume[0] if checked.resume else 'from the start'}",
-        *_left_out(examples), *_common_notes(recipe, engines=False)]
-
-
-def _left_out(items: Split) -> Iterator[str]:
-    for reason, count in items.skipped.items():
-        yield f"left out: {count} x {reason}"
-    if items.overlap:
-        yield f"trained on too: {items.overlap} x same prompt as a held-out one (data.heldout_overlap: keep)"
+        f"checked: resume {checked.resume[0] if checked.resume else 'from the start'}",
+        *examples.summary("examples"), *_common_notes(recipe, engines=False)]
 
 
 def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:

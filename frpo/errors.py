@@ -13,6 +13,10 @@ class DataError(FrpoError):
     """A data file or row is missing, broken or does not fit the model's window."""
 
 
+class UnknownTokenError(DataError):
+    """A text to learn has a character for which the tokenizer has no token."""
+
+
 class ModelError(FrpoError):
     """A model or tokenizer is missing or lacks what training needs."""
 

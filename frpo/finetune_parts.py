@@ -23,7 +23,7 @@ from frpo.learner.export import check_export
 from frpo.learner.model import check_reference, embedding_count, unstopped_turn
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
-from frpo.progress import phase
+from frpo.progress import phase, remark
 from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
         stack.enter_context(held_folder(Path(recipe.run.dir)))
         with phase("reading model and examples"):
             checked = check_finetune(recipe)
+        remark(checked.examples.summary("examples"))
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):
             device = device_here(recipe)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -37,6 +37,12 @@ def say(line: str) -> None:
     else:
         print(line, flush=True)
     _silence.broken()
+
+
+def remark(lines: Iterable[str]) -> None:
+    """Say lines that belong to no step, each behind a "#"."""
+    for line in lines:
+        say(f"# {line}")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from frpo.evaluate.curve import draw_loss_curve, draw_reward_curve
 from frpo.finetune import FineTuner
 from frpo.finetune_parts import build_finetune
 from frpo.learner.lora import adapter_summary
-from frpo.progress import say
+from frpo.progress import remark, say
 from frpo.supervise import outlive
 from frpo.trainer import Trainer
 
@@ -22,8 +22,7 @@ def run_training(recipe: AnyRecipe) -> int:
     loop, parts_of = (Trainer, build) if by_reward else (FineTuner, build_finetune)
 
     def fit(parts: Any) -> Any:
-        for line in adapters(recipe):
-            say(f"# {line}")
+        remark(adapters(recipe))
         return loop(parts).fit()
 
     state, folder = outlive(recipe, parts_of, fit), Path(recipe.run.dir)

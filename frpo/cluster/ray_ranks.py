@@ -10,6 +10,7 @@ from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.rank import RankHost, rank_environment
 from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import AnyRecipe
+from frpo.progress import phase
 
 
 class _LearnerActor(RankHost):
@@ -26,8 +27,9 @@ class RayRanks:
         handles = [actor.remote() for _ in range(recipe.learner.num_ranks)]
         anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path="not started")
                      for rank, handle in enumerate(handles)]
-        places = wait_for("start learner", [(a, a.handle.address.remote()) for a in anonymous],
-                          recipe.learner.startup_timeout_s)
+        with phase(f"starting {len(handles)} learner process(es)"):
+            places = wait_for("start learner", [(a, a.handle.address.remote()) for a in anonymous],
+                              recipe.learner.startup_timeout_s)
         self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
                        for a, (_, _, pid) in zip(anonymous, places)]
         host, port, _ = places[0]

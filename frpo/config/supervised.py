@@ -39,6 +39,8 @@ class SupervisedDataSection(Section):
                            "found by rendering, so that any chat template will do")
     too_long: Literal["refuse", "cut", "drop"] = Field(
         "refuse", description="examples above model.max_length: an error; their end is left off; left out")
+    unknown_tokens: Literal["refuse", "drop"] = Field(
+        "refuse", description="examples whose response has a character without a token: an error; left out")
     where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")

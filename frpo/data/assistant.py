@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from frpo.data.chat import check_header, check_written, template_text
-from frpo.errors import DataError, ModelError
+from frpo.errors import DataError, ModelError, UnknownTokenError
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -149,13 +149,14 @@ def continuation(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def to_learn(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`continuation` of a text to learn. Raises DataError too where the tokenizer lacks a character of it."""
+    """`continuation` of a text to learn. Raises UnknownTokenError where the tokenizer lacks a character of it."""
     ids, unknown = continuation(before, text, tokenizer), tokenizer.unk_token_id
     if unknown is None or ids.count(unknown) <= text.count(tokenizer.unk_token):
         return ids
     lacking = next((char for char in text if unknown in _ids(char, tokenizer)), text)
-    raise DataError(f"the tokenizer has no token for {lacking!r:.60}, so that {tokenizer.unk_token} would be learned; "
-                    "write it otherwise, leave the row out, or take a tokenizer that has it")
+    raise UnknownTokenError(f"the tokenizer has no token for {lacking!r:.60}, so that {tokenizer.unk_token} would be "
+                            "learned; set data.unknown_tokens=drop to leave such rows out, write it otherwise, or take "
+                            "a tokenizer that has it")
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,7 +14,7 @@ from frpo.data.chat import Messages, check_tokenizer, checked_messages, render_t
 from frpo.data.heldout import Source, Split, content_hash, set_aside
 from frpo.data.source import Row, column, read_rows, select
 from frpo.data.vocabulary import check_vocabulary
-from frpo.errors import DataError
+from frpo.errors import DataError, UnknownTokenError
 from frpo.types import Example
 
 if TYPE_CHECKING:
@@ -47,7 +47,13 @@ def _read(data: SupervisedDataSection, path: str, limit: int | None, assistant: 
     rows = select(read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset), data.where, {})
     examples, skipped = [], Counter[str]()
     for row in rows:
-        example = _example(row, data, assistant)
+        try:
+            example = _example(row, data, assistant)
+        except UnknownTokenError:
+            if data.unknown_tokens == "refuse":
+                raise
+            skipped["dropped, a character without a token"] += 1
+            continue
         if len(example.token_ids) > max_length:
             shorter = _shortened(example, data, max_length)
             skipped[f"{'cut' if shorter else 'dropped'} to fit model.max_length"] += 1
@@ -65,7 +71,7 @@ def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) 
     try:
         ids, mask = (_text_tokens(*content, assistant.tokenizer) if data.format == "text" else assistant.of(content))
     except DataError as error:
-        raise DataError(f"{row.origin}: {error}") from error
+        raise type(error)(f"{row.origin}: {error}") from error
     if not any(mask[1:]):
         raise DataError(f"{row.origin}: no token of a response, so that there is nothing to learn; give the row an "
                         "assistant's message with text, or remove it")

@@ -54,6 +54,14 @@ class Split(Generic[T]):
     skipped: Mapping[str, int]
     overlap: int = 0
 
+    def summary(self, items: str) -> list[str]:
+        """Lines that say how many `items` ("prompts", "examples") there are, and how many were left out and why."""
+        lines = [f"{len(self.train)} training and {len(self.heldout)} held-out {items}"]
+        lines += [f"left out: {count} x {reason}" for reason, count in self.skipped.items()]
+        if self.overlap:
+            lines.append(f"trained on too: {self.overlap} x same prompt as a held-out one (data.heldout_overlap: keep)")
+        return lines
+
 
 def set_aside(train: Source[T], evaluation: Source[T] | None, data: HeldoutKeys) -> Split[T]:
     """Take the held-out items out of `train`, or keep all of `evaluation` apart from it.

@@ -216,7 +216,8 @@ def test_a_dry_run_prints_the_resolved_recipe_and_what_was_checked(place, models
     assert code == 0, err
     assert yaml.safe_load(out)["run"]["seed"] == 3
     told = [line for line in out.splitlines() if line.startswith("#")]
-    assert f"# checked: model {models / 'whole'}, 4 training and 2 held-out prompts, resume from the start" in told
+    assert f"# checked: model {models / 'whole'}, resume from the start" in told
+    assert "# 4 training and 2 held-out prompts" in told
     assert "# length: 100 steps x 2 prompts x 4 completions, each prompt 50 times" in told
     assert any(line.startswith("# device: cpu (run.device: auto, since torch ") for line in told)
     told = run(capsys, "train", "recipe.yaml", "learner.threads=700", "rollout.prompts_per_step=6", "run.device=cpu",
@@ -372,7 +373,8 @@ def test_rewards_are_tried_before_any_engine(place, models, capsys, command):
     """The model has no weights, so that an engine would fail."""
     wrong = "rewards=[{name: a, function: my_rewards.py:few}]"
     code, out, err = run(capsys, *(word.replace("MODELS", str(models)) for word in command), wrong)
-    assert code == 2 and len(out.splitlines()) <= 1, "no more than that it reads"
+    assert code == 2
+    assert all("reading" in line or line.startswith("#") for line in out.splitlines()), "no more than what it read"
     assert err.startswith("frpo: RewardError: reward 'a' (my_rewards.py:few) returned 1")
 
 

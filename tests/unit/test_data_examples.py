@@ -11,7 +11,7 @@ from frpo.config.supervised import SupervisedDataSection
 from frpo.data.chat import render_text
 from frpo.data.examples import load_examples
 from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import DataError, ModelError
+from frpo.errors import DataError, ModelError, UnknownTokenError
 
 TURNS = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"},
          {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "four"}]
@@ -155,3 +155,13 @@ def test_a_held_out_file_that_shares_examples_is_refused_unless_allowed(load, tm
         load(rows, heldout_path=str(other))
     assert len(load(rows, heldout_path=str(other), heldout_overlap="remove").train) == 3
     assert load(rows, heldout_path=str(other), heldout_overlap="keep").overlap == 1
+
+
+def test_a_character_that_the_tokenizer_lacks_is_refused_or_dropped_where_it_would_be_learned(load):
+    rows = [{"prompt": "it’s", "response": "2"}, {"prompt": "1+1", "response": "it’s 2"}]
+    with pytest.raises(UnknownTokenError, match=r"rows.jsonl:2: the tokenizer has no token for '’', so that <unk> "
+                                                r"would be learned; set data.unknown_tokens=drop to leave such rows"):
+        load(rows)
+    kept = load(rows, unknown_tokens="drop")
+    assert [example.origin[-2:] for example in kept.train] == [":1"]
+    assert kept.skipped == {"dropped, a character without a token": 1}

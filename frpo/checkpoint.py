@@ -34,6 +34,7 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, recipe: AnyRecipe):
         self.folder = run_dir / "checkpoints"
         self.recipe = recipe
+        self.saved = False  # whether this process has finished one
 
     def begin(self, step: int) -> Path:
         """An empty folder for the state at `step`, not complete yet."""
@@ -51,6 +52,7 @@ class CheckpointStore:
         _write(path / "state.json", dataclasses.asdict(state))
         _write(path / MARKER, {"step": state.step})
         _sync_folder(path)
+        self.saved = True
         kept = [other for other in self.complete() if _step(other) <= state.step][-self.recipe.run.keep_last:]
         for other in self._all():
             if other not in kept:

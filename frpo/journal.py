@@ -104,14 +104,14 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
                 _move_aside(run_dir, name)
         files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
         if resume is not None and (changes := checkpoints.changes(resume[0])):
-            _tell_changes(run_dir, resume[1].step, changes)
+            _record_changes(run_dir, resume[1].step, changes)
         sinks = open_sinks(recipe, run_dir, resume and resume[1].step)
         for each in (*files.values(), *sinks):
             stack.callback(each.close)
         yield Journal(recipe=recipe, checkpoints=checkpoints, resume=resume, files=files, sinks=sinks)
 
 
-def _tell_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
+def _record_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
     """Print what is decided otherwise from here on, and keep it beside the metrics."""
     say(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}")
     record = JsonlFile(run_dir / f"{CHANGES}.jsonl")

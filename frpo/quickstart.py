@@ -77,7 +77,7 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
     recipe.
     """
     started = time.perf_counter()
-    tour, recipe = _at_hand(model, overrides)
+    tour, recipe = _prepared(model, overrides)
     recipe = _into_fresh_folder(recipe)
     run_dir, steps = Path(recipe.run.dir), recipe.run.num_steps
     matrix = _matrix(tour, recipe, overrides)
@@ -139,7 +139,7 @@ def answers_table(before: Answers, after: Answers) -> TableText:
         rows=tuple((asked, was, now) for (asked, was), (_, now) in zip(before, after, strict=True)), laid_out=True)
 
 
-def _at_hand(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
+def _prepared(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
     """The tour of `model` and its recipe, once that model is there; else those of the tiny one, saying why.
 
     Raises ConfigError where the overrides name another model, which the matrix would not fork.

@@ -30,7 +30,8 @@ def outlive(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[Liv
             fit: Callable[[Any], RunState]) -> RunState:
     """Fit to the last step, from the newest checkpoint of the run again where a rank dies: `run.max_restarts` times.
 
-    build: live parts of a recipe. Raises the EngineError of one death too many, and every other error at once.
+    A run that has saved nothing yet begins again as it began. build: live parts of a recipe. Raises the EngineError of
+    one death too many, and every other error at once.
     """
     for left in reversed(range(recipe.run.max_restarts + 1)):
         with build(recipe) as parts:
@@ -42,6 +43,6 @@ def outlive(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[Liv
                     raise
                 logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
                                "(run.max_restarts)", error, left - 1)
-        if recipe.run.resume != "force" and parts.journal.checkpoints.complete():
+        if recipe.run.resume != "force" and parts.journal.checkpoints.saved:
             recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     raise AssertionError("the last attempt returns or raises")

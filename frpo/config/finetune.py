@@ -18,7 +18,7 @@ class FinetuneRunSection(Section):
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda if torch is built for it and there are GPUs enough; else cpu, saying why")
-    num_epochs: int | float = Field(1, gt=0, description="passes over the examples, such as 3 or 0.5")
+    num_epochs: float = Field(1.0, gt=0, description="passes over the examples, such as 3 or 0.5")
     max_steps: int | None = Field(None, ge=1, description="updates of the run, instead of num_epochs; null: num_epochs")
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")

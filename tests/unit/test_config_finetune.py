@@ -77,6 +77,7 @@ def test_a_run_of_no_updates_is_refused(load, override):
     (["learner.micro_batch_tokens=32"], "learner.micro_batch_tokens = 32 cannot hold an example of model.max_length ="),
     (["learner.ranks=process", "learner.num_ranks=2"], "learner: ranks: process is one rank, num_ranks = 2; choose"),
     (["model.path=null", "model.tiny={warm_start: {source: prompts}}"], "model.tiny.warm_start.source: prompts takes"),
+    (["run.num_epochs=abc"], "run.num_epochs: should be a valid number, given 'abc'"),
     (["run.num_steps=3"], "unknown key 'run.num_steps'; did you mean"),
 ])
 def test_a_mistake_is_one_line_that_names_the_key(load, overrides, message):

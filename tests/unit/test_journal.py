@@ -2,9 +2,10 @@
 import json
 
 from frpo.checkpoint import FINISHED, CheckpointStore, write_finished
-from frpo.config.loader import load_recipe, recipe_from_dict
+from frpo.config.loader import load_recipe, recipe_digest, recipe_from_dict
 from frpo.journal import open_journal
 from frpo.manifest import write_manifest
+from frpo.types import RunState
 
 VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}
 
@@ -31,3 +32,17 @@ def test_the_recipe_of_a_run_that_started_over_does_not_start_over_again(tmp_pat
     for resume, written in (("overwrite", "auto"), ("never", "never"), ("force", "force")):
         write_manifest(tmp_path, recipe(tmp_path, resume), data_digest="d", device="cpu")
         assert load_recipe(tmp_path / "recipe.yaml").run.resume == written
+
+
+def test_values_changed_by_force_are_said_and_kept_beside_the_metrics(tmp_path, capsys):
+    first = recipe(tmp_path)
+    store = CheckpointStore(tmp_path, first)
+    state = RunState(step=4, policy_version=4, data_cursor=0, recipe_digest=recipe_digest(first), file_offsets={})
+    store.finish(store.begin(4), state)
+    forced = recipe_from_dict(VALUES | {"run": {"dir": str(tmp_path), "resume": "force"}, "learner": {"lr": 0.5}})
+    store = CheckpointStore(tmp_path, forced)
+    with open_journal(forced, store, store.select(), ("metrics",)):
+        pass
+    changed = f"learner.lr: {first.learner.lr} -> 0.5"
+    assert json.loads((tmp_path / "changes.jsonl").read_text()) == {"step": 4, "changes": [changed]}
+    assert capsys.readouterr().out == f"going on from step 4 under other values (run.resume: force): {changed}\n"

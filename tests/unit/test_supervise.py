@@ -9,11 +9,11 @@ from frpo.errors import EngineError
 from frpo.supervise import outlive
 
 
-@pytest.mark.parametrize("resume, complete, again", [
-    ("overwrite", [1], "auto"), ("overwrite", [], "overwrite"), ("auto", [1], "auto"), ("somewhere", [1], "auto"),
-    ("force", [1], "force")])
-def test_a_restart_goes_on_from_the_newest_checkpoint_as_the_run_was_allowed_to(resume, complete, again):
-    """What `force` goes on from may still be a checkpoint of the other recipe."""
+@pytest.mark.parametrize("resume, saved, again", [
+    ("overwrite", True, "auto"), ("overwrite", False, "overwrite"), ("auto", True, "auto"), ("somewhere", True, "auto"),
+    ("somewhere", False, "somewhere"), ("force", True, "force")])
+def test_a_restart_goes_on_from_the_newest_checkpoint_as_the_run_was_allowed_to(resume, saved, again):
+    """What `force` goes on from may still be a checkpoint of the other recipe. What saved nothing begins as before."""
     asked = []
 
     @contextmanager
@@ -21,7 +21,7 @@ def test_a_restart_goes_on_from_the_newest_checkpoint_as_the_run_was_allowed_to(
         asked.append(recipe.run.resume)
         yield SimpleNamespace(
             learner=SimpleNamespace(dead=lambda: [0]),
-            journal=SimpleNamespace(checkpoints=SimpleNamespace(complete=lambda: complete)))
+            journal=SimpleNamespace(checkpoints=SimpleNamespace(saved=saved)))
 
     def fit(parts):
         raise EngineError("a rank died")

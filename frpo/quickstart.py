@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from frpo.retention.pictures import draw_all
 from frpo.retention.plan import Plan, make_plan
 from frpo.retention.reading import collect
 from frpo.retention.report import section_of
+from frpo.retention.results import Results
 from frpo.retention.stages import run_plan
 from frpo.retention.tables import fork_table, policy_table
 from frpo.rollout.engine import Sampling
@@ -42,6 +43,12 @@ from frpo.trainer import Trainer
 
 Answers = list[tuple[str, str]]
 """Pairs of a question and the answer to it."""
+
+Ends = tuple[Mapping[str, float], Mapping[str, float]]
+"""Metrics of a training's first and last held-out evaluation."""
+
+CONTROL, MATRIX = "control", "retention"
+"""Folders of the control and of the forks within the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +86,32 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
     started = time.perf_counter()
     tour, recipe = _prepared(model, overrides)
     recipe = _into_fresh_folder(recipe)
-    run_dir, steps = Path(recipe.run.dir), recipe.run.num_steps
     matrix = _matrix(tour, recipe, overrides)
+    answers = _run(tour, recipe, matrix)
+    kept, ends = collect(matrix), {name: _ends(folder / "metrics.jsonl") for name, folder in _folders(recipe).items()}
+    _report(tour, recipe, kept, ends, answers_table(*answers))
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes.")
+    gained, lured = (_verdict(*both) for both in ends.values())
+    print(f"Gain on held-out prompts beyond the first model's interval: {'yes' if gained else 'NO'}; "
+          f"gain under shuffled rewards: {'YES' if lured else 'none'}")
+    return 0 if gained and not lured and not kept.failures else 1
+
+
+def prepare_downstream(folder: Path, seed: int) -> None:
+    """The setup of both matrices: what forks are fine-tuned on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    solved = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    for name, pairs in (("larger", comparisons(480, seed)),
+                        ("gsm8k", [(row["question"], row["answer"]) for row in solved])):
+        text = "".join(json.dumps({"prompt": asked, "response": answer}) + "\n" for asked, answer in pairs)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _run(tour: Tour, recipe: Recipe, matrix: Plan) -> tuple[Answers, Answers]:
+    """Train the policy, then the control, then the forks, all on the same processes. Returns answers before and after.
+    """
+    steps, first = recipe.run.num_steps, Path(recipe.run.dir) / "first_state"
     with build(recipe) as parts:
-        first = run_dir / "first_state"
         parts.learner.save(str(first))
         parts.engines.push(0)
         before = _likeliest(parts, tour.shown, version=0)
@@ -98,38 +127,31 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
         run_plan(matrix, Stack(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
     for folder in (first, control.run_dir / "checkpoints", *(Path(matrix.recipe.run.dir).rglob("checkpoints"))):
         shutil.rmtree(folder)  # nobody goes on from them, and a real model's are large
-    folders = {"FRPO": run_dir, "control (rewards shuffled)": control.run_dir}
-    runs = {name: folder / "metrics.jsonl" for name, folder in folders.items()}
-    ends = {name: _ends(path) for name, path in runs.items()}
-    picture = draw_reward_curve(runs, run_dir / "reward.png")
-    kept = collect(matrix)
-    show([_ends_table(ends), answers_table(before, after), policy_table(kept),
-          fork_table(kept, f"through {tour.downstream}")])
+    return before, after
+
+
+def _folders(recipe: Recipe) -> dict[str, Path]:
+    """Names and folders of the two trainings."""
+    run_dir = Path(recipe.run.dir)
+    return {"FRPO": run_dir, "control (rewards shuffled)": run_dir / CONTROL}
+
+
+def _report(tour: Tour, recipe: Recipe, kept: Results, ends: Mapping[str, Ends], answers: TableText) -> None:
+    """Print the tables, draw the pictures, write the page, and say where they are."""
+    folders, run_dir = _folders(recipe), Path(recipe.run.dir)
+    picture = draw_reward_curve({name: folder / "metrics.jsonl" for name, folder in folders.items()},
+                                run_dir / "reward.png")
+    show([_ends_table(ends), answers, policy_table(kept), fork_table(kept, f"through {tour.downstream}")])
     kept_picture = draw_all(kept, run_dir).get(f"Kept through {tour.downstream}", "no fork has two points to draw")
     write_report(kept)
     page = write_page("Quick start", [
         Section(title="Training", text=("The control has the same rewards, shuffled over the completions of a step.",),
                 pictures={"Mean reward": picture}, charts={"Mean reward": chart_runs(read_runs(folders), folders)},
-                tables=(_ends_table(ends), answers_table(before, after))),
-        section_of(kept, Path(matrix.recipe.run.dir))], run_dir / REPORT)
+                tables=(_ends_table(ends), answers)),
+        section_of(kept, run_dir / MATRIX)], run_dir / REPORT)
     print(f"{tour.downstream}: {tour.means}. What forks keep: {kept_picture}")
-    minutes = (time.perf_counter() - started) / 60
-    print(f"{minutes:.1f} minutes. All of it on one page: {page}  picture: {picture}  model: {run_dir / 'export'}  "
+    print(f"All of it on one page: {page}  picture: {picture}  model: {run_dir / 'export'}  "
           f"metrics: {run_dir / 'metrics.jsonl'}")
-    gained, lured = (_verdict(*ends[name]) for name in runs)
-    print(f"Gain on held-out prompts beyond the first model's interval: {'yes' if gained else 'NO'}; "
-          f"gain under shuffled rewards: {'YES' if lured else 'none'}")
-    return 0 if gained and not lured and not kept.failures else 1
-
-
-def prepare_downstream(folder: Path, seed: int) -> None:
-    """The setup of both matrices: what forks are fine-tuned on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    solved = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
-    for name, pairs in (("larger", comparisons(480, seed)),
-                        ("gsm8k", [(row["question"], row["answer"]) for row in solved])):
-        text = "".join(json.dumps({"prompt": asked, "response": answer}) + "\n" for asked, answer in pairs)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def answers_table(before: Answers, after: Answers) -> TableText:
@@ -170,7 +192,7 @@ def _likeliest(parts: Parts, count: int, version: int) -> Answers:
 
 def _matrix(tour: Tour, recipe: Recipe, overrides: Sequence[str]) -> Plan:
     """Where a policy is trained and where it is measured, the quick start's own overrides hold too."""
-    found = load_recipe(tour.matrix, [f"run.dir={Path(recipe.run.dir) / 'retention'}", f"seeds=[{recipe.run.seed}]"],
+    found = load_recipe(tour.matrix, [f"run.dir={Path(recipe.run.dir) / MATRIX}", f"seeds=[{recipe.run.seed}]"],
                         RetentionRecipe)
     extra = {"extra": [override.replace("$", "$$") for override in overrides]}
     policies = {name: policy.model_copy(update=extra) if policy.recipe else policy
@@ -197,14 +219,14 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
 @contextmanager
 def _control_parts(parts: Parts) -> Iterator[Parts]:
     """The same live parts under a recipe that shuffles rewards and writes into its own folder."""
-    run_dir = parts.run_dir / "control"
+    run_dir = parts.run_dir / CONTROL
     recipe = _with_run(parts.recipe, dir=str(run_dir), name="control", save_every=0)
     recipe = recipe.model_copy(update={"shuffle_rewards": True})
     with open_journal(recipe, CheckpointStore(run_dir, recipe), None, tuple(parts.journal.files)) as journal:
         yield replace(parts, recipe=recipe, run_dir=run_dir, journal=journal)
 
 
-def _ends(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
+def _ends(metrics: Path) -> Ends:
     """First and last row with a held-out evaluation."""
     rows = [row for row in read_metrics(metrics) if "eval/reward" in row]
     return rows[0], rows[-1]
@@ -215,7 +237,7 @@ def _verdict(first: dict[str, float], last: dict[str, float]) -> bool:
     return last["eval/reward"] - last["eval/interval"] > first["eval/reward"] + first["eval/interval"]
 
 
-def _ends_table(ends: dict[str, tuple[dict[str, float], dict[str, float]]]) -> TableText:
+def _ends_table(ends: Mapping[str, Ends]) -> TableText:
     rows = tuple((name, *(f"{row['eval/reward']:.3f} ± {row['eval/interval']:.3f}" for row in both))
                  for name, both in ends.items())
     return TableText(title="Mean reward on held-out prompts", note="95 % interval", rows=rows,

@@ -43,18 +43,8 @@ def draw_runs(runs: Mapping[str, Rows], picture: Path) -> Path | None:
     columns = min(3, len(shown))
     figure, axes = plt.subplots(math.ceil(len(shown) / columns), columns, layout="constrained", squeeze=False,
                                 figsize=(4.6 * columns, 3.2 * math.ceil(len(shown) / columns)))
-    for axis, (title, (metric, interval)) in zip(axes.flat, shown.items()):
-        for (name, rows), color in colored(runs.items()):
-            known = _known(rows, metric)
-            if known:
-                widths = [row.get(interval, 0.0) for row in known] if interval else None
-                axis.errorbar([row["step"] for row in known], [row[metric] for row in known], yerr=widths, color=color,
-                              linestyle=STYLES[color], linewidth=1.2, capsize=2 if interval else 0, label=name,
-                              marker="o" if interval else None, markersize=3)
-        axis.set(title=title, xlabel="step")
-        axis.title.set_fontsize(9)
-        axis.grid(alpha=0.2)
-        axis.spines[["top", "right"]].set_visible(False)
+    for axis, (title, measure) in zip(axes.flat, shown.items()):
+        _draw_panel(axis, title, measure, runs)
     for axis in axes.flat[len(shown):]:
         axis.set_visible(False)
     if len(runs) > 1:
@@ -64,25 +54,43 @@ def draw_runs(runs: Mapping[str, Rows], picture: Path) -> Path | None:
     return picture
 
 
+def _draw_panel(axis: Any, title: str, measure: tuple[str, str | None], runs: Mapping[str, Rows]) -> None:
+    metric, interval = measure
+    for (name, rows), color in colored(runs.items()):
+        if known := _known(rows, metric):
+            widths = [row.get(interval, 0.0) for row in known] if interval else None
+            axis.errorbar([row["step"] for row in known], [row[metric] for row in known], yerr=widths, color=color,
+                          linestyle=STYLES[color], linewidth=1.2, capsize=2 if interval else 0, label=name,
+                          marker="o" if interval else None, markersize=3)
+    axis.set(title=title, xlabel="step")
+    axis.title.set_fontsize(9)
+    axis.grid(alpha=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
     """The same as curves. A click on a held-out point shows completions of it."""
-    found, samples = {}, {}
-    for title, (metric, interval) in panels(runs).items():
-        traces = []
-        for (name, rows), color in colored(runs.items()):
-            known = _known(rows, metric)
-            if not known:
-                continue
-            x, y = [row["step"] for row in known], [row[metric] for row in known]
-            told = [f"step {row['step']:.0f}<br>{title} {row[metric]:.4g}" for row in known]
-            widths = [row.get(interval, math.nan) for row in known] if interval else None
-            keys = [f"{name}/{step:.0f}" for step in x] if metric.startswith("eval/") else None
-            traces += [line(name, color, x, y), points(name, color, x, y, told, keys, widths)]
-        found[title] = panel(traces, "step", "")
+    found = {title: panel([trace for (name, rows), color in colored(runs.items())
+                           for trace in _traces(name, color, title, measure, rows)], "step", "")
+             for title, measure in panels(runs).items()}
+    samples: dict[str, list[Mapping[str, Any]]] = {}
     for name, folder in folders.items():
         for row in read_samples(folder):
             samples.setdefault(f"{name}/{row['step']}", []).append(row)
     return Chart(panels=found, samples=samples)
+
+
+def _traces(name: str, color: str, title: str, measure: tuple[str, str | None], rows: Rows) -> list[dict[str, Any]]:
+    """A run's line and points in one panel; none where the run lacks the measure."""
+    metric, interval = measure
+    known = _known(rows, metric)
+    if not known:
+        return []
+    x, y = [row["step"] for row in known], [row[metric] for row in known]
+    hover = [f"step {row['step']:.0f}<br>{title} {row[metric]:.4g}" for row in known]
+    widths = [row.get(interval, math.nan) for row in known] if interval else None
+    keys = [f"{name}/{step:.0f}" for step in x] if metric.startswith("eval/") else None
+    return [line(name, color, x, y), points(name, color, x, y, hover, keys, widths)]
 
 
 def answers_over_time(folder: Path) -> TableText | None:

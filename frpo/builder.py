@@ -199,7 +199,7 @@ def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuit
         learner = LearnerGroup(recipe, model_path, stack.device, stack.ranks)
     with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
         pool.wait_until_ready()
-    learner.connect_engines(pool.client(), recipe.weight_sync)
+    learner.connect_engines(pool.client(), pool.recipe.weight_sync)
     engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
     names = ("metrics", "samples", "traces") if recipe.telemetry.traces else ("metrics", "samples")
     with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:

@@ -13,7 +13,8 @@ from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError
 from frpo.rollout.assignment import Assignment
-from frpo.rollout.engine import ENVIRONMENT, GroupRequest, RolloutEngine, Sampling, cpu_environment
+from frpo.rollout.construction import environment
+from frpo.rollout.engine import GroupRequest, RolloutEngine, Sampling
 from frpo.types import RolloutGroup
 
 SAMPLING, SAMPLERS = "sampling", 32
@@ -40,7 +41,7 @@ class EnginePool:
 
     def __init__(self, recipe: Recipe, model_path: str, device: str, num_engines: int | None = None):
         """num_engines: other than the recipe's, such as 0 where nothing is sampled."""
-        self.recipe, self.model_path, self.device = recipe, model_path, device
+        self.recipe, self.model_path, self.device = with_backend(recipe, device), model_path, device
         count = recipe.rollout.num_engines if num_engines is None else num_engines
         if count and device == "cpu":
             check_cpu_engines()
@@ -49,11 +50,8 @@ class EnginePool:
     def _start(self, index: int) -> tuple[NamedActor, Any]:
         """Engine `index`, beginning to load in a process of its own, and what its readiness is told by."""
         recipe, on_cpu = self.recipe, self.device == "cpu"
-        environment = dict(ENVIRONMENT)
-        if on_cpu:
-            environment |= cpu_environment(recipe.rollout)
         options = {"num_cpus": 0 if on_cpu else 1, "num_gpus": 0 if on_cpu else recipe.rollout.tensor_parallel_size,
-                   "runtime_env": {"env_vars": environment}}
+                   "runtime_env": {"env_vars": environment(recipe.rollout, self.device)}}
         actor = ray.remote(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
         handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index)
         named = NamedActor(name=f"rollout engine {index}", handle=handle, log_path="the newest worker-*.err of Ray")
@@ -67,7 +65,11 @@ class EnginePool:
 
     def dead(self) -> list[int]:
         """Indices of engines whose process is gone. For moments in which none is sampling."""
-        return [index for index, actor in enumerate(self.engines) if not _answers(actor)]
+        return [index for index, actor in enumerate(self.engines) if _usable(actor) is None]
+
+    def lost(self) -> list[int]:
+        """Indices of engines that serve nothing more: the dead ones, and those whose weights are a mixture."""
+        return [index for index, actor in enumerate(self.engines) if not _usable(actor)]
 
     def restart(self, engines: Sequence[int]) -> None:
         """New processes for these engines, which serve nothing before a push; waits for them."""
@@ -137,6 +139,15 @@ class EnginePool:
             ray.kill(actor.handle)
 
 
+def with_backend(recipe: Recipe, device: str) -> Recipe:
+    """The recipe with `weight_sync.backend: auto` decided: by the device, and by how many hosts Ray has."""
+    if recipe.weight_sync.backend != "auto":
+        return recipe
+    one_host = sum(node["Alive"] for node in ray.nodes()) == 1
+    backend = "nccl" if device == "cuda" else "cpu_shm" if one_host else "gloo"
+    return recipe.model_copy(update={"weight_sync": recipe.weight_sync.model_copy(update={"backend": backend})})
+
+
 class EngineClient:
     """vLLM's weight-transfer calls, made on all engines at once; used from inside a learner rank."""
 
@@ -144,6 +155,9 @@ class EngineClient:
         self.engines = engines
         self.tensor_parallel_size = tensor_parallel_size
         self.timeout_s = timeout_s
+
+    def host(self) -> str:
+        return ray.util.get_node_ip_address()
 
     def num_workers(self) -> int:
         return len(self.engines) * self.tensor_parallel_size
@@ -181,9 +195,9 @@ class EngineClient:
         return lambda: wait_for(phase, calls, self.timeout_s)
 
 
-def _answers(actor: NamedActor) -> bool:
+def _usable(actor: NamedActor) -> bool | None:
+    """See `RolloutEngine.usable`; None where the process is gone."""
     try:
-        result_of("is it alive", actor, actor.handle.policy_version.remote())
+        return result_of("is it alive", actor, actor.handle.usable.remote())
     except ActorDeadError:
-        return False
-    return True
+        return None

@@ -1,5 +1,7 @@
 """Rollout engines that outlive a death: a dead one is started again, given the policy, and sampled from again.
 
+So is one whose weights are a mixture, after a push that broke off while they were landing in place.
+
 What it had been asked for is sampled again from the beginning and what had arrived already is dropped, so that the
 batches inside the engine, and with them every bit of every log-probability, are those of an undisturbed run. A dead
 learner rank is not healed here.
@@ -52,16 +54,16 @@ class RecoveringEngines:
                 assignment = assignment.again(error.engines)
 
     def push(self, version: int) -> None:
-        """The learner's weights to all engines under label `version`; to new ones where some have died."""
+        """The learner's weights to all engines under label `version`; to new ones in place of those that are lost."""
         if not self.pool.engines:
             return
         try:
             self.learner.push_weights(version)
         except EngineError as error:
-            dead = self.pool.dead()
-            if not dead:
+            lost = self.pool.lost()
+            if not lost:
                 raise
-            self._revive(dead, version, error)
+            self._revive(lost, version, error)
         self.pushed = version
 
     def give_up(self) -> None:
@@ -69,12 +71,13 @@ class RecoveringEngines:
         self.restarts_left = 0
 
     def _revive(self, engines: Sequence[int], version: int, cause: EngineError) -> None:
-        engines = [index for index in self.pool.dead() if index in engines]
+        engines = [index for index in self.pool.lost() if index in engines]
         if not engines:  # another thread was faster
             return
-        if len(engines) > self.restarts_left:
+        deaths = max(1, len(self.pool.dead()))  # a push that broke off in all engines is one mishap
+        if deaths > self.restarts_left:
             raise cause
-        self.restarts_left -= len(engines)
+        self.restarts_left -= deaths
         logger.warning("%s; starting engine %s again, %d more restarts allowed (rollout.max_restarts)", cause,
                        ", ".join(map(str, engines)), self.restarts_left)
         self.pool.restart(engines)

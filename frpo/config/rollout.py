@@ -1,11 +1,17 @@
 """Sections that say how completions are sampled, and how weights reach the engines that sample them."""
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from frpo.config.base import Section
+
+SET_BY_FRPO = frozenset({
+    "model", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend", "block_size",
+    "enforce_eager", "seed", "trust_remote_code", "logprobs_mode", "weight_transfer_config", "worker_extension_cls",
+    "async_scheduling", "hf_overrides", "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_chunked_prefill"})
+"""Arguments of vLLM's `LLM` that come from other keys of the recipe, or on which the loop depends."""
 
 
 class DynamicSection(Section):
@@ -44,13 +50,34 @@ class RolloutSection(Section):
                                                  "whole blocks; null: vLLM's choice, 16 on most GPUs, 128 on CPU")
     kv_cache_mb: int = Field(128, ge=16, description="KV cache on CPU, in MiB")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of a GPU that an engine takes")
+    engine_kwargs: dict[str, Any] = Field(
+        {}, description="more arguments of vLLM's LLM, such as {max_num_seqs: 512}; those that frpo sets are refused")
     max_restarts: int = Field(3, ge=0, description="dead engines that a run starts again; one more ends it")
     startup_timeout_s: float = Field(600, gt=0, description="limit for an engine to load")
     timeout_s: float = Field(1800, gt=0, description="limit for one step's generation")
 
 
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _leaves_ours_alone(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(given.keys() & SET_BY_FRPO):
+            raise ValueError(f"{', '.join(taken)}: frpo sets this itself; use the recipe's own keys "
+                             "(`frpo config --keys rollout`), or leave it out")
+        return given
+
+
 class WeightSyncSection(Section):
-    backend: Literal["cpu_shm", "gloo", "nccl", "ipc"] = Field(
-        "cpu_shm", description="cpu_shm: one host; gloo: any hosts, over TCP; nccl, ipc: CUDA, not yet executed")
+    backend: Literal["auto", "cpu_shm", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="cpu_shm: through memory of one host; gloo: any hosts, over TCP; nccl: between GPUs; ipc: "
+                            "on GPUs that learner and engines share; auto: what fits the run")
+    staged: bool | None = Field(
+        None, description="true: engines swap weights in when a push is complete, so that a broken one changes "
+                          "nothing; false: weights land in place, which takes no memory for a second model; null: "
+                          "true for cpu_shm and gloo")
     bucket_mb: float = Field(256.0, gt=0, description="MiB gathered at a time; below the model's size")
     timeout_s: float = Field(600, gt=0, description="limit for one push")
+
+    @property
+    def staged_here(self) -> bool:
+        """`staged`, decided."""
+        return self.backend in ("cpu_shm", "gloo") if self.staged is None else self.staged

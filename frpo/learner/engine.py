@@ -21,6 +21,7 @@ from frpo.config.memory import memory_strategy
 from frpo.config.model import ModelSection
 from frpo.config.sections import LearnerSection
 from frpo.learner.checkpoint_names import Layout, Stored
+from frpo.weight_sync.packing import as_layout, packed_size
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
@@ -118,6 +119,10 @@ class GatheredWeights:
 
     def metadata(self) -> list[Layout]:
         return [layout for entry in self.stored for layout in entry.layout]
+
+    def largest_bucket(self) -> int:
+        return max(packed_size(as_layout(layout for entry in bucket for layout in entry.layout))
+                   for bucket in _buckets(self.stored, self.bucket_bytes))
 
     def __iter__(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         for bucket in _buckets(self.stored, self.bucket_bytes):

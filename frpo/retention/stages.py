@@ -209,7 +209,7 @@ class Matrix:
         """The running engines, to which this learner's weights are pushed from now on."""
         pool = self.stack.pool
         pool.wait_until_ready()
-        learner.connect_engines(pool.client(), recipe.weight_sync)
+        learner.connect_engines(pool.client(), pool.recipe.weight_sync)
         return RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
 
     def processes(self, recipe: Recipe, model: str) -> Stack:

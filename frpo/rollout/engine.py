@@ -11,27 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from frpo.config.rollout import RolloutSection
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, InvariantError
+from frpo.rollout.construction import arguments, ends_if_broken, environment
 from frpo.rollout.episodes import Episodes, checked, completion_of, load_hook
 from frpo.rollout.hook import Client, Turn
 from frpo.rollout.turns import Caller, SharedEngine
 from frpo.types import Completion, GroupId, Prompt, RolloutGroup, VersionSpan
-from frpo.weight_sync.protocol import STAGED
-
-CPU_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Asked for log-probabilities, vLLM otherwise compiles a kernel for many seconds at the first call.
-    "TORCH_COMPILE_DISABLE": "1",
-}
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-
-
-def cpu_environment(rollout: RolloutSection) -> dict[str, str]:
-    """Variables of an engine's process, and so of its workers, among which its threads are divided."""
-    return CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, rollout.threads // rollout.tensor_parallel_size))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +42,16 @@ class RolloutEngine:
     """Serves one policy; refuses to sample until a push, or `serve_loaded`, has given its weights a version."""
 
     def __init__(self, recipe: Recipe, model_path: str, device: str, index: int = 0):
-        os.environ.update(ENVIRONMENT)
-        if device == "cpu":
-            os.environ.update(cpu_environment(recipe.rollout))
+        os.environ.update(environment(recipe.rollout, device))
         from vllm import LLM
 
-        from frpo.rollout.executor import WholeExecutor
-
         self.index = index
-        # On CPU vLLM fails at a seeded request whose prompt it splits over two passes, so no prompt is split there.
-        memory = ({"kv_cache_memory_bytes": recipe.rollout.kv_cache_mb * 2**20, "enable_chunked_prefill": False}
-                  if device == "cpu" else {"gpu_memory_utilization": recipe.rollout.gpu_memory_utilization})
-        workers = recipe.rollout.tensor_parallel_size
-        self.llm = LLM(
-            model=model_path, dtype={"fp32": "float32", "bf16": "bfloat16"}[recipe.model.dtype],
-            max_model_len=recipe.model.max_length, tensor_parallel_size=workers,
-            distributed_executor_backend=WholeExecutor if workers > 1 else None,
-            block_size=recipe.rollout.block_size,
-            enforce_eager=device == "cpu", seed=index, trust_remote_code=recipe.model.trust_remote_code,
-            logprobs_mode="processed_logprobs", weight_transfer_config={"backend": recipe.weight_sync.backend},
-            worker_extension_cls="frpo.rollout.weight_receiver.WorkerExtension", **memory)
-        if device == "cpu" and workers > 1:
+        self.llm = LLM(**arguments(recipe, model_path, device, index))
+        if device == "cpu" and recipe.rollout.tensor_parallel_size > 1:
             self.llm.collective_rpc("unname_shared_memory")
-        self.shared = SharedEngine(self.llm.llm_engine, recipe.weight_sync.timeout_s)
+        self.shared = SharedEngine(self.llm.llm_engine, recipe.weight_sync.timeout_s, ends_if_broken)
         self.tokenizer = self.llm.get_tokenizer()
-        self.staged = recipe.weight_sync.backend in STAGED
+        self.staged = recipe.weight_sync.staged_here
         self.unusable: str | None = None
         self.hook_timeout_s = recipe.rollout.hook_timeout_s
         self.hook = recipe.rollout.hook and load_hook(recipe.rollout.hook)
@@ -208,6 +179,10 @@ class RolloutEngine:
         """Version of the served weights; None before they have one."""
         version = self.llm.get_weight_version()
         return int(version) if version.isdigit() else None
+
+    def usable(self) -> bool:
+        """Whether the weights are whole: no push broke off while they were landing in place."""
+        return self.unusable is None
 
     def serve_loaded(self, version: int) -> None:
         """Label the weights that were loaded from disk, so that they can be sampled without a push.

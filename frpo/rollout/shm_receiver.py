@@ -5,14 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
-from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
 
-from frpo.rollout.staged_receiver import StagedReceiver
-
-
-@dataclass
-class InitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: every update names its file."""
+from frpo.rollout.receiver import Receiver
 
 
 @dataclass
@@ -22,15 +17,11 @@ class UpdateInfo(WeightTransferUpdateInfo):
     path: str
 
 
-class SharedMemoryReceiver(StagedReceiver):
-    """Maps the files; its workers share one copy in memory."""
+class SharedMemoryReceiver(Receiver):
+    """Maps the files: all workers share one copy in memory, and none lies on a GPU before it is loaded."""
 
-    init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.staged = {}
-
     def bucket(self, update_info: UpdateInfo) -> dict[str, torch.Tensor]:
-        with safe_open(update_info.path, framework="pt", device=str(self.device)) as file:
+        with safe_open(update_info.path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)

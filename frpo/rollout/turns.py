@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from frpo.errors import EngineError
@@ -18,10 +18,11 @@ class SharedEngine:
     """Callers of one `LLMEngine`, each in a thread of its own.
 
     limit_s: how long a turn is waited for. Whoever holds the engine may have died, and it would never be released.
+    guard: a context in which every turn is taken.
     """
 
-    def __init__(self, engine: Any, limit_s: float):
-        self.engine, self.limit_s = engine, limit_s
+    def __init__(self, engine: Any, limit_s: float, guard: Callable[[], AbstractContextManager] = nullcontext):
+        self.engine, self.limit_s, self.guard = engine, limit_s, guard
         self._callers: dict[str, Caller] = {}
         self._numbers = itertools.count()
         self._gate, self._turn = threading.Lock(), threading.Lock()
@@ -35,7 +36,8 @@ class SharedEngine:
         """
         self._take()
         try:
-            yield
+            with self.guard():
+                yield
         finally:
             self._turn.release()
 
@@ -43,7 +45,8 @@ class SharedEngine:
     def turn_of_update(self) -> Iterator[None]:
         """A turn for one call of an update, which has it already if the update holds the engine."""
         if self._held:
-            yield
+            with self.guard():
+                yield
         else:
             with self.turn():
                 yield

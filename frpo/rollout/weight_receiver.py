@@ -1,4 +1,4 @@
-"""What a vLLM worker imports to receive weights by the backends of `frpo.weight_sync` that vLLM does not have.
+"""What a vLLM worker imports to receive weights by the backends of `frpo.weight_sync`.
 
 The engine names `WorkerExtension` as its `worker_extension_cls`, so that workers in their own processes import this
 module too; that registers the backends.
@@ -11,28 +11,21 @@ from pathlib import Path
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-from frpo.rollout.gloo_receiver import GlooReceiver
-from frpo.rollout.load_check import problem
+from frpo.rollout.broadcast_receiver import GlooReceiver, NcclReceiver
+from frpo.rollout.ipc_receiver import IpcReceiver
 from frpo.rollout.shm_receiver import SharedMemoryReceiver
-from frpo.rollout.staged_receiver import StagedReceiver
+from frpo.weight_sync.protocol import engine_backend
 
-RECEIVERS = {"cpu_shm": SharedMemoryReceiver, "gloo": GlooReceiver}
+RECEIVERS = {"cpu_shm": SharedMemoryReceiver, "gloo": GlooReceiver, "nccl": NcclReceiver, "ipc": IpcReceiver}
 
 
 class WorkerExtension:
     """Adds to vLLM's worker what its interface lacks."""
 
     def load_weight_update(self) -> str | None:
-        """What comes before `finish_weight_update`: load what is staged, if it is.
-
-        Returns what of it, or of the model, was left out. Of weights that land in place only what was not written is
-        known; that part was never executed, as `frpo.weight_sync.vllm_native` was not.
-        """
-        receiver = self.weight_transfer_engine
-        if isinstance(receiver, StagedReceiver):
-            with set_current_vllm_config(self.vllm_config):
-                return receiver.load_weight_update()
-        return problem(receiver.model, None, (), 0)
+        """What comes before `finish_weight_update`: see `Receiver.load_weight_update`."""
+        with set_current_vllm_config(self.vllm_config):
+            return self.weight_transfer_engine.load_weight_update()
 
     def abort_weight_update(self) -> None:
         """Forget a staged update that its sender never finished; nothing of it has reached the model."""
@@ -48,6 +41,6 @@ class WorkerExtension:
             file.unlink(missing_ok=True)
 
 
-for _name, _receiver in RECEIVERS.items():
-    if _name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_name, _receiver)
+for _backend, _receiver in RECEIVERS.items():
+    if engine_backend(_backend) not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(engine_backend(_backend), _receiver)

@@ -1,8 +1,7 @@
 """Weights through shared memory on one host: each bucket is a safetensors file that the engines map.
 
-Engines only note the mapped buckets until the push finishes, so the files are the staging copy, one for all engines of
-the host, and an interrupted push changes nothing. It does not cross hosts. The receiving end is
-`frpo.rollout.weight_receiver`.
+Staged, engines only note the mapped buckets until the push finishes, so the files are the staging copy, one for all
+engines of the host. It does not cross hosts. The receiving end is `frpo.rollout.shm_receiver`.
 
     /dev/shm/frpo-weights-PID-ID.lock             held by the sender while it pushes
     /dev/shm/frpo-weights-PID-ID-N.safetensors    bucket N
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from frpo.config.rollout import WeightSyncSection
 from frpo.held import HeldByAnotherError, HeldFile
 from frpo.weight_sync.protocol import WeightStream, WeightSyncClient, drained
 
@@ -26,12 +26,12 @@ PREFIX = "frpo-weights-"
 class Sender:
     """Writes buckets from rank 0; the other ranks take part in the gathers and write nothing."""
 
-    def __init__(self, rank: int, client: WeightSyncClient | None):
+    def __init__(self, rank: int, client: WeightSyncClient | None, section: WeightSyncSection):
         self.rank = rank
         self.client = client
         if rank == 0:
             remove_leftovers()
-            client.init_weight_transfer_engine({})
+            client.init_weight_transfer_engine({"staged": section.staged_here})
 
     def send(self, weights: WeightStream, version: int) -> None:
         if self.rank != 0:

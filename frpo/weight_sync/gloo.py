@@ -1,64 +1,52 @@
-"""Weights by gloo broadcast from learner rank 0 to the workers of all engines, which may be on other hosts.
-
-Workers stage the buckets in their memory and swap them in at the end, so an interrupted push changes nothing. Any
-failure ends the process group; the next push forms a new one with all engines. The receiving end is
-`frpo.rollout.gloo_receiver`.
-"""
+"""Weights by gloo, over TCP and through the CPU's memory, to engines on any host."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import socket
+from datetime import timedelta
+from typing import Any
 
-from safetensors.torch import save
+import torch
+from torch.distributed import ProcessGroupGloo, TCPStore
 
-from frpo.weight_sync.gloo_group import GlooGroup, form_as_sender
-from frpo.weight_sync.protocol import Bucket, WeightStream, WeightSyncClient, drained
+from frpo.weight_sync.broadcast import BroadcastSender
+from frpo.weight_sync.group import SENDER
 
 
-class Sender:
-    """Sends buckets from rank 0; the other ranks take part in the gathers and send nothing."""
+class Transport:
+    """A gloo process group. It tells a member of another's death only while nothing of a message has reached it."""
 
-    def __init__(self, rank: int, client: WeightSyncClient | None):
-        self.rank = rank
-        self.client = client
-        self.group: GlooGroup | None = None
+    def __init__(self, store: TCPStore, rank: int, size: int, timeout_s: float, meeting: tuple[str, int],
+                 device: torch.device):
+        self.device = device
+        options = ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = _devices_towards(*meeting)
+        self.group = ProcessGroupGloo(store, rank, size, options)
 
-    def send(self, weights: WeightStream, version: int) -> None:
-        if self.rank != 0:
-            drained(weights)
-            return
-        remaining = iter(weights)
-        try:
-            if self.group is None:
-                self.group = self._form()
-            self.client.start_weight_update()
-            for bucket in remaining:
-                self._send(bucket)
-            self.client.finish_weight_update(str(version))
-        except BaseException:
-            self._drop()
-            raise
-        finally:
-            drained(remaining)
+    @staticmethod
+    def own_device() -> torch.device:
+        return torch.device("cpu")
 
-    def _form(self) -> GlooGroup:
-        host, size, limit = os.environ["MASTER_ADDR"], 1 + self.client.num_workers(), self.client.timeout_s
+    def broadcast(self, data: torch.Tensor) -> None:
+        self.group.broadcast(data, root=SENDER).wait()
 
-        def invite(port: int) -> Callable[[], None]:
-            return self.client.begin_init_weight_transfer_engine(
-                {"host": host, "port": port, "rank_offset": 1, "size": size, "timeout_s": limit})
+    def close(self) -> None:
+        """Nothing: work under way ends by itself once the connections of others are gone."""
 
-        return form_as_sender(host, size, limit, invite)
 
-    def _send(self, bucket: Bucket) -> None:
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in bucket})
-        received = self.client.begin_update_weights({"size": len(data)})
-        self.group.send(data)
-        received()  # before `sent`: an engine that fails or dies is known here at once, and by its name
-        self.group.sent()
+class Sender(BroadcastSender):
+    transport = Transport
 
-    def _drop(self) -> None:
-        """Close the group first of all, so that engines that wait for a bucket fail now and can be called again."""
-        if self.group is not None:
-            self.group.close()
-            self.group = None
+
+def _devices_towards(host: str, port: int) -> list[Any]:
+    """The networks that GLOO_SOCKET_IFNAME names, or else the one on which `host` is reached.
+
+    Gloo itself would take the address of this machine's name, which is often the loopback.
+    """
+    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return [ProcessGroupGloo.create_device(hostname=probe.getsockname()[0])]

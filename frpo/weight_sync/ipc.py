@@ -1,20 +1,72 @@
-"""Weights by CUDA IPC handles to engines on the learner's own GPUs. NEVER EXECUTED, see `vllm_native`."""
+"""Weights through the memory of a GPU that a learner rank and an engine's worker share. NEVER EXECUTED.
+
+Every rank has the whole bucket after its gather, and offers a copy to the worker on its own GPU. NCCL cannot join two
+processes on one GPU. The receiving end is `frpo.rollout.ipc_receiver`.
+"""
 from __future__ import annotations
 
 from typing import Any
 
-from frpo.weight_sync.protocol import WeightSyncClient
-from frpo.weight_sync.vllm_native import NativeSender
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import reduce_tensor
+
+from frpo.config.rollout import WeightSyncSection
+from frpo.weight_sync.packing import layout_of, pack
+from frpo.weight_sync.protocol import Bucket, WeightStream, WeightSyncClient
 
 
-class Sender(NativeSender):
-    """Shares the gathered parameters' memory; nothing is copied over a network."""
+class Sender:
+    """Each rank has one buffer, which lasts for one push; rank 0 tells the engines what lies in all of them."""
 
-    def __init__(self, rank: int, client: WeightSyncClient | None):
-        def build(versioned: Any, source: Any) -> Any:
-            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
+    def __init__(self, rank: int, client: WeightSyncClient | None, section: WeightSyncSection):
+        self.rank, self.client, self.section = rank, client, section
 
-            return IPCTrainerWeightTransferEngine.trainer_init(
-                IPCTrainerInitInfo(rank=rank, packed=True), client=versioned, source=source)
+    def send(self, weights: WeightStream, version: int) -> None:
+        failure: BaseException | None = None
+        try:
+            buffer = torch.empty(weights.largest_bucket(), dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            failure, buffer = error, None
+        handles: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(handles, None if buffer is None else _handle(buffer))
+        if None in handles and failure is None:
+            failure = RuntimeError("another rank has no memory for a bucket; lower weight_sync.bucket_mb")
+        failure = failure or self._tried(self._open, dict(filter(None, handles)))
+        for bucket in weights:
+            failure = failure or self._tried(self._offer, bucket, buffer)
+            torch.cuda.synchronize()
+            dist.barrier()  # every buffer is whole
+            failure = failure or self._tried(self._announce, bucket)
+            dist.barrier()  # every worker has read its own
+        if failure is None and self.client is not None:
+            self.client.finish_weight_update(str(version))
+        if failure is not None:
+            raise failure
 
-        super().__init__(rank, client, build)
+    @staticmethod
+    def _tried(step: Any, *arguments: Any) -> BaseException | None:
+        """What the step raises: the others wait in the next collective, so that this rank has to go on."""
+        try:
+            step(*arguments)
+        except BaseException as error:
+            return error
+        return None
+
+    def _open(self, handles: dict[str, Any]) -> None:
+        if self.client is not None:
+            self.client.init_weight_transfer_engine({"staged": self.section.staged_here, "handles": handles})
+            self.client.start_weight_update()
+
+    def _offer(self, bucket: Bucket, buffer: torch.Tensor) -> None:
+        pack(bucket, buffer)
+
+    def _announce(self, bucket: Bucket) -> None:
+        if self.client is not None:
+            self.client.update_weights({"layout": layout_of(bucket)})
+
+
+def _handle(buffer: torch.Tensor) -> tuple[str, tuple[Any, ...]]:
+    """(the GPU's UUID, what `rebuild_cuda_tensor` takes in another process)."""
+    _, arguments = reduce_tensor(buffer)
+    return str(torch.cuda.get_device_properties(buffer.device).uuid), arguments

@@ -1,34 +1,46 @@
-"""Weights by NCCL broadcast from learner rank 0 to engines on other GPUs. NEVER EXECUTED, see `vllm_native`."""
+"""Weights by NCCL, from GPU to GPU, to engines on any host that have GPUs of their own.
+
+NEVER EXECUTED on a GPU. Everything but `Transport` is what `gloo` runs on CPU, staged and in place.
+"""
 from __future__ import annotations
 
-import socket
-from typing import Any
+import torch
+from torch.distributed import TCPStore
 
-from frpo.weight_sync.protocol import WeightSyncClient
-from frpo.weight_sync.vllm_native import NativeSender
-
-
-class Sender(NativeSender):
-    """Opens one NCCL group of the sender and all engine workers; buckets travel packed."""
-
-    def __init__(self, rank: int, client: WeightSyncClient | None):
-        def build(versioned: Any, source: Any) -> Any:
-            from vllm.distributed.weight_transfer.nccl_engine import (
-                NCCLTrainerInitInfo,
-                NCCLTrainerWeightTransferEngine,
-            )
-
-            workers = client.num_workers() if rank == 0 else 0
-            host, port = _endpoint()
-            info = NCCLTrainerInitInfo(
-                master_address=host, master_port=port, world_size=1 + workers, packed=True, rank=rank)
-            return NCCLTrainerWeightTransferEngine.trainer_init(info, client=versioned, source=source)
-
-        super().__init__(rank, client, build)
+from frpo.weight_sync.broadcast import BroadcastSender
+from frpo.weight_sync.group import SENDER
 
 
-def _endpoint() -> tuple[str, int]:
-    """This host's address and a free port; only rank 0's is used."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return socket.gethostbyname(socket.gethostname()), probe.getsockname()[1]
+class Transport:
+    """vLLM's NCCL communicator, which needs no default group. It never tells of another member's death."""
+
+    def __init__(self, store: TCPStore, rank: int, size: int, timeout_s: float, meeting: tuple[str, int],
+                 device: torch.device):
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+        from vllm.utils.nccl import unpinned_nccl_env
+
+        self.device = device
+        with unpinned_nccl_env(), torch.cuda.device(device):
+            self.communicator = PyNcclCommunicator(
+                StatelessProcessGroup(rank=rank, world_size=size, store=store), device=device)
+            self.stream = torch.cuda.Stream(device)
+        if self.communicator.disabled:
+            raise RuntimeError("NCCL's library cannot be loaded in this process (see VLLM_NCCL_SO_PATH)")
+
+    @staticmethod
+    def own_device() -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def broadcast(self, data: torch.Tensor) -> None:
+        with torch.cuda.device(self.device):
+            self.communicator.broadcast(data, src=SENDER, stream=self.stream)
+            self.stream.synchronize()
+
+    def close(self) -> None:
+        """Abort, which also ends a broadcast that waits for a member which is gone."""
+        self.communicator.destroy()
+
+
+class Sender(BroadcastSender):
+    transport = Transport

@@ -1,11 +1,15 @@
 """What a weight-sync backend is: a sender on every learner rank, driving vLLM's own update sequence on the engines.
 
 One push = start, one update per bucket, finish under a new version label. Rank 0 talks to the engines; the other ranks
-only take part in the gathers. Backends differ in how a bucket's bytes travel and in what a failed push leaves:
+only take part in the gathers. Backends differ in how a bucket's bytes travel:
 
-    cpu_shm     one host; buckets are staged and swapped in at the end: a failed push leaves the old weights serving
-    gloo        any hosts; staged too
-    nccl, ipc   CUDA, weights land in place: after a failed push an engine serves nothing until it is rebuilt and synced
+    cpu_shm     one host: files in shared memory that the engines map
+    gloo        any hosts, over TCP
+    nccl        GPUs that learner and engines have each for themselves, on any hosts
+    ipc         GPUs that a learner rank and an engine's worker share
+
+`weight_sync.staged` says what a failed push leaves. Staged, buckets are swapped in at the end, so that the old weights
+go on serving. In place, an engine serves nothing until it is rebuilt and synced.
 """
 from __future__ import annotations
 
@@ -17,9 +21,6 @@ import torch
 
 from frpo.config.rollout import WeightSyncSection
 
-STAGED = frozenset({"cpu_shm", "gloo"})
-"""Backends whose receivers change the model only when a push finishes."""
-
 Bucket = list[tuple[str, torch.Tensor]]
 """Whole parameters by checkpoint name; the tensors are valid only until the next bucket is taken."""
 
@@ -29,6 +30,10 @@ class WeightStream(Protocol):
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, whole shape) of every parameter, in the order of iteration, without gathering."""
+        ...
+
+    def largest_bucket(self) -> int:
+        """Bytes of the largest bucket, packed (`weight_sync.packing`), without gathering."""
         ...
 
     def __iter__(self) -> Iterator[Bucket]: ...
@@ -43,6 +48,10 @@ class WeightSyncClient(Protocol):
     """
 
     timeout_s: float
+
+    def host(self) -> str:
+        """An address of this process's machine that the engines reach."""
+        ...
 
     def num_workers(self) -> int:
         """Worker processes of all engines together."""
@@ -72,7 +81,12 @@ class WeightSender(Protocol):
 def make_sender(section: WeightSyncSection, rank: int, client: WeightSyncClient | None) -> WeightSender:
     """The sender of the recipe's backend; `client` is needed on rank 0 only."""
     backend = importlib.import_module(f"frpo.weight_sync.{section.backend}")
-    return backend.Sender(rank=rank, client=client)
+    return backend.Sender(rank=rank, client=client, section=section)
+
+
+def engine_backend(backend: str) -> str:
+    """The name under which vLLM knows the receiving end; it has some of its own called nccl and ipc."""
+    return f"frpo.{backend}"
 
 
 def drained(buckets: Iterable[object]) -> None:

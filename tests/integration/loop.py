@@ -80,7 +80,8 @@ def splitting_strategy(folder: Path, stage: int) -> str:
 
 def small_recipe(model_path: str, strategy: str, *, dtype: str = "fp32", max_length: int = 64,
                  gradient_checkpointing: bool = False, lora: dict[str, Any] | None = None, num_ranks: int = 2,
-                 timeout_s: float = 60.0, backend: str = "cpu_shm", **rollout: Any) -> Recipe:
+                 timeout_s: float = 60.0, backend: str = "cpu_shm", staged: bool | None = None, **rollout: Any
+                 ) -> Recipe:
     """A recipe for `model_path` with short limits; rewards and data are named but never used.
 
     rollout: more keys of that section.
@@ -93,7 +94,7 @@ def small_recipe(model_path: str, strategy: str, *, dtype: str = "fp32", max_len
         "rewards": [{"name": "none", "function": "frpo.rewards.verifiers:exact_answer"}],
         "learner": {"num_ranks": num_ranks, "deepspeed": strategy, "lr": LEARNING_RATE, "timeout_s": timeout_s,
                     "micro_batch_tokens": 4 * max_length, "gradient_checkpointing": gradient_checkpointing},
-        "weight_sync": {"backend": backend, "bucket_mb": BUCKET_MB, "timeout_s": timeout_s},
+        "weight_sync": {"backend": backend, "staged": staged, "bucket_mb": BUCKET_MB, "timeout_s": timeout_s},
     })
 
 

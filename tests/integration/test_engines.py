@@ -205,6 +205,64 @@ def test_rank_0_killed_during_a_push_over_gloo_changes_nothing(two):
 
 
 @pytest.mark.timeout(240)
+def test_weights_that_land_in_place_are_those_of_a_staged_push(two, recipe_of):
+    """What GPUs do by default; only the transport differs there."""
+    two.become(*recipe_of(num_engines=2, backend="gloo"))
+    staged, _ = trained(two)
+    two.become(*recipe_of(num_engines=2, backend="gloo", staged=False))
+    in_place, gap = trained(two)
+    assert gap <= LIMIT["fp32"]
+    assert in_place == staged
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("method, at, action", [
+    ("begin_init_weight_transfer_engine", 1, "fail"), ("start_weight_update", 1, "fail"),
+    ("begin_update_weights", 1, "fail"), ("begin_update_weights", 3, "fail"), ("finish_weight_update", 1, "fail"),
+    ("begin_update_weights", 3, "kill an engine")])
+def test_a_push_in_place_that_breaks_off_is_healed_by_new_engines(two, recipe_of, method, at, action):
+    """What is a mixture never serves. Where the push broke off before any weight moved, the engines stay."""
+    if two.recipe.weight_sync.staged is not False:
+        two.become(*recipe_of(num_engines=2, backend="gloo", staged=False))
+    two.push()
+    before = [pid_of(engine) for engine in two.pool.engines]
+    two.learner.connect_engines(two.pool.client(), two.recipe.weight_sync)
+    kill = action != "fail"
+    inside(two.learner.ranks.actors[0], cut_push, method, at,
+           (lambda: os.kill(before[1], signal.SIGKILL)) if kill else fail)
+    two.update(PROMPTS)
+    engines = RecoveringEngines(two.pool, two.learner, max_restarts=1)
+    began = time.perf_counter()
+    if method.startswith(("begin_init", "start")) and not kill:
+        with pytest.raises(EngineError, match="cut on purpose"):
+            engines.push(two.version + 1)
+        assert two.pool.lost() == [] and time.perf_counter() - began < AT_ONCE_S
+        inside(two.learner.ranks.actors[0], mend_push)
+        two.push()
+    else:
+        engines.push(two.version + 1)  # the first try breaks off; the second reaches the new engines
+        two.version += 1
+        assert engines.restarts_left == 0
+        assert not set(before) & {pid_of(engine) for engine in two.pool.engines}
+    assert two.pool.policy_versions() == [two.version] * 2
+    assert two.gap(PROMPTS) <= LIMIT["fp32"]
+
+
+@pytest.mark.timeout(60)
+def test_a_mixture_refuses_to_serve(two, recipe_of):
+    two.push()
+    inside(two.learner.ranks.actors[0], cut_push, "begin_update_weights", 3, fail)
+    with pytest.raises(EngineError, match="cut on purpose"):
+        two.learner.push_weights(two.version + 1)
+    assert two.pool.lost() == [0, 1] and two.pool.dead() == []
+    with pytest.raises(EngineError, match="a push broke off while weights were landing in place; rebuild and sync it"):
+        two.sample(PROMPTS)
+    two.drop_pool()
+    two.push()
+    assert two.gap(PROMPTS) <= LIMIT["fp32"]
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("backend", ["gloo", "cpu_shm"])
 def test_an_engine_of_two_workers_agrees_with_the_learner(parallel, recipe_of, backend):
     if parallel.recipe.weight_sync.backend != backend:

@@ -103,13 +103,13 @@ def test_engine_learner_and_export_are_one_function_after_pushes(mixture, family
 
 def keep_kernels(engine):
     """Inside an engine's actor: the reload as vLLM has it, which leaves the experts unpacked."""
-    import frpo.rollout.staged_receiver as module
+    import frpo.rollout.receiver as module
 
     engine.dropped, module.drop_expert_kernels = module.drop_expert_kernels, lambda model: None
 
 
 def mend_kernels(engine):
-    import frpo.rollout.staged_receiver as module
+    import frpo.rollout.receiver as module
 
     module.drop_expert_kernels = engine.dropped
 

@@ -43,6 +43,8 @@ class Pool:
     def dead(self):
         return sorted(self.gone)
 
+    lost = dead
+
     def client(self):
         return "client"
 
@@ -95,7 +97,7 @@ def test_a_failed_push_restarts_the_dead_and_raises_if_nobody_is():
 
 def test_an_engine_that_another_thread_has_healed_is_not_started_twice():
     pool = Pool({1: 1})
-    pool.dead = lambda: []
+    pool.lost = pool.dead = lambda: []
     assert streamed(pool, max_restarts=0) == [(0, 0), (0, 2), (0, 1), (0, 3)]
     assert pool.log == [("stream", [0, 1]), ("stream", [1])]
 

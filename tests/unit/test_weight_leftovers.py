@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from frpo.config.rollout import WeightSyncSection
 from frpo.weight_sync import cpu_shm
 from pid_namespace import NAMESPACE, needs_namespaces
 
@@ -14,6 +15,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import torch
+from frpo.config.rollout import WeightSyncSection
 from frpo.weight_sync import cpu_shm
 
 def sent(info):
@@ -24,7 +26,7 @@ def sent(info):
 cpu_shm.SHARED_MEMORY = Path(sys.argv[1])
 client = SimpleNamespace(init_weight_transfer_engine=lambda info: None, start_weight_update=lambda: None,
                          update_weights=sent)
-cpu_shm.Sender(0, client).send([[("a", torch.ones(2))], [("b", torch.ones(3))]], 1)
+cpu_shm.Sender(0, client, WeightSyncSection()).send([[("a", torch.ones(2))], [("b", torch.ones(3))]], 1)
 """
 
 
@@ -64,7 +66,7 @@ class Engines:
 def test_a_push_leaves_nothing_and_its_buckets_are_there_to_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_shm, "SHARED_MEMORY", tmp_path)
     engines = Engines(tmp_path)
-    cpu_shm.Sender(0, engines).send([[("a", torch.ones(2))], [("b", torch.ones(3))]], 1)
+    cpu_shm.Sender(0, engines, WeightSyncSection()).send([[("a", torch.ones(2))], [("b", torch.ones(3))]], 1)
     assert engines.seen == [[".lock", ".safetensors"], [".lock", ".safetensors", ".safetensors"]]
     assert list(tmp_path.iterdir()) == []
 

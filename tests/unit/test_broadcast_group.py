@@ -1,11 +1,13 @@
-"""The process group of `weight_sync.gloo`, its members as threads: bytes arrive, and nobody waits for the dead."""
+"""The group of backends that broadcast, its members as threads: bytes arrive, and nobody waits for the dead."""
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from frpo.weight_sync.gloo_group import GlooGroup, form_as_sender
+from frpo.weight_sync.gloo import Transport
+from frpo.weight_sync.group import BroadcastGroup, form_as_sender
 
 HOST, LIMIT_S, SIZE = "127.0.0.1", 30.0, 20_000_000
 AT_ONCE_S = 5.0
@@ -15,7 +17,7 @@ def formed(size, absent=()):
     """(sender, receivers) of a new group of `size`; those in `absent` never come."""
     with ThreadPoolExecutor(size) as pool:
         def invite(port):
-            joins = [pool.submit(GlooGroup, HOST, port, rank, size, LIMIT_S) for rank in range(1, size)
+            joins = [pool.submit(BroadcastGroup, Transport, HOST, port, rank, size, LIMIT_S) for rank in range(1, size)
                      if rank not in absent]
 
             def wait():
@@ -28,7 +30,7 @@ def formed(size, absent=()):
             return wait
 
         asked = []
-        sender = form_as_sender(HOST, size, LIMIT_S, invite)
+        sender = form_as_sender(Transport, HOST, size, LIMIT_S, invite)
         return sender, [join.result() for join in asked[0]]
 
 
@@ -37,9 +39,10 @@ def test_bytes_reach_everyone_in_order():
     sender, receivers = formed(4)
     sent = [bytes(range(256)) * 3, b"\x00", b"x" * 1_000_001]
     with ThreadPoolExecutor(len(receivers)) as pool:
-        arrivals = [pool.submit(lambda end: [end.receive(len(data)) for data in sent], end) for end in receivers]
+        arrivals = [pool.submit(lambda end: [bytes(end.receive(len(data)).tolist()) for data in sent], end)
+                    for end in receivers]
         for data in sent:
-            sender.send(data)
+            sender.send(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             sender.sent()
         assert [arrival.result() for arrival in arrivals] == [sent] * 3
 
@@ -71,7 +74,7 @@ def test_nobody_waits_for_a_sender_that_has_closed_its_end(absent):
     for thread in waiting:
         thread.start()
     if absent is not None:
-        sender.send(bytes(SIZE))
+        sender.send(torch.zeros(SIZE, dtype=torch.uint8))
     time.sleep(0.5)
     assert absent or not ended
     began = time.perf_counter()

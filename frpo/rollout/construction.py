@@ -1,0 +1,77 @@
+"""How a vLLM engine is made: its process's environment, its arguments, and when the process ends by itself.
+
+All of it is the same on CPU and GPU but for the lines that say so.
+"""
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from frpo.config.rollout import RolloutSection
+from frpo.config.sections import Recipe
+from frpo.weight_sync.protocol import engine_backend
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # The core lives in the engine's own process: it dies with it, leaves no orphan, and steps when it is told to.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Asked for log-probabilities, vLLM otherwise compiles a kernel for many seconds at the first call.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def environment(rollout: RolloutSection, device: str) -> dict[str, str]:
+    """Variables of an engine's process, and so of its workers, among which its threads are divided."""
+    if device != "cpu":
+        return dict(ENVIRONMENT)
+    threads = max(1, rollout.threads // rollout.tensor_parallel_size)
+    return ENVIRONMENT | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+
+
+def arguments(recipe: Recipe, model_path: str, device: str, index: int) -> dict[str, Any]:
+    """Of vLLM's `LLM` for engine `index`. weight_sync.backend must be decided."""
+    from frpo.rollout.executor import WholeExecutor
+
+    rollout, on_cpu = recipe.rollout, device == "cpu"
+    # On CPU vLLM fails at a seeded request whose prompt it splits over two passes, so no prompt is split there.
+    memory = ({"kv_cache_memory_bytes": rollout.kv_cache_mb * 2**20, "enable_chunked_prefill": False} if on_cpu
+              else {"gpu_memory_utilization": rollout.gpu_memory_utilization})
+    return dict(
+        model=model_path, dtype=DTYPES[recipe.model.dtype], max_model_len=recipe.model.max_length,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        distributed_executor_backend=WholeExecutor if rollout.tensor_parallel_size > 1 else None,
+        block_size=rollout.block_size, enforce_eager=on_cpu, seed=index,
+        trust_remote_code=recipe.model.trust_remote_code, logprobs_mode="processed_logprobs",
+        weight_transfer_config={"backend": engine_backend(recipe.weight_sync.backend)},
+        worker_extension_cls="frpo.rollout.weight_receiver.WorkerExtension",
+        # A batch in flight during a push would tell the version of the next one.
+        async_scheduling=False if rollout.max_staleness else None,
+        # The learner's logits are fp32 sums of bf16 products; so are the engine's with an fp32 head.
+        hf_overrides={"head_dtype": "float32"}, **memory, **rollout.engine_kwargs)
+
+
+@contextmanager
+def ends_if_broken() -> Iterator[None]:
+    """Within it, an error after which the engine can do no more ends the process.
+
+    A death is noticed and healed. An engine that still answers and can no longer work is not.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except (EngineDeadError, torch.AcceleratorError):
+        logger.exception("this engine cannot go on; its process ends")
+        os._exit(1)

@@ -1,0 +1,65 @@
+"""The receiving end of `weight_sync.ipc`, inside a vLLM worker on a learner rank's GPU. NEVER EXECUTED."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
+
+from frpo.rollout.receiver import InitInfo, Receiver
+from frpo.weight_sync.packing import Layout, unpack
+
+STORAGE_DEVICE = 6
+"""Which argument of `rebuild_cuda_tensor` is the number of the device, as the receiving process counts."""
+
+
+@dataclass(kw_only=True)
+class IpcInitInfo(InitInfo):
+    """handles: a GPU's UUID -> what `rebuild_cuda_tensor` takes to open the buffer of the rank on it."""
+
+    handles: dict[str, tuple[Any, ...]]
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """layout: of the bucket that now lies in every buffer, see `weight_sync.packing`."""
+
+    layout: Layout
+
+
+class IpcReceiver(Receiver):
+    """Reads the buffer of the rank on its own GPU, which holds another bucket after each answer."""
+
+    init_info_cls = IpcInitInfo
+    update_info_cls = UpdateInfo
+    buffer: torch.Tensor | None = None
+
+    def init_transfer_engine(self, init_info: IpcInitInfo) -> None:
+        self.shutdown()
+        super().init_transfer_engine(init_info)
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        if uuid not in init_info.handles:
+            raise RuntimeError(f"no learner rank is on this worker's GPU {uuid}, they are on "
+                               f"{', '.join(init_info.handles)}; set placement to colocate, or weight_sync.backend to "
+                               "nccl")
+        arguments = list(init_info.handles[uuid])
+        arguments[STORAGE_DEVICE] = self.device.index
+        self.buffer = rebuild_cuda_tensor(*arguments)
+
+    def bucket(self, update_info: UpdateInfo) -> dict[str, torch.Tensor]:
+        shared = unpack(self.buffer, update_info.layout)
+        return {name: tensor.clone() for name, tensor in shared.items()} if self.staging else shared
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        super().receive_weights(update_info)
+        torch.cuda.current_stream(self.device).synchronize()  # the sender overwrites the buffer after the answer
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self.buffer = None
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.buffer = None

@@ -1,0 +1,136 @@
+"""What all receiving ends share: what becomes of the weights that arrive in a vLLM worker.
+
+Staged, they are held until the push is complete and then loaded all at once. In place, each bucket is loaded as it
+arrives. How it arrives is the business of `shm_receiver`, `broadcast_receiver` and `ipc_receiver`.
+"""
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+from frpo.rollout.load_check import Readings, problem
+
+
+@dataclass(kw_only=True)
+class InitInfo(WeightTransferInitInfo):
+    """staged: whether the model is to stay as it is until a push is complete."""
+
+    staged: bool
+
+
+class Receiver(WeightTransferEngine):
+    """Lives in a vLLM worker. A push is start, buckets, `load_weight_update`, finish; vLLM has no such third step."""
+
+    init_info_cls: type[InitInfo] = InitInfo
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.staging = True
+        self.known: frozenset[str] = frozenset()
+        """Names of the last push that was found to reach every parameter."""
+        self._forget()
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.staging = init_info.staged
+
+    @abstractmethod
+    def bucket(self, update_info: Any) -> dict[str, torch.Tensor]:
+        """Whole parameters by checkpoint name. Staged: in memory that nobody else will change."""
+
+    def start_weight_update(self) -> None:
+        self._forget()
+        if not self.staging:
+            self._begin_reload()
+
+    def receive_weights(self, update_info: Any) -> None:
+        bucket = self.bucket(update_info)
+        self.names |= bucket.keys()
+        if self.staging:
+            self.staged |= bucket
+        else:
+            self._load(bucket)
+
+    def load_weight_update(self) -> str | None:
+        """Swap in what is staged, if it is. Returns what of the push or of the model was left out, in words.
+
+        Raises ValueError, with staged weights untouched, if nothing was received. Looked at when other names arrive
+        than last time.
+        """
+        if not self.names:
+            raise ValueError("weight update finished without a single parameter received")
+        if self.staging:
+            self._begin_reload()
+            self._load(self.staged)
+        found = None
+        if self.names != self.known:
+            found = problem(self.model, self.loaded, self.unread, len(self.names))
+            self.known = frozenset() if found else frozenset(self.names)
+        self._forget()
+        return found
+
+    def _begin_reload(self) -> None:
+        drop_expert_kernels(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        known = weights.keys() <= self.known
+        with nullcontext() if known else Readings(weights) as readings:
+            loaded = self.model.load_weights(weights.items())
+        if not known:
+            self.unread |= readings.unread
+        self.loaded = None if loaded is None or self.loaded is None else self.loaded | set(loaded)
+
+    def _forget(self) -> None:
+        self.staged: dict[str, torch.Tensor] = {}
+        self.names: set[str] = set()
+        self.unread: set[str] = set()
+        self.loaded: set[str] | None = set()
+        """What the model says it has loaded; None: it says nothing."""
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        refresh_output_head(self.model)
+
+    def abort_weight_update(self) -> None:
+        """Forget a staged update that its sender never finished."""
+        self._forget()
+
+    def shutdown(self) -> None:
+        self._forget()
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Let the reload that follows build the kernels of experts anew.
+
+    On CPU, vLLM packs the experts into the kernel's layout only as it builds the kernel. A reload that keeps the kernel
+    hands it plain weights, which it takes for packed ones, silently.
+    """
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def refresh_output_head(model: torch.nn.Module) -> None:
+    """Rebuild the packed matrix of the output head, which vLLM's reload leaves at its old values if it is tied.
+
+    On CPU, vLLM packs linear weights into a private layout; a tied head is a module of its own whose packed copy no
+    reloaded layer owns, so without this the embeddings are new and the logits old, silently.
+    """
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)

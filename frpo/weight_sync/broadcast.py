@@ -1,0 +1,68 @@
+"""What the backends that broadcast share: learner rank 0 sends every bucket to the workers of all engines at once.
+
+Any failure ends the group; the next push forms a new one with all engines. The receiving end is
+`frpo.rollout.broadcast_receiver`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from frpo.config.rollout import WeightSyncSection
+from frpo.weight_sync.group import BroadcastGroup, Transport, form_as_sender
+from frpo.weight_sync.packing import layout_of, pack, packed_size
+from frpo.weight_sync.protocol import Bucket, WeightStream, WeightSyncClient, drained
+
+
+class BroadcastSender:
+    """Sends buckets from rank 0; the other ranks take part in the gathers and send nothing."""
+
+    transport: type[Transport]
+
+    def __init__(self, rank: int, client: WeightSyncClient | None, section: WeightSyncSection):
+        self.rank, self.client, self.section = rank, client, section
+        self.group: BroadcastGroup | None = None
+
+    def send(self, weights: WeightStream, version: int) -> None:
+        if self.rank != 0:
+            drained(weights)
+            return
+        remaining = iter(weights)
+        try:
+            if self.group is None:
+                self.group = self._form()
+            self.client.start_weight_update()
+            for bucket in remaining:
+                self._send(bucket)
+            self.client.finish_weight_update(str(version))
+        except BaseException:
+            self._drop()
+            raise
+        finally:
+            drained(remaining)
+
+    def _form(self) -> BroadcastGroup:
+        host, size, limit = self.client.host(), 1 + self.client.num_workers(), self.client.timeout_s
+
+        def invite(port: int) -> Callable[[], None]:
+            return self.client.begin_init_weight_transfer_engine(
+                {"staged": self.section.staged_here, "host": host, "port": port, "rank_offset": 1, "size": size,
+                 "timeout_s": limit})
+
+        return form_as_sender(self.transport, host, size, limit, invite)
+
+    def _send(self, bucket: Bucket) -> None:
+        layout = layout_of(bucket)
+        data = torch.empty(packed_size(layout), dtype=torch.uint8, device=self.group.device)
+        pack(bucket, data)
+        received = self.client.begin_update_weights({"layout": layout})
+        self.group.send(data)
+        received()  # before `sent`: an engine that fails or dies is known here at once, and by its name
+        self.group.sent()
+
+    def _drop(self) -> None:
+        """Close the group first of all, so that engines that wait for a bucket fail now and can be called again."""
+        if self.group is not None:
+            self.group.close()
+            self.group = None

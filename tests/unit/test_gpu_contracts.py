@@ -1,0 +1,224 @@
+"""What runs on GPUs only, held against the classes and signatures of the libraries that it will meet there.
+
+No GPU takes part. vLLM's Python in these files is the same in its builds for CPU and for CUDA.
+"""
+from __future__ import annotations
+
+import inspect
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+from frpo.config.loader import load_recipe
+from frpo.config.rollout import SET_BY_FRPO
+from frpo.rollout import construction, ipc_receiver
+from frpo.weight_sync import nccl
+from frpo.weight_sync.group import BroadcastGroup, form_as_sender
+from frpo.weight_sync.packing import layout_of, pack, packed_size, unpack
+
+HOST, LIMIT_S = "127.0.0.1", 20.0
+
+
+def recipe(*overrides):
+    return load_recipe("smoke", ["weight_sync.backend=nccl", *overrides])
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+def test_an_engine_has_one_process_mode_on_every_device():
+    rollout = recipe().rollout
+    cuda, cpu = (construction.environment(rollout, device) for device in ("cuda", "cpu"))
+    assert cuda["VLLM_ENABLE_V1_MULTIPROCESSING"] == cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert cuda.items() <= cpu.items()
+    assert cpu.keys() - cuda.keys() == {*construction.CPU_ENVIRONMENT, "OMP_NUM_THREADS"}
+
+
+@pytest.mark.parametrize("overrides, expected", [
+    ([], {"tensor_parallel_size": 1, "async_scheduling": None, "enforce_eager": False}),
+    (["rollout.tensor_parallel_size=8"], {"tensor_parallel_size": 8}),
+    (["rollout.max_staleness=1"], {"async_scheduling": False}),
+    (["rollout.engine_kwargs={max_num_seqs: 77, enable_expert_parallel: true}"],
+     {"max_num_seqs": 77, "enable_expert_parallel": True}),
+    (["rollout.gpu_memory_utilization=0.4"], {"gpu_memory_utilization": 0.4})])
+def test_arguments_of_an_engine_on_a_gpu_are_those_of_vllm(overrides, expected):
+    from vllm.engine.arg_utils import EngineArgs
+
+    given = construction.arguments(recipe(*overrides), "some/model", "cuda", 3)
+    args = EngineArgs(**{name: value for name, value in given.items() if name != "logits_processors"})
+    for name, value in (expected | {"seed": 3, "hf_overrides": {"head_dtype": "float32"}}).items():
+        assert getattr(args, name) == value, name
+    backend = args.weight_transfer_config
+    assert (backend["backend"] if isinstance(backend, dict) else backend.backend) == "frpo.nccl"
+
+
+def test_all_arguments_that_frpo_sets_are_refused_from_elsewhere():
+    on = {device: construction.arguments(recipe(), "m", device, 0).keys() for device in ("cpu", "cuda")}
+    assert on["cpu"] | on["cuda"] == SET_BY_FRPO
+
+
+BROKEN = """
+import sys, torch
+from frpo.rollout.construction import ends_if_broken
+from frpo.rollout.turns import SharedEngine
+from vllm.v1.engine.exceptions import EngineDeadError
+
+class Engine:
+    def step(self):
+        raise {raised}
+
+shared = SharedEngine(Engine(), 5, ends_if_broken)
+try:
+    with shared.turn():
+        shared.step()
+except ValueError:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("raised, code", [
+    ("EngineDeadError()", 1), ("torch.AcceleratorError('CUDA error: an illegal memory access was encountered')", 1),
+    ("ValueError('a request that vLLM refuses')", 7)])
+def test_an_engine_that_cannot_go_on_ends_its_process_and_others_do_not(raised, code):
+    """A process that is gone is known as dead and started again (tests/integration/test_recovery.py)."""
+    ended = subprocess.run([sys.executable, "-c", BROKEN.format(raised=raised)], capture_output=True, text=True,
+                           timeout=120)
+    assert ended.returncode == code, ended.stderr
+    assert ("this engine cannot go on" in ended.stderr) == (code == 1)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+def test_packed_tensors_come_back_equal_whatever_their_dtypes_and_sizes():
+    bucket = [("odd", torch.arange(7, dtype=torch.bfloat16)), ("scalar", torch.tensor(3.5)),
+              ("whole", torch.randn(5, 3)), ("none", torch.empty(0, 4)), ("turned", torch.randn(4, 6).t()),
+              ("ids", torch.arange(3))]
+    layout = layout_of(bucket)
+    packed = torch.empty(packed_size(layout), dtype=torch.uint8)
+    pack(bucket, packed)
+    for (name, tensor), (found, place) in zip(bucket, unpack(packed, layout).items(), strict=True):
+        assert name == found and place.dtype == tensor.dtype and torch.equal(place, tensor)
+
+
+def qwen_shapes():
+    """A layer of Qwen2.5-7B, an embedding far above the other tensors, and a merged adapter's weight."""
+    torch.manual_seed(0)
+    return [[("model.embed_tokens.weight", torch.randn(1520, 358).bfloat16())],
+            [("q.weight", torch.randn(358, 358).bfloat16()), ("q.bias", torch.randn(358).bfloat16()),
+             ("k.weight", torch.randn(51, 358).bfloat16()), ("norm.weight", torch.randn(358).bfloat16())],
+            [("merged.weight", torch.randn(189, 358).bfloat16() + torch.randn(189, 358).bfloat16())]]
+
+
+class Communicator:
+    """Stands in for vLLM's, whose signatures it is held against: bytes travel through one queue a member."""
+
+    rooms: ClassVar[dict[int, queue.Queue]] = {}
+    closed: ClassVar[list[int]] = []
+    disabled = False
+
+    def __init__(self, group, device, library_path=None):
+        self.rank, self.size = group.rank, group.world_size
+        group.broadcast_obj("unique id" if self.rank == 0 else None, src=0)  # as vLLM's members agree on one
+        self.rooms.setdefault(self.rank, queue.Queue())
+
+    def broadcast(self, tensor, src, stream=None):
+        if self.rank == src:
+            for member in range(1, self.size):
+                self.rooms.setdefault(member, queue.Queue()).put(tensor.clone())
+        else:
+            tensor.copy_(self.rooms[self.rank].get(timeout=LIMIT_S))
+
+    def destroy(self):
+        self.closed.append(self.rank)
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """NCCL's transport, as far as it goes without one."""
+    from vllm.distributed.device_communicators import pynccl
+
+    for method in ("__init__", "broadcast", "destroy"):
+        real, own = (inspect.signature(getattr(kind, method)) for kind in (pynccl.PyNcclCommunicator, Communicator))
+        assert list(real.parameters) == list(own.parameters)
+    Communicator.rooms, Communicator.closed = {}, []
+    monkeypatch.setattr(pynccl, "PyNcclCommunicator", Communicator)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(nccl.Transport, "own_device", staticmethod(lambda: torch.device("cpu")))
+
+
+@pytest.mark.timeout(60)
+def test_a_sender_and_receivers_over_nccl_exchange_whole_buckets(as_on_gpus):
+    with ThreadPoolExecutor(3) as pool:
+        def invite(port):
+            joins = [pool.submit(BroadcastGroup, nccl.Transport, HOST, port, rank, 3, LIMIT_S) for rank in (1, 2)]
+            receivers.extend(joins)
+            return lambda: [join.result() for join in joins]
+
+        receivers = []
+        sender = form_as_sender(nccl.Transport, HOST, 3, LIMIT_S, invite)
+        for bucket in qwen_shapes():
+            layout = layout_of(bucket)
+            data = torch.empty(packed_size(layout), dtype=torch.uint8)
+            pack(bucket, data)
+            arrivals = [pool.submit(join.result().receive, len(data)) for join in receivers]
+            sender.send(data)
+            sender.sent()
+            for arrival in arrivals:
+                found = unpack(arrival.result(), layout)
+                assert all(torch.equal(found[name], tensor) for name, tensor in bucket) and len(found) == len(bucket)
+        sender.close()
+        for join in receivers:
+            join.result().close()
+    assert sorted(Communicator.closed) == [0, 1, 2]
+
+
+def test_a_missing_nccl_is_said(as_on_gpus, monkeypatch):
+    monkeypatch.setattr(Communicator, "disabled", True)
+    store = torch.distributed.HashStore()
+    with pytest.raises(RuntimeError, match="NCCL's library cannot be loaded in this process"):
+        nccl.Transport(store, 0, 2, LIMIT_S, (HOST, 1), torch.device("cpu"))
+
+
+def test_the_device_of_a_shared_buffer_is_the_argument_that_is_replaced():
+    assert list(inspect.signature(rebuild_cuda_tensor).parameters)[ipc_receiver.STORAGE_DEVICE] == "storage_device"
+
+
+def test_vllm_knows_every_receiving_end_and_its_own_stay():
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    from frpo.rollout import weight_receiver
+
+    registry = WeightTransferEngineFactory._registry
+    for backend, kind in weight_receiver.RECEIVERS.items():
+        assert registry[f"frpo.{backend}"]() is kind
+    assert {"nccl", "ipc"} <= registry.keys()
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("cpu_shm", {"staged": True}), ("ipc", {"staged": False, "handles": {"uuid": (1, 2)}}),
+    *((backend, {"staged": False, "host": "10.0.0.1", "port": 1, "rank_offset": 1, "size": 9, "timeout_s": 3.0})
+      for backend in ("gloo", "nccl"))])
+def test_what_a_sender_tells_an_engine_fits_its_receiving_end(kind, message):
+    from frpo.rollout import weight_receiver
+
+    receiver = weight_receiver.RECEIVERS[kind]
+    assert receiver.init_info_cls(**message).staged == message["staged"]
+    update = {"path": "f"} if kind == "cpu_shm" else {"layout": [("a", "bfloat16", [2, 3])]}
+    assert receiver.update_info_cls(**update)
+
+
+def test_engines_are_told_an_address_of_the_node_not_the_loopback(monkeypatch):
+    import ray
+
+    from frpo.cluster.engine_pool import EngineClient
+
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
+    assert EngineClient([], 1, 1.0).host() == "10.1.2.3"

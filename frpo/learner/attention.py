@@ -1,9 +1,9 @@
 """Attention over packed sequences: each token meets its own sequence only, as if that were alone.
 
-Registered with transformers as `packed_sdpa`, `packed_eager` and in place of its `flash_attention_2`. Sequences of a
-pack are regrouped by length, so that padding stays below a factor of two, inside attention alone. The mask is the
-model's own for one sequence (causal, sliding window, chunks). What SDPA does not compute (a cap on scores, sinks) is
-left to the model's own eager function.
+Registered with transformers as `packed_sdpa`, `packed_eager` and in place of its `flash_attention_2`. On a GPU in bf16
+one kernel of torch computes the whole pack. Elsewhere sequences are regrouped by length inside attention, so that
+padding stays below a factor of two. The mask is the model's own for one sequence (causal, sliding window, chunks). What
+SDPA does not compute (a cap on scores, sinks) is left to the model's own eager function.
 
 Where sequences begin is not handed from layer to layer, since some families drop it on the way: `arrange` says it once
 for each forward pass, and it holds until the next, so that a backward pass that recomputes layers finds it too.
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -43,11 +44,13 @@ class Arrangement:
 
     bounds: int32, where each begins in a pack, and the pack's length; None where each has a row of its own.
     layers: attention modules that have kept the sequences of this pack apart.
+    windows: what `_window` found of each mask, by its id, and the mask, so that no other takes its id.
     """
 
     lengths: tuple[int, ...]
     bounds: torch.Tensor | None
     layers: set[torch.nn.Module] = field(default_factory=set)
+    windows: dict[int, tuple[tuple[int, int] | None, torch.Tensor]] = field(default_factory=dict)
 
 
 _current: list[Arrangement | None] = [None]
@@ -77,6 +80,9 @@ def packed_sdpa(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
         return packed_eager(module, query, key, value, attention_mask, **options)
     if _pack() is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=options.get("scaling"))
+
+    if _has_kernel(query, value) and (window := _window(attention_mask)) is not None:
+        return _whole_pack(module, query, key, value, window, options.get("scaling")), None
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(
@@ -158,6 +164,43 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor
         raise ModelError(f"{type(module).__name__} has no eager attention function, which its scores need; "
                          "frpo cannot train this model")
     return found
+
+
+def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether flash attention, as torch has it, computes these heads."""
+    width = query.shape[-1]
+    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width == value.shape[-1]
+            and width <= 256 and width % 8 == 0)
+
+
+def _window(mask: torch.Tensor | None) -> tuple[int, int] | None:
+    """(tokens that one meets to its left, 0), left -1 for all of them; None where the mask is no such band.
+
+    Found once for each mask of a pass, since it has to wait for the GPU.
+    """
+    if mask is None:
+        return -1, 0
+    known, longest = _pack().windows, max(_pack().lengths)
+    if mask.shape[-2:] != (longest, longest):
+        return None
+    if id(mask) not in known:
+        length = longest
+        width = int(mask[..., -1, :].sum(-1).max())
+        ones = torch.ones((length, length), dtype=torch.bool, device=mask.device)
+        band = ones.tril() & ones.triu(1 - width)
+        exact = mask.dtype == torch.bool and bool((mask == band).all())
+        known[id(mask)] = ((-1, 0) if width == length else (width - 1, 0)) if exact else None, mask
+    return known[id(mask)][0]
+
+
+def _whole_pack(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                window: tuple[int, int], scaling: float | None) -> torch.Tensor:
+    """(1, S, H, d) by one kernel, which is told where sequences begin."""
+    pack = _pack()
+    pack.layers.add(module)
+    longest, heads = max(pack.lengths), [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    return varlen_attn(*heads, pack.bounds, pack.bounds, longest, longest, scale=scaling, window_size=window,
+                       enable_gqa=key.shape[1] != query.shape[1])[None]
 
 
 def _by_length(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

@@ -1,8 +1,10 @@
 """Packed attention is attention of each sequence alone: values and gradients, whatever a family makes of attention."""
 import copy
+import inspect
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from frpo.errors import ModelError
 from frpo.learner import attention
@@ -92,6 +94,45 @@ def test_padded_rows_are_sequences_one_by_one(token_ids, family, changes):
     mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3])
     got = decoder_of(ours)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
     torch.testing.assert_close(got, one_by_one(judge, [ids[0], ids[1, :9]]), rtol=0, atol=TOLERANCE)
+
+
+def reference_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
+                     enable_gqa=False):
+    """Stands in for torch's flash attention, which needs a GPU: what its documentation says, sequence by sequence."""
+    assert cu_seq_q.dtype == torch.int32 and max_q == max_k == max(LENGTHS) and window_size[1] == 0
+    outputs = []
+    for begin, end in zip(cu_seq_q.tolist(), cu_seq_k.tolist()[1:]):
+        q, k, v = (tensor[begin:end].transpose(0, 1) for tensor in (query, key, value))
+        ones = torch.ones((end - begin, end - begin), dtype=torch.bool)
+        mask = ones.tril() if window_size[0] < 0 else ones.tril() & ones.triu(-window_size[0])
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(("family", "calls"), [("causal", 2), ("sliding window", 2), ("window in some layers", 2),
+                                               ("window that reaches everywhere", 2), ("chunks", 0), ("sinks", 0),
+                                               ("boundaries dropped on the way", 2)])
+def test_on_a_gpu_one_kernel_is_asked_for_the_whole_pack_where_it_can_compute_it(token_ids, monkeypatch, family, calls):
+    """The kernel's parameters are held against torch's signature; what they mean is its documentation's."""
+    asked = []
+
+    def kernel(*arguments, **options):
+        inspect.signature(varlen_attn).bind(*arguments, **options)
+        asked.append(options["window_size"])
+        return reference_kernel(*arguments, **options)
+
+    monkeypatch.setattr(attention, "_has_kernel", lambda query, value: query.shape[-1] == value.shape[-1])
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    name, changes = FAMILIES[family]
+    judge = plain_network(name, **changes)
+    ours = with_attention(judge, attention.SDPA)
+    alone, together = one_by_one(judge, token_ids), packed(ours, token_ids)
+    assert len(asked) == calls
+    assert set(asked) <= {(-1, 0), (3, 0)}
+    assert ((3, 0) in asked) == ("sliding_window" in changes and changes["sliding_window"] == 4 and calls > 0)
+    torch.testing.assert_close(together, alone, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(gradient(ours, together), gradient(judge, alone), atol=2e-3, rtol=2e-3)
 
 
 def test_no_token_sees_another_sequence(token_ids):

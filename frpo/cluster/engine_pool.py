@@ -8,6 +8,9 @@ import numpy as np
 import ray
 
 from frpo.cluster.device import check_cpu_engines
+from frpo.cluster.gpu_turns import GpuTurns, NoTurns
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import OnCpu, Places, SharedGpus
 from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
@@ -39,19 +42,23 @@ class EnginesLostError(ActorDeadError):
 class EnginePool:
     """N engines, each its own actor. Construction starts them all; none serves before its weights have a version."""
 
-    def __init__(self, recipe: Recipe, model_path: str, device: str, num_engines: int | None = None):
-        """num_engines: other than the recipe's, such as 0 where nothing is sampled."""
-        self.recipe, self.model_path, self.device = with_backend(recipe, device), model_path, device
+    def __init__(self, recipe: Recipe, model_path: str, device: str, num_engines: int | None = None,
+                 places: Places | None = None):
+        """num_engines: other than the recipe's, such as 0 where nothing is sampled. places: None: the CPU's."""
         count = recipe.rollout.num_engines if num_engines is None else num_engines
         if count and device == "cpu":
             check_cpu_engines()
+        self.recipe, self.model_path, self.device = with_backend(recipe, device), model_path, device
+        self.places = places or OnCpu()
+        self.turns: NoTurns | GpuTurns = NoTurns()
+        self.awake = True
         self.starting = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> tuple[NamedActor, Any]:
         """Engine `index`, beginning to load in a process of its own, and what its readiness is told by."""
-        recipe, on_cpu = self.recipe, self.device == "cpu"
-        options = {"num_cpus": 0 if on_cpu else 1, "num_gpus": 0 if on_cpu else recipe.rollout.tensor_parallel_size,
-                   "runtime_env": {"env_vars": environment(recipe.rollout, self.device)}}
+        recipe, options = self.recipe, self.places.of_engine(index)
+        shown = options.get("runtime_env", {}).get("env_vars", {})
+        options["runtime_env"] = {"env_vars": environment(recipe.rollout, self.device) | shown}
         actor = ray.remote(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
         handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index)
         named = NamedActor(name=f"rollout engine {index}", handle=handle, log_path="the newest worker-*.err of Ray")
@@ -94,6 +101,7 @@ class EnginePool:
         Raises EngineError when no group finishes within the limit, and EnginesLostError, once the others are through,
         when engines died.
         """
+        self.turns.sample()
         streams: dict[Any, int] = {}
         lost: dict[int, ActorDeadError] = {}
 
@@ -126,6 +134,7 @@ class EnginePool:
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[list[np.ndarray]]:
         """Every engine's own log-probabilities of the same sequences. See `RolloutEngine.score`."""
+        self.turns.sample()
         calls = [(a, a.handle.score.options(concurrency_group=SAMPLING).remote(sequences, version))
                  for a in self.engines]
         return wait_for("score on engines", calls, self.recipe.rollout.timeout_s)
@@ -134,17 +143,45 @@ class EnginePool:
         calls = [(a, a.handle.policy_version.remote()) for a in self.engines]
         return wait_for("read policy version", calls, self.recipe.rollout.timeout_s)
 
+    def give_way(self) -> None:
+        """Let a learner load: where it shares the engines' GPUs, they are loaded first, and asleep if they sleep."""
+        if isinstance(self.places, SharedGpus):
+            self.wait_until_ready()
+            if self.recipe.placement.sleeps and self.awake:
+                self.sleep()
+
+    def share(self, learner: LearnerGroup) -> None:
+        """Take turns from now on with a learner that has loaded after `give_way`, where GPUs are shared by turns."""
+        if isinstance(self.places, SharedGpus) and self.recipe.placement.sleeps:
+            self.turns = learner.turns = GpuTurns(self, learner, self.recipe.placement.offload_optimizer)
+
+    def sleep(self) -> None:
+        """All engines give up the memory of weights and cache. For moments in which none is sampling."""
+        self._all("sleep")
+        self.awake = False
+
+    def wake(self, tag: str) -> None:
+        """All engines take memory again for "weights" or "kv_cache"."""
+        self._all("wake", tag)
+        self.awake = True
+
+    def _all(self, method: str, *arguments: Any) -> None:
+        calls = [(a, getattr(a.handle, method).remote(*arguments)) for a in self.engines]
+        wait_for(f"{method} engines", calls, self.recipe.weight_sync.timeout_s)
+
     def close(self) -> None:
         for actor, _ in self.starting:
             ray.kill(actor.handle)
 
 
 def with_backend(recipe: Recipe, device: str) -> Recipe:
-    """The recipe with `weight_sync.backend: auto` decided: by the device, and by how many hosts Ray has."""
+    """The recipe with `weight_sync.backend: auto` decided: by device and placement, and by how many hosts Ray has."""
     if recipe.weight_sync.backend != "auto":
         return recipe
-    one_host = sum(node["Alive"] for node in ray.nodes()) == 1
-    backend = "nccl" if device == "cuda" else "cpu_shm" if one_host else "gloo"
+    if device == "cuda":
+        backend = "ipc" if recipe.placement.mode == "colocate" else "nccl"
+    else:
+        backend = "cpu_shm" if sum(node["Alive"] for node in ray.nodes()) == 1 else "gloo"
     return recipe.model_copy(update={"weight_sync": recipe.weight_sync.model_copy(update={"backend": backend})})
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from frpo.cluster.gpu_turns import GpuTurns, NoTurns
 from frpo.cluster.rank import Ranks
 from frpo.config.loader import AnyRecipe, dump_recipe
 from frpo.config.rollout import WeightSyncSection
@@ -22,6 +23,7 @@ class LearnerGroup:
 
     def __init__(self, recipe: AnyRecipe, model_path: str, device: str, ranks: Ranks):
         self.recipe, self.ranks, self.device = recipe, ranks, device
+        self.turns: NoTurns | GpuTurns = NoTurns()
         self.layout = Layout(
             num_ranks=recipe.learner.num_ranks, micro_batch_tokens=recipe.learner.micro_batch_tokens,
             packed=recipe.learner.packing, attention_length=12 * hidden_size(recipe.model, model_path))
@@ -102,8 +104,21 @@ class LearnerGroup:
         self._all("use_cache", folder)
 
     def push_weights(self, version: int) -> None:
-        self.ranks.call("push weights", "call", [("push_weights", version)] * self.recipe.learner.num_ranks, {},
-                        self.weight_sync.timeout_s)
+        self.turns.push(lambda: self.ranks.call(
+            "push weights", "call", [("push_weights", version)] * self.recipe.learner.num_ranks, {},
+            self.weight_sync.timeout_s))
+
+    def make_room(self, offload: bool) -> None:
+        """See `Learner.make_room`. It is no turn of the learner's."""
+        self._between_turns("make_room", offload)
+
+    def take_room(self, offload: bool) -> None:
+        """See `Learner.take_room`."""
+        self._between_turns("take_room", offload)
+
+    def _between_turns(self, verb: str, *args: Any) -> None:
+        self.ranks.call(verb, "call", [(verb, *args)] * self.recipe.learner.num_ranks, {},
+                        self.recipe.learner.timeout_s)
 
     def save(self, folder: str) -> None:
         self._all("save", folder)
@@ -135,5 +150,6 @@ class LearnerGroup:
         return self._call(verb, [(part, *args) for part in parts], kwargs)
 
     def _call(self, verb: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]) -> list[Any]:
+        self.turns.learn()
         return self.ranks.call(verb, "call", [(verb, *given) for given in arguments], kwargs,
                                self.recipe.learner.timeout_s)

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import OnCpu, Places, SharedGpus
 from frpo.cluster.rank import RankHost, rank_environment
 from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import AnyRecipe
@@ -17,22 +18,30 @@ class _LearnerActor(RankHost):
     def host(self) -> str:
         return ray.util.get_node_ip_address()
 
+    def seat(self) -> tuple[str, str]:
+        """(id of the node, its GPU as CUDA_VISIBLE_DEVICES names it)."""
+        context = ray.get_runtime_context()
+        return context.get_node_id(), context.get_accelerator_ids()["GPU"][0]
+
 
 class RayRanks:
     """Construction starts the processes, in which nothing is loaded yet."""
 
-    def __init__(self, recipe: AnyRecipe, device: str):
-        options = {"num_cpus": 0 if device == "cpu" else 1, "num_gpus": 0 if device == "cpu" else 1}
-        actor = ray.remote(_LearnerActor).options(**options)
-        handles = [actor.remote() for _ in range(recipe.learner.num_ranks)]
+    def __init__(self, recipe: AnyRecipe, device: str, places: Places | None = None):
+        """places: None: the CPU's."""
+        places, actor = places or OnCpu(), ray.remote(_LearnerActor)
+        handles = [actor.options(**places.of_rank(rank)).remote() for rank in range(recipe.learner.num_ranks)]
         anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path="not started")
                      for rank, handle in enumerate(handles)]
         with phase(f"starting {len(handles)} learner process(es)"):
-            places = wait_for("start learner", [(a, a.handle.address.remote()) for a in anonymous],
+            addresses = wait_for("start learner", [(a, a.handle.address.remote()) for a in anonymous],
                               recipe.learner.startup_timeout_s)
+        if isinstance(places, SharedGpus):
+            places.seats = wait_for("find the ranks' GPUs", [(a, a.handle.seat.remote()) for a in anonymous],
+                                    recipe.learner.startup_timeout_s)
         self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
-                       for a, (_, _, pid) in zip(anonymous, places)]
-        host, port, _ = places[0]
+                       for a, (_, _, pid) in zip(anonymous, addresses)]
+        host, port, _ = addresses[0]
         self.environments = [
             rank_environment(rank, host, port, device, recipe) for rank in range(recipe.learner.num_ranks)]
 

@@ -158,6 +158,8 @@ def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True)
     present = int(ray.cluster_resources().get("GPU", 0))
     sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size if engines else 0
     ranks = recipe.learner.num_ranks if learner else 0
+    if engines and learner and recipe.placement.mode == "colocate":
+        sampling = 0  # on the ranks' GPUs
     lacking = lacking_packages(engines)
     if sampling + ranks > present:
         shown = f", or show more in {VISIBLE}, now {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""

@@ -10,7 +10,8 @@ from frpo.config.base import Section
 SET_BY_FRPO = frozenset({
     "model", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend", "block_size",
     "enforce_eager", "seed", "trust_remote_code", "logprobs_mode", "weight_transfer_config", "worker_extension_cls",
-    "async_scheduling", "hf_overrides", "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_chunked_prefill"})
+    "async_scheduling", "hf_overrides", "enable_sleep_mode", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "enable_chunked_prefill"})
 """Arguments of vLLM's `LLM` that come from other keys of the recipe, or on which the loop depends."""
 
 
@@ -53,7 +54,8 @@ class RolloutSection(Section):
     engine_kwargs: dict[str, Any] = Field(
         {}, description="more arguments of vLLM's LLM, such as {max_num_seqs: 512}; those that frpo sets are refused")
     max_restarts: int = Field(3, ge=0, description="dead engines that a run starts again; one more ends it")
-    startup_timeout_s: float = Field(600, gt=0, description="limit for an engine to load")
+    startup_timeout_s: float = Field(
+        1800, gt=0, description="limit for an engine to load: a download, compilation and graph capture included")
     timeout_s: float = Field(1800, gt=0, description="limit for one step's generation")
 
 

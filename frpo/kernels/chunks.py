@@ -22,7 +22,8 @@ from frpo.kernels.rows import ReferenceLogits
 from frpo.kernels.stats import LogitScale, ReferenceHead, RowStats, Slope
 
 _MIN_COLUMNS = 256
-"""Narrower blocks of the vocabulary would starve the matrix products."""
+"""Blocks of the vocabulary are multiples of this. Narrower ones would starve the matrix products. Others would begin in
+the middle of what a GPU reads at once, which makes some products many times slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,8 @@ class Pieces:
     @property
     def _block_columns(self) -> int:
         N, V = len(self.hidden_ND), len(self.head_VD)
-        return min(V, max(_MIN_COLUMNS, V * min(self.chunk_rows, N) // N))
+        columns = V * min(self.chunk_rows, N) // N
+        return min(V, max(_MIN_COLUMNS, columns - columns % _MIN_COLUMNS))
 
     @cached_property
     def _buffers(self) -> list[Tensor]:

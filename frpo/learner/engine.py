@@ -26,10 +26,13 @@ from frpo.weight_sync.packing import as_layout, packed_size
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
-def deepspeed_config(learner: LearnerSection, model: ModelSection) -> dict[str, Any]:
+def deepspeed_config(learner: LearnerSection, model: ModelSection, device: torch.device) -> dict[str, Any]:
     """The complete DeepSpeed configuration of the policy. The learner owns the accumulation boundary."""
+    strategy = memory_strategy(learner.deepspeed)
+    if device.type == "cpu":  # which has no second stream to overlap in
+        strategy["zero_optimization"]["overlap_comm"] = False
     return {
-        **memory_strategy(learner.deepspeed),
+        **strategy,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -74,16 +77,17 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
 
 
-def build_policy(build: Callable[[], PreTrainedModel], learner: LearnerSection, config: dict[str, Any]):
+def build_policy(build: Callable[[], PreTrainedModel], learner: LearnerSection, config: dict[str, Any],
+                 device: torch.device):
     """The trainable engine: AdamW over all parameters with gradients, sharded as `config` says."""
     with partitioned_loading(config):
         network = build()
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    # Offloaded, torch's fused kernel works in one pass over memory. DeepSpeed's own CPU Adam does too, but is compiled
-    # at first use, which takes minutes and a compiler.
+    # On a GPU and where it is offloaded, torch's fused kernel works in one pass over memory and needs none for itself.
+    # DeepSpeed's own CPU Adam does too, but is compiled at first use, which takes minutes and a compiler.
     optimizer = torch.optim.AdamW(
         trainable, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay,
-        fused=offloads_optimizer(config) or None)
+        fused=device.type == "cuda" or offloads_optimizer(config) or None)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
     engine.train()
     return engine

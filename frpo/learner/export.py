@@ -4,38 +4,64 @@ It takes weights that are whole; gathering them is the learner's business.
 """
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from frpo.config.model import ModelSection
 from frpo.errors import ConfigError, ModelError
 
 
-def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, torch.Tensor],
+def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shards: Iterator[dict[str, torch.Tensor]],
                 source: str, folder: Path) -> None:
-    """Write weights `state`, the config of `network` and the tokenizer into `folder`, made if need be.
+    """Write weights, one file a shard, the config of `network` and the tokenizer into `folder`, made if need be.
 
-    state: emptied on the way, so that what is written need not stay in memory.
+    shards: taken one after the other, so that only one need be in memory.
     source: folder or hub id that the policy started from. Its generation config is copied to the byte: transformers
     reads many that it refuses to write. Where there is none, none is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)  # of an export in pieces: vLLM would look for them
-    own = network.generation_config
+    for file in (folder / SAFE_WEIGHTS_INDEX_NAME, *folder.glob("model-*.safetensors")):
+        file.unlink(missing_ok=True)  # of an earlier export, which vLLM would load too
+    shard, own = next(shards), network.generation_config
+    places, sizes = [list(shard)], _size(shard)
     network.generation_config, network.config.use_cache = GenerationConfig(), True
-    network.save_pretrained(folder, state_dict=state, save_original_format=False)  # it has that format
+    network.save_pretrained(folder, state_dict=shard, save_original_format=False)  # it has that format
     network.generation_config, network.config.use_cache = own, False
+    for shard in shards:
+        places.append(list(shard))
+        sizes += _size(shard)
+        save_file(shard, folder / f"model-{len(places):05d}.safetensors", metadata={"format": "pt"})
+    if len(places) > 1:
+        _name_shards(folder, places, sizes)
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
     if found := _generation_config(source):
         shutil.copyfile(found, folder / GENERATION_CONFIG_NAME)
     tokenizer.save_pretrained(folder)
+
+
+def _name_shards(folder: Path, places: Sequence[Sequence[str]], size: int) -> None:
+    """Give each file the number of all, as transformers and vLLM expect, and say in which a weight lies."""
+    index = {}
+    (folder / SAFE_WEIGHTS_NAME).rename(folder / "model-00001.safetensors")
+    for number, names in enumerate(places, start=1):
+        file = f"model-{number:05d}-of-{len(places):05d}.safetensors"
+        (folder / f"model-{number:05d}.safetensors").rename(folder / file)
+        index |= dict.fromkeys(names, file)
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1), encoding="utf-8")
+
+
+def _size(shard: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())
 
 
 def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:

@@ -8,8 +8,9 @@ before, on the controller. A plain class: `cluster` puts it into Ray actors.
 from __future__ import annotations
 
 import gc
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from transformers import PreTrainedModel
 
 from frpo.config.finetune import FinetuneRecipe
@@ -55,7 +57,14 @@ from frpo.objectives.base import Metrics
 from frpo.objectives.supervised import Progress
 from frpo.telemetry import MetricSums
 from frpo.types import Comparison, MicroBatch, OptimStepOutput, SampleId
-from frpo.weight_sync.protocol import WeightSender
+from frpo.weight_sync.protocol import WeightSender, drained
+
+OPTIMIZER_STATES = (OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params,
+                    OffloadStateTypeEnum.lp_grads)
+"""What of DeepSpeed's state is not needed to gather weights."""
+
+SHARD_BYTES = 5 * 2**30
+"""About the size of a file of an export."""
 
 
 class Learner:
@@ -67,14 +76,14 @@ class Learner:
     def __init__(self, recipe: Recipe | FinetuneRecipe, model_path: str, device: str):
         self.recipe, self.model_path = recipe, model_path
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if device == "cpu":
-            torch.set_num_threads(recipe.learner.threads)
         self.device = torch.device(device)
+        # Of a GPU's rank too: the optimizer may be offloaded, and Ray gives a process one thread.
+        torch.set_num_threads(recipe.learner.threads)
         self.tokenizer = load_tokenizer(model_path, recipe.model.trust_remote_code)
         self.updates_done = 0
         ds.init_process_group(self.device, recipe.learner.timeout_s)
-        self.config = ds.deepspeed_config(recipe.learner, recipe.model)
-        self.engine = ds.build_policy(self._policy, recipe.learner, self.config)
+        self.config = ds.deepspeed_config(recipe.learner, recipe.model, self.device)
+        self.engine = ds.build_policy(self._policy, recipe.learner, self.config, self.device)
         self.balance = balance_coefficient(recipe.model, self.network)
         self.form = CheckpointForm(self.network, merged_weights(self.network))
         # Without its adapters the policy is a reference that costs nothing.
@@ -259,6 +268,19 @@ class Learner:
         """Hand over the sender that `push_weights` uses from now on."""
         self.sender = sender
 
+    def make_room(self, offload: bool) -> None:
+        """Give free memory of the GPU back to others. offload: move the optimizer's state to the CPU. Collective."""
+        if offload:
+            self.engine.offload_states(include=OPTIMIZER_STATES)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def take_room(self, offload: bool) -> None:
+        """Bring back what `make_room` moved, if anything. Collective."""
+        if offload:
+            self.engine.reload_states()
+
     def save(self, folder: str) -> None:
         """Write parameters, optimizer and update count of this rank under `folder`. Collective."""
         save_state(self.engine, folder, self.updates_done)
@@ -272,17 +294,20 @@ class Learner:
         return self.updates_done
 
     def export(self, folder: str) -> None:
-        """Write a Hugging Face model (safetensors, config, tokenizer) from rank 0. Collective.
+        """Write a Hugging Face model (safetensors, config, tokenizer) from rank 0, in files of some GB. Collective.
 
         With LoRA it is the merged model, and the folder `adapter` in it holds the adapters alone, for peft.
         """
-        lora = self.recipe.model.lora is not None
-        state = self._gathered(self._checkpoint())
-        adapters = self._gathered(as_they_are(adapter_weights(self.network))) if lora else {}
-        if self.rank == 0:
-            write_model(self.network, self.tokenizer, state, self.model_path, Path(folder))
-            if lora:
-                write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
+        shards = self._shards(self._checkpoint())
+        try:
+            if self.rank == 0:
+                write_model(self.network, self.tokenizer, shards, self.model_path, Path(folder))
+        finally:
+            drained(shards)
+        if self.recipe.model.lora is not None:
+            for adapters in self._shards(as_they_are(adapter_weights(self.network)), limit=math.inf):
+                if self.rank == 0:
+                    write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
 
     def _checkpoint(self) -> list[Stored]:
         """The policy in the form of the checkpoint that it was loaded from, adapters merged."""
@@ -291,13 +316,20 @@ class Learner:
     def _stream(self, stored: Sequence[Stored]) -> ds.GatheredWeights:
         return ds.GatheredWeights(stored, self.recipe.bucket_mb * 2**20)
 
-    def _gathered(self, stored: Sequence[Stored]) -> dict[str, torch.Tensor]:
-        """All of them at once in rank 0's memory, nothing on the other ranks. Collective."""
-        state: dict[str, torch.Tensor] = {}
+    def _shards(self, stored: Sequence[Stored], limit: float = SHARD_BYTES) -> Iterator[dict[str, torch.Tensor]]:
+        """All of them in rank 0's memory, about `limit` bytes at a time; nothing on the other ranks. Collective."""
+        shard: dict[str, torch.Tensor] = {}
+        held = 0
         for bucket in self._stream(stored):
+            size = sum(tensor.nbytes for _, tensor in bucket)
+            if shard and held + size > limit:
+                yield shard
+                shard, held = {}, 0
+            held += size
             if self.rank == 0:
-                state |= {name: tensor.detach().cpu().clone() for name, tensor in bucket}
-        return state
+                shard |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket}
+        if shard:
+            yield shard
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 

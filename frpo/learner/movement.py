@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
+CHUNK = 2**22
+"""Elements that are looked at in float64 at a time: 64 MiB, whatever the size of a parameter."""
+
 
 class MovementCheck:
     """Watches one forward-backward and one optimizer step of a DeepSpeed module. Construction hooks the parameters."""
@@ -40,6 +43,10 @@ class MovementCheck:
 def _digest(parameter: torch.nn.Parameter) -> tuple[float, float]:
     """Two float64 sums that change when any element does (exact cancellation aside)."""
     master = safe_get_full_fp32_param(parameter)
-    values = (parameter.data if master is None else master).double().flatten()
-    ramp = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-    return values.sum().item(), values.dot(ramp).item()
+    values = (parameter.data if master is None else master).flatten()
+    found = torch.zeros(2, dtype=torch.float64, device=values.device)
+    for begin in range(0, len(values), CHUNK):
+        piece = values[begin:begin + CHUNK].double()
+        ramp = torch.arange(begin + 1, begin + 1 + len(piece), dtype=torch.float64, device=values.device)
+        found += torch.stack([piece.sum(), piece.dot(ramp)])
+    return tuple(found.tolist())

@@ -210,6 +210,7 @@ class Matrix:
         pool = self.stack.pool
         pool.wait_until_ready()
         learner.connect_engines(pool.client(), pool.recipe.weight_sync)
+        pool.share(learner)
         return RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
 
     def processes(self, recipe: Recipe, model: str) -> Stack:
@@ -221,6 +222,7 @@ class Matrix:
             starts = JsonlFile(Path(self.recipe.run.dir) / STARTS)
             starts.append({"seconds": time.perf_counter() - started})
             starts.close()
+        self.stack.pool.give_way()
         return self.stack
 
     def close_processes(self) -> None:

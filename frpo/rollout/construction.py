@@ -59,7 +59,8 @@ def arguments(recipe: Recipe, model_path: str, device: str, index: int) -> dict[
         # A batch in flight during a push would tell the version of the next one.
         async_scheduling=False if rollout.max_staleness else None,
         # The learner's logits are fp32 sums of bf16 products; so are the engine's with an fp32 head.
-        hf_overrides={"head_dtype": "float32"}, **memory, **rollout.engine_kwargs)
+        hf_overrides={"head_dtype": "float32"}, enable_sleep_mode=recipe.placement.sleeps and not on_cpu, **memory,
+        **rollout.engine_kwargs)
 
 
 @contextmanager

@@ -19,6 +19,11 @@ from frpo.rollout.hook import Client, Turn
 from frpo.rollout.turns import Caller, SharedEngine
 from frpo.types import Completion, GroupId, Prompt, RolloutGroup, VersionSpan
 
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""What vLLM's sleep gives up, by its names."""
+FORGET_WEIGHTS = 2
+"""Level of vLLM's sleep that keeps no copy of the weights: the next push brings them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRequest:
@@ -53,6 +58,8 @@ class RolloutEngine:
         self.tokenizer = self.llm.get_tokenizer()
         self.staged = recipe.weight_sync.staged_here
         self.unusable: str | None = None
+        self.given_up: set[str] = set()
+        self.lacks_weights = False
         self.hook_timeout_s = recipe.rollout.hook_timeout_s
         self.hook = recipe.rollout.hook and load_hook(recipe.rollout.hook)
 
@@ -125,7 +132,7 @@ class RolloutEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False,
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
                                 output_kind=RequestOutputKind.FINAL_ONLY)
 
         def vllm_requests() -> dict[str, Any]:
@@ -138,9 +145,8 @@ class RolloutEngine:
             caller.add(vllm_requests)
             while caller.unfinished:
                 for key, output in caller.outputs():
-                    ids, start = sequences[int(key)]
-                    found[key] = np.array([entry[token].logprob for entry, token in
-                                           zip(output.prompt_logprobs[start:], ids[start:], strict=True)])
+                    _, start = sequences[int(key)]
+                    found[key] = np.array(_of_tokens(output.prompt_logprobs, start))
         return [found[str(i)] for i in range(len(sequences))]
 
     def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
@@ -154,7 +160,8 @@ class RolloutEngine:
         return SamplingParams(
             temperature=sampling.temperature, top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
             max_tokens=sampling.max_new_tokens, seed=seed if sampling.temperature > 0 else None, logprobs=0,
-            stop_token_ids=list(stop_token_ids), detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+            flat_logprobs=True, stop_token_ids=list(stop_token_ids), detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY)
 
     def _turn(self, output: Any) -> Turn:
         """What vLLM answered to one request."""
@@ -162,7 +169,7 @@ class RolloutEngine:
         token_ids = tuple(said.token_ids)
         return Turn(
             text=self.tokenizer.decode(token_ids, skip_special_tokens=True), token_ids=token_ids,
-            logprobs=tuple(entry[token].logprob for entry, token in zip(said.logprobs, token_ids)),
+            logprobs=tuple(_of_tokens(said.logprobs)),
             version_spans=tuple(VersionSpan(policy_version=int(span.version), start=span.start, end=span.end)
                                 for span in said.weight_versions or ()),
             finish_reason=said.finish_reason)
@@ -239,14 +246,32 @@ class RolloutEngine:
             if not self.llm.llm_engine.has_unfinished_requests():
                 self.llm.reset_prefix_cache()
             self.unusable = None
+            self.lacks_weights = False
         if not self.staged:
             self.shared.release()
+
+    def sleep(self) -> None:
+        """Give up the memory of weights and cache. Nothing is sampled before both are back and weights pushed."""
+        with self.shared.turn():
+            self.given_up, self.lacks_weights = {WEIGHTS, CACHE}, True
+            self.llm.reset_prefix_cache()
+            self.llm.sleep(level=FORGET_WEIGHTS)
+
+    def wake(self, tag: str) -> None:
+        """Take the memory of WEIGHTS, whose values are lost, or of CACHE again. A new engine has both."""
+        with self.shared.turn():
+            if tag in self.given_up:
+                self.llm.wake_up([tag])
+                self.given_up.remove(tag)
 
     def ready(self) -> int:
         """Process id, once the engine can be called."""
         return os.getpid()
 
     def _check_usable(self) -> None:
+        if self.given_up or self.lacks_weights:
+            raise EngineError(f"engine {self.index} has slept, and its weights were not pushed since; wake it and push "
+                              "them first")
         if self.unusable:
             raise EngineError(f"engine {self.index}: {self.unusable}; rebuild and sync it before it serves again")
 
@@ -256,6 +281,11 @@ class RolloutEngine:
         if held is None or (held < expected if or_newer else held != expected):
             raise EngineError(f"engine {self.index} holds policy version {held}, asked to sample version {expected}"
                               f"{' or a newer one' if or_newer else ''}; push the weights first")
+
+
+def _of_tokens(flat: Any, start: int = 0) -> list[float]:
+    """The log-probability of each token from `start` on, of vLLM's FlatLogprobs; a token's own comes first."""
+    return [flat.logprobs[place] for place in flat.start_indices[start:]]
 
 
 def _samples(requests: Sequence[GroupRequest]) -> Iterator[tuple[GroupRequest, int]]:

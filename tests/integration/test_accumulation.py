@@ -16,6 +16,7 @@ from learner_state import on_all, recipe_for
 from loop import random_model
 
 MICRO_BATCHES = 64
+CPU = torch.device("cpu")
 SHAPES = {"matrix": (128, 160), "vector": (33,)}
 """One that ZeRO-3 partitions and one that it keeps whole."""
 
@@ -46,7 +47,7 @@ def moved_masters(actor: Any, values: dict[str, Any]) -> tuple[dict[str, torch.T
     from frpo.learner import engine as ds
 
     recipe = recipe_from_dict(values)
-    engine = ds.build_policy(DotProduct, recipe.learner, ds.deepspeed_config(recipe.learner, recipe.model))
+    engine = ds.build_policy(DotProduct, recipe.learner, ds.deepspeed_config(recipe.learner, recipe.model, CPU), CPU)
     norms = []
     for update in range(2):
         for micro_batch in micro_batches_of(actor.learner.rank, update):

@@ -2,8 +2,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from frpo.config.model import ModelSection
@@ -30,12 +32,13 @@ def section(model):
     return ModelSection(path=str(model), dtype="fp32", max_length=64)
 
 
-def exported(model, folder):
-    """The folder of an export of the model with every weight doubled."""
+def exported(model, folder, pieces=1):
+    """The folder of an export of the model with every weight doubled, in so many files."""
     network = load_model(section(model), str(model))
     before = network.generation_config
-    write_model(network, load_tokenizer(str(model)), {n: 2 * t for n, t in network.state_dict().items()}, str(model),
-                folder)
+    state = {n: 2 * t for n, t in network.state_dict().items()}
+    doubled = [{n: state[n] for n in names} for names in np.array_split(list(state), pieces)]
+    write_model(network, load_tokenizer(str(model)), iter(doubled), str(model), folder)
     assert network.generation_config is before and network.config.use_cache is False
     return folder
 
@@ -63,6 +66,19 @@ def test_nothing_of_an_earlier_export_in_pieces_is_left(model, tmp_path):
     folder = exported(model, tmp_path / "export")
     assert [file.name for file in folder.glob("model*")] == ["model.safetensors"]
     assert (folder / "README.md").read_text() == "my own"
+
+
+def test_an_export_of_several_files_is_the_same_model(model, tmp_path):
+    one, several = exported(model, tmp_path / "one"), exported(model, tmp_path / "several", pieces=3)
+    exported(model, tmp_path / "several", pieces=3)  # over an earlier one
+    names = sorted(file.name for file in several.glob("model*"))
+    assert names == [*(f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)), "model.safetensors.index.json"]
+    first, second = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (one, several))
+    for (name, tensor), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == load_file(one / "model.safetensors").keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in load_file(one / "model.safetensors").values())
 
 
 def test_generation_settings_of_an_old_config_end_no_export(model, tmp_path):

@@ -1,0 +1,219 @@
+"""Who gets which GPU: planned from what nodes have, reserved from Ray, shown as a table.
+
+split: one reservation of a bundle a learner rank and a bundle an engine. A bundle lies on one node, so that an engine's
+workers do too, and bundles fill few nodes. colocate: a bundle an engine, in which its ranks own the GPUs; the
+engine is started beside them and shown the same GPUs. CPUs are never reserved: everything shares them.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from frpo.config.loader import AnyRecipe
+from frpo.config.sections import Recipe
+from frpo.errors import ConfigError, EngineError
+from frpo.progress import remark
+
+GRACE_S = 5.0
+"""How long GPUs are waited for that are not free."""
+
+RESERVE_S = 60.0
+"""How long Ray may take to reserve what nodes have free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """address: as Ray names it. gpus: how many are free."""
+
+    address: str
+    gpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """GPUs on one node for one holder: `learner rank 0`, or an engine, or the ranks that share with one."""
+
+    holder: str
+    gpus: int
+    hosts: tuple[str, ...] | None
+
+
+def bundles_of(recipe: AnyRecipe, *, ranks: bool = True, engines: bool = True) -> list[Bundle]:
+    """What a run on GPUs reserves. ranks, engines: False where a launcher has started the one, or none are needed.
+
+    Raises ConfigError where engines and ranks cannot share.
+    """
+    placement = getattr(recipe, "placement", None)
+    count = recipe.learner.num_ranks if ranks else 0
+    if placement is None or not engines:
+        hosts = placement and placement.learner_hosts
+        return [Bundle(holder=f"learner rank {rank}", gpus=1, hosts=hosts and tuple(hosts)) for rank in range(count)]
+    size, num_engines = recipe.rollout.tensor_parallel_size, recipe.rollout.num_engines
+    on_hosts, engine_hosts = (hosts and tuple(hosts) for hosts in (placement.learner_hosts, placement.engine_hosts))
+    if placement.mode == "split" or not ranks:
+        return [*(Bundle(holder=f"learner rank {rank}", gpus=1, hosts=on_hosts) for rank in range(count)),
+                *(Bundle(holder=f"engine {index}", gpus=size, hosts=engine_hosts) for index in range(num_engines))]
+    if num_engines * size != count:
+        raise ConfigError(
+            f"placement: colocate gives every rank's GPU one worker of an engine, but rollout.num_engines x "
+            f"tensor_parallel_size = {num_engines} x {size} = {num_engines * size} and learner.num_ranks = {count}; "
+            "make them equal, or set placement to split")
+    return [Bundle(holder=f"engine {index} and learner rank"
+                          f"{'s' if size > 1 else ''} {_span(index * size, (index + 1) * size)}", gpus=size,
+                   hosts=on_hosts) for index in range(num_engines)]
+
+
+def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle, str]]:
+    """Each bundle with the address of a node that has room, few nodes in all.
+
+    Raises ConfigError saying what does not fit where, and what to change.
+    """
+    free, places = {node.address: node.gpus for node in nodes}, {}
+    for bundle in sorted(bundles, key=lambda each: (-each.gpus, each.hosts is None)):
+        allowed = [address for address in free if bundle.hosts is None or address in bundle.hosts]
+        room = [address for address in allowed if free[address] >= bundle.gpus]
+        if not room:
+            raise ConfigError(_does_not_fit(bundle, bundles, nodes, allowed))
+        # The node that others use already, and of those the one that this fills best.
+        begun = set(places.values())
+        chosen = min(room, key=lambda address: (address not in begun, free[address]))
+        places[bundle.holder] = chosen
+        free[chosen] -= bundle.gpus
+    return [(bundle, places[bundle.holder]) for bundle in bundles]
+
+
+def table(placed: Sequence[tuple[Bundle, str]]) -> list[str]:
+    """A line a node: address, GPUs taken, and who has them."""
+    lines: dict[str, list[Bundle]] = {}
+    for bundle, address in placed:
+        lines.setdefault(address, []).append(bundle)
+    return [f"{address}: {sum(bundle.gpus for bundle in held)} GPU(s): "
+            + ", ".join(f"{bundle.holder} ({bundle.gpus})" if bundle.gpus > 1 else bundle.holder for bundle in held)
+            for address, held in lines.items()]
+
+
+def free_nodes() -> list[Node]:
+    """The cluster's nodes with the GPUs that nobody has reserved."""
+    available = ray._private.state.available_resources_per_node()
+    return [Node(address=node["NodeManagerAddress"], gpus=int(available.get(node["NodeID"], {}).get("GPU", 0)))
+            for node in ray.nodes() if node["Alive"]]
+
+
+class Places(Protocol):
+    """Options of Ray actors: where each runs and what it reserves."""
+
+    def of_rank(self, rank: int) -> dict[str, Any]: ...
+
+    def of_engine(self, index: int) -> dict[str, Any]: ...
+
+
+class OnCpu:
+    """Anywhere: everything shares the machine's cores."""
+
+    def of_rank(self, rank: int) -> dict[str, Any]:
+        return {"num_cpus": 0, "num_gpus": 0}
+
+    of_engine = of_rank
+
+
+@dataclass
+class OnGpus:
+    """In a reservation, whose first bundles are the ranks', one each; the engines' follow."""
+
+    group: PlacementGroup
+    ranks: int
+    engine_gpus: int
+
+    def of_rank(self, rank: int) -> dict[str, Any]:
+        return self._in(rank, 1)
+
+    def of_engine(self, index: int) -> dict[str, Any]:
+        return self._in(self.ranks + index, self.engine_gpus)
+
+    def _in(self, bundle: int, gpus: int) -> dict[str, Any]:
+        return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            self.group, placement_group_bundle_index=bundle)}
+
+
+@dataclass
+class SharedGpus:
+    """Ranks own the GPUs of a bundle; the engine of it is shown theirs, once they have `seats`.
+
+    seats: (node's id, its GPU as CUDA_VISIBLE_DEVICES names it) of each rank.
+    """
+
+    group: PlacementGroup
+    engine_gpus: int
+    seats: list[tuple[str, str]] = field(default_factory=list)
+
+    def of_rank(self, rank: int) -> dict[str, Any]:
+        return {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            self.group, placement_group_bundle_index=rank // self.engine_gpus)}
+
+    def of_engine(self, index: int) -> dict[str, Any]:
+        own = self.seats[index * self.engine_gpus:(index + 1) * self.engine_gpus]
+        return {"num_cpus": 0, "num_gpus": 0,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(own[0][0], soft=False),
+                "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ",".join(gpu for _, gpu in own)}}}
+
+
+@contextmanager
+def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: bool = True) -> Iterator[Places]:
+    """Places for a run, released with the context. Raises ConfigError or EngineError where they cannot be had."""
+    if device == "cpu":
+        yield OnCpu()
+        return
+    bundles = bundles_of(recipe, ranks=ranks, engines=engines)
+    placed = _planned(bundles)
+    remark(table(placed))
+    # Each bundle is bound to its node by the resource that Ray gives every node, so that the table holds.
+    group = placement_group([{"GPU": bundle.gpus, f"node:{address}": 0.001} for bundle, address in placed])
+    try:
+        if not group.wait(RESERVE_S):
+            raise EngineError(f"Ray did not reserve {sum(bundle.gpus for bundle in bundles)} GPUs within {RESERVE_S:g} "
+                              "s; somebody else took them meanwhile (see `ray status`)")
+        if isinstance(recipe, Recipe) and ranks and engines and recipe.placement.mode == "colocate":
+            yield SharedGpus(group, recipe.rollout.tensor_parallel_size)
+        else:
+            size = recipe.rollout.tensor_parallel_size if engines else 0
+            yield OnGpus(group, recipe.learner.num_ranks if ranks else 0, size)
+    finally:
+        remove_placement_group(group)
+
+
+def _planned(bundles: Sequence[Bundle]) -> list[tuple[Bundle, str]]:
+    """`assign` on what is free; given a moment, since Ray hears late of what a run before this one gave back."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        try:
+            return assign(bundles, free_nodes())
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _does_not_fit(bundle: Bundle, bundles: Sequence[Bundle], nodes: Sequence[Node], allowed: Sequence[str]) -> str:
+    needed = sum(each.gpus for each in bundles)
+    free = ", ".join(f"{node.address} has {node.gpus}" for node in nodes) or "no node is alive"
+    if bundle.hosts and not allowed:
+        return (f"{bundle.holder} is to be on {', '.join(bundle.hosts)} (placement), which is no node of this cluster; "
+                f"its nodes: {', '.join(node.address for node in nodes)}")
+    largest = max((node.gpus for node in nodes if node.address in allowed), default=0)
+    if bundle.gpus > largest:
+        return (f"{bundle.holder} needs {bundle.gpus} GPUs on one node (rollout.tensor_parallel_size = {bundle.gpus}), "
+                f"and no node has as many free: {free}; lower it, or use larger nodes")
+    return (f"{bundle.holder} finds no GPU: the recipe needs {needed} (learner.num_ranks, rollout.num_engines x "
+            f"tensor_parallel_size), free are {sum(node.gpus for node in nodes)}: {free}; lower them, set placement to "
+            "colocate, or wait until others give theirs back")
+
+
+def _span(begin: int, end: int) -> str:
+    return str(begin) if end - begin == 1 else f"{begin} to {end - 1}"

@@ -1,0 +1,42 @@
+"""Which GPUs learner ranks and rollout engines get."""
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from frpo.config.base import Section
+
+
+class PlacementSection(Section):
+    """`placement: colocate` alone is short for {mode: colocate}. On CPU it changes nothing."""
+
+    mode: Literal["split", "colocate"] = Field(
+        "split", description="split: ranks and engines have GPUs of their own; colocate: engines use the ranks' GPUs")
+    sleep: bool = Field(True, description="colocate: engines give up their memory while the learner works; false: both "
+                                          "stay, which fits small models only")
+    offload_optimizer: bool = Field(
+        False, description="colocate: the optimizer's state is moved to the CPU's memory while engines sample; ZeRO-3")
+    learner_hosts: list[str] | None = Field(
+        None, description="addresses of the nodes for learner ranks, as `ray status -v` names them; null: any")
+    engine_hosts: list[str] | None = Field(None, description="addresses of the nodes for engines; null: any")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_mode_alone(cls, given: Any) -> Any:
+        return {"mode": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PlacementSection:
+        if self.mode == "colocate" and self.engine_hosts is not None:
+            raise ValueError("mode: colocate puts engines where the learner's ranks are; set learner_hosts instead of "
+                             "engine_hosts")
+        if self.mode == "split" and self.offload_optimizer:
+            raise ValueError("offload_optimizer makes room for engines on the same GPU; set mode to colocate, or take "
+                             "learner.deepspeed: zero3_offload to keep the optimizer off the GPU throughout")
+        return self
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether engines sleep while the learner works."""
+        return self.mode == "colocate" and self.sleep

@@ -209,7 +209,8 @@ def _does_not_fit(bundle: Bundle, bundles: Sequence[Bundle], nodes: Sequence[Nod
     largest = max((node.gpus for node in nodes if node.address in allowed), default=0)
     if bundle.gpus > largest:
         return (f"{bundle.holder} needs {bundle.gpus} GPUs on one node (rollout.tensor_parallel_size = {bundle.gpus}), "
-                f"and no node has as many free: {free}; lower it, or use larger nodes")
+                f"and no node has as many free: {free}; lower it, use larger nodes, or wait until others give "
+                "theirs back")
     return (f"{bundle.holder} finds no GPU: the recipe needs {needed} (learner.num_ranks, rollout.num_engines x "
             f"tensor_parallel_size), free are {sum(node.gpus for node in nodes)}: {free}; lower them, set placement to "
             "colocate, or wait until others give theirs back")

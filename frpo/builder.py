@@ -4,7 +4,7 @@ What can be known without an engine (recipe, model, tokenizer, data, rewards, ch
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from frpo.data.examples import ExampleSet, load_examples
 from frpo.data.prompts import PromptSet, PromptStream, load_prompts
 from frpo.data.selection import PromptSelector, read_selection
 from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import ConfigError, ModelError
+from frpo.errors import ConfigError, ModelError, RewardError
 from frpo.held import held_folder
 from frpo.journal import Journal, open_journal
 from frpo.learner.export import check_export
@@ -50,7 +50,7 @@ from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
 from frpo.telemetry import PhaseTimer
-from frpo.types import RunState
+from frpo.types import Prompt, RunState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,8 +291,21 @@ def try_rewards(rewards: RewardSuite, recipe: Recipe, prompts: PromptSet) -> Sco
     """
     if not recipe.checks.rewards:
         return ScoreReport(groups=[], counts={})
+    for what, some in (("training", prompts.train), ("held-out", prompts.heldout)):
+        remark(_lacking_columns(rewards, what, some))
     return rewards.try_out(prompts.train + prompts.heldout, group_size=recipe.rollout.group_size,
                            most=recipe.rollout.prompts_per_step)
+
+
+def _lacking_columns(rewards: RewardSuite, what: str, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """A note for each column that a reward needs and some of the prompts lack. Raises RewardError where all do."""
+    for (reward, column), without in rewards.lacking(prompts).items():
+        where = without[0].origin or without[0].uid
+        if len(without) == len(prompts):
+            raise RewardError(f"reward {reward!r} needs the column {column!r}, which none of the {len(prompts)} {what} "
+                              f"prompts has (the first: {where}); give the rows that column, or the parameter a default")
+        yield (f"note: reward {reward!r} needs the column {column!r}, which {len(without)} of {len(prompts)} {what} "
+               f"prompts lack (the first: {where}); it gets None for them")
 
 
 def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -> PromptStream | PromptSelector:

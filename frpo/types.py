@@ -26,13 +26,15 @@ LARGEST_REWARD = 1e150
 class Prompt:
     """One row of a data set, rendered and tokenized. `columns` holds what rewards need (answer, task, ...).
 
-    messages: what was rendered; a prompt that is verbatim text is one message of the user.
+    messages: what was rendered; a prompt that is verbatim text is one message of the user. origin: "file:line", where
+    it is known, for whoever reads an error.
     """
 
     uid: str
     messages: tuple[Mapping[str, str], ...]
     token_ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

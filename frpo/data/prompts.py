@@ -117,7 +117,8 @@ def _prompt(row: Row, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> 
     columns = {key: value for key, value in row.columns.items() if key != name}
     # Verbatim text is one message too, so that rewards and traces have it.
     messages = ({"role": "user", "content": content},) if isinstance(content, str) else content
-    return Prompt(uid=content_hash([content, columns])[:16], messages=messages, token_ids=ids, columns=columns)
+    return Prompt(uid=content_hash([content, columns])[:16], messages=messages, token_ids=ids, columns=columns,
+                  origin=row.origin)
 
 
 def _chat_content(row: Row, data: DataSection) -> tuple[str, Messages]:

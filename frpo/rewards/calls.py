@@ -40,7 +40,8 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What all rewards are called on: by format every argument that there is, and the N prompt uids."""
+    """What all rewards are called on: by format every argument that there is, and what names the N prompts in errors:
+    where they come from, or their uids."""
 
     offered: Mapping[Format, Mapping[str, list[Any]]]
     uids: Sequence[str]
@@ -49,7 +50,7 @@ class Batch:
     def of(cls, groups: Sequence[RolloutGroup], formats: Collection[Format], columns: Sequence[str]) -> Self:
         """`columns`: names that are passed even if no prompt has them."""
         return cls(offered={form: offered_arguments(groups, form, columns) for form in formats},
-                   uids=[group.prompt.uid for group in groups for _ in group.completions])
+                   uids=[group.prompt.origin or group.prompt.uid for group in groups for _ in group.completions])
 
     def about(self, share: slice, form: Format) -> str:
         """What the call of a share was about, for its errors."""

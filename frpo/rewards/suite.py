@@ -96,6 +96,16 @@ class RewardSuite:
         """
         return self._scored(groups, {spec.format for spec in self._specs}, score_share, stop)
 
+    def lacking(self, prompts: Sequence[Prompt]) -> dict[tuple[str, str], list[Prompt]]:
+        """(reward, column of the data that its function needs) -> those of the prompts that lack it and give None."""
+        found = {}
+        for spec, pool in zip(self._specs, self._pools):
+            for name in pool.workers[0].start(Stop()).required:
+                without = [prompt for prompt in prompts if name not in prompt.columns]
+                if name in self._columns and without:
+                    found[spec.name, name] = without
+        return found
+
     def try_out(self, prompts: Sequence[Prompt], *, group_size: int, most: int) -> ScoreReport:
         """Call every reward on made-up completions of a few of these prompts (see `trial`), `most` groups at a time.
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -44,6 +46,9 @@ def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., obje
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     if getattr(parsed, "overwrite", False):
+        given = [value for value in parsed.overrides if value.startswith("run.resume=")]
+        if given and given != ["run.resume=overwrite"]:
+            parser.error(f"--overwrite starts over and {given[0]} says otherwise; leave one of them out")
         parsed.overrides = [*parsed.overrides, "run.resume=overwrite"]
     return parsed
 
@@ -63,6 +68,9 @@ class _Parser(argparse.ArgumentParser):
                         f"\nFor example: {self.prog} {EXAMPLES.get(command, names[0])}")
         if "COMMAND" in missing:
             self.print_help(sys.stderr)
+        if (wrong := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message)) and (
+                near := difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)):
+            message += f"\nDid you mean {near[0]}?"
         super().error(message)
 
 
@@ -78,6 +86,10 @@ def _as_override(argument: str, parsed: argparse.Namespace) -> str:
     name = argument.lstrip("-").partition("=")[0].replace("-", "_")
     known = [key.name for kind in KINDS for key in keys(kind)]
     key = name if name in known else ours(name, known)
+    options = [option for option in ("--dry-run", "--overwrite", "--keys", "--jobs", "--json", "--quick")
+               if option.replace("-", "") == argument.partition("=")[0].replace("-", "").replace("_", "")]
+    if options:
+        return f"; did you mean {options[0]}?"
     return f"; values of a recipe are written as section.key=value{f', this one as {key}=VALUE' if key else ''}"
 
 

@@ -167,7 +167,8 @@ def build(recipe: Recipe) -> Iterator[Parts]:
     with held_folder(run_dir):
         with phase("reading model, prompts and rewards"):
             checked = check(recipe)
-        remark(checked.prompts.summary("prompts"))
+        remark([*checked.prompts.summary("prompts", recipe.data),
+                *recipe.learner.warmup_note(recipe.updates)])
         with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
             with build_stack(recipe, model_path) as stack, \
@@ -303,7 +304,8 @@ def _lacking_columns(rewards: RewardSuite, what: str, prompts: Sequence[Prompt])
         where = without[0].origin or without[0].uid
         if len(without) == len(prompts):
             raise RewardError(f"reward {reward!r} needs the column {column!r}, which none of the {len(prompts)} {what} "
-                              f"prompts has (the first: {where}); give the rows that column, or the parameter a default")
+                              f"prompts has (the first: {where}); give the rows that column, or the parameter a "
+                              "default")
         yield (f"note: reward {reward!r} needs the column {column!r}, which {len(without)} of {len(prompts)} {what} "
                f"prompts lack (the first: {where}); it gets None for them")
 

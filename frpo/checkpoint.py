@@ -77,8 +77,10 @@ class CheckpointStore:
             return self._read(complete[-1]) if complete else None
         path = Path(wish)
         if not (path / MARKER).is_file():
-            known = ", ".join(str(p) for p in complete) or "none"
-            raise CheckpointError(f"run.resume: {wish!r} is no complete checkpoint; complete ones of this run: {known}")
+            inside = [str(p) for p in CheckpointStore(path, self.recipe).complete()]
+            known = ", ".join(inside or map(str, complete)) or "none"
+            raise CheckpointError(f"run.resume: {wish!r} is no complete checkpoint; give auto, force, never, overwrite "
+                                  f"or a checkpoint's path, of {path if inside else 'this run'}: {known}")
         if path.resolve().parent != self.folder.resolve():
             self._refuse_overwrite()
             path, state = self._read(path)
@@ -118,11 +120,13 @@ class CheckpointStore:
         if state.recipe_digest == digest:
             return path, state
         listed = "\n  ".join(changes)
+        another_model = any(line.startswith(UNCHANGEABLE) for line in changes)
         if self.recipe.run.resume != "force":
+            going_on = "" if another_model else "run.resume=force goes on from there under the new values, "
             raise CheckpointError(
                 f"{path} was written by another recipe:\n  {listed}\nUse that recipe again or another run.dir; "
-                "run.resume=force goes on from there under the new values, --overwrite starts over")
-        if any(line.startswith(UNCHANGEABLE) for line in changes):
+                f"{going_on}--overwrite starts over")
+        if another_model:
             raise CheckpointError(
                 f"run.resume=force cannot go on from {path} with another model:\n  {listed}\nUse another run.dir, with "
                 "model.path set to the export of that run if it is to go on")
@@ -135,7 +139,10 @@ def write_finished(recipe: AnyRecipe, steps: int) -> None:
 
 
 def finished_steps(recipe: AnyRecipe) -> int | None:
-    """How many steps the run of this recipe took, if it has come to its end and nothing of it is to be done again."""
+    """How many steps the run of this recipe took, if it has come to its end and nothing of it is to be done again.
+
+    Under `force` the recipe may be another: there is nothing to go on with where it asks for no more steps.
+    """
     folder = Path(recipe.run.dir)
     if recipe.run.resume not in ("auto", "force") or not (folder / "export").is_dir():
         return None
@@ -143,8 +150,11 @@ def finished_steps(recipe: AnyRecipe) -> int | None:
         record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or the process ended while it was written
         return None
-    longer = isinstance(recipe, Recipe) and recipe.run.num_steps > record["steps"]
-    return None if longer or record["recipe_digest"] != recipe_digest(recipe) else record["steps"]
+    asked = recipe.run.num_steps if isinstance(recipe, Recipe) else recipe.run.max_steps
+    if asked is not None and asked > record["steps"]:
+        return None
+    same = record["recipe_digest"] == recipe_digest(recipe)
+    return record["steps"] if same or (recipe.run.resume == "force" and asked is not None) else None
 
 
 def _step(path: Path) -> int:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
-from frpo.builder import check, reward_suite, try_rewards
-from frpo.cluster.device import lacking_packages, settled
+from frpo.builder import check, reward_suite, tokenizer_of, try_rewards
+from frpo.cluster.device import check_backend, lacking_packages, settled
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe
 from frpo.config.sections import Recipe
-from frpo.finetune_parts import check_finetune
+from frpo.finetune_parts import CheckedFinetune, check_finetune
 from frpo.rewards.trial import report_lines
 from frpo.step_metrics import mishaps
 from frpo.training import adapters
@@ -37,21 +37,38 @@ def _of_training(recipe: Recipe) -> list[str]:
     return [
         *report_lines(trial.groups), *mishaps(trial.counts),
         f"checked: model {model}, resume {checked.resume[0] if checked.resume else 'from the start'}",
-        *prompts.summary("prompts"), *_notes(recipe, len(prompts.train))]
+        *prompts.summary("prompts", recipe.data), *_notes(recipe, len(prompts.train))]
 
 
 def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
     checked = check_finetune(recipe)
     examples = checked.examples
-    return [
-        f"checked: resume {checked.resume[0] if checked.resume else 'from the start'}",
-        *examples.summary("examples"), *_common_notes(recipe, engines=False)]
+    lines = [
+        f"checked: model {recipe.model.path or 'made on the spot'}, resume "
+        f"{checked.resume[0] if checked.resume else 'from the start'}",
+        *examples.summary("examples", recipe.data),
+        f"length: {checked.updates} updates of {min(recipe.data.batch_size, len(examples.train))} examples, each "
+        f"example {checked.updates / checked.per_epoch:.3g} times"]
+    if recipe.data.batch_size > len(examples.train):
+        lines.append(f"note: data.batch_size = {recipe.data.batch_size} is more than the {len(examples.train)} "
+                     "training examples, so that every update takes all of them")
+    return [*lines, *_first_example(recipe, checked), *recipe.learner.warmup_note(checked.updates),
+            *_common_notes(recipe, engines=False)]
+
+
+def _first_example(recipe: FinetuneRecipe, checked: CheckedFinetune) -> Iterator[str]:
+    """What the model is given and what it learns of the first example, as far as a line goes."""
+    example, tokenizer = checked.examples.train[0], tokenizer_of(recipe.model)
+    learned = [token for token, flag in zip(example.token_ids, example.loss_mask) if flag]
+    yield f"first example, {example.origin}: {tokenizer.decode(example.token_ids)!r:.300}"
+    yield f"  of which is learned: {tokenizer.decode(learned)!r:.300}"
 
 
 def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
     per_step, steps = recipe.rollout.prompts_per_step, recipe.run.num_steps
     yield (f"length: {steps} steps x {per_step} prompts x {recipe.rollout.group_size} completions, each prompt "
            f"{per_step * steps / prompts:.3g} times")
+    yield from recipe.learner.warmup_note(recipe.updates)
     if per_step > prompts:
         yield (f"note: rollout.prompts_per_step = {per_step} is more than the {prompts} training prompts, so that a "
                "step draws some of them twice")
@@ -81,4 +98,6 @@ def _device(recipe: AnyRecipe, engines: bool) -> tuple[str, str]:
     if asked != "cpu" and not lacking and "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() < needed:
         lacking.append(f"the recipe needs {needed} GPUs, this machine shows {torch.cuda.device_count()}")
     device = settled(asked, lacking, quiet=True)
+    if engines:
+        check_backend(recipe, device)
     return device, f"run.device: {asked}" + (f", since {'; '.join(lacking)}" if lacking else "")

@@ -1,4 +1,7 @@
 """The errors a user can meet. Each names what was given, what is allowed and what to change."""
+from __future__ import annotations
+
+import os
 
 
 class FrpoError(Exception):
@@ -39,3 +42,8 @@ class EngineError(FrpoError):
 
 class InvariantError(FrpoError):
     """A fail-fast check of the run did not hold (log-prob gap, a tensor that never moved, ...)."""
+
+
+def here() -> str:
+    """Where relative paths begin, in words for messages."""
+    return f"from {os.getcwd()}, where relative paths begin"

@@ -18,6 +18,7 @@ from frpo.cluster.team import device_here, in_team
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.memory import memory_strategy
 from frpo.data.examples import ExampleSet, load_examples
+from frpo.data.order import updates_of_epoch
 from frpo.held import held_folder
 from frpo.journal import Journal, open_journal
 from frpo.learner.export import check_export
@@ -45,9 +46,13 @@ class FinetuneParts:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedFinetune:
-    """What is known of a run before anything is made or started."""
+    """What is known of a run before anything is made or started. per_epoch, updates: optimizer updates of a pass over
+    the examples, and of the whole run.
+    """
 
     examples: ExampleSet
+    per_epoch: int
+    updates: int
     checkpoints: CheckpointStore
     resume: tuple[Path, RunState] | None
 
@@ -67,7 +72,9 @@ def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
     endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
     if endless:
         logger.warning("%s, and to that of the export", endless)
-    return CheckedFinetune(examples=examples, checkpoints=checkpoints, resume=resume)
+    per_epoch = updates_of_epoch(len(examples.train), recipe.data.batch_size)
+    return CheckedFinetune(examples=examples, per_epoch=per_epoch, updates=recipe.run.updates(per_epoch),
+                           checkpoints=checkpoints, resume=resume)
 
 
 @contextmanager
@@ -81,7 +88,8 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
         stack.enter_context(held_folder(Path(recipe.run.dir)))
         with phase("reading model and examples"):
             checked = check_finetune(recipe)
-        remark(checked.examples.summary("examples"))
+        remark([*checked.examples.summary("examples", recipe.data),
+                *recipe.learner.warmup_note(checked.updates)])
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):
             device = device_here(recipe)

@@ -180,7 +180,8 @@ class ProgressBar:
             legend = "; ".join(f"{short}: {meaning}" for short, meaning in meanings.items())
             for line in textwrap.wrap(legend, WIDTH, initial_indent="# ", subsequent_indent="# "):
                 say(line)
-        self.log(step_line(number, metrics, self.total, self.seconds_left(number)))
+        if number > 0 or shown(metrics):  # before the first step there may be nothing to tell
+            self.log(step_line(number, metrics, self.total, self.seconds_left(number)))
 
     def seconds_left(self, number: int) -> float | None:
         """Until the last step, at the pace so far; None before there is one."""
@@ -196,7 +197,7 @@ FIGURES = (
     ("eval nll", "eval/nll", "of held-out examples"),
     ("kl", "policy/kl_ref", "to the reference, nats a token"),
     ("kl", "sft/kl", "to the reference, nats a token"),
-    ("eval kl", "eval/kl", "to the reference on held-out data: nats a completion, or a token of given ones"),
+    ("eval kl", "eval/kl", "to the reference on held-out data, nats a completion (of given responses: a token)"),
     ("w", "csft/weight", "mean weight of a token, 1 where policy and reference agree"),
     ("mu", "pa/mu", "mean KL that weighs PA"),
     ("disagree", "pa/disagree", "share of tokens whose likeliest differs from the reference's"),

@@ -47,8 +47,9 @@ def read_groups(path: Path) -> Iterator[Traced]:
         try:
             yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number}: no trace of a rollout group: {error!r}; give the traces.jsonl of a run, "
-                            "or what `frpo rollout` or `frpo evaluate` wrote") from None
+            lacking = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{path}:{number}: no trace of a rollout group ({lacking}); give the traces.jsonl of a "
+                            "run, or what `frpo rollout` or `frpo evaluate` wrote") from None
 
 
 def new_file(path: Path) -> Path:

@@ -18,7 +18,7 @@ from frpo.evaluate.best import BestCheckpoint
 from frpo.evaluate.heldout import evaluate_heldout
 from frpo.objectives import kl_control
 from frpo.objectives.stage import References, advantaged
-from frpo.progress import ProgressBar, phase
+from frpo.progress import ProgressBar, phase, remark
 from frpo.step_metrics import rollout_metrics, staleness_metrics, trace_rows
 from frpo.types import AdvantagedGroup, Probe, RolloutGroup, RunState
 from frpo.update import Updater
@@ -35,6 +35,7 @@ class Trainer:
         self.unchecked = invariants.CHECKED_PUSHES if self.samples else 0
         self.batches = batch_source(parts)
         self.updater = Updater(parts)
+        self.told_idle = False
         best = self.recipe.evaluate.best
         self.best = BestCheckpoint(best, parts.run_dir) if best else None
 
@@ -71,6 +72,7 @@ class Trainer:
         with timed("score"):
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
         weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward(kl_coef))
+        self.note_where_nothing_teaches(weighed, state.step)
         with timed("learn"):
             learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef)
         with timed("sync"):
@@ -87,6 +89,14 @@ class Trainer:
             state = replace(state, controllers=objective.kl_control.after(
                 state.controllers, kl_coef, metrics.get("policy/kl_sequence", math.nan)))
         return state, metrics
+
+    def note_where_nothing_teaches(self, weighed: Sequence[AdvantagedGroup], step: int) -> None:
+        """Say, once, that a step had no group with two different rewards."""
+        if self.told_idle or any(group.advantages_G.any() for group in weighed):
+            return
+        self.told_idle = True
+        remark([f"note: in step {step + 1} all completions of a group have the same reward, in every group, so that "
+                "rewards teach nothing; look at the samples, make the task easier, or raise rollout.group_size"])
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
         """Log-probabilities under the frozen reference where a KL term asks; before it, at first, the parity check."""

@@ -28,7 +28,9 @@ def run_training(recipe: AnyRecipe) -> int:
     state, folder = outlive(recipe, parts_of, fit), Path(recipe.run.dir)
     draw, name = (draw_reward_curve, "reward.png") if by_reward else (draw_loss_curve, "loss.png")
     picture = draw({recipe.run.name: folder / "metrics.jsonl"}, folder / name)
-    say(f"{state.step} {'steps' if by_reward else 'updates'} done. Model: {folder / 'export'}  "
+    unit = "step" if by_reward else "update"
+    adapter = "" if recipe.model.lora is None else f"adapter: {folder / 'export' / 'adapter'}  "
+    say(f"{state.step} {unit}{'' if state.step == 1 else 's'} done. Model: {folder / 'export'}  {adapter}"
         f"metrics: {folder / 'metrics.jsonl'}  picture: {picture}")
     return 0
 

@@ -60,6 +60,14 @@ def check_packages(recipe: AnyRecipe) -> None:
             raise ConfigError(f"{key}: the package {package} is not installed here; install frpo[{extra}]")
 
 
+def check_backend(recipe: AnyRecipe, device: str) -> None:
+    """Raise ConfigError for a weight_sync.backend that moves weights between GPUs in a run on the CPU."""
+    backend = recipe.weight_sync.backend
+    if device == "cpu" and backend in ("nccl", "ipc"):
+        raise ConfigError(f"weight_sync.backend: {backend} moves weights between GPUs, and this run is on the CPU "
+                          "(run.device); set it to auto")
+
+
 def check_cpu_engines() -> None:
     """Raise ConfigError unless vLLM is installed and built for the CPU: one for CUDA does not run there."""
     gpu = _version("vllm")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from frpo.cluster.device import check_cpu_engines
+from frpo.cluster.device import check_backend, check_cpu_engines
 from frpo.cluster.gpu_turns import GpuTurns, NoTurns
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus
@@ -176,6 +176,7 @@ class EnginePool:
 
 def with_backend(recipe: Recipe, device: str) -> Recipe:
     """The recipe with `weight_sync.backend: auto` decided: by device and placement, and by how many hosts Ray has."""
+    check_backend(recipe, device)
     if recipe.weight_sync.backend != "auto":
         return recipe
     if device == "cuda":

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.keys import keys
-from frpo.config.other_names import ours
+from frpo.config.other_names import translate
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file, repository_files
 from frpo.errors import ConfigError
@@ -320,16 +320,16 @@ def _unknown(problem: dict[str, Any], kind: type[BaseModel]) -> str:
 
     The name may stand inside, such as in actor.optim.lr, where there is no actor.
     """
-    path = [str(part) for part in problem["loc"]]
-    name, inner = path[-1], problem["input"]
-    beside, known = _known_keys(problem["loc"][:-1], kind), [key.name for key in keys(kind)]
-    key = ours(name, known)
-    while key is None and isinstance(inner, dict) and len(inner) == 1 and not _nearest(name, beside):
+    path, inner = [str(part) for part in problem["loc"]], problem["input"]
+    outer, name = len(path) - 1, path[-1]
+    while isinstance(inner, dict) and len(inner) == 1:
         (inside, inner), = inner.items()
         path.append(str(inside))
-        key = ours(path[-1], known)
-    if key:
-        return f"unknown key {'.'.join(path)!r}; frpo calls it {key}"
+    beside = _known_keys(problem["loc"][:-1], kind)
+    misspelt = len(path) > outer + 1 and difflib.get_close_matches(name, beside, n=1, cutoff=0.8)
+    translated = None if misspelt else translate(path[outer:], [key.name for key in keys(kind)])
+    if translated:
+        return f"unknown key {'.'.join(path)!r}; {translated}"
     return f"unknown key {'.'.join(map(str, problem['loc']))!r}{suggestion(name, beside)}"
 
 

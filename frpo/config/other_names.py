@@ -4,7 +4,7 @@ Names of TRL, OpenRLHF and verl, as their users type them.
 """
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 OTHER_NAMES = {
     "model.path": "model_name_or_path pretrain model_path",
@@ -12,6 +12,7 @@ OTHER_NAMES = {
     "model.max_length": "max_length max_seq_length max_model_len max_len cutoff_len",
     "model.attn_implementation": "flash_attn use_flash_attention_2",
     "model.router_aux_loss_coef": "router_aux_loss aux_loss_coef",
+    "model.lora": "use_peft",
     "model.lora.r": "lora_r lora_rank peft_config",
     "model.lora.alpha": "lora_alpha",
     "model.lora.targets": "lora_target_modules target_modules",
@@ -22,6 +23,7 @@ OTHER_NAMES = {
     "data.heldout_path": "val_files eval_dataset",
     "data.prompt_column": "input_key prompt_key",
     "data.response_column": "label_key output_key",
+    "data.messages_column": "messages_key dataset_text_field",
     "data.format": "apply_chat_template",
     "data.max_prompt_tokens": "max_prompt_length prompt_max_len",
     "data.limit": "max_samples",
@@ -41,7 +43,7 @@ OTHER_NAMES = {
     "rollout.hook": "agent_func_path",
     "rewards": "reward_funcs remote_rm_url reward_fn reward_weights custom_reward_function",
     "objective.advantage": "advantage_estimator adv_estimator scale_rewards",
-    "objective.kl_coef": "beta init_kl_coef kl_loss_coef kl_coef",
+    "objective.kl_coef": "beta init_kl_coef kl_loss_coef kl_loss_coeff kl_coef",
     "objective.kl_estimator": "kl_loss_type kl_estimator",
     "objective.kl_control.target": "kl_target target_kl",
     "objective.reduction": "loss_type loss_agg_mode",
@@ -60,7 +62,7 @@ OTHER_NAMES = {
     "learner.micro_batch_tokens": (
         "gradient_accumulation_steps micro_train_batch_size ppo_max_token_len_per_gpu "
         "ppo_micro_batch_size_per_gpu"),
-    "learner.packing": "packing_samples",
+    "learner.packing": "packing_samples use_remove_padding",
     "learner.updates_per_step": "ppo_mini_batch_size",
     "learner.epochs_per_step": "num_iterations ppo_epochs",
     "learner.deepspeed": "zero_stage deepspeed adam_offload",
@@ -76,13 +78,52 @@ OTHER_NAMES = {
     "run.resume": "resume_from_checkpoint resume_mode load_checkpoint",
     "evaluate.every": "eval_steps test_freq",
     "evaluate.best.metric": "metric_for_best_model",
-    "telemetry.wandb": "report_to use_wandb",
+    "telemetry.wandb": "report_to use_wandb logger",
     "telemetry.tensorboard": "use_tensorboard",
     "telemetry.traces": "log_completions",
 }
 """Our key -> their names of it. A name may stand at several keys, of which recipes have one."""
 
 
+OTHER_UNITS = {
+    "num_train_epochs": "steps, not passes over the data", "max_epochs": "steps, not passes over the data",
+    "total_epochs": "steps, not passes over the data", "num_episodes": "steps, not passes over the data",
+    "per_device_train_batch_size": "of all ranks together, not of a device",
+    "train_batch_size": "prompts of a step, each with rollout.group_size completions",
+    "generation_batch_size": "prompts, each with rollout.group_size completions",
+    "gradient_accumulation_steps": "tokens a micro-batch may hold; how many micro-batches there are follows",
+    "micro_train_batch_size": "tokens, not sequences", "ppo_micro_batch_size_per_gpu": "tokens, not sequences",
+    "ppo_mini_batch_size": "how many updates, not how large they are",
+    "warmup_ratio": "updates, not a share of them", "lr_warmup_ratio": "updates, not a share of them",
+    "loss_type": "the estimator has a key of its own, objective.advantage={name: frpo|grpo|dr_grpo|rloo}",
+    "report_to": "true or false; so is telemetry.tensorboard", "logger": "true or false; so is telemetry.tensorboard",
+    "zero_stage": "zero1, zero2 or zero3", "adam_offload": "zero2_offload or zero3_offload",
+    "n_gpus_per_node": "ranks in all; engines have rollout.num_engines x tensor_parallel_size GPUs beside them",
+    "use_peft": "a mapping such as {r: 16}, or {}", "peft_config": "in the mapping model.lora",
+    "fp16": "fp32 or bf16", "bf16": "fp32 or bf16", "epsilon_high": "its own keys, such as {name: clip, ...}"}
+"""What of ours is counted or given otherwise under such a name."""
+
+
 def ours(name: str, known: Collection[str]) -> str | None:
-    """The key for another framework's `name`, in a recipe that has the keys `known`; None where there is none."""
-    return next((key for key, names in OTHER_NAMES.items() if key in known and name in names.split()), None)
+    """The key for another framework's `name`, in a recipe that has the keys `known`; None where there is none.
+
+    Without one it is the only key of ours that ends in the name, such as run.seed for seed.
+    """
+    found = next((key for key, names in OTHER_NAMES.items() if key in known and name in names.split()), None)
+    ending = [key for key in known if key.rpartition(".")[2] == name and "[]" not in key and ".NAME" not in key]
+    return found or (ending[0] if len(ending) == 1 else None)
+
+
+def translate(path: Sequence[str], known: Collection[str]) -> str | None:
+    """What frpo calls a key that is none of `known`, in words; None where that cannot be told.
+
+    path: its parts. The name that counts may stand anywhere in it, such as in actor_rollout_ref.rollout.n.
+    """
+    tails = [".".join(path[first:]) for first in range(1, len(path))]
+    names = [*reversed(path)]
+    key = next((tail for tail in tails if tail in known), None) or next(filter(None, (
+        ours(name, known) for name in names)), None)
+    if key is None:
+        return None
+    units = next((OTHER_UNITS[name] for name in names if name in OTHER_UNITS and ours(name, known) == key), None)
+    return f"frpo calls it {key}" if units is None else f"nearest is {key} ({units})"

@@ -16,6 +16,7 @@ from frpo.config.objective import ObjectiveSection
 from frpo.config.placement import PlacementSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
 from frpo.config.supervised import SOURCES, AuxiliarySection
+from frpo.errors import here
 from frpo.objectives.supervised import SupervisedLoss
 from frpo.objectives.surrogate import PolicyLoss
 
@@ -124,6 +125,14 @@ class LearnerSection(Section):
         return self
 
 
+    def warmup_note(self, updates: int) -> list[str]:
+        """A line where a run of so many updates ends within the warm-up; none otherwise."""
+        if self.warmup_steps < updates:
+            return []
+        return [f"note: learner.warmup_steps = {self.warmup_steps} lasts longer than the run's {updates} updates, so "
+                "that the learning rate never comes to learner.lr"]
+
+
 Limit = Annotated[float, Field(strict=True)] | None
 Bounds = Annotated[tuple[Limit, Limit], Field(strict=False)]
 
@@ -211,6 +220,11 @@ class Recipe(Section):
         """What the learner minimises."""
         return PolicyLoss(surrogate=self.objective.surrogate, kl_coef=self.objective.kl_coef,
                           kl_estimator=self.objective.kl_estimator, correction=self.objective.correction)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.run.num_steps * self.learner.updates_per_step * self.learner.epochs_per_step
 
     @property
     def bucket_mb(self) -> float:
@@ -305,6 +319,8 @@ def repository_file(folder: str, name: str, suffix: str) -> Path:
     known = {path.stem: path for path in repository_files(folder, suffix)}
     if name in known:
         return known[name]
+    if name.endswith(suffix) or "/" in name:
+        raise FileNotFoundError(f"no file {name!r} ({here()})")
     raise FileNotFoundError(f"no file {name!r} and no {folder}/{name}{suffix}; known: {', '.join(sorted(known))}")
 
 

@@ -65,7 +65,8 @@ def _read(data: SupervisedDataSection, path: str, limit: int | None, assistant: 
 
 def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) -> Example:
     if data.format == "text":
-        content = [column(row, name, str) for name in (data.prompt_column, data.response_column)]
+        content = [column(row, getattr(data, name), str, key=f"data.{name}")
+                   for name in ("prompt_column", "response_column")]
     else:
         content = _messages(row, data)
     try:
@@ -86,7 +87,8 @@ def _messages(row: Row, data: SupervisedDataSection) -> Messages:
     if data.messages_column in row.columns:
         messages = checked_messages(row.origin, column(row, data.messages_column, list))
     else:
-        prompt, response = column(row, data.prompt_column, str, list), column(row, data.response_column, str)
+        prompt = column(row, data.prompt_column, str, list, key="data.prompt_column")
+        response = column(row, data.response_column, str, key="data.response_column")
         before = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else checked_messages(
             row.origin, prompt)
         messages = (*before, {"role": "assistant", "content": response})

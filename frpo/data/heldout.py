@@ -25,6 +25,7 @@ class HeldoutKeys(Protocol):
     """Keys of a recipe's data section that decide."""
 
     path: str
+    limit: int | None
     heldout: int
     heldout_path: str | None
     heldout_overlap: Literal["refuse", "remove", "keep"]
@@ -54,9 +55,14 @@ class Split(Generic[T]):
     skipped: Mapping[str, int]
     overlap: int = 0
 
-    def summary(self, items: str) -> list[str]:
-        """Lines that say how many `items` ("prompts", "examples") there are, and how many were left out and why."""
-        lines = [f"{len(self.train)} training and {len(self.heldout)} held-out {items}"]
+    def summary(self, items: str, data: HeldoutKeys) -> list[str]:
+        """Lines that say how many `items` ("prompts", "examples") there are, of what, and how many were left out."""
+        lines = [f"{len(self.train)} training and {len(self.heldout)} held-out {items} of {data.path}"]
+        if data.heldout_path is not None:
+            lines = [f"{len(self.train)} training {items} of {data.path}, {len(self.heldout)} held-out ones of "
+                     f"{data.heldout_path} (data.heldout has no effect beside it)"]
+        if data.limit is not None and len(self.train) + len(self.heldout) + sum(self.skipped.values()) >= data.limit:
+            lines.append(f"read: the first {data.limit} rows alone (data.limit)")
         lines += [f"left out: {count} x {reason}" for reason, count in self.skipped.items()]
         if self.overlap:
             lines.append(f"trained on too: {self.overlap} x same prompt as a held-out one (data.heldout_overlap: keep)")

@@ -1,7 +1,6 @@
 """Whether the Hugging Face hub can be asked for a name, before a library tries for half a minute."""
 from __future__ import annotations
 
-import os
 import socket
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -39,8 +38,3 @@ def _is_cached(name: str, kind: str, file: str) -> bool:
         return try_to_load_from_cache(name, file, repo_type=kind) is not None
     except HFValidationError:
         return True
-
-
-def here() -> str:
-    """Where relative paths begin, in words for messages."""
-    return f"from {os.getcwd()}, where relative paths begin"

@@ -17,12 +17,17 @@ def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
 
 
+def updates_of_epoch(examples: int, batch_size: int) -> int:
+    """Optimizer updates of one pass over so many examples."""
+    return math.ceil(examples / batch_size)
+
+
 class ExampleStream:
     """Examples by optimizer update. An epoch is `per_epoch` updates, of which the last may have fewer examples."""
 
     def __init__(self, examples: Sequence[Example], *, batch_size: int, seed: int, shuffle: bool):
         self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
-        self.per_epoch = math.ceil(len(examples) / batch_size)
+        self.per_epoch = updates_of_epoch(len(examples), batch_size)
 
     def batch(self, update: int) -> list[tuple[int, Example]]:
         """Index and example of those that update number `update` learns from: the same whenever it is asked for."""

@@ -123,7 +123,7 @@ def _prompt(row: Row, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _chat_content(row: Row, data: DataSection) -> tuple[str, Messages]:
     """The messages of a row: its own list, or its text as one user message; the system prompt before them."""
-    value = column(row, data.prompt_column, str, list)
+    value = column(row, data.prompt_column, str, list, key="data.prompt_column")
     messages = ({"role": "user", "content": value},) if isinstance(value, str) else checked_messages(row.origin, value)
     if messages[-1]["role"] not in ("user", "tool"):
         raise DataError(f"{row.origin}: the last message must be the user's or a tool's, since the assistant answers "
@@ -132,7 +132,7 @@ def _chat_content(row: Row, data: DataSection) -> tuple[str, Messages]:
 
 
 def _text_content(row: Row, data: DataSection) -> tuple[str, str]:
-    return data.prompt_column, column(row, data.prompt_column, str)
+    return data.prompt_column, column(row, data.prompt_column, str, key="data.prompt_column")
 
 
 def _calculator_content(row: Row, data: DataSection) -> tuple[str, str]:

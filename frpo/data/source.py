@@ -16,10 +16,10 @@ from typing import Any
 from frpo.data import tables
 from frpo.data.arithmetic import problems
 from frpo.data.constraints import heldout_rows, training_rows
-from frpo.data.hub import here, unreachable
+from frpo.data.hub import unreachable
 from frpo.data.plain import plain_columns
 from frpo.data.text_files import Record, delimited, json_lines, json_list
-from frpo.errors import DataError
+from frpo.errors import DataError, here
 
 Reader = Callable[[Path], Iterator[Record]]
 
@@ -95,10 +95,14 @@ def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
     return Row(origin=row.origin, columns={rename.get(name, name): value for name, value in row.columns.items()})
 
 
-def column(row: Row, name: str, *kinds: type) -> Any:
-    """The value of column `name`, which must be of one of `kinds`. Raises DataError naming the row otherwise."""
+def column(row: Row, name: str, *kinds: type, key: str = "") -> Any:
+    """The value of column `name`, which must be of one of `kinds`. key: of the recipe, which names the column.
+
+    Raises DataError naming the row otherwise.
+    """
     if name not in row.columns:
-        raise DataError(f"{row.origin}: no column {name!r}; the row has {', '.join(map(repr, row.columns)) or 'none'}")
+        raise DataError(f"{row.origin}: no column {name!r}; the row has "
+                        f"{', '.join(map(repr, row.columns)) or 'none'}{key and f'; set {key} to one of them'}")
     value = row.columns[name]
     if not isinstance(value, kinds):
         allowed = " or ".join(kind.__name__ for kind in kinds)

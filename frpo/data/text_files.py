@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from frpo.errors import DataError
+from frpo.errors import DataError, here
 
 Record = tuple[str, dict[str, Any]]
 """Origin, such as "train.jsonl:17", and columns by name."""
@@ -58,9 +58,15 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 _check_text(path, number, raw, start)
                 yield number, line.removeprefix("\ufeff") if number == 1 else line
     except (OSError, EOFError, zlib.error) as error:
-        remedy = "check the path" if getattr(error, "strerror", None) else "it is damaged; make it again"
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data file {str(path)!r} cannot be read: {reason}; {remedy}") from error
+        raise DataError(f"data file {str(path)!r} cannot be read{_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why, and what to do."""
+    system = getattr(error, "strerror", None)
+    if system is None:
+        return f": {error}; it is damaged; make it again"
+    return f": {system}{f' ({here()})' if isinstance(error, FileNotFoundError) else ''}; check the path"
 
 
 def json_lines(path: Path, remedy: str = LINE) -> Iterator[Record]:

@@ -17,7 +17,8 @@ from rich.table import Table
 from frpo.builder import build_engines, check_prompts
 from frpo.config.loader import recipe_digest
 from frpo.config.sections import Recipe
-from frpo.errors import ConfigError
+from frpo.data.source import looks_local
+from frpo.errors import ConfigError, here
 from frpo.evaluate.heldout import heldout_metrics, scored_heldout
 from frpo.step_metrics import scored_row
 from frpo.telemetry import JsonlFile
@@ -90,6 +91,9 @@ def of_model(recipe: Recipe, model: str) -> Recipe:
 
 def result_path(model: str, result: str | None) -> Path:
     """Where the metrics go. Raises ConfigError, before any work, if they could not be written there."""
+    if result is None and not Path(model).is_dir() and looks_local(model):
+        raise ConfigError(f"model {model!r} is no folder ({here()}); give a run's export, another folder with a "
+                          "Hugging Face model, or a hub id")
     if result is None and not Path(model).is_dir():
         raise ConfigError(f"{model!r} is no folder to write {RESULT} into; give --json PATH, or a folder as model")
     path = Path(model) / RESULT if result is None else Path(result)

@@ -151,9 +151,13 @@ def adapter_weights(network: nn.Module) -> list[Weight]:
 
 
 def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Tensor], base: str) -> None:
-    """A folder for `PeftModel.from_pretrained(base model, folder)`: `state` is named as in `adapter_weights`."""
+    """A folder for `PeftModel.from_pretrained(base model, folder)`: `state` is named as in `adapter_weights`.
+
+    base: the model under the adapters, a hub id or a folder, which peft has to find from wherever it is asked.
+    """
     config = copy(network.peft_config[ADAPTER])
-    config.base_model_name_or_path, config.inference_mode = base, True
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
     save_file(dict(state), folder / "adapter_model.safetensors", metadata={"format": "pt"})

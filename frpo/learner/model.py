@@ -36,9 +36,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import ModelSection
 from frpo.data.assistant import end_of_turn
-from frpo.data.hub import here, unreachable
+from frpo.data.hub import unreachable
 from frpo.data.source import looks_local
-from frpo.errors import ModelError
+from frpo.errors import ModelError, here
 from frpo.learner import attention
 from frpo.learner.buffers import restore_buffers
 from frpo.learner.logits import logit_scale

@@ -152,7 +152,8 @@ BAD = {
     "unknown memory strategy": (["learner.deepspeed=zero9"], "learner.deepspeed: no file 'zero9' and no ds_configs/"),
     "memory strategy that decides more": (["learner.deepspeed=strategy.json"], "train_batch_size come from the recipe"),
     "missing checkpoint": (
-        ["run.resume=run/checkpoints/step_000009"], "is no complete checkpoint; complete ones of this run: none"),
+        ["run.resume=run/checkpoints/step_000009"], "is no complete checkpoint; give auto, force, "
+        "never, overwrite or a checkpoint's path, of this run: none"),
 }
 """Arguments (of `train`, or overrides of a recipe that passes) and what the message must say, by what is wrong.
 
@@ -217,7 +218,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_what_was_checked(place, models
     assert yaml.safe_load(out)["run"]["seed"] == 3
     told = [line for line in out.splitlines() if line.startswith("#")]
     assert f"# checked: model {models / 'whole'}, resume from the start" in told
-    assert "# 4 training and 2 held-out prompts" in told
+    assert "# 4 training and 2 held-out prompts of rows.jsonl" in told
     assert "# length: 100 steps x 2 prompts x 4 completions, each prompt 50 times" in told
     assert any(line.startswith("# device: cpu (run.device: auto, since torch ") for line in told)
     told = run(capsys, "train", "recipe.yaml", "learner.threads=700", "rollout.prompts_per_step=6", "run.device=cpu",
@@ -324,7 +325,8 @@ def test_the_completion_script_of_a_shell(capsys, shell, words):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["PLACE/none", "recipe.yaml"], "'PLACE/none' is no folder to write evaluation.json into; give --json PATH, or a "),
+    (["PLACE/none", "recipe.yaml"], "model 'PLACE/none' is no folder (from PLACE, where relative paths begin); give "),
+    (["owner/name", "recipe.yaml"], "'owner/name' is no folder to write evaluation.json into; give --json PATH, or a "),
     (["PLACE/none", "recipe.yaml", "--json", "x.json"], "ModelError: model.path 'PLACE/none' is no folder (from"),
     (["MODELS/whole", "recipe.yaml", "--json", "none/x.json"], "ConfigError: none/x.json cannot be written; give"),
     (["MODELS/whole", "recipe.yaml", "data.heldout=0"], "there are no held-out prompts to evaluate on; raise data"),
@@ -378,14 +380,18 @@ def test_rewards_are_tried_before_any_engine(place, models, capsys, command):
     assert err.startswith("frpo: RewardError: reward 'a' (my_rewards.py:few) returned 1")
 
 
+HELD_OUT = ("# {} training prompts of rows.jsonl, 1 held-out ones of heldout.jsonl (data.heldout has no effect beside "
+            "it)")
+
+
 def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out(place, capsys):
     (place / "heldout.jsonl").write_text('{"prompt": "2+1=", "answer": "3"}\n')
     arguments = ["train", "recipe.yaml", "data.heldout_path=heldout.jsonl", "--dry-run"]
     out = run(capsys, *arguments, "data.heldout_overlap=remove")[1]
-    assert "\n# left out: 1 x same prompt as a held-out one\n" in out and "5 training and 1 held-out prompts" in out
+    assert "\n# left out: 1 x same prompt as a held-out one\n" in out and HELD_OUT.format(5) in out
     out = run(capsys, *arguments, "data.heldout_overlap=keep")[1]
     assert "\n# trained on too: 1 x same prompt as a held-out one (data.heldout_overlap: keep)\n" in out
-    assert "6 training and 1 held-out prompts" in out
+    assert HELD_OUT.format(6) in out
 
 
 def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):

@@ -8,9 +8,11 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from frpo.arguments import parse
 from frpo.checkpoint import finished_steps
@@ -21,12 +23,14 @@ from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, FrpoError
 
+TERMINATED = "SIGTERM"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
     try:
         parsed = parse(arguments, COMMANDS)
-        _hear_interrupts()
+        _hear_signals()
         _name_the_accelerator()
         return parsed.command(parsed) or 0
     except BrokenPipeError:  # piped into head
@@ -35,9 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FrpoError as error:
         print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("frpo: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        terminated = str(interrupt) == TERMINATED
+        again = "; the same command goes on from the newest checkpoint" if resumes(arguments) else ""
+        print(f"frpo: {'terminated' if terminated else 'interrupted'}{again}", file=sys.stderr)
+        return 143 if terminated else 130
 
 
 def train(parsed: argparse.Namespace) -> int:
@@ -167,10 +173,28 @@ def _name_the_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _hear_interrupts() -> None:
-    """Ray stops a job by SIGINT, which one that was started in a script's background ignores, and its jobs with it."""
+def resumes(arguments: Sequence[str] | None) -> bool:
+    """Whether the command is one that goes on where it was."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return bool({"train", "finetune", "retention", "sweep"} & {*given[:1]})
+
+
+def _hear_signals() -> None:
+    """End in order at SIGTERM, as batch systems send it, just as at SIGINT.
+
+    Ray stops a job by SIGINT, which one that was started in a script's background ignores, and its jobs with it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
     if os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT":
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what is open is being closed
+    raise KeyboardInterrupt(TERMINATED)
 
 
 def _train(recipe: AnyRecipe, dry_run: bool) -> int:

@@ -37,6 +37,7 @@ from frpo.learner.lora import check_targets
 from frpo.learner.model import (
     check_family,
     check_model_path,
+    check_weights,
     embedding_count,
     hollow_network,
     load_tokenizer,
@@ -49,6 +50,7 @@ from frpo.progress import phase, remark
 from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
+from frpo.sinks import check_login
 from frpo.telemetry import PhaseTimer
 from frpo.types import Prompt, RunState
 
@@ -113,6 +115,7 @@ def check(recipe: Recipe) -> Checked:
     Raises the FrpoError that says what to change.
     """
     check_packages(recipe)
+    check_login(recipe)
     memory_strategy(recipe.learner.deepspeed)
     if recipe.rollout.hook is not None:
         load_hook(recipe.rollout.hook)
@@ -150,6 +153,7 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
     if model.tiny is not None:
         return build_tokenizer()
     check_model_path(model, model.path)
+    check_weights(model.path)
     check_family(model, model.path)
     if model.router_aux_loss_coef:
         balance_coefficient(model, hollow_network(model, model.path))

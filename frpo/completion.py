@@ -11,6 +11,7 @@ import argcomplete
 
 from frpo.config.keys import keys
 from frpo.config.loader import KINDS, recipe_names
+from frpo.config.sections import repository_files
 
 
 def script(shell: str) -> str:
@@ -50,12 +51,19 @@ def _overrides(prefix: str, **_: object) -> list[str]:
              if key.default is not None and "[]" not in key.name and ".NAME" not in key.name}
     name, equals, _ = prefix.partition("=")
     if equals:
-        return [f"{name}={value}" for value in known[name].values] if name in known else []
+        values = WORDS.get(name) or (known[name].values if name in known else ())
+        return [f"{name}={value}" for value in values]
     return [f"{name}=" for name in known]
 
 
 def _sections(prefix: str, **_: object) -> list[str]:
     return list(dict.fromkeys(key.name.split(".")[0].removesuffix("[]") for kind in KINDS for key in keys(kind)))
 
+
+WORDS = {
+    "learner.deepspeed": tuple(path.stem for path in repository_files("ds_configs", ".json")),
+    "run.resume": ("auto", "force", "never", "overwrite"), "objective": ("sft", "kl_sft", "csft", "csft_pa"),
+    "placement": ("split", "colocate")}
+"""Values of keys that take any text, but mostly one of a few."""
 
 COMPLETERS = {"overrides": _overrides, "keys": _sections}

@@ -26,6 +26,7 @@ from frpo.learner.model import check_reference, embedding_count, unstopped_turn
 from frpo.learner.tiny import tiny_model
 from frpo.manifest import write_manifest
 from frpo.progress import phase, remark
+from frpo.sinks import check_login
 from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class CheckedFinetune:
 def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
     """Everything that can fail without a model; writes nothing. Raises the FrpoError that says what to change."""
     check_packages(recipe)
+    check_login(recipe)
     memory_strategy(recipe.learner.deepspeed)
     checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
     resume = checkpoints.select()

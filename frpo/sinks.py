@@ -4,13 +4,18 @@ A resumed run continues its log: each step is there once, in one run.
 """
 from __future__ import annotations
 
+import configparser
 import json
+import netrc
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from frpo.config.loader import AnyRecipe, dump_recipe
+from frpo.errors import ConfigError
 from frpo.telemetry import read_rows
 
 Sample = Mapping[str, Any]
@@ -19,6 +24,8 @@ Sample = Mapping[str, Any]
 COLUMNS = ("step", "prompt", "completion", "reward")
 WANDB, SAMPLES, METRICS = "wandb.json", "samples.jsonl", "metrics.jsonl"
 """In the run's folder: the id of its W&B run and the step at which it was closed; all samples; all metrics."""
+
+WAYS = "run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline, or set telemetry.wandb to false"
 
 BLOCK, HEADER, WHOLE, LAST = 32768, struct.Struct("<IHB"), 1, 4
 """Layout of a file of an offline run: bytes of a block, header of a record, types of records that end one."""
@@ -69,6 +76,26 @@ class TensorBoardSink:
         self.writer.close()
 
 
+def check_login(recipe: AnyRecipe, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError where the recipe logs to W&B and nobody has logged in, or chosen to work offline."""
+    if not recipe.telemetry.wandb or environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return
+    modes = [environ.get("WANDB_MODE")]
+    for file in (Path("wandb/settings"), Path("~/.config/wandb/settings").expanduser()):
+        found = configparser.ConfigParser()
+        found.read(file)
+        modes.append(found.get("default", "mode", fallback=None))
+    if next(filter(None, modes), "online") in ("offline", "dryrun", "disabled"):
+        return
+    host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        known = netrc.netrc(environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if known is None:
+        raise ConfigError(f"telemetry.wandb: nobody is logged in to {host}; {WAYS}")
+
+
 class WandbSink:
     """Weights & Biases; credentials, and what the recipe leaves open, come from its own environment variables."""
 
@@ -79,9 +106,12 @@ class WandbSink:
         if last_step is not None and self.record.is_file():
             known |= json.loads(self.record.read_text(encoding="utf-8"))
         section = recipe.telemetry
-        self.run = wandb.init(
-            id=known["id"], resume="allow", reinit="create_new", name=recipe.run.name, dir=str(run_dir),
-            config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
+        try:
+            self.run = wandb.init(
+                id=known["id"], resume="allow", reinit="create_new", name=recipe.run.name, dir=str(run_dir),
+                config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
+        except wandb.errors.Error as error:
+            raise ConfigError(f"telemetry.wandb: W&B does not take this run: {error}; {WAYS}") from error
         self.last = known["closed"] if known["id"] is None else max(known["closed"], self._written(run_dir))
         self._remember(closed=known["closed"])
         self.shown: dict[str, list[list[Any]]] = {}

@@ -7,7 +7,9 @@ from __future__ import annotations
 import glob
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -95,12 +97,22 @@ def _start_local(attempts: int = 3) -> None:
             with phase("starting Ray"), outside_the_team():
                 show_what_cuda_sees()
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+            _hear_sigterm()
             return
+        except BrokenPipeError:  # of our own output, piped into head
+            raise
         except Exception as error:  # Ray raises nothing more specific
             ray.shutdown()
             _end(_descendants() - before)  # Ray ends what it has half started only with this process
             if attempt == attempts or "timed out during startup" not in str(error):
                 raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
+
+
+def _hear_sigterm() -> None:
+    """Put Python's own handler back into its place: Ray's prints the process's stack and ends it at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _descendants() -> set[psutil.Process]:
@@ -129,6 +141,7 @@ def _join(address: str) -> None:
         show_token()
         with phase(f"joining Ray at {address}"):
             ray.init(address=address, log_to_driver=False, logging_level="error")
+        _hear_sigterm()
     except (OSError, AuthenticationError) as error:
         raise EngineError(
             f"RAY_ADDRESS = {address!r}: {str(error).partition('. ')[0]}; start Ray there, unset RAY_ADDRESS to start "

@@ -38,8 +38,13 @@ def save_state(engine: DeepSpeedEngine, folder: str, updates_done: int) -> None:
     if dist.get_rank() == 0:
         for earlier in (TAG, UNIVERSAL):
             shutil.rmtree(path / earlier, ignore_errors=True)
-    engine.save_checkpoint(folder, tag=TAG, client_state={"updates_done": updates_done}, save_latest=False,
-                           exclude_frozen_parameters=True)
+    try:
+        engine.save_checkpoint(folder, tag=TAG, client_state={"updates_done": updates_done}, save_latest=False,
+                               exclude_frozen_parameters=True)
+    except (OSError, RuntimeError) as error:  # the latter of torch's own writer, which does not know why
+        free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 2**20
+        raise CheckpointError(f"{folder} cannot be written ({error}); {free:.0f} MiB are free there. Make room, or "
+                              "choose another run.dir") from error
     if dist.get_rank() == 0:
         record = {"num_ranks": dist.get_world_size(), "updates_done": updates_done, "zero": _zero_settings(engine)}
         (path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -33,6 +34,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from frpo.config.model import ModelSection
 from frpo.data.assistant import end_of_turn
@@ -96,6 +98,28 @@ def check_model_path(model: ModelSection, path: str) -> None:
     if pad_id is not None and pad_id >= rows:
         raise ModelError(f"config.json of {path!r}: pad_token_id is {pad_id}, vocab_size {rows}; set pad_token_id to "
                          "the id of a token below, or to null")
+
+
+def check_weights(path: str) -> None:
+    """Raise ModelError where a local model has no weights, or a safetensors file is missing or cut short."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files and not [*folder.glob("*.bin"), *folder.glob("*.pt")]:
+        raise ModelError(f"model.path {str(folder)!r} has no weights (model.safetensors, or several with their index); "
+                         "save the whole model there")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"model.path: {file} cannot be read ({_first_line(error)}); copy or download it "
+                             "again") from None
 
 
 def unstopped_turn(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> str | None:

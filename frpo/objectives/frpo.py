@@ -36,6 +36,8 @@ class FRPO:
     lam: temperature in units of the reward; small is pessimistic. float("inf") is the limit without robustness:
         r - mean (plug-in, Dr. GRPO) or r_i - mean of the others (jackknife, RLOO); it has no "unit" scale.
     estimator: the jackknife removes the O(1/k) optimism of the plug-in.
+    scale: factor of the advantages: "exact" is lam, the gradient of the objective; "unit" is 1, as in the paper; "max1"
+        is max(lam, 1), as in the authors' code.
     guard: "shrink" pulls the jackknife's coefficients towards p until none is negative. Without it, where one sample
         dominates, the second worst gets the largest positive advantage.
     rho: instead of lam (then unused), a radius in nats: each group solves KL(p || uniform) = rho for its own lam.

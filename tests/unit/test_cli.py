@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import Qwen2Config
 
 from frpo.__main__ import main
@@ -19,6 +22,7 @@ from frpo.config.loader import KINDS, load_recipe, recipe_digest
 from frpo.config.other_names import OTHER_NAMES
 from frpo.config.reference import key_reference
 from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.sinks import check_login
 from frpo.types import RunState
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
@@ -33,11 +37,12 @@ def vast(completions): return [1e200] * len(completions)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders with all that is read before engines start (no weights), by what their tokenizer lacks."""
+    """Folders with all that is read before engines start (weights of nothing), by what their tokenizer lacks."""
     folder = tmp_path_factory.mktemp("models")
     for name, lacking in (("whole", None), ("no_template", "chat_template"), ("no_pad", "pad_token")):
         Qwen2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
                     max_position_embeddings=64).save_pretrained(folder / name)
+        save_file({"nothing": torch.zeros(1)}, folder / name / "model.safetensors")
         tokenizer = build_tokenizer()
         if lacking:
             setattr(tokenizer, lacking, None)
@@ -66,6 +71,16 @@ def place(tmp_path, models, monkeypatch):
         "rollout": {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
         "rewards": [{"name": "good", "function": "my_rewards.py:good"}],
         "learner": {"num_ranks": 2}}))
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "8+1="}\n{"prompt": "9+1="}\n')
+    (tmp_path / "some.jsonl").write_text("".join(
+        json.dumps(row if number != 3 else {"prompt": row["prompt"]}) + "\n" for number, row in enumerate(ROWS)))
+    for name in ("hollow", "short"):
+        shutil.copytree(models / "whole", tmp_path / name)
+    (tmp_path / "hollow" / "model.safetensors").unlink()
+    (tmp_path / "short" / "model.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     return tmp_path
@@ -151,6 +166,26 @@ BAD = {
         ["rewards=[{name: a, function: my_rewards.py:vast}]"], "returned 1e+200 for completion 0 (prompt '"),
     "unknown memory strategy": (["learner.deepspeed=zero9"], "learner.deepspeed: no file 'zero9' and no ds_configs/"),
     "memory strategy that decides more": (["learner.deepspeed=strategy.json"], "train_batch_size come from the recipe"),
+    "another framework's path": (["actor_rollout_ref.rollout.n=4"], "'actor_rollout_ref.rollout.n'; frpo calls it "
+                                                                    "rollout.group_size"),
+    "a path that is ours behind another name": (["actor_rollout_ref.model.path=x"], "frpo calls it model.path"),
+    "epochs where there are steps": (
+        ["num_train_epochs=1"], "nearest is run.num_steps (steps, not passes over the data)"),
+    "a count where there are tokens": (
+        ["gradient_accumulation_steps=4"], "nearest is learner.micro_batch_tokens (tokens a micro-batch may hold"),
+    "a key without its section": (["seed=3"], "unknown key 'seed'; frpo calls it run.seed"),
+    "a backend for GPUs": (
+        ["weight_sync.backend=nccl", "run.device=cpu"],
+        "ConfigError: weight_sync.backend: nccl moves weights between GPUs, and this run is on the CPU"),
+    "W&B without a login": (
+        ["telemetry.wandb=true"], "ConfigError: telemetry.wandb: nobody is logged in to api.wandb.ai; run `wandb "
+                                  "login`, set WANDB_API_KEY, set WANDB_MODE=offline"),
+    "a model without weights": (["model.path=PLACE/hollow"], "ModelError: model.path 'PLACE/hollow' has no weights"),
+    "weights cut short": (
+        ["model.path=PLACE/short"], "ModelError: model.path: PLACE/short/model.safetensors cannot be read"),
+    "no row has the reward's column": (
+        ["data.heldout_path=plain.jsonl"], "RewardError: reward 'good' needs the column 'answer', which none of the 2 "
+                                           "held-out prompts has (the first: plain.jsonl:"),
     "missing checkpoint": (
         ["run.resume=run/checkpoints/step_000009"], "is no complete checkpoint; give auto, force, "
         "never, overwrite or a checkpoint's path, of this run: none"),
@@ -372,12 +407,81 @@ def test_rewards_are_not_tried_where_the_recipe_says_so(place, capsys):
 @pytest.mark.parametrize("command", [["train", "recipe.yaml"], ["rollout", "recipe.yaml"],
                                      ["evaluate", "MODELS/whole", "recipe.yaml", "--json", "metrics.json"]])
 def test_rewards_are_tried_before_any_engine(place, models, capsys, command):
-    """The model has no weights, so that an engine would fail."""
+    """The weights are of nothing, so that an engine would fail."""
     wrong = "rewards=[{name: a, function: my_rewards.py:few}]"
     code, out, err = run(capsys, *(word.replace("MODELS", str(models)) for word in command), wrong)
     assert code == 2
     assert all("reading" in line or line.startswith("#") for line in out.splitlines()), "no more than what it read"
     assert err.startswith("frpo: RewardError: reward 'a' (my_rewards.py:few) returned 1")
+
+
+def test_a_row_without_the_column_of_a_reward_is_noted_with_its_line(place, capsys):
+    code, out, _ = run(capsys, "train", "recipe.yaml", "data.path=some.jsonl", "data.heldout=0", "--dry-run")
+    assert code == 0
+    assert ("# note: reward 'good' needs the column 'answer', which 1 of 6 training prompts lack (the first: "
+            "some.jsonl:4); it gets None for them\n") in out
+
+
+def test_what_is_read_of_a_file_and_what_a_short_run_means_is_noted(place, capsys):
+    short = ["data.limit=4", "run.num_steps=3", "learner.warmup_steps=5"]
+    out = run(capsys, "train", "recipe.yaml", *short, "--dry-run")[1]
+    assert "# read: the first 4 rows alone (data.limit)\n" in out
+    assert "# note: learner.warmup_steps = 5 lasts longer than the run's 3 updates, so that the learning rate" in out
+    out = run(capsys, "train", "recipe.yaml", "--dry-run")[1]
+    assert "read:" not in out and "warmup_steps = " not in out
+
+
+def test_a_dry_run_of_a_fine_tuning_shows_its_length_and_what_is_learned_first(place, capsys):
+    (place / "pairs.jsonl").write_text("".join(json.dumps(
+        {"question": f"{i}+1", "answer": f"{i + 1}"}) + "\n" for i in range(5)))
+    out = run(capsys, "finetune", "finetune_gsm8k", "data.path=pairs.jsonl", "data.heldout=0", "run.num_epochs=3",
+              "--dry-run")[1]
+    assert "# checked: model made on the spot, resume from the start\n" in out
+    assert "# length: 3 updates of 5 examples, each example 3 times\n" in out
+    assert "# note: data.batch_size = 32 is more than the 5 training examples" in out
+    assert "# first example, pairs.jsonl:1: '<user>0+1<assistant>1<eos>'\n#   of which is learned: '1<eos>'\n" in out
+
+
+@pytest.mark.parametrize("environ, settings", [
+    ({"WANDB_API_KEY": "x"}, None), ({"WANDB_MODE": "offline"}, None), ({}, "[default]\nmode = offline\n"),
+    ({"NETRC": "netrc"}, None)])
+def test_w_and_b_is_taken_where_somebody_is_logged_in_or_offline(place, monkeypatch, environ, settings):
+    (place / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    if settings:
+        (place / "wandb").mkdir()
+        (place / "wandb" / "settings").write_text(settings)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    check_login(load_recipe("recipe.yaml", ["telemetry.wandb=true"]))
+
+
+def test_starting_over_and_not_doing_so_contradict_each_other(place, capsys):
+    wrong = usage_error(capsys, "train", "recipe.yaml", "--overwrite", "run.resume=never")
+    assert "--overwrite starts over and run.resume=never says otherwise; leave one of them out" in wrong
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    (["trian", "recipe.yaml"], "Did you mean train?"), (["train", "recipe.yaml", "--dryrun"], "did you mean --dry-run?"),
+    (["train", "recipe.yaml", "--dry_run"], "did you mean --dry-run?")])
+def test_a_misspelt_command_or_option_is_answered_with_the_nearest(place, capsys, arguments, hint):
+    assert hint in usage_error(capsys, *arguments)
+
+
+def test_what_can_be_named_at_a_key_is_listed_with_its_own_keys(capsys):
+    out = run(capsys, "config", "--keys", "objective.advantage")[1]
+    assert "#   {name: frpo, lam: 1.0, estimator: jackknife, scale: max1, guard: none, rho: None}\n" in out
+    assert "#     lam: temperature in units of the reward" in out and "#   {name: grpo, eps: 0.0001}\n" in out
+    assert "{name: csft_pa" in run(capsys, "config", "--keys", "objective")[1]
+
+
+def test_a_finished_run_is_not_forced_to_pretend_other_values(place, capsys):
+    finished = load_recipe("recipe.yaml", ["run.num_steps=2", "run.dir=done"])
+    (place / "done" / "export").mkdir(parents=True)
+    write_finished(finished, 2)
+    code, out, _ = run(capsys, "train", "recipe.yaml", "run.num_steps=2", "run.dir=done", "learner.lr=0.5",
+                       "run.resume=force")
+    assert code == 0 and out.startswith("done is finished: all 2 steps are done")
+    assert not (place / "done" / "recipe.yaml").exists()
 
 
 HELD_OUT = ("# {} training prompts of rows.jsonl, 1 held-out ones of heldout.jsonl (data.heldout has no effect beside "

@@ -208,7 +208,7 @@ REFUSED = {
     "no JSON": (["text.jsonl", "recipe.yaml"], "DataError: text.jsonl:2: invalid JSON"),
     "no trace": (["other.jsonl", "recipe.yaml"], "DataError: other.jsonl:2: no trace of a rollout group (it lacks "),
     "no mapping": (["list.jsonl", "recipe.yaml"], "DataError: list.jsonl:2: expected a JSON object of columns, given"),
-    "no columns": (["columns.jsonl", "recipe.yaml"], "DataError: columns.jsonl:2: no trace of a rollout group ('list' "),
+    "no columns": (["columns.jsonl", "recipe.yaml"], "DataError: columns.jsonl:2: no trace of a rollout group ('lis"),
     "output that is there": (
         ["traces.jsonl", "recipe.yaml", "--output", "traces.jsonl"],
         "ConfigError: traces.jsonl is there already and is not overwritten; move it away, or give --output PATH"),

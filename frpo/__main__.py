@@ -23,8 +23,6 @@ from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, FrpoError
 
-TERMINATED = "SIGTERM"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
@@ -39,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FrpoError as error:
         print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        terminated = str(interrupt) == TERMINATED
+    except KeyboardInterrupt:
+        terminated = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # see _terminate
         again = "; the same command goes on from the newest checkpoint" if resumes(arguments) else ""
         print(f"frpo: {'terminated' if terminated else 'interrupted'}{again}", file=sys.stderr)
         return 143 if terminated else 130
@@ -194,7 +192,7 @@ def _hear_signals() -> None:
 
 def _terminate(number: int, frame: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what is open is being closed
-    raise KeyboardInterrupt(TERMINATED)
+    raise KeyboardInterrupt
 
 
 def _train(recipe: AnyRecipe, dry_run: bool) -> int:

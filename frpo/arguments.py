@@ -16,7 +16,8 @@ EXIT_CODES = """exit codes:
   1    done, but a stage of a matrix failed, the quick start saw no gain or doctor found a mismatch; an error of
        Python's own
   2    an error that the message explains: usage, recipe, data, model, machine
-  130  interrupted (Ctrl-C); the same command goes on from the newest checkpoint"""
+  130  interrupted (Ctrl-C); the same command goes on from the newest checkpoint
+  143  the same, by SIGTERM"""
 RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
 """Commands whose recipes are of another kind than those of train."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",

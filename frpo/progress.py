@@ -40,9 +40,10 @@ def say(line: str) -> None:
 
 
 def remark(lines: Iterable[str]) -> None:
-    """Say lines that belong to no step, each behind a "#"."""
+    """Say lines that belong to no step, each behind a "#" and folded where it is long."""
     for line in lines:
-        say(f"# {line}")
+        for part in textwrap.wrap(line, WIDTH, initial_indent="# ", subsequent_indent="#   "):
+            say(part)
 
 
 @contextmanager

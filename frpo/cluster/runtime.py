@@ -94,10 +94,9 @@ def _start_local(attempts: int = 3) -> None:
     before = _descendants()
     for attempt in range(1, attempts + 1):
         try:
-            with phase("starting Ray"), outside_the_team():
+            with phase("starting Ray"), outside_the_team(), _own_sigterm():
                 show_what_cuda_sees()
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
-            _hear_sigterm()
             return
         except BrokenPipeError:  # of our own output, piped into head
             raise
@@ -108,9 +107,11 @@ def _start_local(attempts: int = 3) -> None:
                 raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
 
 
-def _hear_sigterm() -> None:
-    """Put Python's own handler back into its place: Ray's prints the process's stack and ends it at once."""
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM: Ray's own prints the process's stack and ends it at once."""
     handler = signal.getsignal(signal.SIGTERM)
+    yield
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
@@ -139,9 +140,8 @@ def _join(address: str) -> None:
         if port.isdigit() and "/" not in host:  # Ray by itself tries for many minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
         show_token()
-        with phase(f"joining Ray at {address}"):
+        with phase(f"joining Ray at {address}"), _own_sigterm():
             ray.init(address=address, log_to_driver=False, logging_level="error")
-        _hear_sigterm()
     except (OSError, AuthenticationError) as error:
         raise EngineError(
             f"RAY_ADDRESS = {address!r}: {str(error).partition('. ')[0]}; start Ray there, unset RAY_ADDRESS to start "

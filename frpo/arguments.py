@@ -190,7 +190,7 @@ def _others(commands: _Commands) -> None:
                          help="print every key, or those of a section, with default and meaning instead")
     command = commands.add_with_recipe(
         "plan", "work out the memory that a training needs on every GPU, from its model's config alone")
-    command.add_argument("--gpus", type=_count, metavar="N", help="GPUs of a node; default: as many as the recipe needs")
+    command.add_argument("--gpus", type=_count, metavar="N", help="GPUs of a node; default: what the recipe asks for")
     command.add_argument("--nodes", type=_count, metavar="M", help="nodes; default: 1")
     command.add_argument("--memory", type=_size, default=80.0, metavar="GB",
                          help="memory of each GPU in decimal GB; default: 80")

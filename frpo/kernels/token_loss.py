@@ -47,7 +47,8 @@ def linear_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss
 
 
 def linear_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, *,
-                         temperature: float = 1.0, softcap: float | None = None, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+                         temperature: float = 1.0, softcap: float | None = None,
+                         chunk_rows: int = CHUNK_ROWS) -> Tensor:
     """sum weight * -log p(target), with weights divided already; a weight of 0 leaves its token out altogether."""
     def loss(stats: TokenStats, rows: slice) -> Tensor:
         return -(weight_N[rows] * torch.where(weight_N[rows] != 0, stats.logprobs_N, 0)).sum()

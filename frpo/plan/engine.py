@@ -68,7 +68,7 @@ def token_bytes(worker: Worker) -> float:
 
 
 def weights(worker: Worker) -> Part:
-    return Part(name="weights", size=worker.width * worker.shape.parameters / worker.workers,
+    return Part(name="engine's weights", size=worker.width * worker.shape.parameters / worker.workers,
                 how=f"{worker.width} B x {counted(worker.shape.parameters)}"
                     f"{f' / {worker.workers} workers' if worker.workers > 1 else ''}")
 

@@ -140,7 +140,8 @@ def reference(job: Job) -> Part:
     """Of a frozen model beside the policy, or of its output head alone where states come from disk."""
     if job.reference == "cache":
         head = job.reference_shape.vocabulary * job.reference_shape.width
-        return Part(name="reference head", size=job.width * head, how=f"{job.width} B x {counted(head)}, states on disk")
+        return Part(name="reference head", size=job.width * head,
+                    how=f"{job.width} B x {counted(head)}, states on disk")
     if job.reference != "own":
         how = "the policy without adapters" if job.reference == "policy" else "none is needed"
         return Part(name="reference", size=0, how=how)
@@ -295,10 +296,10 @@ def peak(job: Job) -> tuple[str, tuple[Part, ...]]:
 
 def _filling(job: Job) -> tuple[Part, ...]:
     """Before the first update AdamW has no moments yet, and the reference is whole or partitioned as the policy is."""
-    master = 0 if job.strategy.offload_optimizer else MASTER * job.trained / job.ranks
+    size = 0 if job.strategy.offload_optimizer else MASTER * job.trained / job.ranks
+    master = Part(name="master weights", size=size, how=f"4 B x {counted(job.trained)}{_over(job.ranks)}")
     layer = Part(name="one layer's activations", size=job.tokens * layer_token(job), how="nothing is kept")
-    return (weights(job), Part(name="master weights", size=master, how=f"4 B x {counted(job.trained)}{_over(job.ranks)}"),
-            _frozen_copy(job), gathered(job), layer, RESERVE)
+    return weights(job), master, _frozen_copy(job), gathered(job), layer, RESERVE
 
 
 def host(job: Job) -> Part:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from frpo.arguments import parse
 from frpo.checkpoint import finished_steps
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe
+from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe, load_training
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
@@ -131,6 +131,13 @@ def sweep(parsed: argparse.Namespace) -> int:
     return run_retention(recipe, parsed.jobs)
 
 
+def plan(parsed: argparse.Namespace) -> int:
+    recipe = load_training(parsed.recipe, parsed.overrides)
+    from frpo.plan.command import run_plan
+
+    return run_plan(recipe, gpus=parsed.gpus, nodes=parsed.nodes, memory=parsed.memory)
+
+
 def report(parsed: argparse.Namespace) -> int:
     from frpo.report import run_report
 
@@ -226,7 +233,7 @@ def _not_launched(command: str) -> None:
                           "launcher; start it by itself, with learner.ranks: ray or process in its recipes")
 
 
-COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model, config,
+COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model, config, plan,
             quickstart, doctor, completion)
 
 

@@ -13,8 +13,8 @@ from typing import NoReturn
 RECIPE = "a recipe file, or the name of one in recipes/"
 EXIT_CODES = """exit codes:
   0    done
-  1    done, but a stage of a matrix failed, the quick start saw no gain or doctor found a mismatch; an error of
-       Python's own
+  1    done, but a stage of a matrix failed, the quick start saw no gain, doctor found a mismatch or a plan does not
+       fit; an error of Python's own
   2    an error that the message explains: usage, recipe, data, model, machine
   130  interrupted (Ctrl-C); the same command goes on from the newest checkpoint
   143  the same, by SIGTERM"""
@@ -22,7 +22,8 @@ RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
 """Commands whose recipes are of another kind than those of train."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",
             "rollout": "smoke", "config": "smoke", "evaluate": "runs/smoke/export smoke",
-            "rescore": "runs/smoke/traces.jsonl smoke", "sweep": "smoke --over learner.lr=[1e-5,1e-4]"}
+            "rescore": "runs/smoke/traces.jsonl smoke", "plan": "smoke --gpus 2 --memory 80",
+            "sweep": "smoke --over learner.lr=[1e-5,1e-4]"}
 MODEL = "a folder with a Hugging Face model, such as a run's export, or a hub id"
 
 
@@ -200,6 +201,13 @@ def _others(commands: _Commands) -> None:
     _overrides(command)
     command.add_argument("--keys", nargs="?", const="", metavar="SECTION",
                          help="print every key, or those of a section, with default and meaning instead")
+    command = commands.add_with_recipe(
+        "plan", "work out the memory that a training needs on every GPU, from its model's config alone")
+    command.add_argument("--gpus", type=_count, metavar="N", help="GPUs of a node; default: what the recipe asks for")
+    command.add_argument("--nodes", type=_count, metavar="M", help="nodes; default: 1")
+    command.add_argument("--memory", type=_size, default=80.0, metavar="GB",
+                         help="memory of each GPU in decimal GB; default: 80")
+    command.epilog = f"example: frpo plan {EXAMPLES['plan']}"
     commands.add("doctor", "compare this machine with the locked versions")
     command = commands.add("completion", 'print the completion script of a shell: eval "$(frpo completion bash)"')
     command.add_argument("shell", choices=["bash", "zsh", "fish"])
@@ -225,3 +233,13 @@ def _count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"should be a whole number from 1 on, given {text!r}")
     return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"should be a number of GB above 0, given {text!r}")
+    return size

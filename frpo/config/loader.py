@@ -62,6 +62,9 @@ REWORDED = {
 NAMED = ("advantage", "surrogate", "objective")
 """Keys whose mapping may be {name: ..., keys of that name}."""
 
+SHORT = {**dict.fromkeys(NAMED, "name"), "placement": "mode"}
+"""Keys whose mapping may be written as one value -> the key of it that the value is."""
+
 
 class _RecipeYaml(yaml.SafeLoader):
     """YAML without its traps: 1e-6 is a number, a date is text; a key given twice and a lone surrogate are errors."""
@@ -261,8 +264,8 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`changes` over `base`, mappings key by key; what goes by another name now drops the keys of the old one."""
     merged = dict(base)
     for key, value in changes.items():
-        if key in NAMED and isinstance(value, dict) and isinstance(merged.get(key), str):
-            merged[key] = {"name": merged[key]}  # a name alone
+        if key in SHORT and isinstance(value, dict) and isinstance(merged.get(key), str):
+            merged[key] = {SHORT[key]: merged[key]}
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         renamed = both and key in NAMED and {"name"} <= value.keys() & merged[key].keys() and (
             value["name"] != merged[key]["name"])

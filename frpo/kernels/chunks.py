@@ -21,6 +21,9 @@ from frpo.kernels.projection import ACCUMULATED, hidden_gradient_, operand, proj
 from frpo.kernels.rows import ReferenceLogits
 from frpo.kernels.stats import LogitScale, ReferenceHead, RowStats, Slope
 
+CHUNK_ROWS = 768
+"""Rows of a chunk, where a caller says nothing else."""
+
 _MIN_COLUMNS = 256
 """Blocks of the vocabulary are multiples of this. Narrower ones would starve the matrix products. Others would begin in
 the middle of what a GPU reads at once, which makes some products many times slower."""
@@ -94,17 +97,25 @@ class Pieces:
 
     @property
     def _block_columns(self) -> int:
-        N, V = len(self.hidden_ND), len(self.head_VD)
-        columns = V * min(self.chunk_rows, N) // N
-        return min(V, max(_MIN_COLUMNS, columns - columns % _MIN_COLUMNS))
+        return block_columns(len(self.hidden_ND), len(self.head_VD), self.chunk_rows)
 
     @cached_property
     def _buffers(self) -> list[Tensor]:
         """Room for the largest piece of each model, made once: a CPU is slow to hand out fresh memory."""
-        N, V = len(self.hidden_ND), len(self.head_VD)
-        size = max(min(self.chunk_rows, N) * V, N * self._block_columns)
+        size = piece_size(len(self.hidden_ND), len(self.head_VD), self.chunk_rows)
         return [self.hidden_ND.new_empty(size, dtype=ACCUMULATED[self.head_VD.dtype])
                 for _ in range(1 if self.reference is None else 2)]
+
+
+def block_columns(N: int, V: int, chunk_rows: int) -> int:
+    """Columns of a block of the vocabulary, so that N rows of it are about as many logits as a chunk's."""
+    columns = V * min(chunk_rows, N) // N
+    return min(V, max(_MIN_COLUMNS, columns - columns % _MIN_COLUMNS))
+
+
+def piece_size(N: int, V: int, chunk_rows: int = CHUNK_ROWS) -> int:
+    """Most logits of one model that exist at a time, for N >= 1 tokens."""
+    return max(min(chunk_rows, N) * V, N * block_columns(N, V, chunk_rows))
 
 
 def live_rows(hidden_CD: Tensor, slope: Slope) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frpo.kernels.chunks import Pieces, nothing
+from frpo.kernels.chunks import CHUNK_ROWS, Pieces, nothing
 from frpo.kernels.stats import LogitScale, RowStats, joined, slope
 
 
 def linear_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, temperature: float = 1.0,
-                    softcap: float | None = None, chunk_rows: int = 768) -> tuple[Tensor, Tensor]:
+                    softcap: float | None = None, chunk_rows: int = CHUNK_ROWS) -> tuple[Tensor, Tensor]:
     """Log-probs (N,) of the targets and entropies (N,) in nats under softmax(cap tanh(h W^T / cap) / temperature).
 
     Both are float32 (float64 for float64 operands). About chunk_rows * V logits exist at a time. Backward recomputes

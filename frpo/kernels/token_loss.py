@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frpo.kernels.chunks import Pieces, live_rows, nothing
+from frpo.kernels.chunks import CHUNK_ROWS, Pieces, live_rows, nothing
 from frpo.kernels.projection import ACCUMULATED, hidden_gradient_, weight_gradient_
 from frpo.kernels.stats import LogitScale, ReferenceHead, RowStats, Slope, TokenStats, joined, slope
 
@@ -22,7 +22,7 @@ Loss = Callable[[TokenStats, slice], Tensor]
 
 def linear_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss: Loss, *, temperature: float = 1.0,
                       softcap: float | None = None, reference: ReferenceHead | None = None,
-                      chunk_rows: int = 768) -> Tensor:
+                      chunk_rows: int = CHUNK_ROWS) -> Tensor:
     """The sum of `loss` over all chunks: a scalar to call backward on once, with gradients of hidden states and head.
 
     loss: called once per chunk with statistics that require grad (without gradients: that do not). It must be a sum of
@@ -47,7 +47,8 @@ def linear_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss
 
 
 def linear_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, *,
-                         temperature: float = 1.0, softcap: float | None = None, chunk_rows: int = 768) -> Tensor:
+                         temperature: float = 1.0, softcap: float | None = None,
+                         chunk_rows: int = CHUNK_ROWS) -> Tensor:
     """sum weight * -log p(target), with weights divided already; a weight of 0 leaves its token out altogether."""
     def loss(stats: TokenStats, rows: slice) -> Tensor:
         return -(weight_N[rows] * torch.where(weight_N[rows] != 0, stats.logprobs_N, 0)).sum()

@@ -97,11 +97,19 @@ def adapter_summary(model: ModelSection, path: str) -> str:
             if parameter not in counted and module not in adapted:
                 frozen[kind] += parameter.numel()
             counted.add(parameter)
-    trained = sum(model.lora.r * (layer.in_features + layer.out_features) for layer in adapted)
+    trained = model.lora.r * sum(adapted_widths(network, model.lora.targets))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in frozen.most_common())
     whole = sum(parameter.numel() for parameter in counted)
     return (f"LoRA trains {trained:,} parameters, in adapters of {len(layers)} linear layers. Of the model's {whole:,} "
             f"parameters these have no adapter and stay as they are: {kinds}")
+
+
+def adapted_widths(network: PreTrainedModel, targets: str | Sequence[str]) -> list[int]:
+    """Inputs and outputs together of each linear layer among `targets`; an adapter of rank r has r times as many
+    parameters. Raises ModelError where a target is none.
+    """
+    layers = {network.get_submodule(name) for name in _adapted_layers(network, targets)}
+    return sorted(layer.in_features + layer.out_features for layer in layers)
 
 
 @contextmanager

@@ -324,7 +324,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "--keys", "learner"], ["config", "smoke"],
-                                       ["train", "smoke", "num_generations=4"], ["retention", "--help"]])
+                                       ["train", "smoke", "num_generations=4"], ["retention", "--help"],
+                                       ["plan", "--help"]])
 def test_what_needs_no_model_is_quick_since_it_imports_no_torch(arguments):
     """CPU seconds of the process and its memory are printed for whoever looks; what is imported is asserted."""
     done = subprocess.run([sys.executable, "-c", WATCHED, *arguments], capture_output=True, text=True, timeout=60)

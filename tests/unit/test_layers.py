@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[2] / "frpo"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    ("__main__", "arguments", "completion", "dry_run", "doctor"),
+    ("__main__", "arguments", "completion", "dry_run", "doctor", "plan"),
     ("quickstart", "report", "retention", "training", "supervise", "trainer", "finetune", "rescore",
      "rollout_only"),
     ("batches", "ahead", "replay", "collect", "update"),

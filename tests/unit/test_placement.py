@@ -137,3 +137,8 @@ def test_ray_reserves_what_was_planned_and_releases_it(tmp_path):
     assert shared["engines"] == shared["ranks"] and len(set(shared["ranks"])) == 2 and shared["free"] == [2]
     assert shared["second"] == "reserved", "half of the node was free"
     assert pair["engines"] == [",".join(pair["ranks"])] and len(set(pair["ranks"])) == 2
+
+
+def test_a_key_beside_the_short_form_keeps_it():
+    found = load_recipe("smoke", ["placement=colocate", "placement.sleep=false"]).placement
+    assert (found.mode, found.sleep, found.sleeps) == ("colocate", False, False)

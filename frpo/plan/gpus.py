@@ -1,0 +1,177 @@
+"""What every kind of GPU of a run has to hold at every turn, and on which node it is.
+
+split: ranks and engines each have a GPU to themselves. colocate: a rank and a worker share one, by turns where engines
+sleep (`frpo.cluster.gpu_turns`), all the time where they do not.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from frpo.cluster.placement import Bundle, Node, assign, bundles_of
+from frpo.config.loader import AnyRecipe
+from frpo.config.sections import Recipe
+from frpo.plan import engine, learner
+from frpo.plan.parts import GB, Part, total
+from frpo.plan.shape import Shape
+
+RANK, WORKER, SHARED = "learner rank", "engine worker", "shared GPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """memory: bytes of each GPU."""
+
+    nodes: int
+    gpus: int
+    memory: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recipe, the shapes of its models, and the bytes of a GPU."""
+
+    recipe: AnyRecipe
+    shape: Shape
+    reference_shape: Shape
+    memory: float
+
+    @property
+    def samples(self) -> bool:
+        """Whether there are engines."""
+        return isinstance(self.recipe, Recipe) and self.recipe.rollout.replay is None
+
+    @property
+    def shares(self) -> bool:
+        return self.samples and self.recipe.placement.mode == "colocate"
+
+    @property
+    def backend(self) -> str | None:
+        """Of the push, as `frpo.cluster.engine_pool` decides it on GPUs; None without engines."""
+        if not self.samples:
+            return None
+        asked = self.recipe.weight_sync.backend
+        return ("ipc" if self.shares else "nccl") if asked == "auto" else asked
+
+    @property
+    def job(self) -> learner.Job:
+        return learner.job_of(self.recipe, self.shape, self.reference_shape, self.backend)
+
+    @property
+    def worker(self) -> engine.Worker | None:
+        return engine.worker_of(self.recipe, self.shape, self.memory, self.backend) if self.samples else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What one kind of GPU holds at its fullest, at one turn. available: bytes."""
+
+    role: str
+    turn: str
+    parts: tuple[Part, ...]
+    available: float
+
+    @property
+    def needed(self) -> float:
+        return total(self.parts)
+
+    @property
+    def left(self) -> float:
+        return self.available - self.needed
+
+    @property
+    def fits(self) -> bool:
+        return self.left >= 0
+
+
+def demands(run: Run) -> list[Demand]:
+    """Of every kind of GPU at every turn."""
+    if run.shares:
+        return [*_shared(run), _starting(run)]
+    turn, parts = learner.peak(run.job)
+    found = [Demand(role=RANK, turn=turn, parts=parts, available=run.memory)]
+    if run.samples:
+        awake = (*engine.sampling(run.worker), engine.receiving(run.worker))
+        found += [Demand(role=WORKER, turn="sampling", parts=awake, available=run.memory), _starting(run)]
+    return found
+
+
+def _starting(run: Run) -> Demand:
+    """vLLM starts if its share of the GPU holds this."""
+    return Demand(role=WORKER, turn="start, in its share", parts=engine.smallest(run.worker),
+                  available=run.worker.utilization * run.memory)
+
+
+def _shared(run: Run) -> list[Demand]:
+    job, worker, placement = run.job, run.worker, run.recipe.placement
+    turn, busy = learner.peak(job)
+    idle = learner.kept(job, offloaded=placement.sleeps and placement.offload_optimizer)
+    awake, arriving = engine.sampling(worker), (learner.pushing(job), engine.receiving(worker))
+    if placement.sleeps:
+        turns = {f"learning: {turn}": (*busy, engine.ASLEEP),
+                 "push": (*idle, engine.weights(worker), engine.WORKSPACE, *arriving),
+                 "sampling": (*idle, *awake)}
+    else:
+        turns = {f"learning: {turn}": (*busy, *awake), "push": (*idle, *awake, *arriving)}
+    return [Demand(role=SHARED, turn=name, parts=parts, available=run.memory) for name, parts in turns.items()]
+
+
+def tightest(found: Sequence[Demand]) -> Demand:
+    return min(found, key=lambda demand: demand.left)
+
+
+def variants(run: Run) -> list[tuple[bool, bool, float]]:
+    """(sleep, offload_optimizer, bytes at the fullest turn) of a colocated run; the optimizer moves under ZeRO-3 only.
+    """
+    found = []
+    for sleep, offload in ((True, False), (True, True), (False, False)):
+        if offload and run.job.strategy.stage < 3:
+            continue
+        changed = with_value(run, "placement", sleep=sleep, offload_optimizer=offload)
+        found.append((sleep, offload, max(demand.needed for demand in _shared(changed))))
+    return found
+
+
+def with_value(run: Run, section: str, **values: object) -> Run:
+    """The same run with other values in a section of its recipe. They are not checked."""
+    changed = getattr(run.recipe, section).model_copy(update=values)
+    return Run(recipe=run.recipe.model_copy(update={section: changed}), shape=run.shape,
+               reference_shape=run.reference_shape, memory=run.memory)
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+def bundles(run: Run) -> list[Bundle]:
+    return bundles_of(run.recipe, engines=run.samples)
+
+
+def machines(run: Run, nodes: int | None, gpus: int | None, memory: float) -> Machines:
+    """nodes, gpus: of each node; None: one node, and as many GPUs as the recipe asks for."""
+    wanted, nodes = bundles(run), nodes or 1
+    least = max(bundle.gpus for bundle in wanted)
+    asked = math.ceil(sum(bundle.gpus for bundle in wanted) / nodes)
+    return Machines(nodes=nodes, gpus=gpus or max(least, asked), memory=memory * GB)
+
+
+def placed(run: Run, on: Machines) -> list[tuple[Bundle, str]]:
+    """Each bundle and its node. Nodes have the names that placement gives hosts, then numbers. Raises ConfigError."""
+    wanted = bundles(run)
+    named = list(dict.fromkeys(host for bundle in wanted for host in bundle.hosts or ()))
+    names = [*named, *(f"node {number}" for number in range(1, on.nodes + 1))][:on.nodes]
+    return assign(wanted, [Node(address=name, gpus=on.gpus) for name in names])
+
+
+def host_memory(run: Run, where: Sequence[tuple[Bundle, str]]) -> dict[str, float]:
+    """Node -> bytes of the CPU's memory that its ranks and workers take beside a process's own."""
+    found: dict[str, float] = {}
+    for bundle, node in where:
+        ranks = bundle.gpus if "rank" in bundle.holder else 0
+        workers = bundle.gpus if bundle.holder.startswith("engine") else 0
+        size = ranks * learner.host(run.job).size + (workers * engine.host(run.worker).size if workers else 0)
+        found[node] = found.get(node, 0) + size
+    if run.shares and run.recipe.placement.offload_optimizer and run.job.strategy.stage == 3:
+        moved = total([learner.optimizer(run.job), learner.gradients(run.job)])
+        for bundle, node in where:
+            found[node] += bundle.gpus * moved
+    return found

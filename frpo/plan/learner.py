@@ -1,0 +1,315 @@
+"""Memory of one learner rank's GPU, by phase of its work: formulas alone.
+
+Legend, as in the printed arithmetic: P parameters, T of them trained, N ranks, b bytes of a parameter (2 in bf16).
+
+Model states are those of mixed-precision AdamW under ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), with gradients
+added up in fp32. Activations are those of Korthikanti et al. 2022 (arXiv:2205.05198, section 4), for models without
+dropout, with gated MLPs, grouped queries and flash attention, which leaves no term in the square of the length. What
+transformers keeps for a layer beyond theirs is counted: norms keep an fp32 copy. Memory that torch's allocator loses to
+fragments is not counted.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.loader import AnyRecipe
+from frpo.config.memory import memory_strategy
+from frpo.config.sections import Recipe
+from frpo.kernels.chunks import piece_size
+from frpo.plan.parts import GB, Part, counted, total
+from frpo.plan.shape import Shape
+
+RESERVE = Part(name="reserve", size=2 * GB, how="assumed: CUDA context, NCCL, cuBLAS workspace")
+WIDTHS = {"fp32": 4, "bf16": 2}
+MASTER, MOMENTS, GRADIENT = 4, 8, 4
+"""Bytes a trained parameter, all in fp32."""
+HOST_STATES = 20
+"""Bytes of the CPU's memory a trained parameter that offloading takes: states, gradients twice or with a bf16 copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """Of a DeepSpeed JSON, what memory depends on. Sizes of buckets are in elements."""
+
+    stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    overlap: bool
+    reduce_bucket: float
+    max_live: float
+    sub_group: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a rank has to do. reference: a model of its own, the policy without adapters, or states on disk.
+
+    adapter_rank: 0 without LoRA. compared: whether the reference's logits are made beside the policy's. bucket: bytes
+    gathered for a push, 0 where there is none. packed: whether the bucket is also packed on the GPU.
+    """
+
+    shape: Shape
+    reference_shape: Shape
+    strategy: Strategy
+    ranks: int
+    width: int
+    tokens: int
+    checkpointing: bool
+    adapter_rank: int
+    reference: Literal["none", "own", "policy", "cache"]
+    compared: bool
+    bucket: float
+    packed: bool
+
+    @property
+    def adapters(self) -> int:
+        return self.adapter_rank * sum(self.shape.adapted)
+
+    @property
+    def parameters(self) -> int:
+        return self.shape.parameters + self.adapters
+
+    @property
+    def trained(self) -> int:
+        return self.adapters or self.shape.parameters
+
+    @property
+    def largest_trained(self) -> int:
+        """Largest tensor that has a gradient; of adapters, a bound."""
+        return self.adapter_rank * max(self.shape.adapted) if self.adapters else self.shape.largest
+
+    @property
+    def share(self) -> int:
+        """Ranks over which parameters are divided."""
+        return self.ranks if self.strategy.stage == 3 else 1
+
+
+def strategy_of(name: str) -> Strategy:
+    """What learner.deepspeed names; DeepSpeed's defaults where it says nothing. Raises ConfigError."""
+    zero = memory_strategy(name)["zero_optimization"]
+    stage = zero["stage"]
+    return Strategy(
+        stage=stage, offload_optimizer=_on_cpu(zero, "offload_optimizer"),
+        offload_parameters=_on_cpu(zero, "offload_param"), overlap=zero.get("overlap_comm", stage == 3),
+        reduce_bucket=zero.get("reduce_bucket_size", 5e8), max_live=zero.get("stage3_max_live_parameters", 1e9),
+        sub_group=zero.get("sub_group_size", 1e9))
+
+
+def _on_cpu(zero: dict[str, object], key: str) -> bool:
+    return (zero.get(key) or {}).get("device") == "cpu"
+
+
+def job_of(recipe: AnyRecipe, shape: Shape, reference_shape: Shape | None = None, backend: str | None = None) -> Job:
+    """reference_shape: where it is another than the policy's. backend: of the push, None where there is none."""
+    learner, lora = recipe.learner, recipe.model.lora
+    return Job(
+        shape=shape, reference_shape=reference_shape or shape, strategy=strategy_of(learner.deepspeed),
+        ranks=learner.num_ranks, width=WIDTHS[recipe.model.dtype], tokens=learner.micro_batch_tokens,
+        checkpointing=learner.gradient_checkpointing, adapter_rank=lora.r if lora else 0,
+        reference=_reference(recipe), compared=_compares(recipe), packed=backend in ("nccl", "ipc"),
+        bucket=max(recipe.bucket_mb * 2**20, shape.largest * WIDTHS[recipe.model.dtype]) if backend else 0)
+
+
+def _reference(recipe: AnyRecipe) -> Literal["none", "own", "policy", "cache"]:
+    if isinstance(recipe, FinetuneRecipe) and recipe.objective.needs_reference and recipe.reference.mode == "cache":
+        return "cache"
+    if recipe.model.lora is not None and recipe.reference_model is None:
+        return "policy"
+    return "own" if recipe.needs_reference else "none"
+
+
+def _compares(recipe: AnyRecipe) -> bool:
+    supervised = recipe.supervised_loss
+    return (isinstance(recipe, Recipe) and recipe.policy_loss.needs_states) or (
+        supervised is not None and supervised.needs_reference)
+
+
+# --- what stays -------------------------------------------------------------------------------------------------------
+
+def weights(job: Job) -> Part:
+    """Of the policy, adapters included: b P, divided by N under ZeRO-3, on the CPU with offload_param."""
+    if job.strategy.offload_parameters:
+        return Part(name="weights", size=0, how="on the CPU (offload_param)")
+    return Part(name="weights", size=job.width * job.parameters / job.share,
+                how=f"{job.width} B x {counted(job.parameters)}{_over(job.share)}")
+
+
+def reference(job: Job) -> Part:
+    """Of a frozen model beside the policy, or of its output head alone where states come from disk."""
+    if job.reference == "cache":
+        head = job.reference_shape.vocabulary * job.reference_shape.width
+        return Part(name="reference head", size=job.width * head,
+                    how=f"{job.width} B x {counted(head)}, states on disk")
+    if job.reference != "own":
+        how = "the policy without adapters" if job.reference == "policy" else "none is needed"
+        return Part(name="reference", size=0, how=how)
+    return _frozen_copy(job)
+
+
+def _frozen_copy(job: Job) -> Part:
+    if job.strategy.offload_parameters:
+        return Part(name="reference", size=0, how="on the CPU (offload_param)")
+    parameters = job.reference_shape.parameters
+    return Part(name="reference", size=job.width * parameters / job.share,
+                how=f"{job.width} B x {counted(parameters)}{_over(job.share)}")
+
+
+def optimizer(job: Job) -> Part:
+    """fp32 master weights and AdamW's two moments: 12 T / N, on the CPU with offload_optimizer."""
+    if job.strategy.offload_optimizer:
+        return Part(name="optimizer", size=0, how="on the CPU (offload_optimizer)")
+    return Part(name="optimizer", size=(MASTER + MOMENTS) * job.trained / job.ranks,
+                how=f"12 B x {counted(job.trained)} trained{_over(job.ranks)}")
+
+
+def gradients(job: Job) -> Part:
+    """Added up in fp32 over the micro-batches of an update: 4 T under ZeRO-1, whose ranks hold all, else 4 T / N."""
+    if job.strategy.offload_optimizer:
+        return Part(name="gradients", size=0, how="on the CPU (offload_optimizer)")
+    share = 1 if job.strategy.stage == 1 else job.ranks
+    return Part(name="gradients", size=GRADIENT * job.trained / share,
+                how=f"4 B x {counted(job.trained)} trained{_over(share)}")
+
+
+def model_states(job: Job) -> float:
+    """Bytes of weights, optimizer and gradients of what is trained: what DeepSpeed's own estimators count."""
+    frozen = 0 if job.strategy.offload_parameters else job.width * (job.parameters - job.trained) / job.share
+    return total([weights(job), optimizer(job), gradients(job)]) - frozen
+
+
+# --- what passes ------------------------------------------------------------------------------------------------------
+
+def gathered(job: Job) -> Part:
+    """Whole parameters under ZeRO-3: at most stage3_max_live_parameters, at least the largest layer, at most P."""
+    if job.strategy.stage < 3 or (job.ranks == 1 and not job.strategy.offload_parameters):
+        return Part(name="gathered weights", size=0, how="weights are whole")
+    live = min(job.parameters, max(job.strategy.max_live, max(job.shape.layers, default=0), job.shape.largest))
+    return Part(name="gathered weights", size=job.width * live,
+                how=f"{job.width} B x {counted(live)} (stage3_max_live_parameters)")
+
+
+def layer_token(job: Job) -> int:
+    """Bytes that one layer keeps of one token for its backward pass.
+
+    Two norms, each with an fp32 copy of its input, the normalised state and the output (4 + 2 b) d + 4; queries, keys,
+    values and the answer b (2 a + 2 k), flash attention's 4 a head; the MLP's 4 b f, 2 b f if it is not gated. LoRA
+    keeps b r for every adapter and no normalised state.
+    """
+    shape, b = job.shape, job.width
+    norms = 2 * ((4 + 2 * b) * shape.width + 4)
+    attention = b * (2 * shape.queries + 2 * shape.keys) + 4 * shape.heads
+    mlp = (4 if shape.gated else 2) * b * shape.inner
+    if shape.head_norms:
+        attention += (4 + b) * (shape.queries + shape.keys) + 4 * (shape.heads + shape.kv_heads)
+    adapters = 0
+    if job.adapter_rank:
+        adapters = b * (job.adapter_rank * len(shape.adapted) // max(1, len(shape.layers)) - 2 * shape.width)
+    return norms + attention + mlp + adapters
+
+
+def activations(job: Job) -> Part:
+    """Of one micro-batch: every layer's, or every layer's input and one layer's with gradient_checkpointing.
+
+    Beside them the final norm, the states at the head with their fp32 gradient, and two gradients of a layer's widest
+    tensor.
+    """
+    shape, b, layers = job.shape, job.width, len(job.shape.layers)
+    ends = (4 + b) * shape.width + (2 * b + 4) * shape.width + 2 * b * max(shape.inner, shape.width)
+    kept, how = layers * layer_token(job), f"{layers} layers x {layer_token(job):,} B"
+    if job.checkpointing:
+        kept = layers * b * shape.width + layer_token(job)
+        how = f"{layers} inputs x {b * shape.width:,} B + one layer {layer_token(job):,} B"
+    return Part(name="activations", size=job.tokens * (kept + ends),
+                how=f"{job.tokens:,} tokens x ({how} + ends {ends:,} B)")
+
+
+def logits(job: Job) -> Part:
+    """fp32 logits of a chunk (`frpo.kernels.chunks`), of the reference too where distributions are compared."""
+    size, models = piece_size(job.tokens, job.shape.vocabulary), 2 if job.compared else 1
+    return Part(name="logits in pieces", size=4 * models * size,
+                how=f"4 B x {counted(size)}{' x 2, the reference too' if job.compared else ''}")
+
+
+def reducing(job: Job) -> Part:
+    """Gradients on their way between ranks: the buckets, what is sent as fp32, and the largest gradient itself."""
+    strategy, largest = job.strategy, job.largest_trained
+    buckets = (2 * job.width if strategy.overlap else job.width) if strategy.stage == 2 else 4
+    sent = 0 if job.width == 4 else 4 * max(min(strategy.reduce_bucket, job.trained), largest)
+    return Part(name="reduction", size=buckets * strategy.reduce_bucket + sent + job.width * largest,
+                how=f"buckets of {counted(strategy.reduce_bucket)}, largest gradient {counted(largest)}")
+
+
+def reference_head(job: Job) -> Part:
+    """The reference's output head, gathered for as long as it is compared with."""
+    shape, needed = job.reference_shape, job.compared and job.reference == "own" and job.strategy.stage == 3
+    return Part(name="reference head", size=job.width * shape.vocabulary * shape.width if needed else 0,
+                how="gathered")
+
+
+def stepping(job: Job) -> Part:
+    """A second copy of a rank's fp32 gradients: flattened by ZeRO-1, and by ZeRO-3 a sub-group at a time."""
+    stage, own = job.strategy.stage, job.trained / job.ranks
+    size = {1: own, 2: 0, 3: min(own, job.strategy.sub_group)}[stage]
+    return Part(name="optimizer's copy of gradients", size=0 if job.strategy.offload_optimizer else GRADIENT * size,
+                how=f"4 B x {counted(size)}")
+
+
+def pushing(job: Job) -> Part:
+    """A bucket gathered (ZeRO-3) or merged (LoRA, whose fp32 temporaries come to 8 B), and packed for nccl and ipc."""
+    copies = (job.strategy.stage == 3 or job.adapter_rank > 0) + job.packed
+    merging = 8 * job.shape.largest if job.adapter_rank else 0
+    size = copies * job.bucket + merging if job.bucket else 0
+    return Part(name="push buffers", size=size, how=f"{copies} x bucket of {job.bucket / 2**20:,.0f} MiB")
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+def kept(job: Job, *, offloaded: bool = False) -> tuple[Part, ...]:
+    """What a rank holds while engines sample. offloaded: after placement.offload_optimizer has moved what can wait.
+
+    Only ZeRO-3 keeps its buffer of gradients between updates.
+    """
+    states = [] if offloaded else [optimizer(job), *([gradients(job)] if job.strategy.stage == 3 else [])]
+    return weights(job), *states, reference(job), RESERVE
+
+
+def phases(job: Job) -> dict[str, tuple[Part, ...]]:
+    """Everything on the GPU, by what the rank is doing."""
+    states = weights(job), optimizer(job), gradients(job), reference(job)
+    passing = gathered(job), activations(job), logits(job), reducing(job), reference_head(job)
+    found = {
+        "forward, backward": (*states, *(part for part in passing if part.size), RESERVE),
+        "optimizer step": (*states, stepping(job), RESERVE)}
+    if job.bucket:
+        found["push"] = (*kept(job), pushing(job))
+    if job.reference == "cache":
+        found["filling the cache"] = _filling(job)
+    return found
+
+
+def peak(job: Job) -> tuple[str, tuple[Part, ...]]:
+    """The phase that needs most, and its parts."""
+    return max(phases(job).items(), key=lambda item: total(item[1]))
+
+
+def _filling(job: Job) -> tuple[Part, ...]:
+    """Before the first update AdamW has no moments yet, and the reference is whole or partitioned as the policy is."""
+    size = 0 if job.strategy.offload_optimizer else MASTER * job.trained / job.ranks
+    master = Part(name="master weights", size=size, how=f"4 B x {counted(job.trained)}{_over(job.ranks)}")
+    layer = Part(name="one layer's activations", size=job.tokens * layer_token(job), how="nothing is kept")
+    return weights(job), master, _frozen_copy(job), gathered(job), layer, RESERVE
+
+
+def host(job: Job) -> Part:
+    """The CPU's memory a rank. Loading a model that is not partitioned takes b P for a moment, which is not counted."""
+    states = HOST_STATES * job.trained / job.ranks if job.strategy.offload_optimizer else 0
+    models = job.parameters + (job.reference_shape.parameters if job.reference == "own" else 0)
+    moved = job.width * models / job.ranks if job.strategy.offload_parameters else 0
+    return Part(name="offloaded states", size=states + moved, how=f"{HOST_STATES} B x {counted(job.trained)} trained"
+                f"{' + weights' if moved else ''}{_over(job.ranks)}")
+
+
+def _over(share: int) -> str:
+    return f" / {share}" if share > 1 else ""

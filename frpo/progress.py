@@ -48,8 +48,8 @@ def remark(lines: Iterable[str]) -> None:
 
 @contextmanager
 def phase(text: str) -> Iterator[None]:
-    """Say what begins, with the seconds since the command began. Within a bar it is the bar's note instead."""
-    if ProgressBar.outermost is None:
+    """Say what begins, with the seconds since the command began. On a terminal a bar's note says it instead."""
+    if ProgressBar.outermost is None or not ProgressBar.outermost.live:
         say(f"{_clock()}  {text}")
     with activity(text):
         yield

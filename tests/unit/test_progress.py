@@ -71,12 +71,16 @@ def test_time_is_left_at_the_pace_since_the_run_went_on(monkeypatch):
         assert bar.seconds_left(6) == pytest.approx(3.0 * 4)
 
 
-def test_a_phase_is_told_when_it_begins_with_the_seconds_since_the_command(capsys):
+def test_a_phase_is_told_when_it_begins_with_the_seconds_since_the_command(monkeypatch, capsys):
     with phase("starting Ray"):
         assert re.fullmatch(r" +\d+\.\d s  starting Ray\n", capsys.readouterr().out)
     with ProgressBar(2, 0, "matrix") as bar, phase("starting Ray"):
         assert bar.progress.tasks[0].fields["note"] == "starting Ray"
-    assert capsys.readouterr().out == ""
+        assert capsys.readouterr().out.endswith(" s  starting Ray\n"), "in a log file, where no bar is seen"
+        monkeypatch.setattr(bar, "live", True)
+        with phase("loading"):
+            assert bar.progress.tasks[0].fields["note"] == "loading"
+        assert "loading" not in capsys.readouterr().out, "on a terminal the bar says it"
 
 
 def test_a_silence_is_broken_by_what_goes_on_less_and_less_often(monkeypatch, capsys):

@@ -35,6 +35,8 @@ def run_alone(*arguments: str, **environment: str) -> None:
 if INTERPRETED:
     from frpo.kernels import triton_rows
 
+    BLOCK = triton_rows._BLOCK
+
     @pytest.fixture(autouse=True)
     def small_blocks(monkeypatch):
         """Three blocks of columns, the last of them not full."""
@@ -88,6 +90,21 @@ if INTERPRETED:
             for dtype in (torch.float32, torch.bfloat16))
         assert narrow.dtype == torch.bfloat16
         torch.testing.assert_close(narrow.float(), wide, rtol=2.0**-7, atol=0)  # the interpreter truncates
+
+    @pytest.mark.parametrize("vocabulary", [128_256, 152_064])
+    def test_a_vocabulary_of_a_large_model_in_blocks_as_on_a_gpu(monkeypatch, vocabulary):
+        monkeypatch.setattr(triton_rows, "_BLOCK", BLOCK)
+        generator = torch.Generator().manual_seed(0)
+        z_CV = 3 * torch.randn(3, vocabulary, generator=generator)
+        target_C = torch.tensor([0, vocabulary - 1, 70_000])
+        expected = rows.statistics(z_CV, target_C, SCALES[0], None)
+        stats = triton_rows.statistics(z_CV, target_C, SCALES[0], None)
+        assert_same(stats, expected, rtol=2e-6, atol=5e-6)
+        given_slope = slope(expected, torch.tensor([1.0, 0.0, -2.0]))
+        dz_CV = [module.gradient_(z_CV.clone(), 0, target_C, expected, given_slope, SCALES[0], None,
+                                  dtype=torch.float32) for module in (rows, triton_rows)]
+        torch.testing.assert_close(*dz_CV, rtol=1e-5, atol=1e-6)
+        assert not dz_CV[1][1].any()
 
     def test_ties_go_to_the_lowest_index_across_blocks():
         z_CV, u_CV, target_C = logits()

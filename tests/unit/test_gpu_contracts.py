@@ -25,8 +25,8 @@ from frpo.cluster.team import spare_gpus
 from frpo.config.loader import load_recipe
 from frpo.config.rollout import SET_BY_FRPO
 from frpo.kernels.chunks import CHUNK_ROWS, block_columns
-from frpo.rollout import construction, ipc_receiver
-from frpo.weight_sync import nccl
+from frpo.rollout import construction
+from frpo.weight_sync import ipc, nccl
 from frpo.weight_sync.group import BroadcastGroup, form_as_sender
 from frpo.weight_sync.packing import layout_of, pack, packed_size, unpack
 
@@ -195,7 +195,7 @@ def test_a_missing_nccl_is_said(as_on_gpus, monkeypatch):
 
 
 def test_the_device_of_a_shared_buffer_is_the_argument_that_is_replaced():
-    assert list(inspect.signature(rebuild_cuda_tensor).parameters)[ipc_receiver.STORAGE_DEVICE] == "storage_device"
+    assert list(inspect.signature(rebuild_cuda_tensor).parameters)[ipc.STORAGE_DEVICE] == "storage_device"
 
 
 def test_vllm_knows_every_receiving_end_and_its_own_stay():

@@ -42,7 +42,7 @@ from rich.table import Table
 from token_losses import Problem, passes, peak_bytes, row_operations, seconds
 from torch import Tensor
 
-from frpo.doctor import driver_version
+from frpo.cluster.nvidia import driver_version
 from frpo.kernels import linear_logprobs
 from frpo.kernels import rows as torch_rows
 from frpo.kernels.projection import hidden_gradient_, operand, project_, weight_gradient_

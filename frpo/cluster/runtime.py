@@ -31,7 +31,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from frpo.cluster.device import lacking_packages, settled
+from frpo.cluster.device import check_slices, lacking_packages, settled
 from frpo.cluster.team import VISIBLE, outside_the_team
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
@@ -179,7 +179,10 @@ def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True)
         lacking.append(
             f"the recipe needs {sampling + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {sampling}, "
             f"learner.num_ranks = {ranks}), the cluster has {present} (lower them or add nodes{shown})")
-    return settled(recipe.run.device, lacking)
+    device = settled(recipe.run.device, lacking)
+    if device == "cuda":
+        check_slices(recipe, os.environ.get(VISIBLE, ""))
+    return device
 
 
 def log_path(pid: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from frpo.cluster.device import lacking_packages, settled
+from frpo.cluster.nvidia import asked
 from frpo.cluster.rank import RankHost, cpu_environment
 from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError, FrpoError
@@ -42,7 +42,7 @@ def outside_the_team() -> Iterator[None]:
     if not launched():
         yield
         return
-    spare = spare_gpus(os.environ, _gpus_of_machine() if torch.cuda.is_available() else [])
+    spare = spare_gpus(os.environ, asked("index", "uuid") if torch.cuda.is_available() else [])
     before = {name: os.environ.pop(name) for name in (*LAUNCHER, VISIBLE) if name in os.environ}
     os.environ[VISIBLE] = ",".join(spare)
     try:
@@ -64,12 +64,6 @@ def spare_gpus(environ: Mapping[str, str], machine: Sequence[tuple[str, str]]) -
     if "TORCHELASTIC_RUN_ID" in environ or len(visible) > ranks:
         return visible[ranks:]
     return [number for number, uuid in machine if not {number, uuid} & set(visible)]
-
-
-def _gpus_of_machine() -> list[tuple[str, str]]:
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"], capture_output=True,
-                            text=True, check=True).stdout
-    return [tuple(map(str.strip, line.split(","))) for line in listed.splitlines() if line.strip()]
 
 
 def follows() -> bool:

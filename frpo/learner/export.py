@@ -74,6 +74,12 @@ def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_di
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written, since {existing} is no folder of yours; choose "
                           "another run.dir")
+    try:
+        with TemporaryDirectory(dir=existing, prefix=".frpo-"):
+            pass  # some file systems say no only when they are asked
+    except OSError as error:
+        raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written: {existing}: {error.strerror}; choose another "
+                          "run.dir") from None
     if model.path is None:
         return
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)

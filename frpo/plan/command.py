@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from frpo.cluster.nvidia import smallest_memory
 from frpo.cluster.placement import Bundle, table
 from frpo.config.loader import AnyRecipe
 from frpo.errors import ConfigError
@@ -16,6 +17,7 @@ from frpo.plan.counting import shape_of
 from frpo.plan.gpus import Machines, Run, demands, host_memory, machines, placed, tightest, variants
 from frpo.plan.parts import GB, Part, counted, in_gb, total
 from frpo.plan.remedies import explain, unmet
+from frpo.progress import remark
 
 WIDTH = 120
 
@@ -37,6 +39,14 @@ def run_plan(recipe: AnyRecipe, *, gpus: int | None = None, nodes: int | None = 
         print(line)
     print("It does not fit" if problems else "It fits")
     return int(bool(problems))
+
+
+def note_misfits(recipe: AnyRecipe) -> None:
+    """On a machine with GPUs, say what of a run does not fit on the smallest of them, before anything is loaded."""
+    memory = None if recipe.run.device == "cpu" else smallest_memory()
+    if memory is not None:
+        run = read(recipe, memory / GB)
+        remark(f"note: by `frpo plan` it may not fit: {explain(run, demand)}" for demand in unmet(demands(run)))
 
 
 def read(recipe: AnyRecipe, memory: float) -> Run:

@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from frpo.cluster import device, nvidia
 from frpo.cluster.device import check_cpu_engines
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.runtime import choose_device, show_what_cuda_sees
@@ -163,3 +164,60 @@ def test_every_recipe_of_one_training_says_where_it_runs():
     devices = {name: found.run.device for name, found in recipes.items() if hasattr(found.run, "device")}
     assert {name for name, device in devices.items() if device == "cpu"} == FOR_CPU
     assert {device for name, device in devices.items() if name not in FOR_CPU} == {"cuda"}
+
+
+# --- drivers and slices -----------------------------------------------------------------------------------------------
+
+def test_a_driver_that_is_too_old_is_told_before_anything_loads(machine, monkeypatch):
+    machine(8)
+    monkeypatch.setattr(device, "driver_version", lambda: "570.86.10")
+    with pytest.raises(ConfigError, match=r"the NVIDIA driver 570.86.10 is too old for CUDA 13.0, which needs 580"):
+        choose_device(recipe("cuda"))
+    monkeypatch.setattr(device, "driver_version", lambda: "580.65.06")
+    assert choose_device(recipe("cuda")) == "cuda"
+
+
+@pytest.mark.parametrize("overrides, allowed", [
+    ([], False), (["placement=colocate", "learner.num_ranks=1"], True), (["placement=colocate"], False),
+    (["placement=colocate", "learner.num_ranks=1", "rollout.tensor_parallel_size=2"], False)])
+def test_slices_of_a_gpu_are_taken_one_at_a_time(machine, monkeypatch, overrides, allowed):
+    machine(8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-aaaa,MIG-bbbb,MIG-cccc")
+    if allowed:
+        assert choose_device(recipe("cuda", *overrides)) == "cuda"
+    else:
+        with pytest.raises(ConfigError, match=r"slices of a GPU \(MIG\), which NCCL does not join: MIG-aaaa"):
+            choose_device(recipe("cuda", *overrides))
+
+
+SMI = """#!/bin/sh
+case "$1" in
+    --query-gpu=memory.total) printf '81559\\n40960\\n' ;;
+    --query-gpu=index,uuid) printf '0, GPU-aa\\n1, GPU-bb\\n' ;;
+    --query-gpu=driver_version) printf '580.65.06\\n580.65.06\\n' ;;
+esac
+"""
+
+
+def test_what_nvidia_smi_prints_is_read(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert nvidia.asked("index", "uuid") == [("0", "GPU-aa"), ("1", "GPU-bb")]
+    assert nvidia.driver_version() == "580.65.06" and nvidia.smallest_memory() == 40960 * 2**20
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert nvidia.asked("index") == [] and nvidia.driver_version() is None and nvidia.smallest_memory() is None
+
+
+def test_a_run_that_does_not_fit_on_this_machines_gpus_is_noted(monkeypatch, capsys):
+    from frpo.plan import command
+
+    monkeypatch.setattr(command, "smallest_memory", lambda: 2 * 2**30)
+    command.note_misfits(recipe("auto"))
+    said = capsys.readouterr().out.replace("\n#   ", " ")
+    assert "# note: by `frpo plan` it may not fit: " in said and "learner rank" in said and "engine worker" in said
+    assert "there are 2.1 GB" in said and "Change " in said
+    command.note_misfits(recipe("cpu"))
+    monkeypatch.setattr(command, "smallest_memory", lambda: None)
+    command.note_misfits(recipe("auto"))
+    assert capsys.readouterr().out == ""

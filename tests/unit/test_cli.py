@@ -388,15 +388,23 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     assert "6 training and 1 held-out prompts" in out
 
 
+CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; not what stages to be run will make"
+
+
 def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     before = tree(place)
     code, out, err = run(capsys, "retention", "lab", "--quick", "--dry-run", "seeds=[7]", "only_regimes=[sft]")
     assert code == 0, err
-    assert out.splitlines()[::4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
-                                     "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
+    lines = out.splitlines()
+    assert lines[:5:4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
+                           "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
+    assert lines[5:] == [CHECKED, "# not checked, since the setup has yet to make their files: measure.kept, "
+                         "measure.utility, warm, seed 7, frpo, seed 7, dr_grpo, seed 7, frpo, seed 7, sft, "
+                         "dr_grpo, seed 7, sft"]
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", "--over", "learner.lr=[1e-3]",
                          "--seeds", "4", "--dir", "there", "--dry-run")
-    assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"), err
+    assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"
+                              f"{CHECKED}\n"), err
     code, out, err = run(capsys, "retention", "recipe.yaml")
     assert (code, out) == (2, "") and "recipe.yaml is a recipe of `frpo train`, by its sections" in err
     assert tree(place) == before

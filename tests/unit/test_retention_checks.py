@@ -15,16 +15,9 @@ from frpo.errors import DataError, ModelError, RewardError
 from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
 from frpo.lab.network import make_model
 from frpo.lab.world import world_of
+from frpo.retention.checks import HELD_OUT, check_models, check_references, check_rewards, record_heldout
 from frpo.retention.plan import make_plan
-from frpo.retention.stages import (
-    HELD_OUT,
-    Matrix,
-    check_models,
-    check_references,
-    check_rewards,
-    probed_kl,
-    record_heldout,
-)
+from frpo.retention.stages import Matrix, probed_kl
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from frpo.retention.command import show, write_report
 from frpo.retention.curves import differences, kept
 from frpo.retention.plan import make_plan
 from frpo.retention.reading import collect
-from frpo.retention.report import sentences
+from frpo.retention.report import durations, section_of, sentences
 from frpo.retention.tables import all_tables, fork_table, frontier_table, pair_table
 
 KL = (0.0, 0.5, 1.5)
@@ -98,7 +98,7 @@ def test_a_reader_is_warned(tmp_path):
     (failed.run_dir / "done.json").unlink()
     failed.fail("out of luck")
     told = "\n".join(collect(plan).warnings)
-    for text in ("2 seed(s): an interval over so few",
+    for text in ("2 seeds: an interval over so few",
                  "short and plain are not at the same KL to their reference (-0.30 of 0.80 nats)",
                  "sft: forks that stay within 1 nats have no mean over KL: short (1 of 1)",
                  "seed 1: good was trained on 1 of 8",
@@ -117,12 +117,13 @@ def test_the_best_under_bounds(tmp_path, bounds, chosen):
 
 
 def test_sentences_say_what_was_measured_whichever_way(tmp_path):
-    told = "\n".join(sentences(collect(matrix(tmp_path))))
+    found = collect(matrix(tmp_path))
+    told = "\n".join(sentences(found))
     assert "Forks of good against plain through sft: at the same KL no difference beyond noise" in told
     assert "4 of 18 measured points lie below the certificate of their policy, 4 of them by more" in told
-    assert "18 probes pushed weights into running engines, 2.50 s each; to start engines takes 12 s" in told
-    assert "so that 3.0 minutes were saved" in told
-    assert "12 stages took 9.0 minutes" in told
+    assert "minutes" not in told, "durations stand at the end of the page"
+    assert durations(found) == "12 stages took 9.0 minutes; a start of engines 12 s; a push of weights 2.50 s"
+    assert section_of(found, tmp_path / "page").shown == {"Durations": durations(found)}
 
 
 def far_apart(tmp_path, **changes):
@@ -309,6 +310,10 @@ def test_a_report_about_other_folders(tmp_path, capsys):
                                                      "eval/interval": None}])
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "tables.txt").write_text("a < b", encoding="utf-8")
+    with pytest.raises(ConfigError, match="bench' is no run: it holds no retention.yaml, no metrics.jsonl and no pic"):
+        run_report([str(tmp_path / "bench")], None)
+    assert not (tmp_path / "bench" / "report.html").exists(), "a text alone is data"
+    (tmp_path / "bench" / "curve.png").write_bytes(b"drawn")
     page = tmp_path / "page.html"
     folders = [str(tmp_path / name) for name in ("run", "training", "bench")]
     assert run_report(folders, str(page)) == 0

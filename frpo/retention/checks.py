@@ -77,8 +77,8 @@ def check_models(seed: SeedPlan) -> None:
     """Raise ModelError where a policy's model is missing, or does not speak in the tokens of what is measured."""
     with about(f"{KEPT}, seed {seed.seed}"):
         measured = tokenizer_of(seed.kept.model)
-    first = {name: stage.first.recipe.model for name, stage in seed.policies.items()}
-    first |= {name: _model_at(seed, path) for name, path in seed.given.items()}
+    first = {name: _model_at(seed, path) for name, path in seed.given.items()}
+    first |= {name: stage.first.recipe.model for name, stage in seed.policies.items()}
     for name, model in first.items():
         with about(f"policy {name}, seed {seed.seed}"):
             differing = vocabulary_difference(measured, tokenizer_of(model))

@@ -77,7 +77,7 @@ def check_and_show(plan: Plan) -> int:
         print(f"{stage.name}: {state}  ({stage.run_dir})")
     print("# checked: recipes, models, data, rewards, held-out prompts; not what stages to be run will make")
     if unmade:
-        print(f"# not checked, since the setup has yet to make their files: {', '.join(unmade)}")
+        print(f"# not checked, since the setup has yet to make their files: {'; '.join(unmade)}")
     return 0
 
 

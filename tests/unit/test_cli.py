@@ -398,8 +398,8 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     lines = out.splitlines()
     assert lines[:5:4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
                            "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
-    assert lines[5:] == [CHECKED, "# not checked, since the setup has yet to make their files: measure.kept, "
-                         "measure.utility, warm, seed 7, frpo, seed 7, dr_grpo, seed 7, frpo, seed 7, sft, "
+    assert lines[5:] == [CHECKED, "# not checked, since the setup has yet to make their files: measure.kept; "
+                         "measure.utility; warm, seed 7; frpo, seed 7; dr_grpo, seed 7; frpo, seed 7, sft; "
                          "dr_grpo, seed 7, sft"]
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", "--over", "learner.lr=[1e-3]",
                          "--seeds", "4", "--dir", "there", "--dry-run")
@@ -408,6 +408,44 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     code, out, err = run(capsys, "retention", "recipe.yaml")
     assert (code, out) == (2, "") and "recipe.yaml is a recipe of `frpo train`, by its sections" in err
     assert tree(place) == before
+
+
+@pytest.mark.parametrize("command", ["--dry-run", "--jobs=1"])
+@pytest.mark.parametrize("argument, message", [
+    ("data.path=nope.jsonl", "policy-lr=0.001, seed 0: data file 'nope.jsonl' cannot be read"),
+    ("model.path=bad/nothere", "measure.kept, seed 0: "),
+    ("rewards=[{name: a, function: 'my_rewards.py:few'}]", "policy-lr=0.001, seed 0: reward 'a' ")])
+def test_a_mistake_of_a_sweep_is_found_by_a_dry_run_too_and_says_what_it_is_about(place, capsys, command, argument,
+                                                                                  message):
+    code, _, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", argument,
+                       "--over", "learner.lr=[1e-3]", command)
+    assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--over", "objective.kl_coef"], "--over 'objective.kl_coef' is not of the form objective.kl_coef=[0.001,0.01]"),
+    (["--over", "learner.lr=[1e-3]", "--over", "learner.lr=[1e-4]"], "--over learner.lr is given twice; give all of"),
+    (["--over", "run.seed=[1,2]"], "run.seed is no key to sweep over or to override: give the seeds as --seeds"),
+    (["--over", "run.dir=[a,b]"], "run.dir is no key to sweep over or to override: every policy has its own in the"),
+    (["run.dir=a", "--over", "learner.lr=[1e-3]"], "run.dir is no key to sweep over or to override: every policy"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "reward"],
+     "choose.measure (--choose): 'reward' is no measure of policies; did you mean 'kept/reward'? There are kept/rew"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "kept/foo"], "'kept/foo' is no measure of policies"),
+    (["--over", "learner.lr=[1e-3]", "--within", "eval/foo=[null,0.5]"],
+     "choose.bounds (--within): 'eval/foo' is no measure of policies"),
+    (["--over", "learner.lr=[1e-3]", "--within", "eval/kl=[0,1]", "--within", "eval/kl=[0,2]"],
+     "--within eval/kl is given twice")])
+def test_a_mistake_on_the_command_line_of_a_sweep_is_found_at_once(place, capsys, arguments, message):
+    code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", *arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported():
+    told = ("import sys\nfrom frpo.__main__ import main\nprint(main(sys.argv[1:]), *sys.modules)")
+    shown = subprocess.run([sys.executable, "-c", told, "sweep", "smoke", "--over", "objective.kl_coef=[0]",
+                            "--choose", "reward"], capture_output=True, text=True, timeout=60)
+    code, *modules = shown.stdout.split()
+    assert code == "2" and "'kept/reward'" in shown.stderr and not {"torch", "ray", "transformers"} & set(modules)
 
 
 @pytest.mark.parametrize("arguments, message", [

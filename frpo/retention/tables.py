@@ -73,9 +73,9 @@ def frontier_table(found: Results) -> TableText:
              *(level(found, policy, measure, interval=not regimes) for _, measure in known))
             for policy in found.plan.recipe.shown]
     title = "Frontier: reward reached, KL spent, reward kept" if regimes else "Reward reached, KL spent"
-    how = "one seed" if found.single else "mean over seeds"
-    return TableText(title=title, rows=tuple(rows), note=(how if regimes else how_told(found)) + "; -: not known, see "
-                     "the warnings" + seeds_told(rows),
+    how = how_told(found) if not regimes else "one seed" if found.single else "mean over seeds"
+    unknown = "; -: not known, see the warnings" if any("-" in row for row in rows) else ""
+    return TableText(title=title, rows=tuple(rows), note=how + unknown + seeds_told(rows),
                      columns=("policy", *(title for title, _ in known)))
 
 

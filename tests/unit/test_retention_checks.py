@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from frpo.errors import DataError, ModelError, RewardError
 from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
 from frpo.lab.network import make_model
 from frpo.lab.world import world_of
+from frpo.progress import ProgressBar
 from frpo.retention.checks import (
     HELD_OUT,
     check_models,
@@ -180,6 +182,27 @@ def test_a_dry_run_says_what_the_setup_has_still_to_make(plan, tmp_path, monkeyp
     found.seeds[0].setup_done.touch()
     with pytest.raises(ModelError, match="policy given, seed 0: .*setup/model"):
         check_plan(found)
+
+
+def test_a_stage_has_its_own_seconds_and_those_of_a_start_that_all_share_stand_apart(seed, monkeypatch, capsys):
+    clock = [0.0]
+
+    def run(matrix, stage, tasks):
+        with matrix.sharing():
+            clock[0] += 250.0 * (not matrix.shared_s)
+        clock[0] += 30.0
+        return SimpleNamespace(step=8)
+
+    monkeypatch.setattr("frpo.retention.stages.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Matrix, "run", run)
+    matrix = Matrix(SimpleNamespace(recipe=SimpleNamespace(run=SimpleNamespace(restarts=0))))
+    with ProgressBar(1, 0, "matrix") as bar:
+        matrix.attempt(seed.policies["made"], [], bar)
+        matrix.attempt(seed.forks[0], [], bar)
+    assert capsys.readouterr().out.splitlines() == [
+        "made, seed 0: 8 updates, 30 s, after 250 s for a start that all stages share",
+        "given, seed 0, sft: 8 updates, 30 s"]
+    assert seed.policies["made"].done["seconds"] == 30.0
 
 
 def test_the_setup_runs_once(tmp_path):

@@ -272,6 +272,41 @@ def test_without_a_choice_of_updates_those_that_are_missing_are_named(tmp_path):
     assert "at the same KL the reward differs by +0.225 (one seed; 1 of 2 seeds have no value)" in sentences(found)[0]
 
 
+def test_what_a_fork_has_kept_stands_before_and_after_with_the_difference(tmp_path):
+    """Of two seeds: .4 and .4 at the end of `plain`, .5 and .7 at that of `good`, all begin at .9."""
+    table = fork_table(collect(matrix(tmp_path)), "through sft")
+    rows = {row[0]: dict(zip(table.columns, row)) for row in table.rows}
+    assert list(rows["good"].values())[1:5] == ["30", "0.900 ± 0.000", "0.600 ± 1.271", "-0.300 ± 1.271"]
+    assert list(table.columns[:5]) == ["", "updates", "start", "end", "end - start"]
+    assert "mean over seeds ± 95 %" in table.note and "(1 of 3)" not in table.note
+
+
+def test_of_one_seed_the_interval_is_that_of_its_samples_and_a_difference_has_none(tmp_path):
+    found = collect(matrix(tmp_path, seeds=[0]))
+    table = fork_table(found, "through sft")
+    row = next(dict(zip(table.columns, row)) for row in table.rows if row[0] == "good")
+    assert (row["start"], row["end"], row["end - start"], row["over updates"]) == (
+        "0.900 ± 0.050", "0.500 ± 0.050", "-0.400 ± 0.071", "0.667")
+    assert "one seed ± 95 % interval over its held-out prompts" in table.note and "mean over seeds" not in table.note
+    pairs = pair_table(found, "sft")
+    assert pairs.title == "Differences through sft, one seed" and pairs.note.startswith("one seed: no interval, any of")
+    figure = differences(found, "sft")
+    assert figure.get_suptitle() == "one seed: no interval, any difference may be chance"
+    assert "one seed: intervals are over its held-out prompts" in found.warnings[0]
+    plt.close("all")
+
+
+def test_error_bars_lie_within_the_picture(tmp_path):
+    plan = matrix(tmp_path, seeds=[0])
+    for fork in plan.seeds[0].forks:
+        write(fork.run_dir / "metrics.jsonl", [
+            {"step": step, "kept/kl": step / 10, "kept/reward": 0.5 + step / 100, "kept/decile": 0.1,
+             "kept/interval": 0.3} for step in (0, 4, 8)])
+    axis = kept(collect(plan), "through sft").axes[0]
+    assert axis.get_ylim()[0] < 0.2 and axis.get_ylim()[1] > 0.88
+    plt.close("all")
+
+
 def test_the_table_of_pairs_marks_what_leaves_zero_out(tmp_path):
     table = pair_table(collect(matrix(tmp_path)), "sft")
     rows = {row[0]: dict(zip(table.columns, row)) for row in table.rows}

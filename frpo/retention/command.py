@@ -75,7 +75,7 @@ def check_and_show(plan: Plan) -> int:
     for stage in plan.stages:
         state = "done" if stage.done else f"failed: {stage.failure}" if stage.failure else "to be run"
         print(f"{stage.name}: {state}  ({stage.run_dir})")
-    print("# checked: recipes, models, data, rewards, held-out prompts; not what stages to be run will make")
+    print("# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not")
     if unmade:
         print(f"# not checked, since the setup has yet to make their files: {'; '.join(unmade)}")
     return 0

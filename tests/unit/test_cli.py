@@ -388,7 +388,7 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     assert "6 training and 1 held-out prompts" in out
 
 
-CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; not what stages to be run will make"
+CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not"
 
 
 def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):

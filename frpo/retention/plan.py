@@ -158,7 +158,8 @@ class Plan:
     def check(self) -> None:
         """Raise ConfigError unless one set of processes can run all of it, and unless it measures what it chooses by.
         """
-        check_measures(self.recipe, self.seeds[0].kept)
+        first = self.seeds[0]
+        check_measures(self.recipe, first.kept, [stage.recipe for stage in first.policies.values()])
         for seed in self.seeds:
             recipes = {stage.name: stage.recipe for stage in seed.stages} | {"measure.utility": seed.utility}
             for name, recipe in recipes.items():

@@ -22,13 +22,16 @@ def sweep_recipe(recipe: str, overrides: Sequence[str], *, over: Sequence[str], 
     for key in (*values, *(override.partition("=")[0] for override in overrides)):
         if key in GIVEN:
             raise ConfigError(f"{key} is no key to sweep over or to override: {GIVEN[key]}")
+    regimes = {Path(each).stem: {"recipe": each} for each in downstream}
+    if len(regimes) < len(downstream):
+        raise ConfigError(f"--downstream {' '.join(downstream)}: two are called by the same name, which their folders "
+                          "have too; rename a file, or leave one out")
     base = {"recipe": recipe, "overrides": list(overrides)}
     chosen = {"measure": choose} if choose else {}
     return recipe_from_dict({
         "run": {"name": f"sweep of {Path(recipe).stem}", "dir": folder}, "seeds": list(seeds),
         "policies": {"policy": {**base, "over": values}},
-        "downstream": {Path(each).stem: {"recipe": each} for each in downstream}, "measure": {"kept": base},
-        "certificate": None,
+        "downstream": regimes, "measure": {"kept": base}, "certificate": None,
         "choose": {**chosen, "bounds": _assignments(within, "--within", "eval/kl=[null,0.5]")}}, RetentionRecipe)
 
 

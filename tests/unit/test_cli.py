@@ -431,10 +431,13 @@ def test_a_mistake_of_a_sweep_is_found_by_a_dry_run_too_and_says_what_it_is_abou
     (["--over", "learner.lr=[1e-3]", "--choose", "reward"],
      "choose.measure (--choose): 'reward' is no measure of policies; did you mean 'kept/reward'? There are kept/rew"),
     (["--over", "learner.lr=[1e-3]", "--choose", "kept/foo"], "'kept/foo' is no measure of policies"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "exact/comply"], "'exact/comply' is no measure of policies. There"),
     (["--over", "learner.lr=[1e-3]", "--within", "eval/foo=[null,0.5]"],
      "choose.bounds (--within): 'eval/foo' is no measure of policies"),
     (["--over", "learner.lr=[1e-3]", "--within", "eval/kl=[0,1]", "--within", "eval/kl=[0,2]"],
-     "--within eval/kl is given twice")])
+     "--within eval/kl is given twice"),
+    (["--over", "learner.lr=[1e-3]", "--downstream", "a/x.yaml", "--downstream", "b/x.yaml"],
+     "--downstream a/x.yaml b/x.yaml: two are called by the same name")])
 def test_a_mistake_on_the_command_line_of_a_sweep_is_found_at_once(place, capsys, arguments, message):
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", *arguments)
     assert (code, out) == (2, "") and message in err

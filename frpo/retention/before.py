@@ -47,6 +47,11 @@ def missing(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> Missing:
     return Missing(samples=0 if sampled else wanted.samples, reference=None if known else reference)
 
 
+def complete(recipe: RetentionRecipe, seed: SeedPlan) -> bool:
+    """Whether nothing of this seed is left to do."""
+    return all(stage.done for stage in seed.stages) and not any(missing(recipe, seed, name) for name in recipe.shown)
+
+
 def reference_of(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> str | None:
     """What the KL of a policy is measured to before any fork: its `reference`, or START where its own training has
     measured none; None: it is not measured again, or the policy is given and nobody knows what it began with.

@@ -22,6 +22,7 @@ from frpo.data.prompts import PromptSet, load_prompts
 from frpo.errors import DataError, FrpoError, ModelError
 from frpo.evaluate.probe import Task
 from frpo.learner.model import check_reference, vocabulary_difference
+from frpo.retention.before import complete
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
 from frpo.types import Example
@@ -31,9 +32,13 @@ KEPT = "measure.kept"
 
 
 def check_plan(plan: Plan) -> list[str]:
-    """Make the checks of every seed, writing nothing. Returns what cannot be checked before the setup has run."""
+    """Make the checks of every seed that is not complete, writing nothing. Returns what cannot be checked before the
+    setup has run.
+    """
     waiting: dict[str, None] = {}
     for seed in plan.seeds:
+        if complete(plan.recipe, seed):
+            continue
         unmade = _unmade(plan.recipe, seed)
         waiting |= dict.fromkeys(unmade)
         check_seed(plan.recipe, seed, unmade)

@@ -33,7 +33,7 @@ from frpo.held import held_folder
 from frpo.journal import Journal
 from frpo.learner.tiny import tiny_model
 from frpo.progress import ProgressBar
-from frpo.retention.before import START, missing, write_distance, write_samples
+from frpo.retention.before import START, complete, missing, write_distance, write_samples
 from frpo.retention.checks import check_seed, record_heldout, tasks_of
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
@@ -57,7 +57,7 @@ def run_plan(plan: Plan, stack: Stack | None = None) -> None:
     done = [stage.done is not None for stage in plan.stages]
     with Matrix(plan, stack) as matrix, ProgressBar(len(done), sum(done), plan.recipe.run.name) as bar:
         for seed in plan.seeds:
-            if not _complete(plan, seed):
+            if not complete(plan.recipe, seed):
                 with held_folder(seed.folder):  # by one of several processes, each with seeds of its own
                     matrix.run_seed(seed, bar)
 
@@ -234,12 +234,6 @@ def probed_kl(stage: Stage) -> dict[int, float]:
     """Update -> KL in nats of the probes that a fork's metrics hold."""
     rows = read_metrics(stage.run_dir / "metrics.jsonl")
     return {int(row["step"]): row[KL] for row in rows if KL in row}
-
-
-def _complete(plan: Plan, seed: SeedPlan) -> bool:
-    """Whether nothing of this seed is left to do."""
-    return all(stage.done for stage in seed.stages) and not any(
-        missing(plan.recipe, seed, name) for name in plan.recipe.shown)
 
 
 def _with_seed(value: Any, seed: int) -> Any:

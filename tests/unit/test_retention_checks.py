@@ -17,6 +17,7 @@ from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
 from frpo.lab.network import make_model
 from frpo.lab.world import world_of
 from frpo.progress import ProgressBar
+from frpo.retention.before import START, write_distance
 from frpo.retention.checks import (
     HELD_OUT,
     check_models,
@@ -168,6 +169,17 @@ def test_a_dry_run_finds_what_the_run_would_find_and_writes_nothing(plan, tmp_pa
     with pytest.raises(error, match=f"^{message}"):
         check_plan(plan(**changes))
     assert check_plan(plan()) == [] and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_leaves_a_seed_alone_that_is_complete(plan, tmp_path):
+    found = plan(certificate=None)
+    for stage in found.stages:
+        stage.finish(steps=1)
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ModelError):
+        check_plan(found)
+    write_distance(found.seeds[0], "made", START, {"kept/kl": 0.1})
+    assert check_plan(found) == []
 
 
 def test_a_dry_run_says_what_the_setup_has_still_to_make(plan, tmp_path, monkeypatch):

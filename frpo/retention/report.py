@@ -78,7 +78,8 @@ def meanings(found: Results) -> TableText:
         rows.append(("utility", f"reward of held-out prompts of {measure.utility.means or _rewards(first.utility)}"))
     if recipe.regimes:
         rows += [("decile", "mean of the lowest tenth of its completions"),
-                 ("start, end", "before the first update of a fork and after its last one"),
+                 ("start, end", "before the first update of a fork and after its last one; of one seed the interval of "
+                                "their difference takes both for independent"),
                  ("over updates", "mean along a fork's updates: how soon it is lost"),
                  ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy: how much is lost by a "
                              "fine-tuning that goes so far")]

@@ -103,32 +103,29 @@ def model(parsed: argparse.Namespace) -> int:
 
 def retention(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides, RetentionRecipe)
-    _not_launched("retention")
-    from frpo.retention.command import run_part, run_retention, show_plan
-    from frpo.retention.plan import make_plan
-
-    if parsed.part:
-        return run_part(recipe)
     if parsed.quick:
         recipe = load_recipe(parsed.recipe, [*recipe.quick, *parsed.overrides], RetentionRecipe)
-    if parsed.dry_run:
-        show_plan(make_plan(recipe))
-        return 0
-    return run_retention(recipe, parsed.jobs)
+    return _several(parsed, recipe)
 
 
 def sweep(parsed: argparse.Namespace) -> int:
-    _not_launched("sweep")
-    from frpo.retention.command import run_retention, show_plan
-    from frpo.retention.plan import make_plan
     from frpo.retention.sweep import sweep_recipe
 
-    recipe = sweep_recipe(parsed.recipe, parsed.overrides, over=parsed.over, seeds=parsed.seeds, folder=parsed.dir,
-                          downstream=parsed.downstream, choose=parsed.choose, within=parsed.within)
-    if parsed.dry_run:
-        show_plan(make_plan(recipe))
-        return 0
-    return run_retention(recipe, parsed.jobs)
+    return _several(parsed, sweep_recipe(
+        parsed.recipe, parsed.overrides, over=parsed.over, seeds=parsed.seeds, folder=parsed.dir,
+        downstream=parsed.downstream, choose=parsed.choose, within=parsed.within))
+
+
+def _several(parsed: argparse.Namespace, recipe: RetentionRecipe) -> int:
+    from frpo.retention.plan import make_plan
+
+    plan = make_plan(recipe, Path(parsed.recipe).parent)
+    _not_launched(parsed.command.__name__)
+    from frpo.retention.command import check_and_show, run_part, run_retention
+
+    if getattr(parsed, "part", False):
+        return run_part(plan)
+    return check_and_show(plan) if parsed.dry_run else run_retention(plan, parsed.jobs)
 
 
 def plan(parsed: argparse.Namespace) -> int:

@@ -163,14 +163,18 @@ def _several_trainings(commands: _Commands) -> None:
     command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     command.add_argument("--downstream", action="append", default=[], metavar="RECIPE",
                          help="fine-tuning that every policy's fork goes through; may be given several times")
-    command.add_argument("--choose", metavar="MEASURE", help="what the best policy has most of; default: kept/reward")
+    command.add_argument("--choose", metavar="MEASURE",
+                         help="what the best policy has most of: kept/reward, kept/NAME/mean of a reward, eval/kl, or "
+                              "of its forks REGIME/end, REGIME/over updates, REGIME/over KL; default: kept/reward")
     command.add_argument("--within", action="append", default=[], metavar="MEASURE=[LOW,HIGH]",
-                         help="and what it must respect, such as eval/kl=[null,0.5]")
+                         help="and what it must respect, of the same measures, such as eval/kl=[null,0.5]")
     command.add_argument("--dir", default="runs/sweep", help="folder of everything; default: runs/sweep")
     _many(command)
     command = commands.add("report", "one HTML page about finished or unfinished runs, a retention matrix or any other")
     command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")
-    command.add_argument("--output", metavar="FILE", help="the page; default: report.html in the first folder")
+    command.add_argument("--output", metavar="FILE",
+                         help="the page, with a folder NAME_pictures beside it; default: report.html in the folder, "
+                              "side_by_side.html in the first of several")
     command = commands.add("quickstart", "train a small model and a control here, and see what forks of it keep")
     _overrides(command)
     command.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2",
@@ -216,7 +220,8 @@ def _others(commands: _Commands) -> None:
 def _many(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=_count, default=1, metavar="N",
                          help="processes over which the seeds are spread, each with engines and ranks; default: 1")
-    command.add_argument("--dry-run", action="store_true", help="check every recipe, show what is done and what is not")
+    command.add_argument("--dry-run", action="store_true",
+                         help="check recipes, models, data and rewards, show what is done and what is not")
 
 
 def _overwrite(command: argparse.ArgumentParser) -> None:

@@ -40,6 +40,7 @@ from frpo.learner.model import (
     check_weights,
     embedding_count,
     hollow_network,
+    lacking_weights,
     load_tokenizer,
     unstopped_turn,
 )
@@ -148,6 +149,12 @@ def _auxiliary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ExampleSet
                          embedding_count(recipe.model))
 
 
+def check_whole(model: ModelSection) -> None:
+    """Raise ModelError where the model has no weights, which nobody needs who only checks a recipe."""
+    if lacking := lacking_weights(model):
+        raise ModelError(lacking)
+
+
 def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer, once the model has been found to be there and to fit the recipe."""
     if model.tiny is not None:
@@ -171,6 +178,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
     with held_folder(run_dir):
         with phase("reading model, prompts and rewards"):
             checked = check(recipe)
+            check_whole(recipe.model)
         remark([*checked.prompts.summary("prompts", recipe.data),
                 *recipe.learner.warmup_note(recipe.updates)])
         with tried_rewards(recipe, checked.prompts) as rewards:
@@ -238,6 +246,7 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
         load_hook(recipe.rollout.hook)
     alone = recipe.rollout.model_copy(update={"replay": None, "max_staleness": 0})
     recipe = recipe.model_copy(update={"rollout": alone})
+    check_whole(recipe.model)
     with ExitStack() as stack:
         rewards = stack.enter_context(tried_rewards(recipe, prompts))
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")

@@ -15,6 +15,7 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe
 from frpo.config.sections import Recipe
 from frpo.finetune_parts import CheckedFinetune, check_finetune
+from frpo.learner.model import lacking_weights
 from frpo.rewards.trial import report_lines
 from frpo.step_metrics import mishaps
 from frpo.training import adapters
@@ -76,6 +77,8 @@ def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
 
 
 def _common_notes(recipe: AnyRecipe, engines: bool) -> Iterator[str]:
+    if lacking := lacking_weights(recipe.model):
+        yield f"note: the run would end here: {lacking}"
     device, reason = _device(recipe, engines)
     yield f"device: {device} ({reason})"
     cores = os.cpu_count() or 1

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from frpo.builder import learner_ranks, tokenizer_of
+from frpo.builder import check_whole, learner_ranks, tokenizer_of
 from frpo.checkpoint import CheckpointStore
 from frpo.cluster.device import check_packages
 from frpo.cluster.learner_group import LearnerGroup
@@ -90,6 +90,7 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
         stack.enter_context(held_folder(Path(recipe.run.dir)))
         with phase("reading model and examples"):
             checked = check_finetune(recipe)
+            check_whole(recipe.model)
         remark([*checked.examples.summary("examples", recipe.data),
                 *recipe.learner.warmup_note(checked.updates)])
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")

@@ -131,9 +131,9 @@ def _run(tour: Tour, recipe: Recipe, matrix: Plan) -> tuple[Answers, Answers]:
 
 
 def _folders(recipe: Recipe) -> dict[str, Path]:
-    """Names and folders of the two trainings."""
+    """Names and folders of the two trainings; the policy is called as in the matrix."""
     run_dir = Path(recipe.run.dir)
-    return {"FRPO": run_dir, "control (rewards shuffled)": run_dir / CONTROL}
+    return {"frpo": run_dir, "control (rewards shuffled)": run_dir / CONTROL}
 
 
 def _report(tour: Tour, recipe: Recipe, kept: Results, ends: Mapping[str, Ends], answers: TableText) -> None:

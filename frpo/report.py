@@ -1,7 +1,7 @@
 """`frpo report`: one page about any folders that frpo has filled, whatever ran in them.
 
-A retention matrix tells what was kept, a training its curve and last metrics, and of anything else its pictures and
-texts are shown.
+A retention matrix tells what was kept, a training its curve and last metrics, and of a folder with pictures these and
+its texts are shown.
 """
 from __future__ import annotations
 
@@ -21,50 +21,62 @@ from frpo.retention.reading import collect
 from frpo.retention.report import section_of
 
 METRICS, FOLDED = "metrics.jsonl", ("recipe.yaml", "manifest.json", "heldout.json")
+SIDE_BY_SIDE = "side_by_side.html"
 
 
-def run_report(folders: Sequence[str], output: str | None) -> int:
-    """Write the page; into the first folder unless `output` names a file."""
-    path = Path(output) if output else Path(folders[0]) / REPORT
-    sections = [*_side_by_side(list(map(Path, folders))), *(section(Path(folder)) for folder in folders)]
+def run_report(runs: Sequence[str], output: str | None) -> int:
+    """Write the page. runs: folders, or files in them.
+
+    Of one run it stands in its folder, of several in the first, unless `output` names a file. The run's own page has
+    its pictures beside it, every other page in a folder NAME_pictures.
+    """
+    folders = [path.parent if (path := Path(run)).is_file() else path for run in runs]
+    own = len(folders) == 1 and output is None
+    path = Path(output) if output else folders[0] / (REPORT if own else SIDE_BY_SIDE)
+    drawn = path.with_name(f"{path.stem}_pictures")
+    places = folders if own else [drawn / f"{n}-{folder.resolve().name}" for n, folder in enumerate(folders, 1)]
+    told = [section(folder, place) for folder, place in zip(folders, places)]
+    sections = [*_side_by_side(folders, drawn), *told]
     title = sections[0].title if len(folders) == 1 else f"{len(folders)} runs"
     print(f"Report: {write_page(title, sections, path)}")
     return 0
 
 
-def section(folder: Path) -> Section:
-    """What can be told of a folder. Raises ConfigError where that is nothing."""
+def section(folder: Path, place: Path) -> Section:
+    """What can be told of a folder; new pictures are drawn into `place`. Raises ConfigError where that is nothing."""
     if not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is no folder; give the run.dir of runs, or folders with their pictures")
     if (folder / RECIPE).is_file():
-        return section_of(collect(make_plan(read_archive(folder))), folder)
+        return section_of(collect(make_plan(read_archive(folder))), place)
     if (folder / METRICS).is_file():
-        return _training(folder)
+        return _training(folder, place)
     pictures = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    if not pictures:
+        raise ConfigError(f"{str(folder)!r} is no run: it holds no {RECIPE}, no {METRICS} and no picture; give the "
+                          "run.dir of a run, which holds one of these")
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))}
-    if not pictures and not texts:
-        raise ConfigError(f"{str(folder)!r} holds no {RECIPE}, no {METRICS}, no picture and no text to tell of")
     return Section(title=folder.name, pictures=pictures, shown=texts)
 
 
-def _side_by_side(folders: Sequence[Path]) -> list[Section]:
+def _side_by_side(folders: Sequence[Path], place: Path) -> list[Section]:
     """One section about all trainings among the folders, if there are several."""
     trainings = [folder for folder in folders if (folder / METRICS).is_file() and not (folder / RECIPE).is_file()]
     if len(trainings) < 2:
         return []
     names = [folder.name for folder in trainings]
     named = {folder.name if names.count(folder.name) == 1 else str(folder): folder for folder in trainings}
-    return [Section(title="Side by side", **_curves(named, trainings[0] / "side_by_side.png"))]
+    return [Section(title="Side by side", **_curves(named, place / "side_by_side.png"))]
 
 
 def _curves(folders: Mapping[str, Path], picture: Path) -> dict[str, Any]:
     """Pictures and charts of a section about these runs."""
     runs = read_runs(folders)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw_runs(runs, picture)
     return {"pictures": {"Training": drawn}, "charts": {"Training": chart_runs(runs, folders)}} if drawn else {}
 
 
-def _training(folder: Path) -> Section:
+def _training(folder: Path, place: Path) -> Section:
     rows = read_metrics(folder / METRICS)
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
     tables = []
@@ -77,7 +89,7 @@ def _training(folder: Path) -> Section:
     tables += [said] if said else []
     folded = {name: (folder / name).read_text(encoding="utf-8") for name in FOLDED if (folder / name).is_file()}
     return Section(title=folder.name, text=(f"{rows[-1]['step']:.0f} steps.",) if rows else (),
-                   tables=tuple(tables), folded=folded, **_curves({folder.name: folder}, folder / "curve.png"))
+                   tables=tuple(tables), folded=folded, **_curves({folder.name: folder}, place / "curve.png"))
 
 
 def _short(value: float) -> str:

@@ -83,6 +83,13 @@ def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl:
     return metrics
 
 
+def interval_of(metric: str) -> str:
+    """Name of the metric that holds the half-width of the interval of another one: AREA/reward, AREA/NAME/mean, ..."""
+    area, _, name = metric.partition("/")
+    special = {"reward": f"{area}/interval", "kl": f"{area}/kl_interval"}
+    return special.get(name, f"{metric.removesuffix('/mean')}/interval")
+
+
 def _passes_at(k: int, success: float) -> Callable[[ScoredGroup], float]:
     def passed(group: ScoredGroup) -> float:
         return pass_at_k(len(group.rewards_G), int(np.sum(group.rewards_G >= success - ROUNDING)), k)

@@ -19,7 +19,7 @@ from frpo.config.loader import recipe_digest
 from frpo.config.sections import Recipe
 from frpo.data.source import looks_local
 from frpo.errors import ConfigError, here
-from frpo.evaluate.heldout import heldout_metrics, scored_heldout
+from frpo.evaluate.heldout import heldout_metrics, interval_of, scored_heldout
 from frpo.step_metrics import scored_row
 from frpo.telemetry import JsonlFile
 from frpo.types import ScoredGroup
@@ -114,11 +114,6 @@ def print_table(model: str, metrics: Mapping[str, float]) -> None:
 
 def table_rows(metrics: Mapping[str, float]) -> list[tuple[str, float, float | None]]:
     """(metric, value, interval or None), intervals beside what they belong to."""
-    owners = {_interval_of(name): name for name in metrics}
-    return [(name.removeprefix("eval/"), value, metrics.get(_interval_of(name)))
+    owners = {interval_of(name): name for name in metrics}
+    return [(name.removeprefix("eval/"), value, metrics.get(interval_of(name)))
             for name, value in metrics.items() if owners.get(name) is None]
-
-
-def _interval_of(name: str) -> str:
-    special = {"eval/reward": "eval/interval", "eval/kl": "eval/kl_interval"}
-    return special.get(name, name.removesuffix("/mean") + "/interval")

@@ -92,7 +92,8 @@ def summary(path: ForkPath, reward: str, decile: str, max_kl: float) -> dict[str
     """
     grid_K = np.linspace(0.0, max_kl, 201)
     ends = {"start": path.metrics[reward][0], "start decile": path.metrics[decile][0],
-            "end": path.metrics[reward][-1], "end decile": path.metrics[decile][-1], "end KL": path.kl_S[-1]}
+            "end": path.metrics[reward][-1], "end - start": path.metrics[reward][-1] - path.metrics[reward][0],
+            "end decile": path.metrics[decile][-1], "end KL": path.kl_S[-1]}
     if not path.has_curve:
         return {name: float(value) for name, value in ends.items()}
     found = {"over updates": _mean_over(path.step_S, path.metrics[reward]),

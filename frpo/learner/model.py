@@ -100,19 +100,24 @@ def check_model_path(model: ModelSection, path: str) -> None:
                          "the id of a token below, or to null")
 
 
+def lacking_weights(model: ModelSection) -> str | None:
+    """In words, that the folder of a local model has no weights; None where it has some, or is no folder."""
+    folder = Path(model.path or "")
+    if model.path is None or not folder.is_dir() or any(
+            [*folder.glob(pattern)] for pattern in ("*.safetensors", "*.bin", "*.pt", SAFE_WEIGHTS_INDEX_NAME)):
+        return None
+    return (f"model.path {model.path!r} has no weights (model.safetensors, or several with their index); save the "
+            "whole model there")
+
+
 def check_weights(path: str) -> None:
-    """Raise ModelError where a local model has no weights, or a safetensors file is missing or cut short."""
+    """Raise ModelError where a safetensors file of a local model is missing or cut short."""
     folder = Path(path)
-    if not folder.is_dir():
-        return
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
-    if not files and not [*folder.glob("*.bin"), *folder.glob("*.pt")]:
-        raise ModelError(f"model.path {str(folder)!r} has no weights (model.safetensors, or several with their index); "
-                         "save the whole model there")
     for file in files:
         try:
             with safe_open(file, framework="pt"):

@@ -15,16 +15,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from frpo.config.retention import RetentionRecipe
-from frpo.retention.plan import SeedPlan
+from frpo.config.sections import Recipe
+from frpo.evaluate.curve import read_metrics
+from frpo.retention.plan import SeedPlan, Stage
 from frpo.types import ScoredGroup
 
 SAMPLES, DISTANCE = "certificate.npz", "reference_kl.json"
+START = "/start"
+"""In the place of a reference's name: the model that the policy's own training began with. No policy is called so."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
     """What is still to be measured. samples: completions a prompt for the certificate; 0: none. reference: the policy
-    to which the KL is measured; None: it is not.
+    to which the KL is measured, or START; None: it is not.
     """
 
     samples: int
@@ -37,10 +41,42 @@ class Missing:
 def missing(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> Missing:
     """What the folder of a policy lacks."""
     wanted = recipe.certificate if policy in recipe.forked else None
-    reference = recipe.policies[policy].reference
+    reference = reference_of(recipe, seed, policy)
     sampled = wanted is None or (seed.measured(policy) / SAMPLES).is_file()
     known = reference is None or read_distance(recipe, seed, policy) is not None
     return Missing(samples=0 if sampled else wanted.samples, reference=None if known else reference)
+
+
+def complete(recipe: RetentionRecipe, seed: SeedPlan) -> bool:
+    """Whether nothing of this seed is left to do."""
+    return all(stage.done for stage in seed.stages) and not any(missing(recipe, seed, name) for name in recipe.shown)
+
+
+def reference_of(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> str | None:
+    """What the KL of a policy is measured to before any fork: its `reference`, or START where its own training has
+    measured none; None: it is not measured again, or the policy is given and nobody knows what it began with.
+    """
+    stage = seed.policies.get(policy)
+    if recipe.policies[policy].reference is not None or stage is None:
+        return recipe.policies[policy].reference
+    return None if "eval/kl" in evaluation(stage) else START
+
+
+def rows_of(stage: Stage) -> list[dict[str, float]]:
+    """Those of its metrics file."""
+    path = stage.run_dir / "metrics.jsonl"
+    return read_metrics(path) if path.is_file() else []
+
+
+def evaluation(stage: Stage) -> dict[str, float]:
+    """The metrics of the last row that has held-out ones, or of the last row; its own rewards count as those kept."""
+    rows = rows_of(stage)
+    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    last = dict((evaluated or rows or [{}])[-1])
+    if not isinstance(stage.recipe, Recipe):
+        last.pop("eval/kl", None)  # a fine-tuning's is per token, not of sequences
+    kept = {name.replace("eval/", "kept/", 1): value for name, value in last.items() if name.startswith("eval/")}
+    return last | {name: value for name, value in kept.items() if "kept/reward" in kept and "/kl" not in name}
 
 
 def write_samples(seed: SeedPlan, policy: str, scored: Sequence[ScoredGroup]) -> None:
@@ -69,7 +105,7 @@ def read_distance(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> dict[
     """
     path = seed.measured(policy) / DISTANCE
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "metrics" not in record or record["reference"] != recipe.policies[policy].reference:
+    if "metrics" not in record or record["reference"] != reference_of(recipe, seed, policy):
         return None
     return {name.replace("kept/kl", "eval/kl"): math.nan if value is None else value
             for name, value in record["metrics"].items()}

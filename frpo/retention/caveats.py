@@ -22,8 +22,10 @@ MATCHED = 0.1
 def caveats(found: Results) -> list[str]:
     """Everything of this kind about a matrix, in sentences."""
     recipe, told = found.plan.recipe, []
-    if len(recipe.seeds) < 3:
-        told.append(f"{len(recipe.seeds)} seed(s): an interval over so few says little or nothing")
+    if found.single:
+        told.append("one seed: intervals are over its held-out prompts; how much other seeds would differ is not known")
+    elif len(recipe.seeds) < 3:
+        told.append(f"{len(recipe.seeds)} seeds: an interval over so few says little or nothing")
     for pair in found.pairs:
         difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
         level = found.value(pair[1], "eval/kl")
@@ -61,9 +63,10 @@ def _unknown_distances(found: Results) -> list[str]:
     for name in recipe.shown if len(recipe.shown) > 1 else ():
         reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
         lacking = [seed for seed in recipe.seeds if "eval/kl" not in found.policies.get((name, seed), {})]
+        reference = reference or (None if has_path else "the model that it began with")
         if lacking and reference:
             told.append(f"{name}: its KL to {reference} is not measured for seed(s) {', '.join(map(str, lacking))}; "
-                        "`frpo retention` measures it")
+                        "the same command measures it")
         infinite = [seed for seed, kl in found.policy_by_seed(name, "eval/kl").items() if math.isnan(kl)]
         if infinite:
             told.append(f"{name}: its KL to the reference was not finite for seed(s) {', '.join(map(str, infinite))}")

@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from frpo.config.retention import RetentionRecipe
 from frpo.evaluate.page import TableText, write_page
 from frpo.held import held_folder
 from frpo.retention.archive import write_archive
+from frpo.retention.checks import check_plan
+from frpo.retention.choice import is_lacking
 from frpo.retention.jobs import run_in_jobs
-from frpo.retention.plan import Plan, make_plan
+from frpo.retention.plan import Plan
 from frpo.retention.reading import collect
-from frpo.retention.report import RESULTS, section_of, sentences, write_results
+from frpo.retention.report import RESULTS, page_title, section_of, sentences, write_results
 from frpo.retention.results import Results
 from frpo.retention.stages import run_plan
 from frpo.retention.tables import all_tables
@@ -26,13 +27,15 @@ WIDTH, LONG = 120, 40
 """Columns of text that tables take at least, and from which on a cell is read as text."""
 
 
-def run_retention(recipe: RetentionRecipe, jobs: int = 1) -> int:
-    """Returns 0 if every stage is done, 1 if some failed. jobs: processes over which the seeds are spread."""
+def run_retention(plan: Plan, jobs: int = 1) -> int:
+    """Returns 0 if every stage is done, 1 if some failed or no policy has the measure that decides.
+
+    jobs: processes over which the seeds are spread.
+    """
     started = time.perf_counter()
-    plan = make_plan(recipe)
     plan.check_done()
-    with held_folder(Path(recipe.run.dir)):
-        archive = write_archive(recipe)
+    with held_folder(Path(plan.recipe.run.dir)):
+        archive = write_archive(plan.recipe)
         if jobs > 1:
             run_in_jobs(plan, archive, jobs)
         else:
@@ -42,12 +45,11 @@ def run_retention(recipe: RetentionRecipe, jobs: int = 1) -> int:
         for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
             print(line)
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Report: {write_report(found)}")
-    return 1 if found.failures else 0
+    return 1 if found.failures or is_lacking(found) else 0
 
 
-def run_part(recipe: RetentionRecipe) -> int:
+def run_part(plan: Plan) -> int:
     """The stages of some seeds, for another process that will tell of them."""
-    plan = make_plan(recipe)
     run_plan(plan)
     return 0 if all(stage.done for stage in plan.stages) else 1
 
@@ -56,7 +58,7 @@ def write_report(found: Results) -> Path:
     """Results, pictures and page into the matrix's folder."""
     folder = Path(found.plan.recipe.run.dir)
     write_results(found, folder / RESULTS)
-    return write_page(f"Retention: {found.plan.recipe.run.name}", [section_of(found, folder)], folder / REPORT)
+    return write_page(page_title(found), [section_of(found, folder)], folder / REPORT)
 
 
 def show(tables: Sequence[TableText]) -> None:
@@ -67,11 +69,16 @@ def show(tables: Sequence[TableText]) -> None:
         console.print(_table(table.narrow))
 
 
-def show_plan(plan: Plan) -> None:
-    """The stages of a plan, without running any."""
+def check_and_show(plan: Plan) -> int:
+    """Check everything that needs no engine, then show the stages of a plan, without running any."""
+    unmade = check_plan(plan)
     for stage in plan.stages:
         state = "done" if stage.done else f"failed: {stage.failure}" if stage.failure else "to be run"
         print(f"{stage.name}: {state}  ({stage.run_dir})")
+    print("# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not")
+    if unmade:
+        print(f"# not checked, since the setup has yet to make their files: {'; '.join(unmade)}")
+    return 0
 
 
 def _table(table: TableText) -> Table:

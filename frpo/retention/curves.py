@@ -20,7 +20,7 @@ from frpo.telemetry import mean_interval
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend has to be chosen first
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 
 
@@ -80,6 +80,8 @@ def differences(found: Results, regime: str) -> Figure:
     for axis in axes:
         axis.axhline(0.0, color="black", linewidth=0.8)
     axes[0].set_ylabel("difference in reward kept")
+    if found.single:
+        figure.suptitle("one seed: no interval, any difference may be chance", fontsize=9)
     return tidy(figure, axes, axes[1])
 
 
@@ -146,7 +148,9 @@ def _points(axis: Axes, x: np.ndarray, y: np.ndarray, color: str, widths: np.nda
 
 
 def _fit_to_values(axis: Axes) -> None:
-    """Limit the rewards that are shown to lines and points: intervals of few seeds may be wide enough to hide them."""
+    """Limit the rewards that are shown to lines, points and their own intervals; a band over few seeds may be wide
+    enough to hide them.
+    """
     left, right = axis.get_xlim()
     probes = [offset for each in axis.collections if isinstance(each, PathCollection)
               for offset in np.ma.filled(each.get_offsets(), np.nan)]
@@ -154,4 +158,7 @@ def _fit_to_values(axis: Axes) -> None:
     seen = seen[np.isfinite(seen)]
     if len(seen):
         pad = 0.15 * float(np.ptp(seen)) or 0.05
-        axis.set_ylim(seen.min() - pad, seen.max() + pad)
+        bars = [y for each in axis.collections if isinstance(each, LineCollection) for segment in each.get_segments()
+                for x, y in segment if left <= x <= right and np.isfinite(y)]
+        low, high = min(bars, default=seen.min()) - pad / 10, max(bars, default=seen.max()) + pad / 10
+        axis.set_ylim(min(low, seen.min() - pad), max(high, seen.max() + pad))

@@ -13,7 +13,6 @@ from frpo.config.retention import TableSection
 from frpo.evaluate.chart import colored
 from frpo.retention.curves import band, differences, kept, tidy
 from frpo.retention.results import Results
-from frpo.telemetry import mean_interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend has to be chosen first
@@ -34,13 +33,15 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
             pictures[f"Kept {title}"] = _saved(kept(found, title), folder / f"kept_{title.partition(' ')[2]}.png")
     for regime in found.plan.recipe.regimes:
         if any(found.common_seeds(pair, regime) and _is_curve(found, pair[0], regime) for pair in found.pairs):
-            pictures[f"Differences through {regime}, seed by seed"] = _saved(
+            how = "one seed: no interval, any may be chance" if found.single else "seed by seed"
+            pictures[f"Differences through {regime}, {how}"] = _saved(
                 differences(found, regime), folder / f"differences_{regime}.png")
     if found.certified:
         pictures["Certificates"] = _saved(certificates(found), folder / "certificates.png")
     if len(found.plan.recipe.shown) > 1 and any(
             not math.isnan(found.value(policy, "eval/kl")) for policy in found.plan.recipe.shown):
-        pictures["Reward reached, KL spent, reward kept"] = _saved(spent(found), folder / "spent.png")
+        kept_too = ", reward kept" if found.plan.recipe.regimes else ""
+        pictures[f"Reward reached, KL spent{kept_too}"] = _saved(spent(found), folder / "spent.png")
     if any("utility" in values for values in found.summaries.values()):
         pictures["What forks keep, and what they learn"] = _saved(frontier(found), folder / "frontier.png")
     return pictures
@@ -54,8 +55,8 @@ def bars(found: Results, section: TableSection) -> Figure:
     share, published, lowest = 0.8 / len(section.columns), [], 0.0
     for column, name in enumerate(section.columns):
         places = np.arange(len(rows)) - 0.4 + share * (column + 0.5)
-        means, widths = np.array([mean_interval(found.measured(row.forks[column], row.measure).values())
-                                  for row in rows]).T
+        means, widths = np.array([found.spread(policy, f"{regime}/{row.measure}")
+                                  for row in rows for policy, regime in row.forks[column:column + 1]]).T
         if np.isnan(means).all():
             continue
         axis.bar(places, scale * means, share, label=name, yerr=scale * widths, capsize=2)
@@ -109,6 +110,11 @@ def spent(found: Results) -> Figure:
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 4 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
+    unknown = [policy for policy in found.plan.recipe.shown if math.isnan(found.value(policy, "eval/kl"))]
+    over = "held-out prompts, one seed" if found.single else "seeds"
+    figure.suptitle("\n".join([f"bars: 95 % interval over {over}", *(textwrap.wrap(
+        f"not shown, since their KL to the reference is not known: {', '.join(unknown)}", 60 * columns) if unknown
+        else [])]), fontsize=8)
     for axis, (label, measure) in zip(axes.flat, panels):
         for policy, color in colored(found.plan.recipe.shown):
             (x, dx), (y, dy) = found.spread(policy, "eval/kl"), found.spread(policy, measure)
@@ -129,8 +135,7 @@ def frontier(found: Results) -> Figure:
     colors, places = dict(colored(found.plan.recipe.forked)), []
     for regime, marker in zip(found.plan.recipe.regimes, cycle("os^Dv<>P*X")):
         for policy, color in colors.items():
-            kept_by, learned_by = (found.by_seed(policy, regime, name) for name in ("end", "utility"))
-            (x, dx), (y, dy) = mean_interval(learned_by.values()), mean_interval(kept_by.values())
+            (x, dx), (y, dy) = (found.spread(policy, f"{regime}/{name}") for name in ("utility", "end"))
             if math.isnan(x + y):
                 continue
             axis.errorbar(x, y, xerr=_width(dx), yerr=_width(dy), color=color, marker=marker, capsize=2, linewidth=1,

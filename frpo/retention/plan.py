@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -19,8 +19,9 @@ from typing import Any
 
 from frpo.config.loader import AnyRecipe, load_recipe, load_training, recipe_digest, relative
 from frpo.config.retention import RetentionRecipe, TaskSection
-from frpo.config.sections import Recipe
+from frpo.config.sections import Recipe, repository_file
 from frpo.errors import ConfigError
+from frpo.retention.measures import check_measures
 
 DONE, FAILED = "done.json", "failed.json"
 
@@ -113,6 +114,16 @@ class SeedPlan:
     def stages(self) -> tuple[Stage, ...]:
         return (*self.policies.values(), *self.forks)
 
+    @property
+    def setup(self) -> Path:
+        """Folder of what the recipe's setup makes."""
+        return self.folder / "setup"
+
+    @property
+    def setup_done(self) -> Path:
+        """File that is there once it has."""
+        return self.folder / "setup.done"
+
     def model_of(self, policy: str) -> str:
         """Folder of the policy's model, which may be still to make."""
         return self.policies[policy].model if policy in self.policies else self.given[policy]
@@ -145,7 +156,10 @@ class Plan:
             stage.done  # noqa: B018
 
     def check(self) -> None:
-        """Raise ConfigError unless one set of processes can run all of it."""
+        """Raise ConfigError unless one set of processes can run all of it, and unless it measures what it chooses by.
+        """
+        first = self.seeds[0]
+        check_measures(self.recipe, first.kept, [stage.recipe for stage in first.policies.values()])
         for seed in self.seeds:
             recipes = {stage.name: stage.recipe for stage in seed.stages} | {"measure.utility": seed.utility}
             for name, recipe in recipes.items():
@@ -172,14 +186,17 @@ def _check_shared(name: str, recipe: AnyRecipe, kept: Recipe) -> None:
         raise ConfigError(f"{name}: rollout.replay learns without engines; set it to null")
 
 
-def make_plan(recipe: RetentionRecipe) -> Plan:
-    """Load every recipe. Raises ConfigError for a mistake in one, naming policy or regime."""
-    plan = Plan(recipe=recipe, seeds=tuple(_seed_plan(recipe, seed) for seed in recipe.seeds))
+def make_plan(recipe: RetentionRecipe, beside: Path = Path()) -> Plan:
+    """Load every recipe. beside: the folder of the matrix's own file, for messages about paths.
+
+    Raises ConfigError for a mistake in one, naming policy or regime.
+    """
+    plan = Plan(recipe=recipe, seeds=tuple(_seed_plan(recipe, seed, beside) for seed in recipe.seeds))
     plan.check()
     return plan
 
 
-def _seed_plan(recipe: RetentionRecipe, seed: int) -> SeedPlan:
+def _seed_plan(recipe: RetentionRecipe, seed: int, beside: Path) -> SeedPlan:
     folder = Path(recipe.run.dir) / f"seed{seed}"
     words = {"seed": str(seed), "setup": str(folder / "setup"), "run": recipe.run.dir}
     policies: dict[str, Stage] = {}
@@ -191,35 +208,35 @@ def _seed_plan(recipe: RetentionRecipe, seed: int) -> SeedPlan:
             continue
         policies[name] = _stage(
             f"policies.{name}", section.recipe, [*section.overrides, *section.extra], words, folder / "policies" / name,
-            policy=name, regime=None, start=given.get(section.start), origin=policies.get(section.start))
+            beside, policy=name, regime=None, start=given.get(section.start), origin=policies.get(section.start))
     forks = tuple(
         _stage(f"downstream.{regime}", section.recipe, [*section.overrides, *section.extra], words,
-               folder / "forks" / name / regime, policy=name, regime=regime, start=given.get(name),
+               folder / "forks" / name / regime, beside, policy=name, regime=regime, start=given.get(name),
                origin=policies.get(name))
         for name in recipe.forked for regime, section in recipe.regimes.items()
         if section.policies is None or name in section.policies)
     measure = recipe.measure
     return SeedPlan(seed=seed, folder=folder, policies=policies, given=given, forks=forks,
-                    kept=_task("measure.kept", measure.kept, words),
-                    utility=measure.utility and _task("measure.utility", measure.utility, words))
+                    kept=_task("measure.kept", measure.kept, words, beside),
+                    utility=measure.utility and _task("measure.utility", measure.utility, words, beside))
 
 
-def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str], run_dir: Path, *, policy: str,
-           regime: str | None, start: str | None, origin: Stage | None) -> Stage:
+def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str], run_dir: Path, beside: Path, *,
+           policy: str, regime: str | None, start: str | None, origin: Stage | None) -> Stage:
     """start, origin: the model that it begins with and what makes it; None, None: the recipe's own."""
     model = origin.model if origin else start
     fixed = [f"run.dir={run_dir}", f"run.seed={words['seed']}", f"run.name={policy}"]
     if model is not None:
         fixed += [f"model.path={model}", "model.tiny=null"]
-    found = _loaded(key, lambda: load_training(_filled(recipe, words, key),
-                                               [*(_filled(o, words, key) for o in overrides), *fixed]))
+    found = _loaded(key, load_training, _filled(recipe, words, key),
+                    [*(_filled(o, words, key) for o in overrides), *fixed], beside)
     return Stage(policy=policy, regime=regime, seed=int(words["seed"]), matrix=words["run"], recipe=found,
                  start=found.model.path, origin=origin)
 
 
-def _task(key: str, section: TaskSection, words: Mapping[str, str]) -> Recipe:
+def _task(key: str, section: TaskSection, words: Mapping[str, str], beside: Path) -> Recipe:
     overrides = [*(_filled(o, words, key) for o in (*section.overrides, *section.extra)), f"run.seed={words['seed']}"]
-    found = _loaded(key, lambda: load_recipe(_filled(section.recipe, words, key), overrides))
+    found = _loaded(key, load_recipe, _filled(section.recipe, words, key), overrides, beside)
     if found.evaluate.temperature != 1.0:
         raise ConfigError(f"{key}: {section.recipe} evaluates at temperature {found.evaluate.temperature:g}; the KL of "
                           "sequences is unbiased at 1 only: override evaluate.temperature=1.0")
@@ -229,11 +246,23 @@ def _task(key: str, section: TaskSection, words: Mapping[str, str]) -> Recipe:
     return found
 
 
-def _loaded(key: str, load: Any) -> Any:
+def _loaded(key: str, load: Callable[[str, Sequence[str]], Any], recipe: str, overrides: Sequence[str], beside: Path
+            ) -> Any:
     try:
-        return load()
+        return load(recipe, overrides)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
+        raise ConfigError(f"{key}: {error}{_nearby(recipe, beside)}") from None
+
+
+def _nearby(recipe: str, beside: Path) -> str:
+    """Say where a recipe lies that was not found by its name, if it lies here or beside the matrix's file."""
+    try:
+        repository_file("recipes", recipe, ".yaml")
+        return ""
+    except FileNotFoundError:
+        places = [folder / name for folder in (Path(), beside) for name in (recipe, f"{recipe}.yaml")]
+        there = next((place for place in places if place.is_file()), None)
+        return f"\nThere is {there}: write recipe: {there}. Paths begin in the working directory" if there else ""
 
 
 def _filled(text: str, words: Mapping[str, str], key: str) -> str:

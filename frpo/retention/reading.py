@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
 from frpo.evaluate.certificate import certify
 from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.retained import ForkPath, read_path, summary
-from frpo.retention.before import SAMPLES, read_distance
+from frpo.retention.before import SAMPLES, evaluation, read_distance, rows_of
 from frpo.retention.caveats import caveats
-from frpo.retention.plan import Plan, SeedPlan, Stage
+from frpo.retention.checks import HELD_OUT
+from frpo.retention.plan import Plan, SeedPlan
 from frpo.retention.results import UTILITY, Certified, Fork, Results
-from frpo.retention.stages import HELD_OUT, KL, STARTS
+from frpo.retention.stages import KL, STARTS
 
 PROBED = {"kept/reward", "kept/decile", "kept/interval"}
 """What every probe measures."""
@@ -31,7 +31,7 @@ PROBED = {"kept/reward", "kept/decile", "kept/interval"}
 def collect(plan: Plan) -> Results:
     """Everything that has been measured so far. Raises ConfigError where that is nothing."""
     measured = [(seed, stage, path) for seed in plan.seeds for stage in seed.forks if stage.done
-                if (path := read_path(_rows(stage), KL)).metrics.keys() >= PROBED]
+                if (path := read_path(rows_of(stage), KL)).metrics.keys() >= PROBED]
     if not any(stage.done for stage in plan.stages):
         raise ConfigError(f"{plan.recipe.run.dir} has no finished stage to tell of; run `frpo retention` first")
     exact = bool(measured) and all({"exact/reward", "exact/decile"} <= set(path.metrics) for _, _, path in measured)
@@ -44,13 +44,10 @@ def collect(plan: Plan) -> Results:
             summaries[fork] |= {"utility": float(path.metrics[UTILITY][-1])}
     policies: dict[tuple[str, int], Mapping[str, float]] = {}
     for seed in plan.seeds:
-        known = {stage.policy: _evaluation(stage) for stage in seed.policies.values() if stage.done}
-        for name, metrics in known.items():
-            if plan.recipe.policies[name].reference is not None:
-                metrics.pop("eval/kl", None)  # of its training, which may have had another reference
+        known = {stage.policy: evaluation(stage) for stage in seed.policies.values() if stage.done}
         known |= {name: _given(plan, name) for name in seed.given}
-        policies |= {(name, seed.seed): metrics | (read_distance(plan.recipe, seed, name) or {})
-                     | _start(paths, name, seed.seed) for name, metrics in known.items()}
+        policies |= {(name, seed.seed): _with_distance(plan, seed, name, metrics) | _start(paths, name, seed.seed)
+                     for name, metrics in known.items()}
     found = Results(
         plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
         certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),
@@ -61,19 +58,13 @@ def collect(plan: Plan) -> Results:
     return replace(found, warnings=tuple(caveats(found)))
 
 
-def _rows(stage: Stage) -> list[dict[str, float]]:
-    path = stage.run_dir / "metrics.jsonl"
-    return read_metrics(path) if path.is_file() else []
-
-
-def _evaluation(stage: Stage) -> dict[str, float]:
-    """The metrics of the last row that has held-out ones, or of the last row; its own reward counts as that kept."""
-    rows = _rows(stage)
-    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    last = dict((evaluated or rows or [{}])[-1])
-    if not isinstance(stage.recipe, Recipe):
-        last.pop("eval/kl", None)  # a fine-tuning's is per token, not of sequences
-    return last | ({"kept/reward": last["eval/reward"]} if "eval/reward" in last else {})
+def _with_distance(plan: Plan, seed: SeedPlan, policy: str, metrics: dict[str, float]) -> dict[str, float]:
+    """With what was measured against its reference; against the model that it began with, only what is not known."""
+    measured = read_distance(plan.recipe, seed, policy) or {}
+    if plan.recipe.policies[policy].reference is not None:  # its training may have had another one
+        return {name: value for name, value in metrics.items() if not name.startswith("eval/kl")} | measured
+    known = "kept/reward" in metrics
+    return {name: value for name, value in measured.items() if not known or name.startswith("eval/kl")} | metrics
 
 
 def _given(plan: Plan, policy: str) -> dict[str, float]:

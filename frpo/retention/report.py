@@ -13,12 +13,15 @@ import numpy as np
 
 from frpo.config.loader import as_yaml, dump_recipe
 from frpo.config.sections import Recipe
+from frpo.evaluate.chart import Chart
 from frpo.evaluate.page import Section, TableText
+from frpo.evaluate.runs import chart_runs, draw_runs, read_runs
 from frpo.manifest import environment
 from frpo.retention.charts import kept_charts
+from frpo.retention.choice import choice
 from frpo.retention.pictures import draw_all
 from frpo.retention.results import Results
-from frpo.retention.tables import COMPARED, all_tables, heldout_table, level
+from frpo.retention.tables import COMPARED, all_tables, heldout_table
 
 RESULTS = "results.json"
 TOLD = (("over KL", "at the same KL"), ("over updates", "per update"))
@@ -27,14 +30,40 @@ BOUND_AT = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 def section_of(found: Results, folder: Path) -> Section:
     """Of the page. Pictures are written into `folder`."""
-    recipe = found.plan.recipe
+    recipe, (pictures, charts) = found.plan.recipe, _trainings(found, folder)
     return Section(
         title=recipe.run.name, text=tuple(sentences(found)), warnings=found.warnings,
         tables=(meanings(found), *all_tables(found), *([heldout_table(found)] if found.heldout else ())),
-        pictures=draw_all(found, folder), charts=kept_charts(found),
+        pictures=draw_all(found, folder) | pictures, charts=kept_charts(found) | charts,
+        shown={"Durations": durations(found)},
         folded={"Recipe": as_yaml(dump_recipe(recipe)),
                 "Manifest": json.dumps(environment(), indent=1),
                 "Seconds of each stage": json.dumps(found.seconds, indent=1)})
+
+
+def _trainings(found: Results, folder: Path) -> tuple[dict[str, Path], dict[str, Chart]]:
+    """Curves of the policies' trainings side by side, as pictures and charts; none of a matrix with forks."""
+    seeds = found.plan.seeds if not found.plan.recipe.regimes else ()
+    folders = {stage.policy if found.single else f"{stage.policy}, seed {stage.seed}": stage.run_dir
+               for seed in seeds for stage in seed.policies.values() if stage.done}
+    runs = read_runs(folders)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = draw_runs(runs, folder / "trainings.png")
+    return ({"Trainings": drawn}, {"Trainings": chart_runs(runs, folders)}) if drawn else ({}, {})
+
+
+def durations(found: Results) -> str:
+    """In a line: of all stages, of starts and of pushes."""
+    told = [f"{len(found.seconds)} stages took {sum(found.seconds.values()) / 60:.1f} minutes"]
+    told += [f"a start of engines {np.median(found.starts):.0f} s"] if found.starts else []
+    told += [f"a push of weights {np.median(found.pushes):.2f} s"] if found.pushes else []
+    return "; ".join(told)
+
+
+def page_title(found: Results) -> str:
+    """Without forks nothing is retained."""
+    name = found.plan.recipe.run.name
+    return f"Retention: {name}" if found.plan.recipe.regimes else name[:1].upper() + name[1:]
 
 
 def meanings(found: Results) -> TableText:
@@ -43,14 +72,19 @@ def meanings(found: Results) -> TableText:
     measure, rows = recipe.measure, []
     for name, section in recipe.regimes.items():
         rows.append((name, f"what forks go through: {section.means or _training(found, name)}"))
-    rows += [("kept", f"reward of held-out prompts of {measure.kept.means or _rewards(first.kept)}"),
-             ("decile", "mean of the lowest tenth of its completions")]
+    rows.append(("kept" if recipe.regimes else "reward",
+                 f"reward of held-out prompts of {measure.kept.means or _rewards(first.kept)}"))
     if first.utility is not None:
         rows.append(("utility", f"reward of held-out prompts of {measure.utility.means or _rewards(first.utility)}"))
-    rows += [("over updates", "mean along a fork's updates: how soon it is lost"),
-             ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy: how much is lost by a "
-                         "fine-tuning that goes so far"),
-             ("KL to the reference", "nats a sequence that a policy itself has moved before any fork")]
+    if recipe.regimes:
+        rows += [("decile", "mean of the lowest tenth of its completions"),
+                 ("start, end", "before the first update of a fork and after its last one; of one seed the interval of "
+                                "their difference takes both for independent"),
+                 ("over updates", "mean along a fork's updates: how soon it is lost"),
+                 ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy: how much is lost by a "
+                             "fine-tuning that goes so far")]
+    rows.append(("KL to the reference", "nats a sequence that a policy has moved from the model that it began with, or "
+                                        f"from its `reference`{', before any fork' if recipe.regimes else ''}"))
     return TableText(title="What the names mean", note="", columns=("name", "meaning"), rows=tuple(rows), laid_out=True)
 
 
@@ -68,7 +102,7 @@ def _rewards(recipe: Recipe) -> str:
 
 
 def sentences(found: Results) -> list[str]:
-    """Each comparison in words, then certificates and time."""
+    """Each comparison in words, then certificates and which policy is best."""
     recipe, told = found.plan.recipe, []
     for regime in recipe.regimes:
         for pair in found.pairs:
@@ -82,19 +116,7 @@ def sentences(found: Results) -> list[str]:
         clear = sum(each.clear_violations for each in found.certified.values())
         told.append(f"{below} of {count} measured points lie below the certificate of their policy, {clear} of them by "
                     "more than their own 95 % interval.")
-    if recipe.choose:
-        chosen, bounds = found.chosen, ", ".join(f"{name} in [{_end(low)}, {_end(high)}]"
-                                                 for name, (low, high) in recipe.choose.bounds.items())
-        what = recipe.choose.measure + (f" with {bounds}" if bounds else "")
-        told.append(f"Largest {what}: {chosen}, {level(found.of_policy(chosen, recipe.choose.measure).values())}, "
-                    f"{found.plan.model_of(chosen)}." if chosen else f"No policy has a {what}.")
-    if found.starts and found.pushes:
-        start, push = float(np.median(found.starts)), float(np.median(found.pushes))
-        saved = max(len(found.pushes) * (start - push) / 60, 0.0)
-        told.append(f"{len(found.pushes)} probes pushed weights into running engines, {push:.2f} s each; to start "
-                    f"engines takes {start:.0f} s, so that {saved:.1f} minutes were saved.")
-    told.append(f"{len(found.seconds)} stages took {sum(found.seconds.values()) / 60:.1f} minutes.")
-    return told
+    return told + choice(found)
 
 
 def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, words: str) -> str:
@@ -109,10 +131,6 @@ def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, 
         verdict = "more is kept" if result.mean > 0 else "less is kept"
     return (f"{words} {verdict} ({result.mean:+.3f} ± {result.half_width:.3f} in reward, {result.positive} of "
             f"{result.count} seeds positive{lacking})")
-
-
-def _end(limit: float | None) -> str:
-    return "any" if limit is None else f"{limit:g}"
 
 
 def write_results(found: Results, path: Path) -> Path:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from frpo.evaluate.certificate import Certificate
+from frpo.evaluate.heldout import interval_of
 from frpo.evaluate.retained import ForkPath, Paired, paired
 from frpo.retention.plan import Plan
 from frpo.telemetry import mean_interval
@@ -131,15 +132,37 @@ class Results:
         return {title: group for title, group in found.items() if group}
 
     def of_policy(self, policy: str, measure: str) -> dict[int, float]:
-        """By seed, a policy's metric, or a number of its forks as REGIME/number."""
+        """By seed, a policy's metric, or a number or a last metric of its forks as REGIME/number."""
         regime, _, number = measure.partition("/")
         if regime in self.plan.recipe.regimes:
-            return self.by_seed(policy, regime, number)
+            return self.measured((policy, regime), number)
         return self.policy_by_seed(policy, measure)
 
     def spread(self, policy: str, measure: str) -> tuple[float, float]:
-        """Mean over seeds of `of_policy` and half-width of its 95 % interval; NaN where there is none."""
-        return mean_interval(self.of_policy(policy, measure).values())
+        """Mean over seeds of `of_policy` and half-width of its 95 % interval, of one seed over its held-out prompts;
+        NaN where there is none.
+        """
+        mean, half_width = mean_interval(self.of_policy(policy, measure).values())
+        return mean, self._sampling_width(policy, measure) if self.single else half_width
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one seed only, so that nothing tells how much seeds differ."""
+        return len(self.plan.recipe.seeds) == 1
+
+    def _sampling_width(self, policy: str, measure: str) -> float:
+        """Of the only seed; NaN for what is enumerated or averaged along a fork. Of a difference as if both ends were
+        sampled from other prompts, which is wide.
+        """
+        (seed,), (regime, _, number) = self.plan.recipe.seeds, measure.partition("/")
+        if regime not in self.plan.recipe.regimes:
+            return self.policies.get((policy, seed), {}).get(interval_of(measure), math.nan)
+        if number == "end - start":
+            return math.hypot(*(self._sampling_width(policy, f"{regime}/{end}") for end in ("start", "end")))
+        metric = {"start": self.reward, "end": self.reward, "end KL": "kept/kl", "utility": UTILITY}.get(number, number)
+        path = self.paths.get((policy, regime, seed))
+        widths = path.metrics.get(interval_of(metric)) if path else None
+        return math.nan if widths is None else float(widths[0 if number == "start" else -1])
 
     def value(self, policy: str, measure: str) -> float:
         """The mean alone."""
@@ -154,13 +177,25 @@ class Results:
 
     @property
     def chosen(self) -> str | None:
-        """The policy of the largest measure among those within the bounds, the first of several; None if none is."""
+        """The first of `ranked`; None if there is none."""
+        return next(iter(self.ranked), None)
+
+    @property
+    def ranked(self) -> list[str]:
+        """Policies within the bounds of `choose` by its measure, the largest first, of equal ones the first."""
         section = self.plan.recipe.choose
         allowed = [name for name in self.plan.recipe.forked if all(
             (-math.inf if low is None else low) <= self.value(name, measure) <= (math.inf if high is None else high)
             for measure, (low, high) in section.bounds.items())] if section else []
         ranked = [name for name in allowed if not math.isnan(self.value(name, section.measure))]
-        return max(ranked, key=lambda name: self.value(name, section.measure), default=None)
+        return sorted(ranked, key=lambda name: -self.value(name, section.measure))
+
+    def lead(self, policy: str, other: str, measure: str) -> Paired:
+        """How much more a policy has of a measure, seed by seed; of one seed with the interval of both samples."""
+        found = paired(self.of_policy(policy, measure), self.of_policy(other, measure))
+        if not self.single:
+            return found
+        return replace(found, half_width=math.hypot(*(self.spread(name, measure)[1] for name in (policy, other))))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ new set of processes and what the stage had done since its newest checkpoint.
 """
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +16,13 @@ from string import Template
 from typing import Any, TypeVar
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
-from frpo.builder import Stack, build_stack, check, check_prompts, parts_on, tokenizer_of, tried_rewards
+from frpo.builder import Stack, build_stack, check, parts_on, tried_rewards
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
-from frpo.data.examples import load_examples
-from frpo.data.prompts import PromptSet, load_prompts
-from frpo.errors import ConfigError, DataError, EngineError, FrpoError, ModelError, RewardError
+from frpo.errors import ConfigError, EngineError, FrpoError
 from frpo.evaluate.curve import read_metrics
 from frpo.evaluate.kl_spacing import ProbeSchedule
 from frpo.evaluate.model import of_model
@@ -36,20 +31,20 @@ from frpo.finetune import FineTuner
 from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.held import held_folder
 from frpo.journal import Journal
-from frpo.learner.model import check_reference, vocabulary_difference
 from frpo.learner.tiny import tiny_model
 from frpo.progress import ProgressBar
-from frpo.retention.before import missing, write_distance, write_samples
+from frpo.retention.before import START, complete, missing, write_distance, write_samples
+from frpo.retention.checks import check_seed, record_heldout, tasks_of
 from frpo.retention.plan import Plan, SeedPlan, Stage
 from frpo.rewards.loading import load_function
 from frpo.telemetry import JsonlFile
 from frpo.trainer import Trainer
-from frpo.types import Example, RunState
+from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-HELD_OUT, STARTS = "heldout.json", "starts.jsonl"
+STARTS = "starts.jsonl"
 KL = "kept/kl"
 """Metric of a probe: nats from the policy that the fork began as."""
 
@@ -62,7 +57,7 @@ def run_plan(plan: Plan, stack: Stack | None = None) -> None:
     done = [stage.done is not None for stage in plan.stages]
     with Matrix(plan, stack) as matrix, ProgressBar(len(done), sum(done), plan.recipe.run.name) as bar:
         for seed in plan.seeds:
-            if not _complete(plan, seed):
+            if not complete(plan.recipe, seed):
                 with held_folder(seed.folder):  # by one of several processes, each with seeds of its own
                     matrix.run_seed(seed, bar)
 
@@ -76,6 +71,8 @@ class Matrix:
         self.running = ExitStack()
         self.stack = stack
         self.restarts_left = self.recipe.run.restarts
+        self.shared_s = 0.0
+        """Seconds spent on what all stages share: a tiny model, engines and ranks."""
 
     def __enter__(self) -> Matrix:
         return self
@@ -85,10 +82,8 @@ class Matrix:
 
     def run_seed(self, seed: SeedPlan, bar: ProgressBar) -> None:
         self.set_up(seed)
-        check_models(seed)
-        check_references(self.recipe, seed)
-        check_rewards(seed)
-        with self.tasks(seed) as tasks:
+        check_seed(self.recipe, seed)
+        with tasks_of(seed) as tasks:
             record_heldout(seed, tasks[0].prompts, self.recipe.measure.overlap)
             for stage in seed.policies.values():
                 self.attempt(stage, tasks, bar)
@@ -100,23 +95,9 @@ class Matrix:
 
     def set_up(self, seed: SeedPlan) -> None:
         """Let the recipe's setup make its models and files, once."""
-        folder, ready = seed.folder / "setup", seed.folder / "setup.done"
-        if self.recipe.setup is None or ready.is_file():
-            return
-        load_function(self.recipe.setup, "setup")(folder, seed.seed)
-        ready.touch()
-
-    @contextmanager
-    def tasks(self, seed: SeedPlan) -> Iterator[list[Task]]:
-        """Held-out prompts of what is measured, and running rewards."""
-        with ExitStack() as stack:
-            found = []
-            for name, recipe in (("kept", seed.kept), ("utility", seed.utility)):
-                if recipe is not None:
-                    prompts = check_prompts(recipe)
-                    found.append(Task(name=name, recipe=recipe, prompts=prompts,
-                                      rewards=stack.enter_context(tried_rewards(recipe, prompts))))
-            yield found
+        if self.recipe.setup is not None and not seed.setup_done.is_file():
+            load_function(self.recipe.setup, "setup")(seed.setup, seed.seed)
+            seed.setup_done.touch()
 
     def attempt(self, stage: Stage, tasks: Sequence[Task], bar: ProgressBar) -> None:
         """Run a stage that is not done; note its failure."""
@@ -125,7 +106,7 @@ class Matrix:
         bar.note(stage.name)
         if stage.origin and not stage.origin.done:
             return stage.fail(f"the policy {stage.origin.policy} that it starts from is missing")
-        started = time.perf_counter()
+        started, shared = time.perf_counter(), self.shared_s
         try:
             with held_folder(stage.run_dir):
                 state = self.surviving(stage.name, lambda: self.run(stage, tasks))
@@ -134,9 +115,12 @@ class Matrix:
         except FrpoError as error:
             stage.fail(f"{type(error).__name__}: {error}")
             return bar.log(f"{stage.name}: failed: {error}")
-        stage.finish(steps=state.step, seconds=time.perf_counter() - started)
+        shared = self.shared_s - shared
+        seconds = time.perf_counter() - started - shared
+        stage.finish(steps=state.step, seconds=seconds)
         bar.advance()
-        return bar.log(f"{stage.name}: {state.step} updates, {time.perf_counter() - started:.0f} s")
+        before = f", after {shared:.0f} s for a start that all stages share" if shared >= 1 else ""
+        return bar.log(f"{stage.name}: {state.step} updates, {seconds:.0f} s{before}")
 
     def surviving(self, name: str, work: Callable[[], Result]) -> Result:
         """Its result; where an engine or a rank dies it is done again on new processes, `run.restarts` times in all."""
@@ -153,7 +137,7 @@ class Matrix:
 
     def run(self, stage: Stage, tasks: Sequence[Task]) -> RunState:
         recipe = stage.recipe
-        model = stage.start or tiny_model(recipe, stage.run_dir.parents[1] / "model")  # the same for all policies
+        model = self.start_of(stage)
         stack = self.processes(tasks[0].recipe, model)
         if isinstance(recipe, FinetuneRecipe):
             checked = check_finetune(recipe)
@@ -199,8 +183,9 @@ class Matrix:
             scored = sampled(task, engines, step=0, version=0, samples=wanted.samples)
             check_agreement(task, engines, learner, scored, version=0)
             write_samples(seed, name, scored)
-        if wanted.reference and seed.has(wanted.reference):
-            learner.remember_start(seed.model_of(wanted.reference))
+        if wanted.reference and (wanted.reference == START or seed.has(wanted.reference)):
+            start = wanted.reference == START
+            learner.remember_start(self.start_of(seed.policies[name]) if start else seed.model_of(wanted.reference))
             scored = sampled(task, engines, step=0, version=0)
             kl = learner.kl_groups([each.group for each in scored], to="start")
             write_distance(seed, name, wanted.reference, task_metrics(task, scored, kl))
@@ -217,13 +202,28 @@ class Matrix:
         """Those that run, or new ones; model: what engines load first, of the shape of all."""
         if self.stack is None:
             started = time.perf_counter()
-            self.stack = self.running.enter_context(build_stack(of_model(recipe, model), model))
-            self.stack.pool.wait_until_ready()
+            with self.sharing():
+                self.stack = self.running.enter_context(build_stack(of_model(recipe, model), model))
+                self.stack.pool.wait_until_ready()
             starts = JsonlFile(Path(self.recipe.run.dir) / STARTS)
             starts.append({"seconds": time.perf_counter() - started})
             starts.close()
         self.stack.pool.give_way()
         return self.stack
+
+    def start_of(self, stage: Stage) -> str:
+        """The model that a stage begins with; a tiny one, the same for all policies, is made where it is missing."""
+        with self.sharing():
+            return stage.start or tiny_model(stage.recipe, stage.run_dir.parents[1] / "model")
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Count the seconds within it as those of all stages."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.shared_s += time.perf_counter() - started
 
     def close_processes(self) -> None:
         self.running.close()
@@ -234,95 +234,6 @@ def probed_kl(stage: Stage) -> dict[int, float]:
     """Update -> KL in nats of the probes that a fork's metrics hold."""
     rows = read_metrics(stage.run_dir / "metrics.jsonl")
     return {int(row["step"]): row[KL] for row in rows if KL in row}
-
-
-def check_models(seed: SeedPlan) -> None:
-    """Raise ModelError where a policy's model is missing, or does not speak in the tokens of what is measured."""
-    measured = tokenizer_of(seed.kept.model)
-    first = {name: stage.first.recipe.model for name, stage in seed.policies.items()}
-    first |= {name: seed.kept.model.model_copy(update={"path": path, "tiny": None})
-              for name, path in seed.given.items()}
-    for name, model in first.items():
-        try:
-            differing = vocabulary_difference(measured, tokenizer_of(model))
-        except ModelError as error:
-            raise ModelError(f"policy {name}, seed {seed.seed}: {error}") from None
-        if differing:
-            raise ModelError(f"policy {name}, seed {seed.seed}: its tokenizer is not that of measure.kept "
-                             f"({differing}); all policies of a matrix run on engines of one model family")
-
-
-def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
-    """Raise ModelError where a policy and its reference both exist and their logits are not of one size."""
-    for name, path in seed.given.items():
-        reference = recipe.policies[name].reference
-        if reference not in seed.given:
-            continue
-        model = seed.kept.model.model_copy(update={"path": path, "tiny": None})
-        try:
-            check_reference(model, seed.given[reference], tokenizer_of(model))
-        except ModelError as error:
-            raise ModelError(f"policies.{name}.reference = {reference}, seed {seed.seed}: {error}") from None
-
-
-def check_rewards(seed: SeedPlan) -> None:
-    """Try what the stages to come are rewarded by, equal ones once. Raises RewardError naming the stage."""
-    tried = set()
-    for stage in seed.stages:
-        recipe = stage.recipe
-        if stage.done or not isinstance(recipe, Recipe) or (key := str((recipe.rewards, recipe.data))) in tried:
-            continue
-        tried.add(key)
-        try:
-            with tried_rewards(recipe, load_prompts(
-                    recipe.data, tokenizer_of(stage.first.recipe.model), recipe.run.seed)):
-                pass
-        except RewardError as error:
-            raise type(error)(f"{stage.name}: {error}") from None
-
-
-def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
-    """Write down, before anything is trained, which prompts are held out and how many of them will be trained on.
-
-    Raises DataError if they were others when this seed began, or if there is an overlap that is refused.
-    """
-    heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
-    if len(heldout) < 2:
-        raise DataError(f"measure.kept holds out {len(heldout)} prompt(s), too few for an interval; give more in "
-                        "data.heldout_path, or raise data.heldout")
-    record: dict[str, Any] = {"heldout": len(heldout), "uids": sorted(heldout.values()), "overlap": {}}
-    for stage in seed.stages:
-        shared = set(heldout) & set(_trained_on(stage.recipe, tokenizer_of(stage.first.recipe.model)))
-        record["overlap"][f"{stage.policy}/{stage.regime}" if stage.regime else stage.policy] = len(shared)
-    path = seed.folder / HELD_OUT
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["uids"] != record["uids"]:
-        raise DataError(f"{path} names other held-out prompts than measure.kept has now; choose another run.dir, or "
-                        "restore the data that this matrix began with")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    trained = {name: count for name, count in record["overlap"].items() if count}
-    if trained and allowed == "refuse":
-        told = ", ".join(f"{count} by {name}" for name, count in trained.items())
-        raise DataError(f"held-out prompts of measure.kept are trained on: {told}, of {len(heldout)}; what is kept "
-                        "would be measured on training data. Hold out others, or set measure.overlap to keep")
-
-
-def _trained_on(recipe: Recipe | FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Token ids of every prompt that a recipe trains on."""
-    if isinstance(recipe, Recipe):
-        return [prompt.token_ids for prompt in load_prompts(recipe.data, tokenizer, recipe.run.seed).train]
-    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed).train
-    return [_prompt_of(example) for example in examples]
-
-
-def _prompt_of(example: Example) -> tuple[int, ...]:
-    return example.token_ids[:example.loss_mask.index(True)]
-
-
-def _complete(plan: Plan, seed: SeedPlan) -> bool:
-    """Whether nothing of this seed is left to do."""
-    return all(stage.done for stage in seed.stages) and not any(
-        missing(plan.recipe, seed, name) for name in plan.recipe.shown)
 
 
 def _with_seed(value: Any, seed: int) -> Any:

@@ -9,18 +9,29 @@ from frpo.config.loader import parse_yaml, recipe_from_dict
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError
 
+GIVEN = {"run.dir": "every policy has its own in the folder of --dir", "run.seed": "give the seeds as --seeds 0 1 2",
+         "run.name": "every policy is called by its values"}
+"""Keys that a sweep sets itself, and what to do instead."""
+
 
 def sweep_recipe(recipe: str, overrides: Sequence[str], *, over: Sequence[str], seeds: Sequence[int], folder: str,
                  downstream: Sequence[str] = (), choose: str | None = None, within: Sequence[str] = ()
                  ) -> RetentionRecipe:
     """The matrix. over: section.key=[values] each. within: measure=[low, high] each. Raises ConfigError."""
+    values = _assignments(over, "--over", "objective.kl_coef=[0.001,0.01]")
+    for key in (*values, *(override.partition("=")[0] for override in overrides)):
+        if key in GIVEN:
+            raise ConfigError(f"{key} is no key to sweep over or to override: {GIVEN[key]}")
+    regimes = {Path(each).stem: {"recipe": each} for each in downstream}
+    if len(regimes) < len(downstream):
+        raise ConfigError(f"--downstream {' '.join(downstream)}: two are called by the same name, which their folders "
+                          "have too; rename a file, or leave one out")
     base = {"recipe": recipe, "overrides": list(overrides)}
     chosen = {"measure": choose} if choose else {}
     return recipe_from_dict({
         "run": {"name": f"sweep of {Path(recipe).stem}", "dir": folder}, "seeds": list(seeds),
-        "policies": {"policy": {**base, "over": _assignments(over, "--over", "objective.kl_coef=[0.001,0.01]")}},
-        "downstream": {Path(each).stem: {"recipe": each} for each in downstream}, "measure": {"kept": base},
-        "certificate": None,
+        "policies": {"policy": {**base, "over": values}},
+        "downstream": regimes, "measure": {"kept": base}, "certificate": None,
         "choose": {**chosen, "bounds": _assignments(within, "--within", "eval/kl=[null,0.5]")}}, RetentionRecipe)
 
 
@@ -31,5 +42,7 @@ def _assignments(texts: Sequence[str], option: str, example: str) -> dict[str, l
         values = parse_yaml(value, f"{option} {text!r}")
         if not equals or not key or not isinstance(values, list) or not values:
             raise ConfigError(f"{option} {text!r} is not of the form {example}")
+        if key in found:
+            raise ConfigError(f"{option} {key} is given twice; give all of it in one list, such as {example}")
         found[key] = values
     return found

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from frpo.config.retention import TableSection
 from frpo.evaluate.page import TableText
@@ -13,22 +14,25 @@ from frpo.telemetry import mean_interval
 POLICY_COLUMNS = (("KL to reference, nats", "eval/kl"), ("reward", "kept/reward"), ("lowest decile", "kept/decile"),
                   ("reward, exact", "exact/reward"), ("lowest decile, exact", "exact/decile"),
                   ("J at lambda 0.2, exact", "exact/J_0.2"), ("log-odds of the worst, exact", "exact/comply"))
-FORK_COLUMNS = ("end KL", "end", "over updates", "decile over updates", "over KL", "decile over KL", "at KL 0.5",
-                "at KL 1", "at KL 2", "utility")
+FORK_COLUMNS = ("start", "end", "end - start", "end KL", "over updates", "decile over updates", "over KL",
+                "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "utility")
 COMPARED = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "over updates", "decile over updates",
             "end", "end KL", "utility")
-BLANK = "-: KL not reached, or neighbouring probes too far apart; (1 of 3): seeds that have a value"
+COUNT = re.compile(r"\(\d+ of \d+\)")
+BLANK = "; -: KL not reached, or neighbouring probes too far apart"
 
 
 def all_tables(found: Results) -> list[TableText]:
     """The recipe's own, state, policies, forks, comparisons by regime, certificates; without those that would be
-    empty.
+    empty. Without forks the frontier is the table of policies.
     """
-    tables = []
+    tables, several = [], len(found.plan.recipe.shown) > 1
     for section in found.plan.recipe.tables:
         tables += [own_table(found, section), own_differences(found, section)]
-    tables += [state_table(found), policy_table(found)]
-    if len(found.plan.recipe.shown) > 1:
+    tables.append(state_table(found))
+    if found.plan.recipe.regimes or not several:
+        tables.append(policy_table(found))
+    if several:
         tables.append(frontier_table(found))
     for title, group in found.groups.items():
         regimes = dict.fromkeys(regime for _, _, regime in group)
@@ -51,9 +55,9 @@ def state_table(found: Results) -> TableText:
 def policy_table(found: Results) -> TableText:
     known = [column for column in POLICY_COLUMNS
              if any(column[1] in metrics for metrics in found.policies.values())]
-    rows = [(policy, *(level(found.policy_by_seed(policy, metric).values()) for _, metric in known))
-            for policy in found.plan.recipe.shown]
-    return TableText(title="Policies before any fine-tuning", note="mean over seeds ± 95 % interval",
+    rows = [(policy, *(level(found, policy, metric) for _, metric in known)) for policy in found.plan.recipe.shown]
+    title = "Policies before any fine-tuning" if found.plan.recipe.regimes else "Policies"
+    return TableText(title=title, note=how_told(found) + seeds_told(rows),
                      columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
 
 
@@ -66,10 +70,12 @@ def frontier_table(found: Results) -> TableText:
     known = [(title, measure) for title, measure in measures
              if any(not math.isnan(found.value(policy, measure)) for policy in found.plan.recipe.shown)]
     rows = [(policy + (" (chosen)" if policy == found.chosen else ""),
-             *(level(found.of_policy(policy, measure).values(), interval=False) for _, measure in known))
+             *(level(found, policy, measure, interval=not regimes) for _, measure in known))
             for policy in found.plan.recipe.shown]
-    return TableText(title="Frontier: reward reached, KL spent, reward kept", rows=tuple(rows),
-                     note="mean over seeds; -: not known, see the warnings; (1 of 3): seeds that have a value",
+    title = "Frontier: reward reached, KL spent, reward kept" if regimes else "Reward reached, KL spent"
+    how = how_told(found) if not regimes else "one seed" if found.single else "mean over seeds"
+    unknown = "; -: not known, see the warnings" if any("-" in row for row in rows) else ""
+    return TableText(title=title, rows=tuple(rows), note=how + unknown + seeds_told(rows),
                      columns=("policy", *(title for title, _ in known)))
 
 
@@ -82,11 +88,11 @@ def own_table(found: Results, section: TableSection) -> TableText:
             continue
         cells = []
         for fork in row.forks:
-            value = shown(found.measured(fork, row.measure).values())
+            value = shown(found, fork[0], f"{fork[1]}/{row.measure}")
             beside = mean_interval(found.measured(fork, row.beside).values())[0] if row.beside else math.nan
             cells.append(value + ("" if math.isnan(beside) else f" [{scale * beside:.{0 if section.percent else 3}f}]"))
         if section.before:
-            cells.insert(0, shown(found.before(row.forks, row.measure).values()))
+            cells.insert(0, _shown(found.before(row.forks, row.measure).values(), section.percent))
         if section.published:
             cells.append("\n".join(f"{what} {' / '.join(map(_published, numbers))}".strip()
                                     for what, numbers in row.published.items()))
@@ -95,9 +101,8 @@ def own_table(found: Results, section: TableSection) -> TableText:
         title=section.title, rows=tuple(rows), laid_out=True,
         columns=("", *([section.before] if section.before else []), *section.columns,
                  *([f"published: {section.published}"] if section.published else [])),
-        note=("in %, " if section.percent else "") + "mean over seeds ± 95 % interval by Student's t"
-             + (f"; {section.note}" if section.note else "")
-             + (f"; {BLANK}" if any("KL" in row.measure for row in section.rows) else ""))
+        note=("in %, " if section.percent else "") + how_told(found) + (f"; {section.note}" if section.note else "")
+             + (BLANK if any("KL" in row.measure for row in section.rows) else "") + seeds_told(rows))
 
 
 def own_differences(found: Results, section: TableSection) -> TableText:
@@ -121,15 +126,16 @@ def fork_table(found: Results, title: str) -> TableText:
     known = [name for name in FORK_COLUMNS
              if any(name in values for fork, values in found.summaries.items()
                     if fork[:2] in {each[1:] for each in group})]
-    rows = [(name, *(level(found.by_seed(policy, regime, measure).values()) for measure in known),
-             *(level(found.measured((policy, regime), f"kept/{each}/mean").values()) for each in found.components))
+    rows = [(name, _updates(found, policy, regime), *(level(found, policy, f"{regime}/{measure}") for measure in (
+                *known, *(f"kept/{each}/mean" for each in found.components))))
             for name, policy, regime in group]
     how = "enumerated" if found.exact else "sampled"
     return TableText(
-        title=f"Kept {title}", columns=("", *known, *(f"end, {each}" for each in found.components)), rows=tuple(rows),
-        note=f"{how} reward of the original task on held-out prompts, mean over seeds ± 95 % interval; over KL: "
-             f"averaged from 0 to {found.plan.recipe.measure.max_kl:g} nats from the policy, without probes whose KL "
-             f"fell back; {BLANK}")
+        title=f"Kept {title}", rows=tuple(rows),
+        columns=("", "updates", *known, *(f"end, {each}" for each in found.components)),
+        note=f"{how} reward of the original task on held-out prompts, before (start) and after the updates (end), "
+             f"{how_told(found)}; over KL: averaged from 0 to {found.plan.recipe.measure.max_kl:g} nats from the "
+             f"policy, without probes whose KL fell back{BLANK}{seeds_told(rows)}")
 
 
 def pair_table(found: Results, regime: str) -> TableText:
@@ -143,10 +149,11 @@ def pair_table(found: Results, regime: str) -> TableText:
         control = " (control)" if pair in found.plan.recipe.controls else ""
         rows.append((f"{pair[0]} - {pair[1]}{control}", difference(matched),
                      *(difference(found.compared(pair, regime, name)) for name in known)))
-    return TableText(title=f"Differences through {regime}, seed by seed",
-                     note="mean ± 95 % interval [seeds of positive sign / seeds with a value for both]; -: no seed has "
-                          "one; * leaves zero out, which a control must not. Each interval is for itself: of many, one "
-                          "in twenty leaves zero out by chance",
+    note = "one seed: no interval, any of these may be chance; -: no value" if found.single else (
+        "mean ± 95 % interval [seeds of positive sign / seeds with a value for both]; -: no seed has one; * leaves "
+        "zero out, which a control must not. Each interval is for itself: of many, one in twenty leaves zero out by "
+        "chance")
+    return TableText(title=f"Differences through {regime}, {'one seed' if found.single else 'seed by seed'}", note=note,
                      columns=("policies", "KL to reference", *known), rows=tuple(rows))
 
 
@@ -157,7 +164,7 @@ def certificate_table(found: Results) -> TableText:
         if not certified:
             continue
         slack = [float(gap) for each in certified for gap in each.slack]
-        bounds = [level(float(each.certificate.bound([kl])[0]) for each in certified) for kl in (0.25, 0.5, 1.0, 2.0)]
+        bounds = [_shown(float(each.certificate.bound([kl])[0]) for each in certified) for kl in (0.25, 0.5, 1.0, 2.0)]
         rows.append((policy, *bounds, str(len(slack)), str(sum(each.violations for each in certified)),
                      str(sum(each.clear_violations for each in certified)),
                      f"{min(slack):+.3f}" if slack else "", f"{sum(slack) / len(slack):.3f}" if slack else ""))
@@ -169,22 +176,44 @@ def certificate_table(found: Results) -> TableText:
                  "smallest slack", "mean slack"), rows=tuple(rows))
 
 
-def level(values: Iterable[float], *, interval: bool = True) -> str:
+def how_told(found: Results) -> str:
+    """What numbers and intervals in cells are."""
+    return "one seed ± 95 % interval over its held-out prompts, where they were sampled" if found.single else (
+        "mean over seeds ± 95 % interval by Student's t")
+
+
+def seeds_told(rows: Iterable[Sequence[str]]) -> str:
+    """What a count behind a mean says, where there is one."""
+    counts = any(COUNT.search(cell) for row in rows for cell in row[1:])
+    return "; (1 of 3): seeds that have a value" if counts else ""
+
+
+def level(found: Results, policy: str, measure: str, *, interval: bool = True) -> str:
     """Mean over seeds ± half-width of its 95 % interval, and how many seeds have a value if not all do."""
-    return _level(values, 1.0, 3, interval)
+    return _shown(found.of_policy(policy, measure).values(), half_width=found.spread(policy, measure)[1] if interval
+                  else math.nan)
 
 
-def percent(values: Iterable[float]) -> str:
+def percent(found: Results, policy: str, measure: str) -> str:
     """The same for shares, in per cent."""
-    return _level(values, 100.0, 1, True)
+    return _shown(found.of_policy(policy, measure).values(), True, found.spread(policy, measure)[1])
 
 
-def _level(values: Iterable[float], scale: float, digits: int, interval: bool) -> str:
+def _updates(found: Results, policy: str, regime: str) -> str:
+    """How many a fork went through, of all seeds."""
+    last = {path.step_S[-1] for path in found.forks(policy, regime).values()}
+    return " or ".join(f"{update:g}" for update in sorted(last))
+
+
+def _shown(values: Iterable[float], share: bool = False, half_width: float | None = None) -> str:
+    """half_width: of the interval; None: that of the mean over the values."""
     values = list(values)
-    mean, half_width = mean_interval(values)
+    mean, over_values = mean_interval(values)
+    half_width = over_values if half_width is None else half_width
     if math.isnan(mean):
         return "-"
-    width = f" ± {scale * half_width:.{digits}f}" if interval and not math.isnan(half_width) else ""
+    scale, digits = (100.0, 1) if share else (1.0, 3)
+    width = "" if math.isnan(half_width) else f" ± {scale * half_width:.{digits}f}"
     count = sum(not math.isnan(value) for value in values)
     return f"{scale * mean:.{digits}f}{width}" + (f" ({count} of {len(values)})" if count < len(values) else "")
 

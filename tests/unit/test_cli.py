@@ -180,7 +180,6 @@ BAD = {
     "W&B without a login": (
         ["telemetry.wandb=true"], "ConfigError: telemetry.wandb: nobody is logged in to api.wandb.ai; run `wandb "
                                   "login`, set WANDB_API_KEY, set WANDB_MODE=offline"),
-    "a model without weights": (["model.path=PLACE/hollow"], "ModelError: model.path 'PLACE/hollow' has no weights"),
     "weights cut short": (
         ["model.path=PLACE/short"], "ModelError: model.path: PLACE/short/model.safetensors cannot be read"),
     "no row has the reward's column": (
@@ -461,6 +460,14 @@ def test_starting_over_and_not_doing_so_contradict_each_other(place, capsys):
     assert "--overwrite starts over and run.resume=never says otherwise; leave one of them out" in wrong
 
 
+def test_a_model_without_weights_passes_the_checks_and_is_noted_but_does_not_run(place, capsys):
+    code, out, _ = run(capsys, "train", "recipe.yaml", "model.path=hollow", "--dry-run")
+    assert code == 0 and "# note: the run would end here: model.path 'hollow' has no weights (model.safe" in out
+    for command in (["train", "recipe.yaml"], ["rollout", "recipe.yaml"]):
+        code, _, err = run(capsys, *command, "model.path=hollow", "run.dir=elsewhere")
+        assert code == 2 and err.startswith("frpo: ModelError: model.path 'hollow' has no weights")
+
+
 @pytest.mark.parametrize("arguments, hint", [
     (["trian", "recipe.yaml"], "Did you mean train?"),
     (["train", "recipe.yaml", "--dryrun"], "did you mean --dry-run?"),
@@ -500,18 +507,67 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     assert HELD_OUT.format(6) in out
 
 
+CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not"
+
+
 def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     before = tree(place)
     code, out, err = run(capsys, "retention", "lab", "--quick", "--dry-run", "seeds=[7]", "only_regimes=[sft]")
     assert code == 0, err
-    assert out.splitlines()[::4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
-                                     "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
+    lines = out.splitlines()
+    assert lines[:5:4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
+                           "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
+    assert lines[5:] == [CHECKED, "# not checked, since the setup has yet to make their files: measure.kept; "
+                         "measure.utility; warm, seed 7; frpo, seed 7; dr_grpo, seed 7; frpo, seed 7, sft; "
+                         "dr_grpo, seed 7, sft"]
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", "--over", "learner.lr=[1e-3]",
                          "--seeds", "4", "--dir", "there", "--dry-run")
-    assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"), err
+    assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"
+                              f"{CHECKED}\n"), err
     code, out, err = run(capsys, "retention", "recipe.yaml")
     assert (code, out) == (2, "") and "recipe.yaml is a recipe of `frpo train`, by its sections" in err
     assert tree(place) == before
+
+
+@pytest.mark.parametrize("command", ["--dry-run", "--jobs=1"])
+@pytest.mark.parametrize("argument, message", [
+    ("data.path=nope.jsonl", "policy-lr=0.001, seed 0: data file 'nope.jsonl' cannot be read"),
+    ("model.path=bad/nothere", "measure.kept, seed 0: "),
+    ("rewards=[{name: a, function: 'my_rewards.py:few'}]", "policy-lr=0.001, seed 0: reward 'a' ")])
+def test_a_mistake_of_a_sweep_is_found_by_a_dry_run_too_and_says_what_it_is_about(place, capsys, command, argument,
+                                                                                  message):
+    code, _, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", argument,
+                       "--over", "learner.lr=[1e-3]", command)
+    assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--over", "objective.kl_coef"], "--over 'objective.kl_coef' is not of the form objective.kl_coef=[0.001,0.01]"),
+    (["--over", "learner.lr=[1e-3]", "--over", "learner.lr=[1e-4]"], "--over learner.lr is given twice; give all of"),
+    (["--over", "run.seed=[1,2]"], "run.seed is no key to sweep over or to override: give the seeds as --seeds"),
+    (["--over", "run.dir=[a,b]"], "run.dir is no key to sweep over or to override: every policy has its own in the"),
+    (["run.dir=a", "--over", "learner.lr=[1e-3]"], "run.dir is no key to sweep over or to override: every policy"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "reward"],
+     "choose.measure (--choose): 'reward' is no measure of policies; did you mean 'kept/reward'? There are kept/rew"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "kept/foo"], "'kept/foo' is no measure of policies"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "exact/comply"], "'exact/comply' is no measure of policies. There"),
+    (["--over", "learner.lr=[1e-3]", "--within", "eval/foo=[null,0.5]"],
+     "choose.bounds (--within): 'eval/foo' is no measure of policies"),
+    (["--over", "learner.lr=[1e-3]", "--within", "eval/kl=[0,1]", "--within", "eval/kl=[0,2]"],
+     "--within eval/kl is given twice"),
+    (["--over", "learner.lr=[1e-3]", "--downstream", "a/x.yaml", "--downstream", "b/x.yaml"],
+     "--downstream a/x.yaml b/x.yaml: two are called by the same name")])
+def test_a_mistake_on_the_command_line_of_a_sweep_is_found_at_once(place, capsys, arguments, message):
+    code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", *arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported():
+    told = ("import sys\nfrom frpo.__main__ import main\nprint(main(sys.argv[1:]), *sys.modules)")
+    shown = subprocess.run([sys.executable, "-c", told, "sweep", "smoke", "--over", "objective.kl_coef=[0]",
+                            "--choose", "reward"], capture_output=True, text=True, timeout=60)
+    code, *modules = shown.stdout.split()
+    assert code == "2" and "'kept/reward'" in shown.stderr and not {"torch", "ray", "transformers"} & set(modules)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -162,7 +162,7 @@ def begin_quickstart(folder):
 
 
 def begin_matrix(folder):
-    run_retention(load_recipe("lab", [f"run.dir={folder}"], RetentionRecipe))
+    run_retention(make_plan(load_recipe("lab", [f"run.dir={folder}"], RetentionRecipe)))
 
 
 def began(*arguments):

@@ -8,7 +8,7 @@ from plotly.offline import get_plotlyjs
 
 from frpo.evaluate.page import TableText
 from frpo.evaluate.runs import answers_over_time
-from frpo.report import run_report, section
+from frpo.report import SIDE_BY_SIDE, run_report, section
 from frpo.retention.command import REPORT, show
 
 
@@ -21,20 +21,22 @@ def test_folders_of_other_kinds(tmp_path):
     write(tmp_path / "tuned" / "metrics.jsonl", [{"step": 1, "sft/nll": 2.0, "eval/nll": 1.5},
                                                  {"step": 7, "sft/nll": 1.0, "eval/nll": None}])
     (tmp_path / "tuned" / "manifest.json").write_text('{"seed": 5}', encoding="utf-8")
-    found = section(tmp_path / "tuned")
+    found = section(tmp_path / "tuned", tmp_path / "tuned")
     assert (found.title, found.text, found.folded) == ("tuned", ("7 steps.",), {"manifest.json": '{"seed": 5}'})
     assert found.tables[0].rows == (("eval/nll", "1.5", "-"),) and found.pictures["Training"].is_file()
     assert list(found.charts["Training"].panels) == ["cross-entropy, training, nats a token"], "one point is no curve"
     (tmp_path / "drawn").mkdir()
     (tmp_path / "tuned" / "curve.png").rename(tmp_path / "drawn" / "a<b.png")
-    assert list(section(tmp_path / "drawn").pictures) == ["a<b"]
+    assert list(section(tmp_path / "drawn", tmp_path).pictures) == ["a<b"]
     write(tmp_path / "begun" / "metrics.jsonl", [])
-    assert section(tmp_path / "begun").pictures == {} and section(tmp_path / "begun").text == ()
+    begun = section(tmp_path / "begun", tmp_path)
+    assert begun.pictures == {} and begun.text == ()
     assert run_report([str(tmp_path / "drawn")], None) == 0
     page = (tmp_path / "drawn" / REPORT).read_text(encoding="utf-8")
     assert "<h1>drawn</h1>" in page and 'alt="a&lt;b"' in page and 'src="data:image/png;base64,iVBOR' in page
     run_report([str(tmp_path / "drawn"), str(tmp_path / "begun")], None)
-    assert "<h1>2 runs</h1>" in (tmp_path / "drawn" / REPORT).read_text(encoding="utf-8")
+    assert "<h1>2 runs</h1>" in (tmp_path / "drawn" / SIDE_BY_SIDE).read_text(encoding="utf-8")
+    assert (tmp_path / "drawn" / REPORT).read_text(encoding="utf-8") == page, "its own page stays"
 
 
 STEPS = [{"step": step, "reward/mean": 0.1 * step, "reward/a/mean": 0.2, "reward/b/mean": 0.3, "policy/kl_ref": 0.01,
@@ -50,7 +52,7 @@ def test_several_trainings_stand_side_by_side(tmp_path):
         {"step": step, "task": task, "prompt": "ask", "completion": f"said <{step}>", "reward": 0.5, "rewards": {}}
         for step in (0, 4) for task in ("eval", "kept")])
     run_report([str(tmp_path / "one"), str(tmp_path / "two")], None)
-    page = (tmp_path / "one" / REPORT).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    page = (tmp_path / "one" / SIDE_BY_SIDE).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
     assert re.findall("<h2>(.*)</h2>", page) == ["Side by side", "one", "two"]
     both, _, two = (json.loads(text) for text in re.findall(
         r'<script type="application/json">(.*?)</script>', page, re.DOTALL))
@@ -67,7 +69,28 @@ def test_several_trainings_stand_side_by_side(tmp_path):
     assert [row["completion"] for key in heldout["customdata"] for row in both["samples"][key]] == [
         "said <0>", "said <4>"]
     assert "said &lt;4&gt;\n[0.5]" in page and "<td>ask</td>" in page
-    assert (tmp_path / "one" / "side_by_side.png").is_file() and two["samples"] == {}
+    assert pictures(tmp_path) == [f"one/side_by_side_pictures/{name}.png" for name in (
+        "1-one/curve", "2-two/curve", "side_by_side")] and two["samples"] == {}
+
+
+def pictures(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+def test_a_page_elsewhere_leaves_the_runs_as_they_are(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name / "metrics.jsonl", STEPS)
+    before = sorted((tmp_path / "one").iterdir())
+    run_report([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "there" / "cmp.html"))
+    assert sorted((tmp_path / "one").iterdir()) == before
+    assert pictures(tmp_path) == [f"there/cmp_pictures/{name}.png" for name in (
+        "1-one/curve", "2-two/curve", "side_by_side")]
+
+
+def test_a_file_of_a_run_stands_for_its_folder(tmp_path):
+    write(tmp_path / "one" / "metrics.jsonl", STEPS)
+    run_report([str(tmp_path / "one" / "metrics.jsonl")], None)
+    assert "<h1>one</h1>" in (tmp_path / "one" / REPORT).read_text(encoding="utf-8")
 
 
 def test_what_was_said_cannot_break_out_of_the_page(tmp_path):

@@ -97,7 +97,7 @@ def test_updates_are_counted_from_the_first_probe_and_a_path_has_one_between_its
     later = read_path([{**row, "step": row["step"] + 10} for row in ROWS], "kl")
     assert summary(later, "r", "d", 1.0)["over updates"] == pytest.approx(summary(PATH, "r", "d", 1.0)["over updates"])
     assert summary(read_path(ROWS[::len(ROWS) - 1], "kl"), "r", "d", 1.0).keys() == {
-        "start", "start decile", "end", "end decile", "end KL"}, "start and end alone are no path"
+        "start", "start decile", "end", "end decile", "end - start", "end KL"}, "start and end alone are no path"
 
 
 def test_what_was_not_reached_has_no_number():

@@ -45,13 +45,13 @@ def matrix(tmp_path, monkeypatch):
 
 
 def test_a_matrix_that_was_moved_is_told_of_as_before(matrix, monkeypatch):
-    before = section(matrix / "here" / "run")
-    assert section(Path("run")).tables == before.tables, "from its own directory"
+    before = section(matrix / "here" / "run", matrix)
+    assert section(Path("run"), Path("run")).tables == before.tables, "from its own directory"
     os.rename(matrix / "here" / "run", matrix / "there")
     for path in (matrix / "here").glob("**/*.yaml"):
         path.unlink()
     monkeypatch.chdir("/")
-    after = section(matrix / "there")
+    after = section(matrix / "there", matrix)
     assert after.tables == before.tables and after.title == "mine" and after.warnings == before.warnings
     assert after.tables[1].rows == (("given", "", "2/2"), ("made", "2/2", "2/2"))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,21 +16,28 @@ from frpo.errors import DataError, ModelError, RewardError
 from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
 from frpo.lab.network import make_model
 from frpo.lab.world import world_of
-from frpo.retention.plan import make_plan
-from frpo.retention.stages import (
+from frpo.progress import ProgressBar
+from frpo.retention.before import START, write_distance
+from frpo.retention.checks import (
     HELD_OUT,
-    Matrix,
     check_models,
+    check_plan,
     check_references,
     check_rewards,
-    probed_kl,
     record_heldout,
 )
+from frpo.retention.plan import make_plan
+from frpo.retention.stages import Matrix, probed_kl
 
 
 @pytest.fixture
-def seed(tmp_path):
-    """A plan's only seed: one policy that exists, one that starts from it, one fine-tuning."""
+def seed(plan):
+    return plan().seeds[0]
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Makes one of a seed: one policy that exists, one that starts from it, one fine-tuning; and changes of these."""
     world = world_of(0)
     make_model(tmp_path / "model", 0)
     write_rows(policy_rows(world, 20), tmp_path / "policy.jsonl")
@@ -37,15 +45,18 @@ def seed(tmp_path):
     write_rows(downstream_rows(world, 20), tmp_path / "downstream.jsonl")
     task = [f"data.path={tmp_path / 'policy.jsonl'}", f"data.heldout_path={tmp_path / 'heldout.jsonl'}",
             "data.heldout_overlap=keep"]
-    plan = make_plan(recipe_from_dict({
-        "run": {"dir": str(tmp_path / "run")},
-        "policies": {"given": {"path": str(tmp_path / "model")},
-                     "made": {"recipe": "lab_policy", "start": "given", "overrides": task}},
-        "downstream": {"sft": {"recipe": "lab_downstream_sft",
-                               "overrides": [f"data.path={tmp_path / 'downstream.jsonl'}"]}},
-        "measure": {"kept": {"recipe": "lab_policy", "overrides": [*task, f"model.path={tmp_path / 'model'}"]}}},
-        RetentionRecipe))
-    return plan.seeds[0]
+
+    def make(given=tmp_path / "model", made=(), sft=(), kept=(), **changes):
+        return make_plan(recipe_from_dict({
+            "run": {"dir": str(tmp_path / "run")},
+            "policies": {"given": {"path": str(given)},
+                         "made": {"recipe": "lab_policy", "start": "given", "overrides": [*task, *made]}},
+            "downstream": {"sft": {"recipe": "lab_downstream_sft",
+                                   "overrides": [f"data.path={tmp_path / 'downstream.jsonl'}", *sft]}},
+            "measure": {"kept": {"recipe": "lab_policy", "overrides": [
+                *task, f"model.path={tmp_path / 'model'}", *kept]}}, **changes}, RetentionRecipe))
+
+    return make
 
 
 def heldout(seed, allowed="refuse"):
@@ -136,6 +147,74 @@ def test_rewards_of_all_stages_are_tried_before_the_first(seed, tmp_path):
         check_rewards(seed)
     seed.policies["made"].finish(steps=1)  # what is done is not tried
     check_rewards(seed)
+
+
+MISSING = "data file 'nope.jsonl' cannot be read"
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    ({"given": "nowhere"}, ModelError, "policy given, seed 0: .*'nowhere' is no folder"),
+    ({"made": ["data.path=nope.jsonl"]}, DataError, f"made, seed 0: {MISSING}"),
+    ({"sft": ["data.path=nope.jsonl"]}, DataError, f"given, seed 0, sft: {MISSING}"),
+    ({"kept": ["data.path=nope.jsonl"]}, DataError, f"measure.kept, seed 0: {MISSING}"),
+    ({"kept": ["model.path=nowhere"]}, ModelError, "measure.kept, seed 0: .*'nowhere' is no folder"),
+    ({"made": ["rewards=[{name: a, function: 'broken.py:raises'}]"]}, RewardError, "made, seed 0: reward 'a' .*oh no"),
+    ({"kept": ["rewards=[{name: a, function: 'broken.py:raises'}]"]}, RewardError,
+     "measure.kept, seed 0: reward 'a' .*oh no"),
+    ({"setup": "broken.py:nothing"}, RewardError, "setup 'broken.py:nothing': .* has no 'nothing'")])
+def test_a_dry_run_finds_what_the_run_would_find_and_writes_nothing(plan, tmp_path, monkeypatch, changes, error,
+                                                                    message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("def raises(completions):\n    raise ValueError('oh no')\n", encoding="utf-8")
+    with pytest.raises(error, match=f"^{message}"):
+        check_plan(plan(**changes))
+    assert check_plan(plan()) == [] and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_leaves_a_seed_alone_that_is_complete(plan, tmp_path):
+    found = plan(certificate=None)
+    for stage in found.stages:
+        stage.finish(steps=1)
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ModelError):
+        check_plan(found)
+    write_distance(found.seeds[0], "made", START, {"kept/kl": 0.1})
+    assert check_plan(found) == []
+
+
+def test_a_dry_run_says_what_the_setup_has_still_to_make(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def make(folder, seed):\n    pass\n", encoding="utf-8")
+    changes = {"setup": "mine.py:make", "given": "$setup/model", "sft": ["data.path=$setup/x.jsonl"]}
+    assert check_plan(plan(**changes)) == ["policies.given", "made, seed 0", "given, seed 0, sft", "made, seed 0, sft"]
+    with pytest.raises(DataError, match="^measure.kept, seed 0: "):
+        check_plan(plan(**changes, kept=["data.path=nope.jsonl"]))
+    found = plan(**changes)
+    found.seeds[0].folder.mkdir(parents=True)
+    found.seeds[0].setup_done.touch()
+    with pytest.raises(ModelError, match="policy given, seed 0: .*setup/model"):
+        check_plan(found)
+
+
+def test_a_stage_has_its_own_seconds_and_those_of_a_start_that_all_share_stand_apart(seed, monkeypatch, capsys):
+    clock = [0.0]
+
+    def run(matrix, stage, tasks):
+        with matrix.sharing():
+            clock[0] += 250.0 * (not matrix.shared_s)
+        clock[0] += 30.0
+        return SimpleNamespace(step=8)
+
+    monkeypatch.setattr("frpo.retention.stages.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Matrix, "run", run)
+    matrix = Matrix(SimpleNamespace(recipe=SimpleNamespace(run=SimpleNamespace(restarts=0))))
+    with ProgressBar(1, 0, "matrix") as bar:
+        matrix.attempt(seed.policies["made"], [], bar)
+        matrix.attempt(seed.forks[0], [], bar)
+    assert capsys.readouterr().out.splitlines() == [
+        "made, seed 0: 8 updates, 30 s, after 250 s for a start that all stages share",
+        "given, seed 0, sft: 8 updates, 30 s"]
+    assert seed.policies["made"].done["seconds"] == 30.0
 
 
 def test_the_setup_runs_once(tmp_path):

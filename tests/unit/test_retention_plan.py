@@ -281,3 +281,24 @@ def test_a_result_of_another_recipe_is_refused(tmp_path):
     assert other.forks[1].digest != fork.digest  # what a fork began as is part of it
     assert other.forks[0].digest == make_plan(recipe(tmp_path)).seeds[0].forks[0].digest
     assert json.loads((made.run_dir / DONE).read_text(encoding="utf-8"))["digest"] == made.digest
+
+
+@pytest.mark.parametrize("name, possible", [
+    ("kept/reward", True), ("kept/world/mean", True), ("kept/decile", True), ("kept/foo", False), ("reward", False),
+    ("sft/over KL", True), ("sft/kept/world/mean", True), ("sft/foo", False), ("sft/utility", False),
+    ("eval/mine/mean", True), ("eval/foo", False), ("exact/J", False), ("utility/reward", False),
+    ("policy/entropy", True)])
+def test_what_a_policy_may_be_chosen_by_is_known_before(tmp_path, name, possible):
+    """What the metrics of a training are called besides its evaluation can be known only afterwards."""
+    own = {"recipe": "lab_policy", "start": "given",
+           "overrides": ["rewards=[{name: mine, function: 'frpo.rewards.length:short'}]"]}
+    for key, choose in (("measure", {"measure": name}), ("bounds", {"bounds": {name: [0.0, None]}})):
+        made = recipe(tmp_path, policies={"given": {"path": "x"}, "made": own}, choose=choose)
+        if possible:
+            make_plan(made)
+        else:
+            with pytest.raises(ConfigError, match=rf"choose.{key} .*'{name}' is no measure of policies.* There are k"):
+                make_plan(made)
+    exact = recipe(tmp_path, measure={"kept": BASE, "exact": "a:b", "utility": BASE}, choose={
+        "measure": "exact/J", "bounds": {"utility/reward": [0, 1], "sft/utility": [0, 1]}})
+    assert make_plan(exact).recipe.choose.measure == "exact/J"

@@ -227,7 +227,7 @@ def test_a_kl_to_another_reference_or_a_missing_one_is_not_told(tmp_path):
     plan = with_reference(tmp_path, reference="made")
     found = collect(plan)
     assert cells(frontier_table(found))["given"]["KL spent, nats"] == "-"
-    assert found.warnings == ("given: its KL to made is not measured for seed(s) 0, 1, 2; `frpo retention` measures "
+    assert found.warnings == ("given: its KL to made is not measured for seed(s) 0, 1, 2; the same command measures "
                               "it",)
     distance(plan.seeds[1], "given", "made", 0.2, 0.4)
     found = collect(plan)

@@ -21,7 +21,7 @@ from frpo.retention.command import show, write_report
 from frpo.retention.curves import differences, kept
 from frpo.retention.plan import make_plan
 from frpo.retention.reading import collect
-from frpo.retention.report import sentences
+from frpo.retention.report import durations, section_of, sentences
 from frpo.retention.tables import all_tables, fork_table, frontier_table, pair_table
 
 KL = (0.0, 0.5, 1.5)
@@ -98,7 +98,7 @@ def test_a_reader_is_warned(tmp_path):
     (failed.run_dir / "done.json").unlink()
     failed.fail("out of luck")
     told = "\n".join(collect(plan).warnings)
-    for text in ("2 seed(s): an interval over so few",
+    for text in ("2 seeds: an interval over so few",
                  "short and plain are not at the same KL to their reference (-0.30 of 0.80 nats)",
                  "sft: forks that stay within 1 nats have no mean over KL: short (1 of 1)",
                  "seed 1: good was trained on 1 of 8",
@@ -117,12 +117,13 @@ def test_the_best_under_bounds(tmp_path, bounds, chosen):
 
 
 def test_sentences_say_what_was_measured_whichever_way(tmp_path):
-    told = "\n".join(sentences(collect(matrix(tmp_path))))
+    found = collect(matrix(tmp_path))
+    told = "\n".join(sentences(found))
     assert "Forks of good against plain through sft: at the same KL no difference beyond noise" in told
     assert "4 of 18 measured points lie below the certificate of their policy, 4 of them by more" in told
-    assert "18 probes pushed weights into running engines, 2.50 s each; to start engines takes 12 s" in told
-    assert "so that 3.0 minutes were saved" in told
-    assert "12 stages took 9.0 minutes" in told
+    assert "minutes" not in told, "durations stand at the end of the page"
+    assert durations(found) == "12 stages took 9.0 minutes; a start of engines 12 s; a push of weights 2.50 s"
+    assert section_of(found, tmp_path / "page").shown == {"Durations": durations(found)}
 
 
 def far_apart(tmp_path, **changes):
@@ -271,6 +272,41 @@ def test_without_a_choice_of_updates_those_that_are_missing_are_named(tmp_path):
     assert "at the same KL the reward differs by +0.225 (one seed; 1 of 2 seeds have no value)" in sentences(found)[0]
 
 
+def test_what_a_fork_has_kept_stands_before_and_after_with_the_difference(tmp_path):
+    """Of two seeds: .4 and .4 at the end of `plain`, .5 and .7 at that of `good`, all begin at .9."""
+    table = fork_table(collect(matrix(tmp_path)), "through sft")
+    rows = {row[0]: dict(zip(table.columns, row)) for row in table.rows}
+    assert list(rows["good"].values())[1:5] == ["30", "0.900 ± 0.000", "0.600 ± 1.271", "-0.300 ± 1.271"]
+    assert list(table.columns[:5]) == ["", "updates", "start", "end", "end - start"]
+    assert "mean over seeds ± 95 %" in table.note and "(1 of 3)" not in table.note
+
+
+def test_of_one_seed_the_interval_is_that_of_its_samples_and_a_difference_has_none(tmp_path):
+    found = collect(matrix(tmp_path, seeds=[0]))
+    table = fork_table(found, "through sft")
+    row = next(dict(zip(table.columns, row)) for row in table.rows if row[0] == "good")
+    assert (row["start"], row["end"], row["end - start"], row["over updates"]) == (
+        "0.900 ± 0.050", "0.500 ± 0.050", "-0.400 ± 0.071", "0.667")
+    assert "one seed ± 95 % interval over its held-out prompts" in table.note and "mean over seeds" not in table.note
+    pairs = pair_table(found, "sft")
+    assert pairs.title == "Differences through sft, one seed" and pairs.note.startswith("one seed: no interval, any of")
+    figure = differences(found, "sft")
+    assert figure.get_suptitle() == "one seed: no interval, any difference may be chance"
+    assert "one seed: intervals are over its held-out prompts" in found.warnings[0]
+    plt.close("all")
+
+
+def test_error_bars_lie_within_the_picture(tmp_path):
+    plan = matrix(tmp_path, seeds=[0])
+    for fork in plan.seeds[0].forks:
+        write(fork.run_dir / "metrics.jsonl", [
+            {"step": step, "kept/kl": step / 10, "kept/reward": 0.5 + step / 100, "kept/decile": 0.1,
+             "kept/interval": 0.3} for step in (0, 4, 8)])
+    axis = kept(collect(plan), "through sft").axes[0]
+    assert axis.get_ylim()[0] < 0.2 and axis.get_ylim()[1] > 0.88
+    plt.close("all")
+
+
 def test_the_table_of_pairs_marks_what_leaves_zero_out(tmp_path):
     table = pair_table(collect(matrix(tmp_path)), "sft")
     rows = {row[0]: dict(zip(table.columns, row)) for row in table.rows}
@@ -309,6 +345,10 @@ def test_a_report_about_other_folders(tmp_path, capsys):
                                                      "eval/interval": None}])
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "tables.txt").write_text("a < b", encoding="utf-8")
+    with pytest.raises(ConfigError, match="bench' is no run: it holds no retention.yaml, no metrics.jsonl and no pic"):
+        run_report([str(tmp_path / "bench")], None)
+    assert not (tmp_path / "bench" / "report.html").exists(), "a text alone is data"
+    (tmp_path / "bench" / "curve.png").write_bytes(b"drawn")
     page = tmp_path / "page.html"
     folders = [str(tmp_path / name) for name in ("run", "training", "bench")]
     assert run_report(folders, str(page)) == 0

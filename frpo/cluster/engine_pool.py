@@ -177,6 +177,8 @@ class EnginePool:
 def with_backend(recipe: Recipe, device: str) -> Recipe:
     """The recipe with `weight_sync.backend: auto` decided: by device and placement, and by how many hosts Ray has."""
     check_backend(recipe, device)
+    if recipe.model.lora is None and recipe.weight_sync.adapters:  # engines of another model than the one trained
+        recipe = recipe.model_copy(update={"weight_sync": recipe.weight_sync.model_copy(update={"adapters": False})})
     if recipe.weight_sync.backend != "auto":
         return recipe
     if device == "cuda":

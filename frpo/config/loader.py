@@ -39,7 +39,7 @@ NOT_IN_DIGEST = {
     "learner": {"num_ranks", "ranks", "deepspeed", "micro_batch_tokens", "packing", "gradient_checkpointing", "threads",
                 "startup_timeout_s", "timeout_s"},
     "placement": {"mode", "sleep", "offload_optimizer", "learner_hosts", "engine_hosts"},
-    "weight_sync": {"backend", "staged", "bucket_mb", "timeout_s"},
+    "weight_sync": {"backend", "staged", "adapters", "bucket_mb", "timeout_s"},
     "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
     "telemetry": {"tensorboard", "wandb", "project", "group", "tags", "traces"},
     "checks": {"max_logprob_gap", "parameters_move", "rewards", "same_function"},

@@ -11,7 +11,7 @@ SET_BY_FRPO = frozenset({
     "model", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend", "block_size",
     "enforce_eager", "seed", "trust_remote_code", "logprobs_mode", "weight_transfer_config", "worker_extension_cls",
     "async_scheduling", "hf_overrides", "enable_sleep_mode", "gpu_memory_utilization", "kv_cache_memory_bytes",
-    "enable_chunked_prefill"})
+    "enable_chunked_prefill", "enable_lora", "max_loras", "max_lora_rank"})
 """Arguments of vLLM's `LLM` that come from other keys of the recipe, or on which the loop depends."""
 
 
@@ -76,10 +76,17 @@ class WeightSyncSection(Section):
         None, description="true: engines swap weights in when a push is complete, so that a broken one changes "
                           "nothing; false: weights land in place, which takes no memory for a second model; null: "
                           "true for cpu_shm and gloo")
+    adapters: bool = Field(False, description="with model.lora: push the adapters alone, which vLLM adds to the model "
+                                              "it has loaded; false: whole weights with the adapters merged")
     bucket_mb: float = Field(256.0, gt=0, description="MiB gathered at a time; below the model's size")
     timeout_s: float = Field(600, gt=0, description="limit for one push")
 
     @property
     def staged_here(self) -> bool:
-        """`staged`, decided."""
-        return self.backend in ("cpu_shm", "gloo") if self.staged is None else self.staged
+        """`staged`, decided. Adapters are always taken whole."""
+        return self.adapters or (self.backend in ("cpu_shm", "gloo") if self.staged is None else self.staged)
+
+    @property
+    def for_engines(self) -> dict[str, bool]:
+        """What the receiving end has to know of it."""
+        return {"staged": self.staged_here, "adapters": self.adapters}

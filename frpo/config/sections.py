@@ -303,6 +303,14 @@ class Recipe(Section):
             raise ValueError(f"rollout.max_staleness = {self.rollout.max_staleness} samples while the learner works, "
                              "and placement: colocate lets engines sleep then; set max_staleness to 0, or placement "
                              "to split")
+        if self.weight_sync.adapters:
+            wrong = ("model.lora is null" if self.model.lora is None else
+                     "weight_sync.staged is false" if self.weight_sync.staged is False else
+                     "rollout.max_staleness is above 0" if self.rollout.max_staleness > 0 else
+                     "placement lets engines sleep, who lose the model under them" if self.placement.sleeps else None)
+            if wrong:
+                raise ValueError(f"weight_sync.adapters pushes adapters alone, but {wrong}; set adapters to false, or "
+                                 "change that")
         if self.placement.offload_optimizer and self.learner.deepspeed not in ("zero3",):
             raise ValueError(f"placement.offload_optimizer needs learner.deepspeed: zero3, given "
                              f"{self.learner.deepspeed!r}; set one of them back")

@@ -261,8 +261,11 @@ class Learner:
     # --- weights and checkpoints ----------------------------------------------------------------------------------
 
     def push_weights(self, version: int) -> None:
-        """Send the policy's weights to the rollout engines under label `version`. Collective; rank 0 drives."""
-        self.sender.send(self._stream(self._checkpoint()), version)
+        """Send the policy to the rollout engines under label `version`: whole weights, or its adapters alone where
+        weight_sync.adapters says so. Collective; rank 0 drives.
+        """
+        stored = as_they_are(adapter_weights(self.network)) if self.sender.section.adapters else self._checkpoint()
+        self.sender.send(self._stream(stored), version)
 
     def connect(self, sender: WeightSender) -> None:
         """Hand over the sender that `push_weights` uses from now on."""

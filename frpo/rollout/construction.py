@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from frpo.config.model import LoraSection
 from frpo.config.rollout import RolloutSection
 from frpo.config.sections import Recipe
+from frpo.errors import ConfigError
 from frpo.weight_sync.protocol import engine_backend
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ CPU_ENVIRONMENT = {
     # Asked for log-probabilities, vLLM otherwise compiles a kernel for many seconds at the first call.
     "TORCH_COMPILE_DISABLE": "1",
 }
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks of adapters for which vLLM makes room (vllm.config.lora.MaxLoRARanks)."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -60,7 +64,24 @@ def arguments(recipe: Recipe, model_path: str, device: str, index: int) -> dict[
         async_scheduling=False if rollout.max_staleness else None,
         # The learner's logits are fp32 sums of bf16 products; so are the engine's with an fp32 head.
         hf_overrides={"head_dtype": "float32"}, enable_sleep_mode=recipe.placement.sleeps and not on_cpu, **memory,
-        **rollout.engine_kwargs)
+        **adapter_arguments(recipe), **rollout.engine_kwargs)
+
+
+def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Of an engine that adapters alone are pushed to."""
+    if not (recipe.weight_sync.adapters and recipe.model.lora):
+        return {}
+    rank = next((rank for rank in RANKS if rank >= recipe.model.lora.r), None)
+    if rank is None:
+        raise ConfigError(f"model.lora.r = {recipe.model.lora.r} is above {RANKS[-1]}, the largest that vLLM adds to a "
+                          "model; set weight_sync.adapters to false, or lower it")
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+
+
+def adapter_config(lora: LoraSection, names: Iterable[str]) -> dict[str, Any]:
+    """peft's adapter_config.json. names: of the adapters' tensors, such as ...q_proj.lora_A.weight."""
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r, "lora_alpha": lora.alpha, "bias": "none",
+            "target_modules": sorted({name.split(".")[-3] for name in names})}
 
 
 @contextmanager

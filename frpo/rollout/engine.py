@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class RolloutEngine:
         self.tokenizer = self.llm.get_tokenizer()
         self.staged = recipe.weight_sync.staged_here
         self.unusable: str | None = None
+        self.lora = recipe.model.lora if recipe.weight_sync.adapters else None
+        self.pushed_adapters = 0
         self.given_up: set[str] = set()
         self.lacks_weights = False
         self.hook_timeout_s = recipe.rollout.hook_timeout_s
@@ -243,6 +246,8 @@ class RolloutEngine:
                     f"{problems[0]}. It would serve a mixture of old and new weights; this model family can be "
                     "fine-tuned (frpo finetune), not trained with this version of vLLM")
             self.llm.finish_weight_update(weight_version)
+            if self.lora is not None:  # only now: vLLM lets go of all adapters as it finishes
+                self._take_adapters()
             if not self.llm.llm_engine.has_unfinished_requests():
                 self.llm.reset_prefix_cache()
             self.unusable = None
@@ -263,6 +268,18 @@ class RolloutEngine:
             if tag in self.given_up:
                 self.llm.wake_up([tag])
                 self.given_up.remove(tag)
+
+    def _take_adapters(self) -> None:
+        """Put the adapters that the workers hold in the place of the last ones, for every request from now on."""
+        from vllm.lora.request import LoRARequest
+
+        engine, held = self.llm.llm_engine, self.pushed_adapters
+        shared_memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        with TemporaryDirectory(prefix="frpo-adapters-", dir=shared_memory) as folder:
+            engine.collective_rpc("write_adapter", args=(folder, self.lora))
+            request = LoRARequest(f"policy-{held + 1}", held + 1, folder)
+            engine.add_lora(request)
+        self.pushed_adapters, self.shared.options = held + 1, {"lora_request": request}
 
     def ready(self) -> int:
         """Process id, once the engine can be called."""

@@ -23,9 +23,12 @@ from frpo.rollout.load_check import Readings, problem
 
 @dataclass(kw_only=True)
 class InitInfo(WeightTransferInitInfo):
-    """staged: whether the model is to stay as it is until a push is complete."""
+    """staged: whether the model is to stay as it is until a push is complete. adapters: whether what is pushed is not
+    the model's but LoRA's, which the engine adds to it.
+    """
 
     staged: bool
+    adapters: bool = False
 
 
 class Receiver(WeightTransferEngine):
@@ -35,13 +38,13 @@ class Receiver(WeightTransferEngine):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.staging = True
+        self.staging, self.adapters = True, False
         self.known: frozenset[str] = frozenset()
         """Names of the last push that was found to reach every parameter."""
         self._forget()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.staging = init_info.staged
+        self.staging, self.adapters = init_info.staged, init_info.adapters
 
     @abstractmethod
     def bucket(self, update_info: Any) -> dict[str, torch.Tensor]:
@@ -68,6 +71,8 @@ class Receiver(WeightTransferEngine):
         """
         if not self.names:
             raise ValueError("weight update finished without a single parameter received")
+        if self.adapters:  # taken by `take_staged`
+            return None
         if self.staging:
             self._begin_reload()
             self._load(self.staged)
@@ -77,6 +82,12 @@ class Receiver(WeightTransferEngine):
             self.known = frozenset() if found else frozenset(self.names)
         self._forget()
         return found
+
+    def take_staged(self) -> dict[str, torch.Tensor]:
+        """What is staged, on the CPU; it is forgotten here."""
+        staged = {name: tensor.cpu().contiguous() for name, tensor in self.staged.items()}
+        self._forget()
+        return staged
 
     def _begin_reload(self) -> None:
         drop_expert_kernels(self.model)
@@ -98,6 +109,8 @@ class Receiver(WeightTransferEngine):
         """What the model says it has loaded; None: it says nothing."""
 
     def finish_weight_update(self) -> None:
+        if self.adapters:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         refresh_output_head(self.model)
 

@@ -23,6 +23,8 @@ class SharedEngine:
 
     def __init__(self, engine: Any, limit_s: float, guard: Callable[[], AbstractContextManager] = nullcontext):
         self.engine, self.limit_s, self.guard = engine, limit_s, guard
+        self.options: dict[str, Any] = {}
+        """Of `LLMEngine.add_request`, for every request from now on."""
         self._callers: dict[str, Caller] = {}
         self._numbers = itertools.count()
         self._gate, self._turn = threading.Lock(), threading.Lock()
@@ -111,7 +113,7 @@ class Caller:
         """
         with self.shared.turn():
             for key, (prompt, params) in make().items():
-                self.shared.engine.add_request(f"{self.name}/{key}", prompt, params)
+                self.shared.engine.add_request(f"{self.name}/{key}", prompt, params, **self.shared.options)
                 self.unfinished[key] = None
 
     def outputs(self) -> list[tuple[str, Any]]:

@@ -5,13 +5,17 @@ module too; that registers the backends.
 """
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+from safetensors.torch import save_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
+from frpo.config.model import LoraSection
 from frpo.rollout.broadcast_receiver import GlooReceiver, NcclReceiver
+from frpo.rollout.construction import adapter_config
 from frpo.rollout.ipc_receiver import IpcReceiver
 from frpo.rollout.shm_receiver import SharedMemoryReceiver
 from frpo.weight_sync.protocol import engine_backend
@@ -26,6 +30,14 @@ class WorkerExtension:
         """What comes before `finish_weight_update`: see `Receiver.load_weight_update`."""
         with set_current_vllm_config(self.vllm_config):
             return self.weight_transfer_engine.load_weight_update()
+
+    def write_adapter(self, folder: str, lora: LoraSection) -> None:
+        """Write the staged adapters as peft's files into `folder`, from the engine's first worker."""
+        staged = self.weight_transfer_engine.take_staged()
+        if self.rank == 0:
+            save_file(staged, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+            (Path(folder) / "adapter_config.json").write_text(json.dumps(
+                adapter_config(lora, staged)), encoding="utf-8")
 
     def abort_weight_update(self) -> None:
         """Forget a staged update that its sender never finished; nothing of it has reached the model."""

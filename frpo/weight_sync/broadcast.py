@@ -47,7 +47,7 @@ class BroadcastSender:
 
         def invite(port: int) -> Callable[[], None]:
             return self.client.begin_init_weight_transfer_engine(
-                {"staged": self.section.staged_here, "host": host, "port": port, "rank_offset": 1, "size": size,
+                {**self.section.for_engines, "host": host, "port": port, "rank_offset": 1, "size": size,
                  "timeout_s": limit})
 
         return form_as_sender(self.transport, host, size, limit, invite)

@@ -27,11 +27,10 @@ class Sender:
     """Writes buckets from rank 0; the other ranks take part in the gathers and write nothing."""
 
     def __init__(self, rank: int, client: WeightSyncClient | None, section: WeightSyncSection):
-        self.rank = rank
-        self.client = client
+        self.rank, self.client, self.section = rank, client, section
         if rank == 0:
             remove_leftovers()
-            client.init_weight_transfer_engine({"staged": section.staged_here})
+            client.init_weight_transfer_engine(section.for_engines)
 
     def send(self, weights: WeightStream, version: int) -> None:
         if self.rank != 0:

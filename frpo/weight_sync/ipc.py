@@ -58,7 +58,7 @@ class Sender:
 
     def _open(self, handles: dict[str, Any]) -> None:
         if self.client is not None:
-            self.client.init_weight_transfer_engine({"staged": self.section.staged_here, "handles": handles})
+            self.client.init_weight_transfer_engine({**self.section.for_engines, "handles": handles})
             self.client.start_weight_update()
 
     def _offer(self, bucket: Bucket, buffer: torch.Tensor) -> None:

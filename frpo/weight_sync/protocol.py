@@ -73,6 +73,8 @@ class WeightSyncClient(Protocol):
 class WeightSender(Protocol):
     """One rank's end of a backend."""
 
+    section: WeightSyncSection
+
     def send(self, weights: WeightStream, version: int) -> None:
         """Push all buckets under label `version`. Collective: takes every bucket even after a failure, then raises."""
         ...

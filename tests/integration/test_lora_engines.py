@@ -5,6 +5,7 @@ Two learner ranks, partitioned or not, and one engine, rebuilt in the processes 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from frpo.data.batcher import pack
+from frpo.errors import EngineError
 from frpo.invariants import MovementWatch, check_movement
-from loop import flat, hand_made_groups, inside, random_prompts
+from loop import GREEDY, flat, hand_made_groups, inside, random_prompts
 from parity_matrix import LIMIT, Combination, recipe_for
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import from the tests' folder
@@ -135,6 +137,60 @@ def test_export_and_adapter_folder_are_the_trained_policy(trained):
     for name, tensor in load_file(folder / "export" / "adapter" / "adapter_model.safetensors").items():
         assert name.startswith("base_model.model.model.layers.") and tensor.abs().max() > 0
         assert tensor.dtype == dtype
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("backend", ["cpu_shm", "gloo"])
+def test_adapters_pushed_alone_make_the_same_policy(borrowed, tmp_path, backend):
+    """vLLM adds them to the model that it has loaded; a push that is left out or breaks off shows."""
+    recipe, path = recipe_for(COMBINATIONS[0], tmp_path)
+    section = recipe.weight_sync.model_copy(update={"adapters": True, "backend": backend})
+    borrowed.become(recipe.model_copy(update={"weight_sync": section}), path)
+    probe, short, gaps, stale = random_prompts(8, 48, seed=99), random_prompts(6, 20, seed=1), [], []
+    for step in range(4):
+        borrowed.push()
+        gaps.append(borrowed.gap(probe))
+        for seed in (step, step + 10):  # the first update after the start moves one factor of two
+            borrowed.update(random_prompts(8, 40, seed=seed))
+        stale.append(borrowed.gap(probe))
+    print(f"\nadapters over {backend}: {max(gaps):.2e}, stale {min(stale):.2e}")
+    assert max(gaps) <= LIMIT["fp32"] and min(stale) > 3 * LIMIT["fp32"]
+    version, old = borrowed.pool.policy_versions(), greedy(borrowed, short)
+    client = inside(borrowed.learner.ranks.actors[0], cut_short)
+    with pytest.raises(EngineError, match="cut on purpose"):
+        borrowed.learner.push_weights(borrowed.version + 1)
+    inside(borrowed.learner.ranks.actors[0], mended)
+    assert client == "EngineClient" and borrowed.pool.policy_versions() == version
+    assert greedy(borrowed, short) == old
+    borrowed.push()
+    assert greedy(borrowed, short) != old
+    assert borrowed.gap(probe) <= LIMIT["fp32"]
+    assert inside(borrowed.pool.engines[0], lambda engine: engine.pushed_adapters) == 5
+    assert not list(Path("/dev/shm").glob("frpo-adapters-*"))
+
+
+def greedy(loop, prompts):
+    """Tokens and log-probs at the version in force: equal to the bit if the weights are."""
+    return [(c.token_ids.tolist(), c.logprobs.tolist()) for group in loop.sample(prompts, GREEDY)
+            for c in group.completions]
+
+
+def cut_short(actor):
+    """Let the next push fail when all of it has arrived."""
+    client = actor.learner.sender.client
+
+    class Cut:
+        def __getattr__(self, name):
+            if name == "finish_weight_update":
+                raise RuntimeError("cut on purpose")
+            return getattr(client, name)
+
+    actor.learner.sender.client, actor.whole_client = Cut(), client
+    return type(client).__name__
+
+
+def mended(actor):
+    actor.learner.sender.client = actor.whole_client
 
 
 def logprobs_of(network, group, completion):

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from frpo.cluster.team import spare_gpus
 from frpo.config.loader import load_recipe
 from frpo.config.rollout import SET_BY_FRPO
+from frpo.errors import ConfigError
 from frpo.kernels.chunks import CHUNK_ROWS, block_columns
 from frpo.rollout import construction
 from frpo.weight_sync import ipc, nccl
@@ -66,8 +67,30 @@ def test_arguments_of_an_engine_on_a_gpu_are_those_of_vllm(overrides, expected):
     assert (backend["backend"] if isinstance(backend, dict) else backend.backend) == "frpo.nccl"
 
 
+ADAPTERS = ("weight_sync.adapters=true", "model.lora={r: 20}")
+
+
+def test_ranks_of_adapters_are_those_that_vllm_makes_room_for():
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == construction.RANKS
+    assert construction.adapter_arguments(recipe(*ADAPTERS)) == {
+        "enable_lora": True, "max_loras": 1, "max_lora_rank": 32}
+    with pytest.raises(ConfigError, match="model.lora.r = 513 is above 512"):
+        construction.adapter_arguments(recipe("weight_sync.adapters=true", "model.lora={r: 513}"))
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["model.lora=null"], "but model.lora is null"), (["weight_sync.staged=false"], "but weight_sync.staged is false"),
+    (["rollout.max_staleness=1", "objective.correction={}"], "but rollout.max_staleness is above 0"),
+    (["placement=colocate", "weight_sync.backend=auto"], "but placement lets engines sleep")])
+def test_adapters_alone_are_refused_where_the_model_under_them_is_not_kept(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe(*ADAPTERS, *overrides)
+
+
 def test_all_arguments_that_frpo_sets_are_refused_from_elsewhere():
-    on = {device: construction.arguments(recipe(), "m", device, 0).keys() for device in ("cpu", "cuda")}
+    on = {device: construction.arguments(recipe(*ADAPTERS), "m", device, 0).keys() for device in ("cpu", "cuda")}
     assert on["cpu"] | on["cuda"] == SET_BY_FRPO
 
 

@@ -31,17 +31,14 @@ class Sender:
             buffer = torch.empty(weights.largest_bucket(), dtype=torch.uint8, device="cuda")
         except torch.OutOfMemoryError as error:
             failure, buffer = error, None
-        handles: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(handles, None if buffer is None else handle_of(buffer))
-        if None in handles and failure is None:
-            failure = RuntimeError("another rank has no memory for a bucket; lower weight_sync.bucket_mb")
-        failure = failure or self._tried(self._open, dict(filter(None, handles)))
+        handles = _of_all(None if buffer is None else handle_of(buffer))
+        failure = _shared(failure) or self._tried(self._open, dict(filter(None, handles)))
         for bucket in weights:
             failure = failure or self._tried(self._offer, bucket, buffer)
             torch.cuda.synchronize()
-            dist.barrier()  # every buffer is whole
+            failure = _shared(failure)  # from here on every buffer is whole
             failure = failure or self._tried(self._announce, bucket)
-            dist.barrier()  # every worker has read its own
+            failure = _shared(failure)  # every worker has read its own
         if failure is None and self.client is not None:
             self.client.finish_weight_update(str(version))
         if failure is not None:
@@ -67,6 +64,20 @@ class Sender:
     def _announce(self, bucket: Bucket) -> None:
         if self.client is not None:
             self.client.update_weights({"layout": layout_of(bucket)})
+
+
+def _of_all(value: Any) -> list[Any]:
+    """Of every rank. Returns when all have come here."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _shared(failure: BaseException | None) -> BaseException | None:
+    """This rank's failure, or another's: no worker may take what only some ranks could offer."""
+    texts = _of_all(None if failure is None else repr(failure))
+    others = [f"learner rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+    return failure or (RuntimeError("; ".join(others)) if others else None)
 
 
 def handle_of(buffer: torch.Tensor) -> tuple[str, tuple[Any, ...]]:

@@ -9,6 +9,7 @@ import queue
 import re
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib import metadata
@@ -23,7 +24,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from frpo.cluster.team import spare_gpus
 from frpo.config.loader import load_recipe
-from frpo.config.rollout import SET_BY_FRPO
+from frpo.config.rollout import SET_BY_FRPO, WeightSyncSection
 from frpo.errors import ConfigError
 from frpo.kernels.chunks import CHUNK_ROWS, block_columns
 from frpo.rollout import construction
@@ -355,3 +356,96 @@ def test_a_large_parameter_is_looked_at_in_pieces(monkeypatch):
     assert weighed == pytest.approx((flat * arange(1, 3506, dtype=torch.float64)).sum().item(), rel=1e-12)
     values[4, 700] += 1e-3
     assert movement._digest(torch.nn.Parameter(values)) != (total, weighed)
+
+
+class Ranks:
+    """Learner ranks as threads, which meet in torch's collective of objects; buffers and their handles are plain."""
+
+    def __init__(self, monkeypatch, size):
+        self.size, self.own, self.meeting = size, threading.local(), threading.Barrier(size, timeout=LIMIT_S)
+        self.values, self.buffers = [None] * size, {}
+        monkeypatch.setattr(ipc.dist, "get_world_size", lambda: size)
+        monkeypatch.setattr(ipc.dist, "all_gather_object", self.gather)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(ipc, "handle_of", self.handle)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, **options))
+
+    def gather(self, values, value):
+        self.values[self.own.rank] = value
+        self.meeting.wait()
+        values[:] = self.values
+        self.meeting.wait()
+
+    def handle(self, buffer):
+        self.buffers[self.own.rank] = buffer
+        return f"GPU-{self.own.rank}", (self.own.rank,)
+
+    def send(self, rank, client, weights):
+        self.own.rank = rank
+        ipc.Sender(rank, client, WeightSyncSection(backend="ipc")).send(weights, 3)
+
+
+class Buckets:
+    def __init__(self, buckets, fails_at=None):
+        self.buckets, self.fails_at, self.taken = buckets, fails_at, 0
+
+    def largest_bucket(self):
+        return max(packed_size(layout_of(bucket)) for bucket in self.buckets)
+
+    def __iter__(self):
+        for bucket in self.buckets:
+            self.taken += 1
+            yield [("broken", None)] if self.taken == self.fails_at else bucket
+
+
+class Workers:
+    """The engines, as rank 0 sees them: each reads the buffer of its own rank."""
+
+    def __init__(self, ranks, fails=None):
+        self.ranks, self.fails, self.log, self.read = ranks, fails, [], []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.log.append(name)
+            if name == self.fails:
+                raise RuntimeError("cut on purpose")
+            if name == "update_weights":
+                layout = arguments[0]["layout"]
+                self.read.append([{n: t.clone() for n, t in unpack(self.ranks.buffers[rank], layout).items()}
+                                  for rank in range(self.ranks.size)])
+
+        return call
+
+
+def pushed_by_ipc(monkeypatch, broken_rank=None, fails=None):
+    ranks = Ranks(monkeypatch, 2)
+    weights = qwen_shapes()
+    workers, buckets = Workers(ranks, fails), [
+        Buckets(weights, 2 if rank == broken_rank else None) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(ranks.send, rank, workers if rank == 0 else None, buckets[rank]) for rank in range(2)]
+        errors = [each.exception(timeout=LIMIT_S) for each in done]
+    assert [each.taken for each in buckets] == [3, 3], "every rank goes to the end"
+    return workers, errors
+
+
+@pytest.mark.timeout(60)
+def test_over_shared_memory_every_worker_reads_its_own_rank(monkeypatch):
+    workers, errors = pushed_by_ipc(monkeypatch)
+    assert errors == [None, None]
+    assert workers.log == ["init_weight_transfer_engine", "start_weight_update", *["update_weights"] * 3,
+                           "finish_weight_update"]
+    for bucket, by_worker in zip(qwen_shapes(), workers.read, strict=True):
+        for found in by_worker:
+            assert all(torch.equal(found[name], tensor) for name, tensor in bucket) and len(found) == len(bucket)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("options, told", [
+    ({"broken_rank": 1}, "learner rank 1: "), ({"broken_rank": 0}, "NoneType"),
+    ({"fails": "init_weight_transfer_engine"}, "cut"), ({"fails": "start_weight_update"}, "cut on"), ({"fails": "update_weights"}, "cut on purpose")])
+def test_over_shared_memory_one_failure_is_everybodys_and_no_push_is_finished(monkeypatch, options, told):
+    workers, errors = pushed_by_ipc(monkeypatch, **options)
+    assert all(isinstance(error, Exception) for error in errors) and told in str(errors[0])
+    assert "finish_weight_update" not in workers.log and len(workers.read) <= 1

@@ -444,7 +444,8 @@ def test_over_shared_memory_every_worker_reads_its_own_rank(monkeypatch):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("options, told", [
     ({"broken_rank": 1}, "learner rank 1: "), ({"broken_rank": 0}, "NoneType"),
-    ({"fails": "init_weight_transfer_engine"}, "cut"), ({"fails": "start_weight_update"}, "cut on"), ({"fails": "update_weights"}, "cut on purpose")])
+    ({"fails": "init_weight_transfer_engine"}, "cut on purpose"), ({"fails": "start_weight_update"}, "cut on purpose"),
+    ({"fails": "update_weights"}, "cut on purpose")])
 def test_over_shared_memory_one_failure_is_everybodys_and_no_push_is_finished(monkeypatch, options, told):
     workers, errors = pushed_by_ipc(monkeypatch, **options)
     assert all(isinstance(error, Exception) for error in errors) and told in str(errors[0])

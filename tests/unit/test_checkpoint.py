@@ -149,14 +149,15 @@ def test_a_path_without_a_complete_checkpoint_names_the_complete_ones(tmp_path, 
     store(tmp_path).begin(2)
     wish = tmp_path / "checkpoints" / name
     message = error_of(store(tmp_path, resume=wish))
-    assert message == (f"run.resume: {str(wish)!r} is no complete checkpoint; give auto, force, never, overwrite or a "
-                       f"checkpoint's path, of this run: {path}")
-    assert "of this run: none" in error_of(store(tmp_path / "b", resume=wish))
+    assert message == (f"run.resume: {str(wish)!r} is no complete checkpoint; complete ones of this run: {path} (or give "
+                       "auto, force, never or overwrite)")
+    assert "complete ones of this run: none" in error_of(store(tmp_path / "b", resume=wish))
 
 
 def test_the_folder_of_a_run_names_the_checkpoints_inside(tmp_path):
     path = save(store(tmp_path / "a"), 1)
-    assert error_of(store(tmp_path / "b", resume=tmp_path / "a")).endswith(f"path, of {tmp_path / 'a'}: {path}")
+    assert error_of(store(tmp_path / "b", resume=tmp_path / "a")).endswith(
+        f"complete ones of {tmp_path / 'a'}: {path} (or give auto, force, never or overwrite)")
 
 
 def test_another_recipe_is_refused_naming_what_differs(tmp_path):

@@ -186,8 +186,7 @@ BAD = {
         ["data.heldout_path=plain.jsonl"], "RewardError: reward 'good' needs the column 'answer', which none of the 2 "
                                            "held-out prompts has (the first: plain.jsonl:"),
     "missing checkpoint": (
-        ["run.resume=run/checkpoints/step_000009"], "is no complete checkpoint; give auto, force, "
-        "never, overwrite or a checkpoint's path, of this run: none"),
+        ["run.resume=run/checkpoints/step_000009"], "is no complete checkpoint; complete ones of this run: none"),
 }
 """Arguments (of `train`, or overrides of a recipe that passes) and what the message must say, by what is wrong.
 

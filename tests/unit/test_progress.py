@@ -73,7 +73,7 @@ def test_time_is_left_at_the_pace_since_the_run_went_on(monkeypatch):
 
 def test_a_phase_is_told_when_it_begins_with_the_seconds_since_the_command(monkeypatch, capsys):
     with phase("starting Ray"):
-        assert re.fullmatch(r" +\d+\.\d s  starting Ray\n", capsys.readouterr().out)
+        assert re.fullmatch(r" *\d+\.\d s  starting Ray\n", capsys.readouterr().out)
     with ProgressBar(2, 0, "matrix") as bar, phase("starting Ray"):
         assert bar.progress.tasks[0].fields["note"] == "starting Ray"
         assert capsys.readouterr().out.endswith(" s  starting Ray\n"), "in a log file, where no bar is seen"

@@ -79,8 +79,9 @@ class CheckpointStore:
         if not (path / MARKER).is_file():
             inside = [str(p) for p in CheckpointStore(path, self.recipe).complete()]
             known = ", ".join(inside or map(str, complete)) or "none"
-            raise CheckpointError(f"run.resume: {wish!r} is no complete checkpoint; complete ones of "
-                                  f"{path if inside else 'this run'}: {known} (or give auto, force, never or overwrite)")
+            raise CheckpointError(
+                f"run.resume: {wish!r} is no complete checkpoint; complete ones of {path if inside else 'this run'}: "
+                f"{known} (or give auto, force, never or overwrite)")
         if path.resolve().parent != self.folder.resolve():
             self._refuse_overwrite()
             path, state = self._read(path)

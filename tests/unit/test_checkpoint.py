@@ -149,8 +149,8 @@ def test_a_path_without_a_complete_checkpoint_names_the_complete_ones(tmp_path, 
     store(tmp_path).begin(2)
     wish = tmp_path / "checkpoints" / name
     message = error_of(store(tmp_path, resume=wish))
-    assert message == (f"run.resume: {str(wish)!r} is no complete checkpoint; complete ones of this run: {path} (or give "
-                       "auto, force, never or overwrite)")
+    assert message == (f"run.resume: {str(wish)!r} is no complete checkpoint; complete ones of this run: {path} (or "
+                       "give auto, force, never or overwrite)")
     assert "complete ones of this run: none" in error_of(store(tmp_path / "b", resume=wish))
 
 

@@ -14,10 +14,13 @@ class RankHost:
     """A process of one rank. It is started empty, so that rank 0 can offer its address before anyone connects."""
 
     def address(self) -> tuple[str, int, int]:
-        """(host, a free port, process id)."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return self.host(), probe.getsockname()[1], os.getpid()
+        """(host, a free port, process id). The port stays taken for everyone who does not ask for it by number, as the
+        store of the ranks will.
+        """
+        self.reserved = socket.socket()
+        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.reserved.bind(("", 0))
+        return self.host(), self.reserved.getsockname()[1], os.getpid()
 
     def host(self) -> str:
         """Where other ranks reach this one."""

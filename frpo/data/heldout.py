@@ -59,8 +59,9 @@ class Split(Generic[T]):
         """Lines that say how many `items` ("prompts", "examples") there are, of what, and how many were left out."""
         lines = [f"{len(self.train)} training and {len(self.heldout)} held-out {items} of {data.path}"]
         if data.heldout_path is not None:
+            unused = data.heldout not in (0, type(data).model_fields["heldout"].default)
             lines = [f"{len(self.train)} training {items} of {data.path}, {len(self.heldout)} held-out ones of "
-                     f"{data.heldout_path} (data.heldout has no effect beside it)"]
+                     f"{data.heldout_path}{' (data.heldout has no effect beside it)' if unused else ''}"]
         if data.limit is not None and len(self.train) + len(self.heldout) + sum(self.skipped.values()) >= data.limit:
             lines.append(f"read: the first {data.limit} rows alone (data.limit)")
         lines += [f"left out: {count} x {reason}" for reason, count in self.skipped.items()]

@@ -600,3 +600,15 @@ def test_a_job_that_ray_stops_by_sigint_hears_it_even_from_a_shells_background(m
         assert signal.getsignal(signal.SIGINT) is (signal.default_int_handler if stopped_by else signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number, code, said", [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize("command", ["train", "config"])
+def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(number, code, said, command):
+    script = ("import os, sys; from frpo import __main__ as line; "
+              f"line.load_recipe = line.load_any_recipe = lambda *given: os.kill(os.getpid(), {int(number)}); "
+              f"sys.exit(line.main(['{command}', 'smoke']))")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    again = "; the same command goes on from the newest checkpoint" if command == "train" else ""
+    assert (ended.returncode, ended.stderr) == (code, f"frpo: {said}{again}\n")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,15 @@ def test_merged_weights_are_the_base_models_tensors_with_what_peft_would_add(bas
     # Out of place: what is under the adapters did not change.
     with adapters_off(network):
         assert torch.equal(logits(network), logits(plain))
+
+
+def test_an_adapter_names_a_local_base_so_that_it_is_found_from_anywhere(base, tmp_path, monkeypatch):
+    network, folder = adapted(base), Path(base)
+    monkeypatch.chdir(folder.parent)
+    for given, wanted in ((folder.name, str(folder.resolve())), ("owner/name", "owner/name")):
+        written(network, tmp_path / "adapter", given)
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == wanted
 
 
 def test_metadata_announces_what_the_buckets_bring(base):

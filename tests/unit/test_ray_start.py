@@ -1,6 +1,7 @@
 """A Ray that does not start in time: what it has half started is ended before the next attempt, and nothing else."""
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -49,3 +50,28 @@ def test_any_other_failure_is_told_at_once_and_leaves_nothing_either(attempts):
     with pytest.raises(EngineError, match=r"\(attempt 1\): no such option"):
         runtime._start_local()
     assert len(attempts) == 2 and not any(process.is_running() for process in attempts)
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_no_failure_of_ray(monkeypatch):
+    def init(**options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(runtime.ray, "init", init)
+    with pytest.raises(BrokenPipeError):
+        runtime._start_local()
+
+
+def test_ray_does_not_take_this_processs_handler_of_sigterm(monkeypatch):
+    def init(**options):
+        signal.signal(signal.SIGTERM, lambda *told: None)
+
+    def ours(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        monkeypatch.setattr(runtime.ray, "init", init)
+        runtime._start_local()
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -606,7 +606,9 @@ def test_a_job_that_ray_stops_by_sigint_hears_it_even_from_a_shells_background(m
     (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 @pytest.mark.parametrize("command", ["train", "config"])
 def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(number, code, said, command):
-    script = ("import os, sys; from frpo import __main__ as line; "
+    script = ("import os, signal, sys; from frpo import __main__ as line; "
+              "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job's parent ignores it
+              "signal.signal(signal.SIGTERM, signal.SIG_DFL); "
               f"line.load_recipe = line.load_any_recipe = lambda *given: os.kill(os.getpid(), {int(number)}); "
               f"sys.exit(line.main(['{command}', 'smoke']))")
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

@@ -307,7 +307,7 @@ class Recipe(Section):
             wrong = ("model.lora is null" if self.model.lora is None else
                      "weight_sync.staged is false" if self.weight_sync.staged is False else
                      "rollout.max_staleness is above 0" if self.rollout.max_staleness > 0 else
-                     "placement lets engines sleep, who lose the model under them" if self.placement.sleeps else None)
+                     "placement lets engines sleep, and they lose their model" if self.placement.sleeps else None)
             if wrong:
                 raise ValueError(f"weight_sync.adapters pushes adapters alone, but {wrong}; set adapters to false, or "
                                  "change that")

@@ -30,8 +30,9 @@ from frpo.objectives.frpo import FRPO
 from frpo.objectives.stage import advantaged
 from frpo.rewards import RewardSpec, RewardSuite
 from frpo.rewards.values import check_values, nonfinite, portable
-from frpo.step_metrics import rollout_metrics, trace_rows
-from frpo.telemetry import JsonlFile
+from frpo.run.traces import trace_rows
+from frpo.telemetry.jsonl import JsonlFile
+from frpo.telemetry.step import rollout_metrics
 from frpo.types import AdvantagedGroup, Completion, Prompt, RolloutGroup, VersionSpan
 
 PROMPT_TOKENS, VOCABULARY, CHARACTERS = 64, 32_000, 4

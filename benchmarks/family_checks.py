@@ -24,7 +24,6 @@ import torch
 from family_zoo import make_model
 from transformers import AutoModelForCausalLM
 
-from frpo.builder import Stack, check, engine_pool, learner_ranks, parts_on, tried_rewards
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.rank import Ranks
@@ -33,9 +32,10 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.errors import InvariantError, ModelError
-from frpo.finetune import FineTuner
-from frpo.finetune_parts import check_finetune, finetune_on
-from frpo.trainer import Trainer
+from frpo.loops.rl import Trainer
+from frpo.loops.sft import FineTuner
+from frpo.run.build import Stack, check, engine_pool, learner_ranks, parts_on, tried_rewards
+from frpo.run.build_finetune import check_finetune, finetune_on
 from frpo.types import Example
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import from this folder

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 
 COMMON = {"vocab_size": 104, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
           "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,

@@ -30,9 +30,9 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import recipe_from_dict
 from frpo.data.batcher import pack_examples
 from frpo.data.layout import Layout
-from frpo.data.state_cache import StateCache
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.learner.model import cache_facts
+from frpo.learner.state_cache import StateCache
 from frpo.objectives.supervised import Progress
 from frpo.types import Example
 

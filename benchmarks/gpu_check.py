@@ -439,8 +439,8 @@ def lora_push(setting: Setting, found: Found) -> None:
     """Adapters merged under ZeRO-3, gathered, packed, unpacked into a copy; peft's own merge is the judge."""
     join_alone()
     from frpo.learner.checkpoint_names import CheckpointForm
-    from frpo.learner.engine import GatheredWeights
     from frpo.learner.lora import merged_weights
+    from frpo.learner.zero import GatheredWeights
 
     samples = random_samples(setting.pick((9, 5, 12), (512, 300)))
     with tempfile.TemporaryDirectory() as folder:
@@ -481,8 +481,8 @@ def merged_by_peft(network: Any, path: str, folder: str) -> Any:
     from peft import PeftModel
 
     from frpo.learner.checkpoint_names import as_they_are
-    from frpo.learner.engine import GatheredWeights
     from frpo.learner.lora import adapter_weights, write_adapter
+    from frpo.learner.zero import GatheredWeights
 
     stored = as_they_are(adapter_weights(network))
     state = {name: tensor.clone().cpu() for bucket in GatheredWeights(stored, 1e9) for name, tensor in bucket}
@@ -699,7 +699,7 @@ def learners_network(path: str, setting: Setting, **changes: Any) -> Any:
 
 def policy(strategy: str, path: str, setting: Setting, lr: float = 1e-3, **changes: Any) -> Any:
     """The engine that the learner would train by one of ds_configs."""
-    from frpo.learner.engine import build_policy, deepspeed_config
+    from frpo.learner.zero import build_policy, deepspeed_config
 
     learner = learner_section(strategy, lr)
     config = deepspeed_config(learner, model_section(path, setting, **changes), setting.device)
@@ -720,7 +720,7 @@ def join_alone() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from frpo.learner.engine import init_process_group
+    from frpo.learner.zero import init_process_group
 
     init_process_group(device, WAIT_S)
 
@@ -852,7 +852,7 @@ def sleep(setting: Setting, found: Found) -> None:
     if not setting.cuda:
         raise Skipped("needs a GPU: vLLM does not sleep on a CPU")
     from frpo.config.loader import load_recipe
-    from frpo.data.tiny_tokenizer import build_tokenizer
+    from frpo.data.sets.tiny_tokenizer import build_tokenizer
     from frpo.learner.tiny import new_network
     from frpo.rollout.engine import CACHE, WEIGHTS, RolloutEngine
     from frpo.weight_sync.cpu_shm import Sender

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from frpo.builder import Parts, build
 from frpo.config.loader import dump_recipe, load_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
+from frpo.loops.rl import Trainer
 from frpo.objectives.stage import advantaged
 from frpo.rollout.engine import Sampling
-from frpo.telemetry import ProgressBar
-from frpo.trainer import Trainer
+from frpo.run.build import Parts, build
+from frpo.telemetry.progress import ProgressBar
 from frpo.types import RolloutGroup, RunState
 
 VARIANTS = {

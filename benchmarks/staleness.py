@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from frpo.builder import Parts, build
 from frpo.config.loader import dump_recipe, load_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
-from frpo.telemetry import ProgressBar
-from frpo.trainer import Trainer
+from frpo.loops.rl import Trainer
+from frpo.run.build import Parts, build
+from frpo.telemetry.progress import ProgressBar
 from frpo.types import RolloutGroup, RunState
 
 STALENESS = (0, 1, 2)
@@ -92,7 +92,7 @@ def measure(parts: Parts, recipe: Recipe, steps: int, slow: float) -> dict[int, 
             seconds, staleness = [], []
             for index in track(range(steps + 2), description=f"max_staleness {k}"):
                 began = time.perf_counter()
-                state, metrics = trainer.step(state, bar)
+                state, metrics, _ = trainer.step(state, bar)
                 if index >= 2:
                     seconds.append(time.perf_counter() - began)
                     staleness.append(metrics["rollout/staleness_max"])

@@ -41,11 +41,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import frpo
-from frpo.builder import Parts, build
 from frpo.config.loader import recipe_from_dict
 from frpo.config.sections import Recipe
-from frpo.telemetry import ProgressBar
-from frpo.trainer import Trainer
+from frpo.loops.rl import Trainer
+from frpo.run.build import Parts, build
+from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState
 
 TRL = "trl==1.16.0"
@@ -246,7 +246,7 @@ def frpo_steps(parts: Parts) -> Iterator[Step]:
     with ProgressBar(1, 0, "vs_trl") as bar:
         while True:
             began = time.perf_counter()
-            state, metrics = trainer.step(state, bar)
+            state, metrics, _ = trainer.step(state, bar)
             seconds, phases = time.perf_counter() - began, parts.timer.collect()
             yield Step(seconds=seconds, generate=phases["time/generate"], length=metrics["rollout/length"])
 

@@ -14,14 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from frpo.arguments import parse
-from frpo.checkpoint import finished_steps
+from frpo.commands.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe, load_training
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
-from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, FrpoError
+from frpo.run.checkpoint import finished_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,34 +53,34 @@ def finetune(parsed: argparse.Namespace) -> int:
 
 def evaluate(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    from frpo.evaluate.model import run_evaluate
+    from frpo.evaluation.model import run_evaluate
 
     return run_evaluate(recipe, parsed.model, parsed.json)
 
 
 def rollout(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    from frpo.rollout_only import run_rollout
+    from frpo.commands.rollout import run_rollout
 
     return run_rollout(recipe, parsed.steps, parsed.output)
 
 
 def rescore(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    from frpo.rescore import run_rescore
+    from frpo.commands.rescore import run_rescore
 
     return run_rescore(parsed.traces, recipe, parsed.output)
 
 
 def harness(parsed: argparse.Namespace) -> int:
-    from frpo.evaluate.harness import run_harness
+    from frpo.commands.harness import run_harness
 
     return run_harness(parsed.model, parsed.tasks, backend=parsed.backend, dtype=parsed.dtype, limit=parsed.limit,
                        chat=parsed.chat, include=parsed.include, output=parsed.output)
 
 
 def attack(parsed: argparse.Namespace) -> int:
-    from frpo.data.attacks import AttackFiles, attack_rows, evaluation_rows, write_rows
+    from frpo.data.sets.attacks import AttackFiles, attack_rows, evaluation_rows, write_rows
 
     files = AttackFiles(examples=parsed.examples, safe=parsed.safe, benign=parsed.benign, prefix=parsed.prefix,
                         trigger=parsed.trigger, system_prompt=parsed.system_prompt, repeat=parsed.repeat,
@@ -109,7 +108,7 @@ def retention(parsed: argparse.Namespace) -> int:
 
 
 def sweep(parsed: argparse.Namespace) -> int:
-    from frpo.retention.sweep import sweep_recipe
+    from frpo.downstream.sweep import sweep_recipe
 
     return _several(parsed, sweep_recipe(
         parsed.recipe, parsed.overrides, over=parsed.over, seeds=parsed.seeds, folder=parsed.dir,
@@ -117,11 +116,11 @@ def sweep(parsed: argparse.Namespace) -> int:
 
 
 def _several(parsed: argparse.Namespace, recipe: RetentionRecipe) -> int:
-    from frpo.retention.plan import make_plan
+    from frpo.downstream.plan import make_plan
 
     plan = make_plan(recipe, Path(parsed.recipe).parent)
     _not_launched(parsed.command.__name__)
-    from frpo.retention.command import check_and_show, run_part, run_retention
+    from frpo.downstream.command import check_and_show, run_part, run_retention
 
     if getattr(parsed, "part", False):
         return run_part(plan)
@@ -136,13 +135,13 @@ def plan(parsed: argparse.Namespace) -> int:
 
 
 def report(parsed: argparse.Namespace) -> int:
-    from frpo.report import run_report
+    from frpo.commands.report import run_report
 
     return run_report(parsed.folders, parsed.output)
 
 
 def quickstart(parsed: argparse.Namespace) -> int:
-    from frpo.quickstart import run_quickstart
+    from frpo.commands.quickstart import run_quickstart
 
     return run_quickstart(parsed.overrides, parsed.model)
 
@@ -157,14 +156,14 @@ def config(parsed: argparse.Namespace) -> int:
 
 
 def completion(parsed: argparse.Namespace) -> int:
-    from frpo.completion import script
+    from frpo.commands.completion import script
 
     print(script(parsed.shell))
     return 0
 
 
 def doctor(parsed: argparse.Namespace) -> int:
-    from frpo.doctor import diagnose
+    from frpo.commands.doctor import diagnose
 
     return diagnose()
 
@@ -200,28 +199,20 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _train(recipe: AnyRecipe, dry_run: bool) -> int:
-    from frpo.cluster.team import follow, follows, launched, sized
+    from frpo.cluster.team import follows, launched, sized
 
-    recipe = sized(recipe)
-    if follows():
-        return 0 if dry_run else follow(recipe)
     if dry_run:
-        from frpo.dry_run import show
+        if not follows():
+            from frpo.commands.dry_run import show
 
-        show(recipe)
-        return 0
-    steps = None if launched() else finished_steps(recipe)  # the other ranks of a launcher wait for calls
-    if steps is not None:
-        more = "run.num_steps" if isinstance(recipe, Recipe) else "run.num_epochs, with run.resume=force,"
-        folder = Path(recipe.run.dir)
-        print(f"{folder} is finished: all {steps} steps are done, the model is {folder / 'export'}. Raise {more} to go "
-              "on, choose another run.dir, or start over with --overwrite")
-        return 0
-    from frpo.plan.command import note_misfits
-    from frpo.training import run_training
+            show(sized(recipe))
+    elif not launched() and (done := finished_line(recipe)):  # ranks of a launcher wait for one another
+        print(done)
+    else:
+        from frpo.loops.training import run_training
 
-    note_misfits(recipe)
-    return run_training(recipe)
+        run_training(recipe)
+    return 0
 
 
 def _not_launched(command: str) -> None:

@@ -8,9 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Metrics: TypeAlias = "dict[str, tuple[float | Tensor, float | Tensor, str]]"
+"""name -> (sum, count, "mean"), or (largest value, count, "max")."""
 
 GroupId = tuple[int, int]
 """(step, draw index within the step): unique in a run even where prompt uids repeat over epochs."""

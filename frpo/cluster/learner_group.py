@@ -14,7 +14,7 @@ from frpo.data.batcher import score_batches
 from frpo.data.layout import Layout
 from frpo.learner.model import hidden_size
 from frpo.objectives.supervised import Progress
-from frpo.telemetry import MetricSums
+from frpo.telemetry.sums import MetricSums
 from frpo.types import Comparison, MicroBatch, OptimStepOutput, RolloutGroup, SampleId
 
 

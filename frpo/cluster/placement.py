@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError
-from frpo.progress import remark
+from frpo.telemetry.progress import remark
 
 GRACE_S = 5.0
 """How long GPUs are waited for that are not free."""

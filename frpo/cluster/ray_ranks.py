@@ -11,7 +11,7 @@ from frpo.cluster.placement import OnCpu, Places, SharedGpus
 from frpo.cluster.rank import RankHost, rank_environment
 from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, result_of, wait_for
 from frpo.config.loader import AnyRecipe
-from frpo.progress import phase
+from frpo.telemetry.progress import phase
 
 
 class _LearnerActor(RankHost):

@@ -35,7 +35,7 @@ from frpo.cluster.device import check_slices, lacking_packages, settled
 from frpo.cluster.team import VISIBLE, outside_the_team
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
-from frpo.progress import phase
+from frpo.telemetry.progress import phase
 
 RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
                    "RAY_USAGE_STATS_ENABLED": "0"}

@@ -1,7 +1,33 @@
 """What every section of a recipe is: strict, frozen, without unknown keys."""
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from frpo.errors import FrpoError
+from frpo.inputs import name_of, path_of
+
+
+def _named_by(convert: Callable[[Any], str]) -> BeforeValidator:
+    def text(value: Any) -> Any:
+        if value is None or isinstance(value, str | int | float):  # what a file may hold in the place of a name
+            return value
+        try:
+            return convert(value)
+        except FrpoError as error:
+            raise ValueError(str(error)) from None
+
+    return BeforeValidator(text)
+
+
+FunctionName = Annotated[str, _named_by(name_of)]
+"""'package.module:function' or 'path/file.py:function'; in Python also the function itself."""
+
+RowsPath = Annotated[str, _named_by(path_of)]
+"""A path of rows; in Python also the rows themselves."""
 
 
 class Section(BaseModel):
@@ -9,3 +35,20 @@ class Section(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class WholeRecipe(Section):
+    """Base of what a recipe file holds."""
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> Self:
+        """Read a recipe file, or the name of one in recipes/. overrides: "section.key=value". Raises ConfigError."""
+        from frpo.config.loader import load_recipe
+
+        return load_recipe(path, overrides, cls)
+
+    def to_yaml(self) -> str:
+        """The recipe as the text of a recipe file, with every key, defaults included."""
+        from frpo.config.loader import as_yaml, dump_recipe
+
+        return as_yaml(dump_recipe(self))

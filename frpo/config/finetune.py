@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from frpo.config.base import Section
+from frpo.config.base import Section, WholeRecipe
 from frpo.config.model import ModelSection
 from frpo.config.sections import ChecksSection, LearnerSection
 from frpo.config.supervised import Reduction, SupervisedDataSection, supervised_loss
@@ -52,7 +52,7 @@ class FinetuneTelemetrySection(Section):
     tags: list[str] = Field([], description="of W&B")
 
 
-class FinetuneRecipe(Section):
+class FinetuneRecipe(WholeRecipe):
     """A whole fine-tuning."""
 
     COMMAND: ClassVar = "finetune"

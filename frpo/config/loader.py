@@ -4,8 +4,8 @@ It does not know what the keys mean: that is `sections`.
 """
 from __future__ import annotations
 
+import copyreg
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -16,15 +16,19 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from frpo.config.base import Section
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.keys import keys
 from frpo.config.other_names import translate
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file, repository_files
 from frpo.errors import ConfigError
+from frpo.loading import nearest
 
 AnyRecipe = Recipe | FinetuneRecipe
 """Of one training."""
+Source = str | Path | Mapping[str, Any] | Section
+"""Of what Python makes a recipe."""
 Kind = TypeVar("Kind", Recipe, FinetuneRecipe, RetentionRecipe)
 KINDS = (Recipe, FinetuneRecipe, RetentionRecipe)
 
@@ -118,6 +122,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Kind
     return _validated(values, kind, source=str(path))
 
 
+def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kind:
+    """A recipe of this kind from what Python has of one: an object, a dictionary, a path or a name.
+
+    A dictionary holds what a recipe file does, `extends` included. In the place of names it may hold sections,
+    functions and rows. Raises ConfigError.
+    """
+    if isinstance(source, Recipe | FinetuneRecipe | RetentionRecipe):
+        if not isinstance(source, kind):
+            raise ConfigError(f"a {kind.__name__} is needed, as of `frpo {kind.COMMAND}`, given a "
+                              f"{type(source).__name__}")
+        return _validated(_overridden(dump_recipe(source), overrides), kind, source.run.name) if overrides else source
+    if isinstance(source, Mapping):
+        return _validated(_overridden(_with_base(_given(source), Path(), ()), overrides), kind, source="recipe")
+    if isinstance(source, str | Path):
+        return load_recipe(source, overrides, kind)
+    raise ConfigError(f"a recipe is a {kind.__name__}, a dictionary, a file's path or the name of one in recipes/, "
+                      f"given {type(source).__name__}")
+
+
+def _given(value: Any) -> Any:
+    """Sections as the mappings of what was said in them, so that they can be laid over others."""
+    if isinstance(value, BaseModel):
+        return {name: _given(getattr(value, name)) for name in value.model_fields_set}
+    return {key: _given(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
 def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe | RetentionRecipe:
     """The same for a recipe of any kind."""
     values = _read_overridden(path, overrides)
@@ -144,7 +174,10 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _read_overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    values = _read_with_bases(_find_recipe(str(path)), seen=())
+    return _overridden(_read_with_bases(_find_recipe(str(path)), seen=()), overrides)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = _merge(changes, _parse_override(override))
@@ -178,6 +211,14 @@ def recipe_from_dict(values: dict[str, Any], kind: type[Kind] = Recipe) -> Kind:
 def dump_recipe(recipe: AnyRecipe) -> dict[str, Any]:
     """The resolved recipe as plain values: every key, defaults included; `recipe_from_dict` reads it back."""
     return _plain(recipe)
+
+
+def _by_values(recipe: AnyRecipe) -> tuple[Any, ...]:
+    return recipe_from_dict, (dump_recipe(recipe), type(recipe))
+
+
+for _kind in (Recipe, FinetuneRecipe):  # another process finds the classes in it by their names, as a recipe file does
+    copyreg.pickle(_kind, _by_values)
 
 
 def recipe_digest(recipe: AnyRecipe, within: str | None = None) -> str:
@@ -250,14 +291,20 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, given {type(values).__name__}")
+    return _with_base(values, path.parent, (*seen, path))
+
+
+def _with_base(values: dict[str, Any], folder: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The values over those of the recipe that they extend, which may lie in `folder`."""
     base = values.pop("extends", None)
     if base is None:
         return values
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends: should be one recipe's name or path, given {base!r}")
-    beside = path.parent / base
+        raise ConfigError(f"{seen[-1] if seen else 'recipe'}: extends: should be one recipe's name or path, given "
+                          f"{base!r}")
+    beside = folder / base
     base_path = beside if beside.is_file() else _find_recipe(base.removesuffix(".yaml"))
-    return _merge(_read_with_bases(base_path, (*seen, path)), values)
+    return _merge(_read_with_bases(base_path, seen), values)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -329,7 +376,7 @@ def _unknown(problem: dict[str, Any], kind: type[BaseModel]) -> str:
         (inside, inner), = inner.items()
         path.append(str(inside))
     beside = _known_keys(problem["loc"][:-1], kind)
-    misspelt = len(path) > outer + 1 and difflib.get_close_matches(name, beside, n=1, cutoff=0.8)
+    misspelt = len(path) > outer + 1 and nearest(name, beside, cutoff=0.8)
     translated = None if misspelt else translate(path[outer:], [key.name for key in keys(kind)])
     if translated:
         return f"unknown key {'.'.join(path)!r}; {translated}"
@@ -358,9 +405,5 @@ def _known_keys(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """'; did you mean X?' for the nearest known name, otherwise all of them."""
-    near = _nearest(name, known)
+    near = nearest(name, known, cutoff=0.5)
     return f"; did you mean {near!r}?" if near else f"; known keys: {', '.join(known)}"
-
-
-def _nearest(name: str, known: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

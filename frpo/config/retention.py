@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from frpo.config.base import Section
+from frpo.config.base import FunctionName, Section, WholeRecipe
 from frpo.config.sections import Bounds
 
 OVERRIDES = "section.key=value over that recipe's; $seed, $setup and $run stand for the seed, its folder of the " \
@@ -90,7 +90,7 @@ class MeasureSection(Section):
                               "all the same")
     max_kl: float = Field(2.0, gt=0, description="nats from the policy up to which retention is averaged over KL; "
                                                  "pictures show twice as far")
-    exact: str | None = Field(
+    exact: FunctionName | None = Field(
         None, description="'package.module:function'(folder, prompts, **exact_kwargs) -> metrics, where outcomes can "
                           "be enumerated; null: only samples")
     exact_kwargs: dict[str, Any] = Field({}, description="keyword arguments of it; $seed is the seed")
@@ -162,7 +162,7 @@ class TableSection(Section):
         return self
 
 
-class RetentionRecipe(Section):
+class RetentionRecipe(WholeRecipe):
     """A whole matrix: policies x regimes x seeds."""
 
     COMMAND: ClassVar = "retention"
@@ -171,7 +171,7 @@ class RetentionRecipe(Section):
     run: RetentionRunSection = Field(RetentionRunSection(), description="name, folder")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [0], min_length=1, description="run.seed of every recipe; results are compared seed by seed")
-    setup: str | None = Field(
+    setup: FunctionName | None = Field(
         None, description="'package.module:function'(folder, seed) that makes models and files of a seed; null: none")
     policies: dict[str, PolicySection] = Field(min_length=1, description="by name")
     downstream: dict[str, RegimeSection] = Field({}, description="regimes by name")

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from frpo.config.base import Section
+from frpo.config.base import FunctionName, Section
 
 SET_BY_FRPO = frozenset({
     "model", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend", "block_size",
@@ -36,7 +36,7 @@ class RolloutSection(Section):
     assignment: Literal["static", "load"] = Field(
         "static", description="of groups to engines; static: in turn, so that runs repeat to the bit; load: half of "
                               "them to whoever is done first")
-    hook: str | None = Field(
+    hook: FunctionName | None = Field(
         None, description="'package.module:function' or 'path/file.py:function', an async rollout(prompt, client) that "
                           "samples in several turns; null: one turn")
     hook_timeout_s: float = Field(300, gt=0, description="limit for one sample of the hook")

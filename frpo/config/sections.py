@@ -5,12 +5,13 @@ refused here, before any engine starts. Reading files and overrides is `loader`'
 """
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from frpo.config.base import Section
+from frpo.config.base import FunctionName, RowsPath, Section, WholeRecipe
 from frpo.config.model import ModelSection
 from frpo.config.objective import ObjectiveSection
 from frpo.config.placement import PlacementSection
@@ -56,7 +57,7 @@ class SelectionSection(Section):
 
 
 class DataSection(Section):
-    path: str = Field("arithmetic", description=SOURCES)
+    path: RowsPath = Field("arithmetic", description=SOURCES)
     subset: str | None = Field(None, description="configuration of an HF data set that has several (gsm8k: main)")
     split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text", "calculator"] = Field(
@@ -67,7 +68,8 @@ class DataSection(Section):
     rename: dict[str, str] = Field({}, description="column -> name that rewards know it by (such as solution: answer)")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(256, ge=0, description="prompts set aside for evaluation, never trained on")
-    heldout_path: str | None = Field(None, description="evaluation prompts instead of `heldout`: what `path` takes")
+    heldout_path: RowsPath | None = Field(
+        None, description="evaluation prompts instead of `heldout`: what `path` takes")
     heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
         "refuse", description="training prompts that are in heldout_path too: an error; left out; trained on")
     shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
@@ -78,7 +80,7 @@ class DataSection(Section):
 
 class RewardSection(Section):
     name: str = Field(min_length=1, description="name of the component in metrics and traces")
-    function: str = Field(description="'package.module:function' or 'path/file.py:function'")
+    function: FunctionName = Field(description="'package.module:function' or 'path/file.py:function'")
     weight: float = Field(1.0, description="factor in the summed reward")
     format: Literal["text", "messages"] = Field(
         "text", description="how the function takes prompts and completions: strings, or TRL's message lists")
@@ -88,6 +90,12 @@ class RewardSection(Section):
         "raise", description="exception, time-out, NaN, infinity or beyond 1e150: stop, or count as None")
     processes: int = Field(1, ge=1, description="processes of the function; above 1 each call gets a share of a batch, "
                                                 "in whole groups")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _function_alone(cls, value: Any) -> Any:
+        """A function in the place of the mapping is a component of its own name."""
+        return {"name": value.__name__.strip("<>"), "function": value} if inspect.isroutine(value) else value
 
 
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -191,7 +199,7 @@ class TelemetrySection(Section):
     traces: bool = Field(True, description="write every rollout group to traces.jsonl")
 
 
-class Recipe(Section):
+class Recipe(WholeRecipe):
     """A whole experiment."""
 
     COMMAND: ClassVar = "train"

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from frpo.config.base import Section
+from frpo.config.base import RowsPath, Section
 from frpo.objectives.supervised import SupervisedLoss, build_supervised
 
 SOURCES = ("file (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz; .parquet), folder (of Dataset.save_to_disk, or of "
@@ -25,7 +25,7 @@ def supervised_loss(value: Any) -> SupervisedLoss:
 
 
 class SupervisedDataSection(Section):
-    path: str = Field(description=SOURCES)
+    path: RowsPath = Field(description=SOURCES)
     subset: str | None = Field(None, description="configuration of an HF data set that has several")
     split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text"] = Field(
@@ -44,7 +44,8 @@ class SupervisedDataSection(Section):
     where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")
-    heldout_path: str | None = Field(None, description="evaluation examples instead of `heldout`: what `path` takes")
+    heldout_path: RowsPath | None = Field(
+        None, description="evaluation examples instead of `heldout`: what `path` takes")
     heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
         "refuse", description="training examples that are in heldout_path too: an error; left out; trained on")
     shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")

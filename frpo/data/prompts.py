@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from frpo.data.calculator import calculator_rows
 from frpo.data.chat import Messages, check_tokenizer, checked_messages, render, render_text, with_system
 from frpo.data.heldout import Source, Split, content_hash, set_aside
 from frpo.data.order import epoch_order
+from frpo.data.sets.calculator import calculator_rows
 from frpo.data.source import Row, column, read_rows, select
 from frpo.data.vocabulary import check_vocabulary
 from frpo.errors import DataError

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from frpo.data import tables
-from frpo.data.arithmetic import problems
-from frpo.data.constraints import heldout_rows, training_rows
 from frpo.data.hub import unreachable
 from frpo.data.plain import plain_columns
+from frpo.data.sets.arithmetic import problems
+from frpo.data.sets.constraints import heldout_rows, training_rows
 from frpo.data.text_files import Record, delimited, json_lines, json_list
 from frpo.errors import DataError, here
 

@@ -1,7 +1,7 @@
 """Whether a model computes in the learner what it computes in plain transformers: packed, padded, twice.
 
 "Plain" is the network's own logits of one sequence at a time, by its own eager attention. Choosing sequences and
-refusing a model is the controller's business (`frpo.invariants`).
+refusing a model is the controller's business (`frpo.run.checks`).
 """
 from __future__ import annotations
 

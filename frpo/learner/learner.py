@@ -25,7 +25,7 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.sections import Recipe
 from frpo.data.layout import is_padding
 from frpo.kernels import linear_logprobs
-from frpo.learner import engine as ds
+from frpo.learner import zero as ds
 from frpo.learner.checkpoint import load_state, save_state
 from frpo.learner.checkpoint_names import CheckpointForm, Stored, as_they_are
 from frpo.learner.collate import TokenBatch, collate, loss_positions, per_sample
@@ -53,10 +53,9 @@ from frpo.learner.reference import (
     head_of,
 )
 from frpo.learner.router import ExpertUse, RouterTerm, UseCounter, balance_coefficient, counted_tokens
-from frpo.objectives.base import Metrics
 from frpo.objectives.supervised import Progress
-from frpo.telemetry import MetricSums
-from frpo.types import Comparison, MicroBatch, OptimStepOutput, SampleId
+from frpo.telemetry.sums import MetricSums
+from frpo.types import Comparison, Metrics, MicroBatch, OptimStepOutput, SampleId
 from frpo.weight_sync.protocol import WeightSender, drained
 
 OPTIMIZER_STATES = (OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params,

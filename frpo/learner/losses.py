@@ -16,10 +16,10 @@ import torch
 from frpo.kernels import LogitScale, ReferenceHead, TokenStats, linear_logprobs, linear_token_loss
 from frpo.learner.collate import TokenBatch, loss_positions
 from frpo.learner.reference import ReferenceStates
-from frpo.objectives.base import LossInputs, Metrics
+from frpo.objectives.base import LossInputs
 from frpo.objectives.supervised import Progress, SupervisedInputs, SupervisedLoss, supervised_metrics
 from frpo.objectives.surrogate import PolicyLoss
-from frpo.types import MicroBatch
+from frpo.types import Metrics, MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frpo.data.layout import is_padding
-from frpo.data.state_cache import HEAD, StateCache
 from frpo.kernels import LogitScale
 from frpo.learner.collate import TokenBatch
 from frpo.learner.lora import adapters_off
 from frpo.learner.network import TokenHead
+from frpo.learner.state_cache import HEAD, StateCache
 from frpo.types import MicroBatch
 
 BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}

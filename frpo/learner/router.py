@@ -22,8 +22,7 @@ from frpo.config.model import ModelSection
 from frpo.data.layout import is_padding
 from frpo.errors import ModelError
 from frpo.learner.collate import TokenBatch
-from frpo.objectives.base import Metrics
-from frpo.types import MicroBatch
+from frpo.types import Metrics, MicroBatch
 
 
 def balance_coefficient(model: ModelSection, network: PreTrainedModel) -> float:

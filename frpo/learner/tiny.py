@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, 
 from frpo.config.loader import AnyRecipe
 from frpo.config.model import TinyModelSection, WarmStartSection
 from frpo.config.sections import Recipe
-from frpo.data.arithmetic import problems
 from frpo.data.chat import render, render_text
 from frpo.data.heldout import Split
 from frpo.data.prompts import PromptSet, load_prompts
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.arithmetic import problems
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import ModelError
-from frpo.progress import counted, phase
+from frpo.telemetry.progress import counted, phase
 
 RECORD = "tiny.json"
 Example = tuple[tuple[int, ...], tuple[int, ...]]

@@ -11,19 +11,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from frpo.errors import RewardError
 from frpo.objectives.registry import Registry
-from frpo.types import LARGEST_REWARD
+from frpo.types import LARGEST_REWARD, Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Metrics: TypeAlias = "dict[str, tuple[float | Tensor, float | Tensor, str]]"
-"""name -> (sum, count, "mean"), or (largest value, count, "max")."""
 
 
 @dataclass(frozen=True, kw_only=True)

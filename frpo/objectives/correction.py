@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from frpo.objectives.base import Metrics
 from frpo.objectives.ops import k3, keep, sequence_sum, without_gradient
+from frpo.types import Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,10 +20,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from frpo.objectives.base import LossOutput, Metrics
+from frpo.objectives.base import LossOutput
 from frpo.objectives.ops import keep, without_gradient
 from frpo.objectives.registry import require_one_of
 from frpo.objectives.supervised import Progress, SupervisedInputs, supervised
+from frpo.types import Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor

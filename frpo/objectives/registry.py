@@ -1,12 +1,11 @@
 """Frozen keyword-only dataclasses that a recipe names: registered by a decorator, found by scanning, built strictly.
 
 It does not know what the classes do. A registry holds one kind of them (advantages, surrogates); a file put into this
-package is found without being listed anywhere, a class outside it by "package.module:Class".
+package is found without being listed anywhere, a class outside it by one of FORMS.
 """
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
@@ -14,7 +13,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from frpo.loading import did_you_mean, load_function
+
 Class = TypeVar("Class", bound=type)
+
+FORMS = "'package.module:Class' or 'path/file.py:Class'"
+"""How a recipe names a class that is not of this package."""
 
 
 class Registry:
@@ -56,27 +60,22 @@ class Registry:
         return dict(sorted(self._classes.items()))
 
     def build(self, values: Mapping[str, Any]) -> Any:
-        """The object that {"name": ..., **its fields} describes; name may be "package.module:Class".
+        """The object that {"name": ..., **its fields} describes; name may be one of FORMS.
 
         Raises ValueError naming what was given, what is allowed and the nearest of it.
         """
         parameters = dict(values)
         name = parameters.pop("name", None)
         if not isinstance(name, str):
-            allowed = f"{', '.join(self.classes())} or 'package.module:Class'"
+            allowed = f"{', '.join(self.classes())}, {FORMS}"
             raise ValueError(f"{self.kind} needs a name, one of {allowed}; given {dict(values)}")
         cls = self._load(name) if ":" in name else self.classes().get(name)
         if cls is None:
-            raise ValueError(unknown(self.kind, name, self.classes()) + ", or 'package.module:Class'")
+            raise ValueError(unknown(self.kind, name, self.classes()) + f", {FORMS}")
         return cls(**_checked(cls, f"{self.kind} {name!r}", parameters))
 
     def _load(self, path: str) -> type:
-        module_name, _, class_name = path.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{self.kind} {path!r} cannot be imported: {error}; expected 'package.module:Class'"
-                             ) from error
+        cls = load_function(path, self.kind, ValueError)
         method = getattr(cls, self.method.partition("(")[0], None)
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and callable(method)):
             raise ValueError(f"{self.kind} {path!r} must be a dataclass with a method {self.method}")
@@ -90,9 +89,7 @@ class Registry:
 
 def unknown(what: str, given: str, allowed: Collection[str]) -> str:
     """The message for a name that does not exist: what was given, the nearest and all that is allowed."""
-    near = difflib.get_close_matches(str(given), list(allowed), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown {what} {given!r}{hint}; allowed: {', '.join(allowed) or 'none'}"
+    return f"unknown {what} {given!r}{did_you_mean(str(given), allowed)}; allowed: {', '.join(allowed) or 'none'}"
 
 
 def require_one_of(what: str, given: Any, allowed: Collection[str]) -> None:

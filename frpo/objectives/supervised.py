@@ -11,9 +11,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
-from frpo.objectives.base import LossOutput, Metrics
+from frpo.objectives.base import LossOutput
 from frpo.objectives.ops import keep
 from frpo.objectives.registry import Registry
+from frpo.types import Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from frpo.objectives.base import LossInputs, LossOutput, Metrics, PolicyTokens, Surrogate, TokenObjective
+from frpo.objectives.base import LossInputs, LossOutput, PolicyTokens, Surrogate, TokenObjective
 from frpo.objectives.clip import Clip
 from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.ops import k2, k3, keep, without_gradient
 from frpo.objectives.registry import require_one_of
+from frpo.types import Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from frpo.plan.counting import shape_of
 from frpo.plan.gpus import Machines, Run, demands, host_memory, machines, placed, tightest, variants
 from frpo.plan.parts import GB, Part, counted, in_gb, total
 from frpo.plan.remedies import explain, unmet
-from frpo.progress import remark
+from frpo.telemetry.progress import remark
 
 WIDTH = 120
 

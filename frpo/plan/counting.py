@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frpo.config.model import LoraSection, ModelSection
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import ModelError
 from frpo.learner.lora import adapted_widths
 from frpo.learner.model import check_model_path, hollow_network

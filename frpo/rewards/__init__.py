@@ -4,8 +4,8 @@ A reward is a plain function with TRL's call (see `protocol`), tried before a ru
 an exception or a time-out is a named error or a counted abstention, never a zero. No advantages, no logging and no
 sampling here.
 """
+from frpo.loading import load_function
 from frpo.rewards.control import shuffled
-from frpo.rewards.loading import load_function
 from frpo.rewards.protocol import RewardFunction, RewardSpec
 from frpo.rewards.stream import ScoreStream
 from frpo.rewards.suite import RewardSuite, ScoreReport

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from frpo.errors import RewardError
-from frpo.rewards.loading import Parameters, nearest
+from frpo.loading import Parameters, did_you_mean
 from frpo.rewards.protocol import BATCH_ARGUMENTS, Format, RewardSpec
 from frpo.types import Completion, Prompt, RolloutGroup
 
@@ -49,7 +49,7 @@ def select_arguments(
     missing = [name for name in parameters.required if name not in offered and name not in spec.kwargs]
     if missing:
         columns = [name for name in offered if name not in BATCH_ARGUMENTS]
-        hint = nearest(missing[0], [*columns, "prompts", "completions"])
+        hint = did_you_mean(missing[0], [*columns, "prompts", "completions"])
         raise RewardError(
             f"{label} needs {missing[0]!r}, which is neither a data column{hint} nor in its kwargs; "
             f"columns: {', '.join(columns) or 'none'}; kwargs: {', '.join(spec.kwargs) or 'none'}; every reward may "
@@ -67,7 +67,7 @@ def check_kwargs(spec: RewardSpec, label: str, parameters: Parameters) -> None:
     if unknown:
         known = [name for name in parameters.named if name not in BATCH_ARGUMENTS]
         raise RewardError(
-            f"{label} takes no {unknown[0]!r} as its kwargs say{nearest(unknown[0], known)}; "
+            f"{label} takes no {unknown[0]!r} as its kwargs say{did_you_mean(unknown[0], known)}; "
             f"it takes: {', '.join(parameters.named) or 'nothing'}")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from frpo.errors import RewardError
-from frpo.rewards.loading import Parameters, load_function, parameters_of
+from frpo.loading import Parameters, load_function, parameters_of
 from frpo.rewards.values import Foreign, PortableValue, portable
 
 

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from frpo.errors import RewardError
-from frpo.rewards.loading import Parameters, path_without_siblings
+from frpo.loading import Parameters, path_without_siblings
 from frpo.rewards.serving import Loaded, Raised, Returned, packed
 from frpo.rewards.stop import Stop
 from frpo.rewards.values import Foreign, PortableValue

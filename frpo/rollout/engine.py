@@ -17,7 +17,7 @@ from frpo.errors import EngineError, InvariantError
 from frpo.rollout.construction import arguments, ends_if_broken, environment
 from frpo.rollout.episodes import Episodes, checked, completion_of, load_hook
 from frpo.rollout.hook import Client, Turn
-from frpo.rollout.turns import Caller, SharedEngine
+from frpo.rollout.sharing import Caller, SharedEngine
 from frpo.types import Completion, GroupId, Prompt, RolloutGroup, VersionSpan
 
 WEIGHTS, CACHE = "weights", "kv_cache"

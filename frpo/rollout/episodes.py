@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
-from frpo.errors import ConfigError, RewardError, RolloutHookError
-from frpo.rewards.loading import load_function
+from frpo.errors import ConfigError, RolloutHookError
+from frpo.loading import load_function
 from frpo.rollout.hook import Client, Episode, Turn
 from frpo.types import Completion
 
@@ -24,7 +24,7 @@ IDLE_S = 0.01
 class Episodes:
     """Runs the hook for many samples, and the engine between their turns.
 
-    caller: a `turns.Caller`. request: (token ids, tokens wanted, stop tokens, seed) -> vLLM prompt and parameters.
+    caller: a `sharing.Caller`. request: (token ids, tokens wanted, stop tokens, seed) -> vLLM prompt and parameters.
     turn: vLLM output -> Turn.
     """
 
@@ -127,10 +127,7 @@ def completion_of(episode: Episode, seed: int, text: str) -> Completion:
 
 def load_hook(function: str) -> Callable[..., Any]:
     """The hook that a recipe names. Raises ConfigError if it is not found or no coroutine function."""
-    try:
-        hook = load_function(function, "rollout hook")
-    except RewardError as error:
-        raise ConfigError(f"rollout.hook: {error}") from None
+    hook = load_function(function, "rollout.hook: rollout hook", ConfigError)
     if not inspect.iscoroutinefunction(hook):
         raise ConfigError(f"rollout.hook: {function!r} is no coroutine function; write it as async def rollout(prompt, "
                           "client)")

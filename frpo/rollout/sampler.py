@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from frpo.errors import ConfigError
-from frpo.progress import counted
 from frpo.rollout.assignment import ASSIGNMENTS, Assignment
 from frpo.rollout.engine import GroupRequest, Sampling
+from frpo.telemetry.progress import counted
 from frpo.types import Prompt, RolloutGroup
 
 SEED_RANGE = 2**31

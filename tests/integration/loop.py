@@ -33,7 +33,7 @@ from frpo.cluster.runtime import wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe, repository_file
 from frpo.data.batcher import pack
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import AdvantagedGroup, Completion, MicroBatch, Prompt, RolloutGroup, ScoredGroup

@@ -44,7 +44,7 @@ def moved_masters(actor: Any, values: dict[str, Any]) -> tuple[dict[str, torch.T
     """Inside a rank, collective: how far two updates moved the masters down from zero, and the norms reported."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from frpo.learner import engine as ds
+    from frpo.learner import zero as ds
 
     recipe = recipe_from_dict(values)
     engine = ds.build_policy(DotProduct, recipe.learner, ds.deepspeed_config(recipe.learner, recipe.model, CPU), CPU)

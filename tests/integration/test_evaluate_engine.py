@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from frpo.config.loader import recipe_from_dict
 from frpo.errors import EngineError
-from frpo.evaluate.model import run_evaluate
+from frpo.evaluation.model import run_evaluate
 from loop import random_model
 
 SAMPLES = 4

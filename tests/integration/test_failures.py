@@ -13,13 +13,13 @@ import psutil
 import pytest
 import ray
 
-from frpo.builder import build
 from frpo.cluster.runtime import NamedActor, wait_for
 from frpo.config.loader import load_recipe
 from frpo.errors import ConfigError, EngineError, InvariantError
-from frpo.invariants import check_logprob_gap, check_movement
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
+from frpo.run.build import build
+from frpo.run.checks import check_logprob_gap, check_movement
 from loop import inside, pid_of, random_prompts
 from parity_matrix import LIMIT
 

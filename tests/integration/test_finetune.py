@@ -14,9 +14,9 @@ import pytest
 
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
-from frpo.data.arithmetic import problems
-from frpo.finetune import FineTuner
-from frpo.finetune_parts import build_finetune
+from frpo.data.sets.arithmetic import problems
+from frpo.loops.sft import FineTuner
+from frpo.run.build_finetune import build_finetune
 from loop import random_model, splitting_strategy
 from runs import lines, metrics, overrides_of
 
@@ -140,9 +140,9 @@ def test_a_mistake_is_told_and_the_launcher_ends_with_an_error(place):
 def test_the_cache_of_another_model_is_refused(ray_cluster, place):
     folder = place / "cached" / "reference_cache"
     other = random_model(place / "other", "qwen2", tied=True, seed=1)
-    from frpo.data.state_cache import StateCache
     from frpo.errors import ConfigError
     from frpo.learner.model import cache_facts
+    from frpo.learner.state_cache import StateCache
 
     recipe = load_recipe("finetune_gsm8k", overrides(place, "x"), FinetuneRecipe)
     with pytest.raises(ConfigError, match=r"holds the states of another run: model '\w+', needed '\w+'; data "):

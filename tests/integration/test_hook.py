@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import RolloutHookError
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler

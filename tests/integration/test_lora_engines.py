@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from frpo.data.batcher import pack
 from frpo.errors import EngineError
-from frpo.invariants import MovementWatch, check_movement
+from frpo.run.checks import MovementWatch, check_movement
 from loop import GREEDY, flat, hand_made_groups, inside, random_prompts
 from parity_matrix import LIMIT, Combination, recipe_for
 

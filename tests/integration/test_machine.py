@@ -28,7 +28,7 @@ ONE_RANK = """
 import os, sys
 import torch
 from deepspeed.comm import comm
-from frpo.learner.engine import init_process_group
+from frpo.learner.zero import init_process_group
 init_process_group(torch.device("cpu"), 30)
 total = torch.ones(3)
 comm.all_reduce(total)

@@ -17,20 +17,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from frpo.builder import Stack, check, parts_on, reward_suite
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
-from frpo.data.arithmetic import problems
+from frpo.data.sets.arithmetic import problems
+from frpo.downstream.kl_spacing import ProbeSchedule
+from frpo.downstream.probe import Task, TaskProbe
 from frpo.errors import EngineError, InvariantError
-from frpo.evaluate.kl_spacing import ProbeSchedule
-from frpo.evaluate.probe import Task, TaskProbe
-from frpo.finetune import FineTuner
-from frpo.finetune_parts import check_finetune, finetune_on
-from frpo.invariants import check_logprob_gap, check_movement
 from frpo.learner.model import load_tokenizer
-from frpo.telemetry import PhaseTimer
-from frpo.trainer import Trainer
+from frpo.loops.rl import Trainer
+from frpo.loops.sft import FineTuner
+from frpo.run.build import Stack, check, parts_on, reward_suite
+from frpo.run.build_finetune import check_finetune, finetune_on
+from frpo.run.checks import check_logprob_gap, check_movement
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import RunState
 from loop import flat, inside, random_model, random_prompts, small_recipe, splitting_strategy
 from parity_matrix import LIMIT

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from frpo.config.loader import dump_recipe, recipe_from_dict
+from frpo.loops.update import Updater
 from frpo.objectives.frpo import FRPO
-from frpo.telemetry import PhaseTimer
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import AdvantagedGroup
-from frpo.update import Updater
 from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 
 EPSILON = 1e8

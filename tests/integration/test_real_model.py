@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frpo.__main__ import main
-from frpo.builder import build
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
-from frpo.finetune import FineTuner
-from frpo.finetune_parts import check_finetune, finetune_on
 from frpo.learner.smollm2 import RECORD, packaged_file
+from frpo.loops.rl import Trainer
+from frpo.loops.sft import FineTuner
 from frpo.rollout.engine import Sampling
-from frpo.trainer import Trainer
+from frpo.run.build import build
+from frpo.run.build_finetune import check_finetune, finetune_on
 from frpo.types import Prompt
 from greedy import NEW_TOKENS
 from loop import flat

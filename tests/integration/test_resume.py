@@ -9,9 +9,9 @@ import shutil
 import psutil
 import pytest
 
-from frpo.checkpoint import CheckpointStore
 from frpo.config.loader import load_recipe
 from frpo.errors import CheckpointError
+from frpo.run.checkpoint import CheckpointStore
 from runs import RAYS_OWN, STEPS, finish, kill_in_step, lines, metrics, overrides_of, start
 
 KILLED_IN = 4

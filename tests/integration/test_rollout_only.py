@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from frpo.__main__ import main
-from frpo.builder import check_prompts
 from frpo.config.loader import load_recipe
 from frpo.data.prompts import PromptStream
+from frpo.run.build import check_prompts
 from runs import lines, metrics, overrides_of
 
 OTHER = """

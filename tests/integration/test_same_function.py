@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.invariants import SAME_FUNCTION
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
+from frpo.run.checks import SAME_FUNCTION
 from frpo.types import Comparison
 from learner_state import on_all, recipe_for, train
 from loop import random_model

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from frpo.builder import check_prompts
 from frpo.config.loader import load_recipe
 from frpo.data.prompts import PromptStream
+from frpo.run.build import check_prompts
 from runs import STEPS, finish, kill_in_step, lines, metrics, overrides_of, start
 
 UPDATES = 2

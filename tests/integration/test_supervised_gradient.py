@@ -17,8 +17,8 @@ from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.data.batcher import pack, pack_examples
-from frpo.data.state_cache import StateCache
 from frpo.learner.model import cache_facts
+from frpo.learner.state_cache import StateCache
 from frpo.objectives.supervised import Progress
 from frpo.types import Example
 from loop import hand_made_groups, random_model, small_recipe, splitting_strategy

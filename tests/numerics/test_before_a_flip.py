@@ -19,7 +19,7 @@ from frpo.learner.losses import SupervisedMicroBatch, response_positions
 from frpo.learner.network import TokenModel
 from frpo.learner.reference import ReferenceStates
 from frpo.objectives.supervised import Progress, build_supervised
-from frpo.telemetry import MetricSums
+from frpo.telemetry.sums import MetricSums
 from frpo.types import Example
 
 CPU, UPDATES, BATCH = torch.device("cpu"), 40, 8

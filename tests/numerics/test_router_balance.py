@@ -20,7 +20,7 @@ from frpo.learner.losses import MicroBatchLoss, loss_arrays
 from frpo.learner.model import checkpoint_layers
 from frpo.learner.network import TokenModel
 from frpo.learner.router import ExpertUse, RouterTerm, UseCounter, balance_coefficient, counted_tokens
-from frpo.telemetry import MetricSums
+from frpo.telemetry.sums import MetricSums
 
 COEFFICIENT = 0.3
 SHAPE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from frpo import ahead
-from frpo.ahead import Ahead
 from frpo.data.selection import read_selection
 from frpo.errors import EngineError
-from frpo.telemetry import PhaseTimer
+from frpo.loops import ahead
+from frpo.loops.ahead import Ahead
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredBatch, ScoredGroup, VersionSpan
 
 STEPS = 6

@@ -7,9 +7,9 @@ import pytest
 
 from frpo.__main__ import main
 from frpo.config.supervised import SupervisedDataSection
-from frpo.data.attacks import AttackFiles, attack_rows, evaluation_rows
 from frpo.data.examples import load_examples
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.attacks import AttackFiles, attack_rows, evaluation_rows
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError
 from frpo.rewards.overlap import rouge1
 from frpo.rewards.refusal import complied, refused

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from frpo.evaluate.certificate import certify, robust_rewards
+from frpo.downstream.certificate import certify, robust_rewards
 
 
 def naive(rewards_N: np.ndarray, lam: float) -> float:

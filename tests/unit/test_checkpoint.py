@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from frpo.checkpoint import FINISHED, MARKER, CheckpointStore, finished_steps, write_finished
 from frpo.config.loader import dump_recipe, recipe_digest, recipe_from_dict
 from frpo.errors import CheckpointError
+from frpo.run.checkpoint import FINISHED, MARKER, CheckpointStore, finished_steps, write_finished
 from frpo.types import RunState
 
 VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}
@@ -85,7 +85,7 @@ def test_an_interrupted_removal_leaves_nothing_that_looks_complete(tmp_path, mon
     def killed(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("frpo.checkpoint.shutil.rmtree", killed)
+    monkeypatch.setattr("frpo.run.checkpoint.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save(checkpoints, 2)
     assert steps(checkpoints) == [2]

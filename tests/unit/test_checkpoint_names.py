@@ -20,8 +20,8 @@ from transformers.core_model_loading import GroupWeightRename
 from frpo.config.model import LoraSection
 from frpo.errors import ModelError
 from frpo.learner.checkpoint_names import CheckpointForm
-from frpo.learner.engine import GatheredWeights
 from frpo.learner.lora import add_adapters, merged_weights
+from frpo.learner.zero import GatheredWeights
 
 SHAPE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 16,

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from transformers import Qwen2Config
 
 from frpo.__main__ import main
-from frpo.checkpoint import CheckpointStore, write_finished
 from frpo.config.keys import keys
 from frpo.config.loader import KINDS, load_recipe, recipe_digest
 from frpo.config.other_names import OTHER_NAMES
 from frpo.config.reference import key_reference
-from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.sinks import check_login
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
+from frpo.run.checkpoint import CheckpointStore, write_finished
+from frpo.run.sinks import check_login
 from frpo.types import RunState
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]

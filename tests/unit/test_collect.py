@@ -4,17 +4,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from frpo.batches import Drawn
-from frpo.builder import prompt_stream
-from frpo.collect import collect, teaches
 from frpo.config.rollout import DynamicSection
 from frpo.config.sections import SelectionSection
 from frpo.data.prompts import PromptSet, PromptStream
 from frpo.data.selection import PromptSelector
+from frpo.loops.batches import Drawn
+from frpo.loops.collect import collect, teaches
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import GRPO
 from frpo.rewards import ScoreReport
-from frpo.telemetry import PhaseTimer
+from frpo.run.build import prompt_stream
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredGroup
 
 PROMPTS = tuple(Prompt(uid=str(i), messages=(), token_ids=(i,)) for i in range(20))

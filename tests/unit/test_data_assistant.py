@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from chat_templates import CHATML, DEEPSEEK_R1, FAMILIES, HARMONY, LLAMA3, NEMO, Family, tokenizer_of
 from frpo.data.assistant import AssistantTokens, continuation, end_of_turn
 from frpo.data.chat import render
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError
 
 

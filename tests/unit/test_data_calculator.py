@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from frpo.data.arithmetic import ALPHABET
-from frpo.data.calculator import calculator_rows, normalise_number, parse_annotation
+from frpo.data.sets.arithmetic import ALPHABET
+from frpo.data.sets.calculator import calculator_rows, normalise_number, parse_annotation
 from frpo.data.source import Row, read_rows
 from frpo.errors import DataError
 

@@ -3,9 +3,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from frpo.data.arithmetic import ALPHABET
 from frpo.data.chat import check_tokenizer, render, render_text
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.arithmetic import ALPHABET
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError
 
 PAD, EOS, UNK, SYSTEM, USER, ASSISTANT = range(6)

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from frpo.data.constraints import HELDOUT_TOPICS, TRAINING_TOPICS, heldout_rows, training_rows
+from frpo.data.sets.constraints import HELDOUT_TOPICS, TRAINING_TOPICS, heldout_rows, training_rows
 from frpo.data.source import read_rows
 from frpo.rewards.constraints import CONSTRAINTS, names_topic
 

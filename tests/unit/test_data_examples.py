@@ -10,7 +10,7 @@ from chat_templates import FAMILIES, tokenizer_of
 from frpo.config.supervised import SupervisedDataSection
 from frpo.data.chat import render_text
 from frpo.data.examples import load_examples
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError, UnknownTokenError
 
 TURNS = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"},

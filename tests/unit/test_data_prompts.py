@@ -7,10 +7,10 @@ import pytest
 from tokenizers import normalizers
 
 from frpo.config.sections import DataSection
-from frpo.data.calculator import normalise_number
 from frpo.data.chat import render, render_text
 from frpo.data.prompts import PromptStream, load_prompts
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.calculator import normalise_number
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import DataError, ModelError
 from frpo.rewards.arguments import offered_arguments
 from frpo.types import Completion, RolloutGroup

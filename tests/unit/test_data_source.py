@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from frpo.data.arithmetic import ALPHABET, problems
+from frpo.data.sets.arithmetic import ALPHABET, problems
 from frpo.data.source import Row, column, looks_local, read_rows, select
 from frpo.errors import DataError
 

@@ -4,13 +4,13 @@ import json
 import pytest
 from transformers import Qwen2Config
 
-from frpo.builder import check, check_prompts
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import recipe_from_dict
 from frpo.config.sections import Recipe
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import ModelError
-from frpo.finetune_parts import check_finetune
+from frpo.run.build import check, check_prompts
+from frpo.run.build_finetune import check_finetune
 
 SIZE = len(build_tokenizer())
 PLAIN = [{"prompt": f"{i}+1=", "response": "2"} for i in range(4)]

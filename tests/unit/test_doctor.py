@@ -1,7 +1,7 @@
 """The comparison of installed packages with a lock."""
 import pytest
 
-from frpo.doctor import check_driver, compare, read_lock
+from frpo.commands.doctor import check_driver, compare, read_lock
 
 
 def fixes(installed, lock):

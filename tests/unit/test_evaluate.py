@@ -10,10 +10,10 @@ import pytest
 from frpo.config.loader import load_recipe
 from frpo.config.sections import BestSection, EvaluateSection
 from frpo.errors import CheckpointError, ConfigError
-from frpo.evaluate.best import BestCheckpoint
-from frpo.evaluate.heldout import heldout_metrics, measures_kl
-from frpo.evaluate.model import of_model, result_path, table_rows
-from frpo.evaluate.passk import pass_at_k
+from frpo.evaluation.best import BestCheckpoint
+from frpo.evaluation.heldout import heldout_metrics, measures_kl
+from frpo.evaluation.model import of_model, result_path, table_rows
+from frpo.evaluation.passk import pass_at_k
 from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredGroup
 
 NAN = math.nan

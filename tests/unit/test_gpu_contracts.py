@@ -98,7 +98,7 @@ def test_all_arguments_that_frpo_sets_are_refused_from_elsewhere():
 BROKEN = """
 import sys, torch
 from frpo.rollout.construction import ends_if_broken
-from frpo.rollout.turns import SharedEngine
+from frpo.rollout.sharing import SharedEngine
 from vllm.v1.engine.exceptions import EngineDeadError
 
 class Engine:
@@ -324,7 +324,7 @@ def test_blocks_of_the_vocabulary_begin_where_a_gpu_reads_them_at_once(V):
 def test_deepspeed_takes_the_configuration_of_a_gpu(monkeypatch, strategy):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from frpo.learner.engine import deepspeed_config
+    from frpo.learner.zero import deepspeed_config
 
     found = load_recipe("smoke", [f"learner.deepspeed={strategy}", "model.dtype=bf16"])
     monkeypatch.setenv("WORLD_SIZE", "1")

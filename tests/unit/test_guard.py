@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from frpo.errors import ModelError
-from frpo.invariants import PROBED_TOKENS, check_same_function, probe_sequences
 from frpo.learner import attention
 from frpo.learner.collate import collate
 from frpo.learner.guard import compare
+from frpo.run.checks import PROBED_TOKENS, check_same_function, probe_sequences
 from small_networks import EXPERTS, SPARSE, VOCABULARY, learners_model, plain_network, saved
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
+from frpo.commands.harness import run_harness
 from frpo.errors import ConfigError
-from frpo.evaluate.harness import run_harness
 from frpo.lab.network import make_model
 
 

@@ -12,20 +12,20 @@ from contextlib import contextmanager
 
 import pytest
 
-from frpo.builder import build
+from frpo.commands.quickstart import run_quickstart
+from frpo.commands.rollout import run_rollout
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
-from frpo.data.state_cache import being_filled
+from frpo.downstream.command import run_retention
+from frpo.downstream.plan import make_plan
+from frpo.downstream.stages import Matrix, run_plan
 from frpo.errors import ConfigError
-from frpo.finetune_parts import build_finetune
 from frpo.held import LOCK, HeldByAnotherError, HeldFile, held_folder
-from frpo.progress import ProgressBar
-from frpo.quickstart import run_quickstart
-from frpo.retention.command import run_retention
-from frpo.retention.plan import make_plan
-from frpo.retention.stages import Matrix, run_plan
-from frpo.rollout_only import run_rollout
+from frpo.learner.state_cache import being_filled
+from frpo.run.build import build
+from frpo.run.build_finetune import build_finetune
+from frpo.telemetry.progress import ProgressBar
 from pid_namespace import NAMESPACE, needs_namespaces
 
 HOLD = "import sys, time; from pathlib import Path; from frpo.held import HeldFile; " \
@@ -171,7 +171,7 @@ def began(*arguments):
 
 @pytest.mark.parametrize("begin", [begin_training, begin_finetuning, begin_rollout, begin_quickstart, begin_matrix])
 def test_a_second_run_is_refused_before_it_does_anything(tmp_path, begin, monkeypatch):
-    monkeypatch.setattr("frpo.retention.command.write_archive", began)
+    monkeypatch.setattr("frpo.downstream.command.write_archive", began)
     with held_folder(tmp_path):
         with pytest.raises(ConfigError, match=refusal(tmp_path)):
             begin(tmp_path)

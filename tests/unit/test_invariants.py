@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from frpo.errors import InvariantError
-from frpo.invariants import MovementWatch, check_gradient, check_movement
+from frpo.run.checks import MovementWatch, check_gradient, check_movement
 from frpo.types import TrainingSample
 
 

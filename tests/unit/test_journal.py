@@ -1,10 +1,10 @@
 """What becomes of the files of an earlier run in the same folder."""
 import json
 
-from frpo.checkpoint import FINISHED, CheckpointStore, write_finished
 from frpo.config.loader import load_recipe, recipe_digest, recipe_from_dict
-from frpo.journal import open_journal
-from frpo.manifest import write_manifest
+from frpo.run.checkpoint import FINISHED, CheckpointStore, write_finished
+from frpo.run.journal import open_journal
+from frpo.run.manifest import write_manifest
 from frpo.types import RunState
 
 VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from frpo.evaluate.kl_spacing import Gap, ProbeSchedule, far_apart, next_update, updates_within
+from frpo.downstream.kl_spacing import Gap, ProbeSchedule, far_apart, next_update, updates_within
 
 
 @pytest.mark.parametrize("low, high, far", [

@@ -1,5 +1,6 @@
 """The architecture as a table: who may import whom. Read from the source, so nothing is imported to check it."""
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -9,28 +10,22 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "frpo"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LAYERS = (
-    ("__main__", "arguments", "completion", "dry_run", "doctor", "plan"),
-    ("quickstart", "report", "retention", "training", "supervise", "trainer", "finetune", "rescore",
-     "rollout_only"),
-    ("batches", "ahead", "replay", "collect", "update"),
-    ("evaluate", "invariants", "step_metrics", "traces", "finetune_parts", "builder", "journal", "sinks",
-     "checkpoint", "manifest"),
-    ("cluster",),
-    ("lab", "learner", "rollout", "weight_sync", "data"),
-    ("config",),
-    ("objectives", "rewards", "kernels"),
-    ("telemetry", "progress", "types", "held", "errors"),
-)
-"""Imports point down, or to the right within a row: never up, never left."""
+
+def table_of_rooms() -> list[list[str]]:
+    """The rows of the table in docs/architecture.md, top to bottom: the rooms of each, left to right."""
+    text = (SOURCE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## Rooms\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.split("\n") if line.startswith("| `")]
+    return [re.findall(r"`(\w+)`", row) for row in rows]
+
 
 ENGINES = {"deepspeed": {"learner"}, "ray": {"cluster"}, "vllm": {"rollout", "weight_sync"}}
 """The only areas that know an engine."""
 
-PURE = {"types", "errors", "held", "progress", "telemetry", "objectives", "rewards", "kernels", "config"}
+PURE = {"types", "errors", "held", "loading", "telemetry", "objectives", "rewards", "kernels", "config"}
 """Areas that load on any machine: no engine and no transformers."""
 
-ORDER = [area for row in LAYERS for area in row]
+ORDER = [room for row in table_of_rooms() for room in row]
 
 
 def area_of(path: Path) -> str:

@@ -24,7 +24,6 @@ from transformers import (
 from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
 from frpo.learner.checkpoint_names import as_they_are
-from frpo.learner.engine import GatheredWeights
 from frpo.learner.lora import (
     adapter_summary,
     adapter_weights,
@@ -34,6 +33,7 @@ from frpo.learner.lora import (
     merged_weights,
     write_adapter,
 )
+from frpo.learner.zero import GatheredWeights
 
 KINDS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 TOKENS = torch.arange(1, 13).reshape(2, 6)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from frpo.config.model import ModelSection
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import ConfigError, ModelError
 from frpo.learner.export import check_export, write_model
 from frpo.learner.model import load_model, load_tokenizer

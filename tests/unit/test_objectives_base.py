@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from frpo.config.loader import recipe_from_dict
 from frpo.errors import RewardError
 from frpo.objectives.base import (
     AdvantageEstimator,
@@ -81,10 +83,28 @@ def test_surrogates_are_built_like_estimators():
     assert own == Own() and own.name == f"{__name__}:Own"
 
 
+def test_a_class_in_a_file_is_found_and_a_recipe_takes_it_to_another_process(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from frpo.objectives.group import GRPO\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Halved(GRPO):\n"
+        "    share: float = 0.5\n")
+    name = f"{tmp_path}/mine.py:Halved"
+    recipe = recipe_from_dict({"model": {"tiny": {}}, "objective": {"advantage": {"name": name, "share": 0.25}},
+                               "rewards": [{"name": "any", "function": "a:b"}]})
+    travels = pickle.dumps(recipe)
+    other = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).objective.advantage)"
+    done = subprocess.run([sys.executable, "-c", other], input=travels, capture_output=True, timeout=120, check=True)
+    assert done.stdout.decode().strip() == "Halved(eps=0.0001, share=0.25)"
+    with pytest.raises(ValueError, match=r"mine.py has no 'Halve' \(did you mean 'Halved'\?\)"):
+        build_estimator({"name": f"{tmp_path}/mine.py:Halve"})
+
+
 @pytest.mark.parametrize("values, message", [
     ({"name": "clipp"}, r"unknown surrogate 'clipp' \(did you mean 'clip'\?\); allowed: cispo, clip, gspo, rein"),
     ({"name": "frpo"}, "unknown surrogate 'frpo'"),
-    ({"clip_low": 0.1}, "surrogate needs a name, one of cispo, clip, gspo, reinforce or 'package.module:Class'"),
+    ({"clip_low": 0.1}, "surrogate needs a name, one of cispo, clip, gspo, reinforce, 'package.module:Class' or 'path"),
     ({"name": "clip", "cliplow": 0.1}, r"unknown key of surrogate 'clip': 'cliplow' \(did you mean 'clip_low'\?\)"),
     ({"name": "cispo", "clip_low": "none"}, "clip_low of surrogate 'cispo' must be a valid number, given 'none'"),
     ({"name": f"{__name__}:NoDataclass"}, r"must be a dataclass with a method objective\(tokens\)"),
@@ -129,7 +149,7 @@ def test_build_by_path_keeps_a_name_that_can_be_rebuilt():
     ({"name": "frpo", "scale": "exakt"}, "scale of advantage 'frpo' must be 'exact', 'unit' or 'max1', given 'exakt'"),
     ({"name": "frpo", "lam": -1}, r"lam must be > 0, given -1\.0"),
     ({"name": "grpo", "eps": -1}, r"eps must be >= 0, given -1\.0"),
-    ({"name": "no.such:Thing"}, "'no.such:Thing' cannot be imported: No module named 'no'"),
+    ({"name": "no.such:Thing"}, "advantage 'no.such:Thing': there is no module 'no' on sys.path"),
     ({"name": f"{__name__}:Missing"}, "Missing"),
     ({"name": f"{__name__}:NoDataclass"}, "must be a dataclass with a method advantages"),
     ({"name": f"{__name__}:Doubled"}, "needs a value for 'needed'"),

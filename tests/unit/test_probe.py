@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from frpo.config.loader import load_recipe
-from frpo.evaluate.kl_spacing import ProbeSchedule
-from frpo.evaluate.probe import Task, TaskProbe, lowest_decile, task_metrics
-from frpo.telemetry import PhaseTimer
+from frpo.downstream.kl_spacing import ProbeSchedule
+from frpo.downstream.probe import Task, TaskProbe, lowest_decile, task_metrics
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredGroup
 
 
@@ -64,8 +64,8 @@ def test_it_asks_when_the_schedule_says_so_and_pushes_what_engines_lack():
 
 def test_the_schedule_learns_the_kl_that_was_measured(monkeypatch):
     groups = [scored([1.0, 0.5]), scored([0.5, 0.0])]
-    monkeypatch.setattr("frpo.evaluate.probe.sampled", lambda *args, **options: groups)
-    monkeypatch.setattr("frpo.evaluate.probe.check_agreement", lambda *args: checked.append(args[-1]))
+    monkeypatch.setattr("frpo.downstream.probe.sampled", lambda *args, **options: groups)
+    monkeypatch.setattr("frpo.downstream.probe.check_agreement", lambda *args: checked.append(args[-1]))
     learner = SimpleNamespace(kl_groups=lambda groups, to: [np.array([0.2, 0.4]), np.array([0.5, 0.7])])
     schedule, checked, kept = ProbeSchedule([1], 4.0, dict), [], []
     journal = SimpleNamespace(timer=PhaseTimer(), keep_samples=lambda *given: kept.append(given))

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from frpo import progress
-from frpo.progress import WIDTH, ProgressBar, activity, counted, duration, phase, say, step_line
-from frpo.telemetry import PhaseTimer
+from frpo.telemetry import progress
+from frpo.telemetry.progress import WIDTH, ProgressBar, activity, counted, duration, phase, say, step_line
+from frpo.telemetry.timer import PhaseTimer
 
 METRICS = {
     "reward/mean": 0.5, "reward/min": -1.0, "reward/max": 1.0, "reward/exact/mean": 0.25, "reward/exact/abstained": 0,

@@ -1,9 +1,9 @@
 """What is refused before a quick start makes or starts anything."""
 import pytest
 
-from frpo import quickstart
+from frpo.commands import quickstart
+from frpo.commands.quickstart import run_quickstart
 from frpo.errors import ConfigError, ModelError
-from frpo.quickstart import run_quickstart
 
 
 @pytest.mark.parametrize("path", ["owner/name", "null"])

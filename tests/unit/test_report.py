@@ -6,10 +6,10 @@ import re
 
 from plotly.offline import get_plotlyjs
 
-from frpo.evaluate.page import TableText
-from frpo.evaluate.runs import answers_over_time
-from frpo.report import SIDE_BY_SIDE, run_report, section
-from frpo.retention.command import REPORT, show
+from frpo.commands.report import SIDE_BY_SIDE, run_report, section
+from frpo.downstream.command import REPORT, show
+from frpo.report.page import TableText
+from frpo.report.runs import answers_over_time
 
 
 def write(path, rows):

@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from frpo.__main__ import main
+from frpo.commands.rescore import SUM, Comparison, shortened
+from frpo.commands.rollout import Rollouts, summary
 from frpo.objectives.group import DrGRPO
 from frpo.objectives.stage import advantaged
-from frpo.rescore import SUM, Comparison, shortened
-from frpo.rollout_only import Rollouts, summary
-from frpo.step_metrics import mishaps, scored_row, trace_rows
+from frpo.run.traces import scored_row, trace_rows
+from frpo.telemetry.step import mishaps
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
 NAN = math.nan

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from frpo.evaluate.kl_spacing import Gap
-from frpo.evaluate.retained import paired, read_path, summary
+from frpo.downstream.kl_spacing import Gap
+from frpo.downstream.retained import paired, read_path, summary
 
 ROWS = [{"step": 0, "kl": 0.0, "r": 1.0, "d": 0.6, "eval/nll": 3.0}, {"step": 1, "nll": 2.0},
         {"step": 2, "kl": 0.5, "r": 0.8, "d": 0.2}, {"step": 4, "kl": 0.3, "r": 0.6, "d": 0.1},

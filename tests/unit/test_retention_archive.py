@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from frpo.commands.report import section
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
+from frpo.downstream.archive import read_archive, write_archive
+from frpo.downstream.plan import make_plan
 from frpo.errors import ConfigError
-from frpo.report import section
-from frpo.retention.archive import read_archive, write_archive
-from frpo.retention.plan import make_plan
 
 
 @pytest.fixture

@@ -7,18 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from frpo.builder import check_prompts
 from frpo.config.loader import recipe_from_dict
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import RewardSection
-from frpo.data.tiny_tokenizer import build_tokenizer
-from frpo.errors import DataError, ModelError, RewardError
-from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
-from frpo.lab.network import make_model
-from frpo.lab.world import world_of
-from frpo.progress import ProgressBar
-from frpo.retention.before import START, write_distance
-from frpo.retention.checks import (
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
+from frpo.downstream.before import START, write_distance
+from frpo.downstream.checks import (
     HELD_OUT,
     check_models,
     check_plan,
@@ -26,8 +20,14 @@ from frpo.retention.checks import (
     check_rewards,
     record_heldout,
 )
-from frpo.retention.plan import make_plan
-from frpo.retention.stages import Matrix, probed_kl
+from frpo.downstream.plan import make_plan
+from frpo.downstream.stages import Matrix, probed_kl
+from frpo.errors import ConfigError, DataError, ModelError, RewardError
+from frpo.lab.data import downstream_rows, heldout_rows, policy_rows, write_rows
+from frpo.lab.network import make_model
+from frpo.lab.world import world_of
+from frpo.run.build import check_prompts
+from frpo.telemetry.progress import ProgressBar
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ MISSING = "data file 'nope.jsonl' cannot be read"
     ({"made": ["rewards=[{name: a, function: 'broken.py:raises'}]"]}, RewardError, "made, seed 0: reward 'a' .*oh no"),
     ({"kept": ["rewards=[{name: a, function: 'broken.py:raises'}]"]}, RewardError,
      "measure.kept, seed 0: reward 'a' .*oh no"),
-    ({"setup": "broken.py:nothing"}, RewardError, "setup 'broken.py:nothing': .* has no 'nothing'")])
+    ({"setup": "broken.py:nothing"}, ConfigError, "setup 'broken.py:nothing': .* has no 'nothing'")])
 def test_a_dry_run_finds_what_the_run_would_find_and_writes_nothing(plan, tmp_path, monkeypatch, changes, error,
                                                                     message):
     monkeypatch.chdir(tmp_path)
@@ -205,7 +205,7 @@ def test_a_stage_has_its_own_seconds_and_those_of_a_start_that_all_share_stand_a
         clock[0] += 30.0
         return SimpleNamespace(step=8)
 
-    monkeypatch.setattr("frpo.retention.stages.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("frpo.downstream.stages.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(Matrix, "run", run)
     matrix = Matrix(SimpleNamespace(recipe=SimpleNamespace(run=SimpleNamespace(restarts=0))))
     with ProgressBar(1, 0, "matrix") as bar:

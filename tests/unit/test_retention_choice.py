@@ -9,16 +9,16 @@ from matplotlib import pyplot as plt
 
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
-from frpo.evaluate.heldout import interval_of
-from frpo.retention.archive import write_archive
-from frpo.retention.before import START, missing, write_distance
-from frpo.retention.command import run_retention, write_report
-from frpo.retention.pictures import spent
-from frpo.retention.plan import make_plan
-from frpo.retention.reading import collect
-from frpo.retention.report import sentences
-from frpo.retention.sweep import sweep_recipe
-from frpo.retention.tables import all_tables
+from frpo.downstream.archive import write_archive
+from frpo.downstream.before import START, missing, write_distance
+from frpo.downstream.command import run_retention, write_report
+from frpo.downstream.pictures import spent
+from frpo.downstream.plan import make_plan
+from frpo.downstream.reading import collect
+from frpo.downstream.report import sentences
+from frpo.downstream.sweep import sweep_recipe
+from frpo.downstream.tables import all_tables
+from frpo.evaluation.heldout import interval_of
 
 NAMES = [f"policy-kl_coef={value}" for value in (0, 0.1, 0.2)]
 

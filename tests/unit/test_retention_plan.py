@@ -12,10 +12,10 @@ import yaml
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
+from frpo.downstream.before import SAMPLES, missing, write_distance, write_samples
+from frpo.downstream.plan import DONE, make_plan
+from frpo.downstream.sweep import sweep_recipe
 from frpo.errors import ConfigError
-from frpo.retention.before import SAMPLES, missing, write_distance, write_samples
-from frpo.retention.plan import DONE, make_plan
-from frpo.retention.sweep import sweep_recipe
 
 
 def lab(*overrides):

@@ -16,16 +16,16 @@ from plotly.offline import get_plotlyjs
 
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
-from frpo.retention.archive import RECIPE
-from frpo.retention.before import read_distance, write_distance
-from frpo.retention.charts import kept_charts
-from frpo.retention.command import show, write_report
-from frpo.retention.curves import differences, kept
-from frpo.retention.pictures import bars, certificates, frontier, spent
-from frpo.retention.plan import make_plan
-from frpo.retention.reading import collect
-from frpo.retention.report import section_of, sentences
-from frpo.retention.tables import (
+from frpo.downstream.archive import RECIPE
+from frpo.downstream.before import read_distance, write_distance
+from frpo.downstream.charts import kept_charts
+from frpo.downstream.command import show, write_report
+from frpo.downstream.curves import differences, kept
+from frpo.downstream.pictures import bars, certificates, frontier, spent
+from frpo.downstream.plan import make_plan
+from frpo.downstream.reading import collect
+from frpo.downstream.report import section_of, sentences
+from frpo.downstream.tables import (
     all_tables,
     certificate_table,
     fork_table,
@@ -34,7 +34,7 @@ from frpo.retention.tables import (
     own_table,
     state_table,
 )
-from frpo.telemetry import mean_interval
+from frpo.telemetry.intervals import mean_interval
 
 ENDS = {("base", "sft"): 0.5, ("given", "sft"): 0.6, ("made", "sft"): 0.7, ("made", "rl"): 0.3}
 """Sampled reward at the end of a fork of seed 0; the next seeds have .01 more each."""

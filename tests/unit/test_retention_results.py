@@ -11,18 +11,18 @@ from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection, PathCollection
 from plotly.offline import get_plotlyjs
 
+from frpo.commands.report import run_report
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
+from frpo.downstream.archive import RECIPE
+from frpo.downstream.command import show, write_report
+from frpo.downstream.curves import differences, kept
+from frpo.downstream.plan import make_plan
+from frpo.downstream.reading import collect
+from frpo.downstream.report import durations, section_of, sentences
+from frpo.downstream.tables import all_tables, fork_table, frontier_table, pair_table
 from frpo.errors import ConfigError
-from frpo.evaluate.page import Section, TableText, write_page
-from frpo.report import run_report
-from frpo.retention.archive import RECIPE
-from frpo.retention.command import show, write_report
-from frpo.retention.curves import differences, kept
-from frpo.retention.plan import make_plan
-from frpo.retention.reading import collect
-from frpo.retention.report import durations, section_of, sentences
-from frpo.retention.tables import all_tables, fork_table, frontier_table, pair_table
+from frpo.report.page import Section, TableText, write_page
 
 KL = (0.0, 0.5, 1.5)
 """Of every fork but those of `short`, after 0, 10 and 30 updates."""

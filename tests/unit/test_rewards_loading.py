@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from frpo import loading
 from frpo.errors import RewardError
-from frpo.rewards import loading
-from frpo.rewards.loading import Parameters, load_function, parameters_of
+from frpo.loading import Parameters, load_function, parameters_of
 
 SOURCE = '''
 import dataclasses

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from frpo import loading
 from frpo.errors import RewardError
-from frpo.rewards import loading
-from frpo.rewards.loading import load_function
+from frpo.loading import load_function
 from frpo.rewards.values import Foreign
 from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
 

@@ -2,7 +2,7 @@
 import pytest
 
 from frpo.config.sections import LearnerSection
-from frpo.learner.engine import learning_rate
+from frpo.learner.zero import learning_rate
 
 
 def rates(total, updates, **fields):

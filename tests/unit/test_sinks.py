@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from frpo.config.loader import recipe_from_dict
-from frpo.sinks import SAMPLES, _kept, offline_records, open_sinks
+from frpo.run.sinks import SAMPLES, _kept, offline_records, open_sinks
 
 VALUES = {"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}]}
 
@@ -69,8 +69,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from frpo.sinks import open_sinks
-from frpo.telemetry import JsonlFile
+from frpo.run.sinks import open_sinks
+from frpo.telemetry.jsonl import JsonlFile
 from test_sinks import recipe
 folder = Path(sys.argv[1])
 sink, = open_sinks(recipe(wandb=True), folder, None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from frpo.data.state_cache import HEAD, StateCache
 from frpo.errors import ConfigError
+from frpo.learner.state_cache import HEAD, StateCache
 
 FACTS = {"model": "m1", "data": "d1", "dtype": "bf16", "width": 3, "softcap": None}
 LENGTHS = [2, 0, 1, 4]

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from frpo.step_metrics import reweight_metrics, rollout_metrics, tilt_metrics, trace_rows
-from frpo.telemetry import JsonlFile
+from frpo.run.traces import trace_rows
+from frpo.telemetry.jsonl import JsonlFile
+from frpo.telemetry.step import reweight_metrics, rollout_metrics, tilt_metrics
 from frpo.types import AdvantagedGroup, Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
 NAN = math.nan

@@ -6,13 +6,13 @@ import pytest
 from transformers import GenerationConfig, Qwen2Config
 
 from chat_templates import FAMILIES, tokenizer_of
-from frpo.builder import check_prompts
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.model import ModelSection
 from frpo.config.sections import Recipe
 from frpo.errors import ModelError
-from frpo.finetune_parts import check_finetune
 from frpo.learner.model import unstopped_turn
+from frpo.run.build import check_prompts
+from frpo.run.build_finetune import check_finetune
 
 ENDLESS = (r"the chat template of '.*' ends a turn with '<end_of_turn>' \(id 295\), but sampling stops at "
            r"\['<eos>'\] only; add the id to eos_token_id in generation_config.json beside the model")

@@ -6,7 +6,7 @@ import pytest
 
 from frpo.config.loader import recipe_from_dict
 from frpo.errors import EngineError
-from frpo.supervise import outlive
+from frpo.run.restart import outlive
 
 
 @pytest.mark.parametrize("resume, saved, again", [

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from frpo.errors import CheckpointError
-from frpo.evaluate.curve import draw_reward_curve, read_metrics
-from frpo.telemetry import JsonlFile, MetricSums, PhaseTimer, mean_interval, read_rows, t_quantile
+from frpo.report.curve import draw_reward_curve, read_metrics
+from frpo.telemetry.intervals import mean_interval, t_quantile
+from frpo.telemetry.jsonl import JsonlFile, read_rows
+from frpo.telemetry.sums import MetricSums
+from frpo.telemetry.timer import PhaseTimer
 
 PARTS = [("a", 1.0, 2.0, "mean"), ("b", 3.0, 1.0, "max"), ("c", 5.0, 1.0, "sum"), ("a", 8.0, 1.0, "mean"),
          ("b", -2.0, 1.0, "max"), ("c", 0.25, 4.0, "sum")]

@@ -2,7 +2,7 @@
 import pytest
 from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
-from frpo.data.tiny_tokenizer import build_tokenizer
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import ModelError
 from frpo.learner.model import load_tokenizer
 

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from frpo.errors import DataError
-from frpo.step_metrics import scored_row
-from frpo.telemetry import JsonlFile
-from frpo.traces import read_groups
+from frpo.run.traces import read_groups, scored_row
+from frpo.telemetry.jsonl import JsonlFile
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from frpo.errors import EngineError
-from frpo.rollout.turns import SharedEngine
+from frpo.rollout.sharing import SharedEngine
 
 
 class Engine:

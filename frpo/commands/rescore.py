@@ -1,0 +1,209 @@
+"""`frpo rescore`: groups of a trace file scored again by a recipe's rewards, to see what a change of a reward does.
+
+Prompts and their columns come from the traces, rewards and advantage from the recipe; its model and data are not read,
+and no engine and no learner is started. `shuffle_rewards` is not applied, and without a reference neither is
+`objective.kl_in_reward`.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from frpo.config.sections import Recipe
+from frpo.data.prompts import PromptSet
+from frpo.errors import DataError, RewardError
+from frpo.objectives.stage import advantaged
+from frpo.rewards import RewardSuite, ScoreReport
+from frpo.run.build import reward_suite
+from frpo.run.traces import Traced, new_file, read_groups, trace_rows
+from frpo.telemetry.jsonl import JsonlFile
+from frpo.telemetry.progress import ProgressBar
+from frpo.telemetry.step import mishaps
+from frpo.types import GroupId, Prompt, ScoredGroup
+
+SLICE = 64
+"""Most groups of one call of a reward."""
+
+SHOWN, WIDTH = 5, 60
+"""Changed completions that are printed, and how many characters of each."""
+
+SUM = ""
+"""Stands for the summed reward beside the components, none of which can have this name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A completion of which values changed: component -> (before, now), NaN where there is none."""
+
+    group_id: GroupId
+    sample: int
+    values: Mapping[str, tuple[float, float]]
+    text: str
+
+
+class Comparison:
+    """Values before and now, by component; what only one of both sides has is NaN on the other."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, list[np.ndarray]] = {}
+        self.first: list[Change] = []
+
+    def add(self, before: ScoredGroup, now: ScoredGroup) -> None:
+        """Count one group in, scored twice."""
+        old, new = _values(before), _values(now)
+        nothing = np.full(len(before.rewards_G), np.nan)
+        both = {name: np.stack([old.get(name, nothing), new.get(name, nothing)]) for name in old | new}
+        for name, pair_2G in both.items():
+            self.pairs.setdefault(name, []).append(pair_2G)
+        if len(self.first) < SHOWN:
+            self.first += list(_changes(before, both))[:SHOWN - len(self.first)]
+
+    def rows(self) -> list[tuple[str, float, float, int, int, float]]:
+        """(component, mean before, mean now, changed, completions, largest change), the sum last.
+
+        NaN stands for a mean or change of nothing; a value that came or went counts as changed but has no size.
+        """
+        rows = []
+        for name in sorted(self.pairs, key=lambda name: name == SUM):
+            before_N, now_N = np.concatenate(self.pairs[name], axis=1)
+            sizes = np.abs(now_N - before_N)
+            largest = np.nanmax(sizes) if not np.isnan(sizes).all() else np.nan
+            rows.append((name, _mean(before_N), _mean(now_N), int(_differ(before_N, now_N).sum()), len(now_N),
+                         float(largest)))
+        return rows
+
+
+def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
+    """Score the groups of `traces` again, print what changed, write them with their new values into `output`.
+
+    Until all are scored that file is called <output>.unfinished. Raises ConfigError if `output` is there already,
+    DataError for traces that are missing, empty or none, RewardError naming the lines at which a reward failed.
+    """
+    path, target = Path(traces), output and new_file(Path(output))
+    prompts, count = read_prompts(path)
+    comparison, counts = Comparison(), {}
+    unfinished = target and target.with_name(f"{target.name}.unfinished")
+    with ExitStack() as stack:
+        rewards = stack.enter_context(reward_suite(recipe, prompts))
+        if unfinished:
+            unfinished.unlink(missing_ok=True)
+            file = stack.enter_context(closing(JsonlFile(unfinished)))
+        bar = stack.enter_context(ProgressBar(count, 0, "rescore"))
+        # No call is larger than a run's own may be, which the time limits are set for.
+        for part in slices(path, min(SLICE, recipe.rollout.prompts_per_step)):
+            report = rescored(path, rewards, part)
+            for traced, now in zip(part, report.groups, strict=True):
+                comparison.add(traced.scored, now)
+                if unfinished:
+                    file.append(new_row(traced, now, recipe))
+                bar.advance()
+            counts = {key: counts.get(key, 0) + value for key, value in report.counts.items()}
+    print_comparison(traces, count, comparison)
+    for line in mishaps(counts):
+        print(line)
+    if target:
+        unfinished.rename(target)
+        print(f"rescored: {target}")
+    return 0
+
+
+def read_prompts(path: Path) -> tuple[PromptSet, int]:
+    """All prompts of the traces, each once, and the number of groups: what is no trace is found before any scoring."""
+    prompts: dict[str, Prompt] = {}
+    count = 0
+    for traced in read_groups(path):
+        prompts.setdefault(traced.scored.group.prompt.uid, traced.scored.group.prompt)
+        count += 1
+    if count == 0:
+        raise DataError(f"{path} holds no rollout group; give the traces.jsonl of a run, or what `frpo rollout` wrote")
+    return PromptSet(train=tuple(prompts.values()), heldout=(), digest="", skipped={}), count
+
+
+def slices(path: Path, size: int) -> Iterator[list[Traced]]:
+    """The groups of the file, `size` at a time."""
+    groups = read_groups(path)
+    while part := list(islice(groups, size)):
+        yield part
+
+
+def rescored(path: Path, rewards: RewardSuite, part: Sequence[Traced]) -> ScoreReport:
+    """New scores of these groups; an error says where in the traces they are."""
+    try:
+        return rewards.score([traced.scored.group for traced in part])
+    except RewardError as error:
+        raise type(error)(f"{path}, lines {part[0].line} to {part[-1].line}: {error}") from None
+
+
+def new_row(traced: Traced, now: ScoredGroup, recipe: Recipe) -> dict[str, Any]:
+    """The trace row of a group with its new rewards, components, advantages and statistics."""
+    weighed = advantaged([now], recipe.objective.advantage, [None])
+    return next(trace_rows(weighed, trained=traced.trained))
+
+
+def print_comparison(traces: str, groups: int, comparison: Comparison) -> None:
+    """What every component was and is, and the first completions that changed."""
+    table = Table(title=f"{traces}: {groups} group{'s' if groups > 1 else ''} scored again")
+    for column in ("reward", "mean before", "mean now", "changed", "largest change"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for name, before, now, changed, count, largest in comparison.rows():
+        table.add_row(Text(_label(name)), _number(before), _number(now), f"{changed} of {count}", _number(largest))
+    Console().print(table)
+    if comparison.first:
+        _print_changes(comparison.first)
+
+
+def _print_changes(changes: Sequence[Change]) -> None:
+    table = Table(title="The first that changed")
+    for column in ("group", "sample", "reward", "before", "now", "completion"):
+        table.add_column(column, justify="right" if column in ("before", "now") else "left")
+    for change in changes:
+        names = sorted(change.values, key=lambda name: name == SUM)
+        table.add_row(
+            str(list(change.group_id)), str(change.sample), Text("\n".join(map(_label, names))),
+            "\n".join(_number(change.values[name][0]) for name in names),
+            "\n".join(_number(change.values[name][1]) for name in names), Text(shortened(change.text)))
+    Console().print(table)
+
+
+def shortened(text: str) -> str:
+    """One line of it, without its middle if it is long: what is judged is mostly at an end."""
+    line = " ".join(text.split())
+    return line if len(line) <= WIDTH else f"{line[:WIDTH // 2]} ... {line[-WIDTH // 2:]}"
+
+
+def _values(scored: ScoredGroup) -> dict[str, np.ndarray]:
+    return {**scored.terms, SUM: scored.rewards_G}
+
+
+def _changes(group: ScoredGroup, both: Mapping[str, np.ndarray]) -> Iterator[Change]:
+    for i, completion in enumerate(group.group.completions):
+        values = {name: (float(pair_2G[0, i]), float(pair_2G[1, i])) for name, pair_2G in both.items()
+                  if _differ(pair_2G[0, i], pair_2G[1, i])}
+        if values:
+            yield Change(group_id=group.group.group_id, sample=i, values=values, text=completion.text)
+
+
+def _differ(before: np.ndarray, now: np.ndarray) -> np.ndarray:
+    return ~((before == now) | (np.isnan(before) & np.isnan(now)))
+
+
+def _mean(values_N: np.ndarray) -> float:
+    kept = values_N[~np.isnan(values_N)]
+    return float(kept.mean()) if len(kept) else float("nan")
+
+
+def _label(name: str) -> str:
+    return "sum by weight" if name == SUM else name
+
+
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4g}"

@@ -1,0 +1,132 @@
+"""What a reader of a matrix has to know before its numbers: too few seeds, unmatched policies, values that are missing.
+
+It says why a value is missing and what to change. Which values are missing was decided before.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from frpo.config.retention import RetentionRecipe
+from frpo.downstream.before import SAMPLES
+from frpo.downstream.kl_spacing import Gap, updates_within
+from frpo.downstream.results import Results
+from frpo.downstream.retained import ForkPath, paired
+
+MATCHED = 0.1
+"""Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""
+
+
+def caveats(found: Results) -> list[str]:
+    """Everything of this kind about a matrix, in sentences."""
+    recipe, told = found.plan.recipe, []
+    if found.single:
+        told.append("one seed: intervals are over its held-out prompts; how much other seeds would differ is not known")
+    elif len(recipe.seeds) < 3:
+        told.append(f"{len(recipe.seeds)} seeds: an interval over so few says little or nothing")
+    for pair in found.pairs:
+        difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
+        level = found.value(pair[1], "eval/kl")
+        if difference.count and abs(difference.mean) > MATCHED * level:
+            told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
+                        f"{level:.2f} nats): what they keep is not comparable")
+    told += _unknown_distances(found)
+    told += _blanks(found)
+    for seed, record in found.heldout.items():
+        for name, count in record["overlap"].items():
+            if count:
+                told.append(f"seed {seed}: {name} was trained on {count} of {record['heldout']} held-out prompts")
+    for seed in found.plan.seeds if recipe.certificate else ():
+        told += [f"{name}, seed {seed.seed}: no certificate, since some of its samples have no reward"
+                 for name in recipe.forked if (name, seed.seed) not in found.certified
+                 and (seed.measured(name) / SAMPLES).is_file()]
+    for (policy, regime), seeds in found.states.items():
+        lost = [seed for seed in seeds.get("done", ()) if regime and (policy, regime, seed) not in found.paths]
+        if lost:
+            told.append(f"{policy}/{regime}: seed(s) {', '.join(map(str, lost))} finished, but their metrics.jsonl "
+                        "holds no probe; move their folders away, and `frpo retention` makes them again")
+    told += [f"{name} failed: {error}" for name, error in found.failures.items()]
+    missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
+               for (policy, regime), seeds in found.states.items() if "missing" in seeds}
+    return told + [f"{name}: seed(s) {', '.join(map(str, seeds))} missing" for name, seeds in missing.items()]
+
+
+def _unknown_distances(found: Results) -> list[str]:
+    """Name the policies that have no KL to a reference, and the key that gives them one; and other references."""
+    recipe, told = found.plan.recipe, []
+    references = {name: recipe.policies[name].reference for name in recipe.shown if recipe.policies[name].reference}
+    if len(set(references.values())) > 1:
+        told.append("the KL to the reference is not to the same one, so that only policies of one reference compare: "
+                    + ", ".join(f"{name} to {reference}" for name, reference in references.items()))
+    for name in recipe.shown if len(recipe.shown) > 1 else ():
+        reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
+        lacking = [seed for seed in recipe.seeds if "eval/kl" not in found.policies.get((name, seed), {})]
+        reference = reference or (None if has_path else "the model that it began with")
+        if lacking and reference:
+            told.append(f"{name}: its KL to {reference} is not measured for seed(s) {', '.join(map(str, lacking))}; "
+                        "the same command measures it")
+        infinite = [seed for seed, kl in found.policy_by_seed(name, "eval/kl").items() if math.isnan(kl)]
+        if infinite:
+            told.append(f"{name}: its KL to the reference was not finite for seed(s) {', '.join(map(str, infinite))}")
+        if lacking and has_path and not reference:
+            told.append(f"{name} is given by path, so that its KL to a reference is not known; set "
+                        f"policies.{name}.reference to the policy that it was trained from")
+    return told
+
+
+def _blanks(found: Results) -> list[str]:
+    """Say which values along the KL are blank, and why: a fork stays near, or its probes lie too far apart."""
+    recipe, told = found.plan.recipe, []
+    every_gap: list[Gap] = []
+    for regime in recipe.regimes:
+        near = []
+        for policy in recipe.forked:
+            forks = {seed: path for seed, path in found.forks(policy, regime).items() if path.has_curve}
+            broken = {seed: unknown for seed, path in forks.items() if (unknown := _unknown(path, found.reward))}
+            if broken:
+                told.append(f"{policy} through {regime}: some probes have no KL or no reward; they are left out along "
+                            "the KL, and without a reward there is no mean over updates: "
+                            + ", ".join(f"seed {seed}, updates {', '.join(map(str, each))}"
+                                        for seed, each in broken.items()))
+            short = sum(path.largest_kl(found.reward) < recipe.measure.max_kl
+                        for seed, path in forks.items() if seed not in broken)
+            near += [f"{policy} ({short} of {len(forks)})"] if short else []
+            gaps = [(seed, gap) for seed, path in forks.items()
+                    for gap in path.gaps(found.reward, recipe.measure.max_kl)]
+            if gaps:
+                told.append(f"{policy} through {regime}: neighbouring probes are too far apart in KL; values between "
+                            f"them are left blank: {', '.join(_where(*each) for each in gaps)}")
+            every_gap += [gap for _, gap in gaps]
+        if near:
+            told.append(f"{regime}: forks that stay within {recipe.measure.max_kl:g} nats have no mean over KL: "
+                        f"{', '.join(near)}")
+    probed = {int(step) for path in found.paths.values() for step in path.step_S}
+    return told + _advice(recipe, probed, every_gap)
+
+
+def _unknown(path: ForkPath, reward: str) -> list[int]:
+    """Updates of probes without a KL, which at the start is 0 whatever was estimated, or without a reward."""
+    lacking_S = np.isnan(np.where(path.step_S == 0, 0.0, path.kl_S) + path.metrics[reward])
+    return [int(step) for step in path.step_S[lacking_S]]
+
+
+def _where(seed: int, gap: Gap) -> str:
+    (low, high), (first, last) = gap.kl, gap.updates
+    return f"{low:.3g} to {high:.3g} nats (seed {seed}, updates {first} to {last})"
+
+
+def _advice(recipe: RetentionRecipe, probed: Iterable[int], gaps: Sequence[Gap]) -> list[str]:
+    """Say how to fill gaps: by probes between two updates, or between consecutive updates by smaller ones."""
+    told, at = [], recipe.measure.at
+    more = sorted({update for gap in gaps for update in updates_within(gap)})
+    if more:
+        follow = "" if at is None else "leave measure.at out, so that probes follow the KL, or "
+        told.append(f"to fill these gaps {follow}set measure.at to {sorted({*(probed if at is None else at), *more})}; "
+                    "to measure a finished fork again, move its folder "
+                    f"{recipe.run.dir}/seedN/forks/POLICY/REGIME away")
+    if any(gap.updates[1] - gap.updates[0] == 1 for gap in gaps):
+        told.append("no probe fits between two consecutive updates; to fill such a gap lower the learner.lr of the "
+                    "fork, or raise its learner.warmup_steps")
+    return told

@@ -1,0 +1,194 @@
+"""What is looked at before a seed of a matrix begins: models, data, rewards, and who trains on held-out prompts.
+
+A run makes these checks before its first engine, `--dry-run` makes them and stops. Every error names the policy, the
+stage or the measure that it is about.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.loader import dump_recipe
+from frpo.config.model import ModelSection
+from frpo.config.retention import RetentionRecipe
+from frpo.config.sections import Recipe
+from frpo.data.examples import load_examples
+from frpo.data.prompts import PromptSet, load_prompts
+from frpo.downstream.before import complete
+from frpo.downstream.plan import Plan, SeedPlan, Stage
+from frpo.downstream.probe import Task
+from frpo.errors import ConfigError, DataError, FrpoError, ModelError
+from frpo.learner.model import check_reference, vocabulary_difference
+from frpo.loading import load_function
+from frpo.run.build import check_prompts, tokenizer_of, tried_rewards
+from frpo.types import Example
+
+HELD_OUT = "heldout.json"
+KEPT = "measure.kept"
+
+
+def check_plan(plan: Plan) -> list[str]:
+    """Make the checks of every seed that is not complete, writing nothing. Returns what cannot be checked before the
+    setup has run.
+    """
+    waiting: dict[str, None] = {}
+    for seed in plan.seeds:
+        if complete(plan.recipe, seed):
+            continue
+        unmade = _unmade(plan.recipe, seed)
+        waiting |= dict.fromkeys(unmade)
+        check_seed(plan.recipe, seed, unmade)
+        with tasks_of(seed, unmade) as tasks:
+            seen = _trained_on(seed, unmade)
+            if tasks and tasks[0].name == "kept":
+                _heldout_record(seed, tasks[0].prompts, seen, plan.recipe.measure.overlap)
+    return list(waiting)
+
+
+def check_seed(recipe: RetentionRecipe, seed: SeedPlan, unmade: list[str] = ()) -> None:
+    """Models, references and rewards, but for what is `unmade`. Raises the FrpoError that says what to change."""
+    setup = None if seed.setup_done.is_file() else recipe.setup
+    for key, function in (("setup", setup), ("measure.exact", recipe.measure.exact)):
+        if function is not None:
+            load_function(function, key, ConfigError)
+    made = replace(seed, given={name: path for name, path in seed.given.items() if f"policies.{name}" not in unmade},
+                   policies={name: stage for name, stage in seed.policies.items() if stage.name not in unmade},
+                   forks=tuple(stage for stage in seed.forks if stage.name not in unmade))
+    if KEPT not in unmade:
+        check_models(made)
+        check_references(recipe, made)
+    check_rewards(made)
+
+
+@contextmanager
+def tasks_of(seed: SeedPlan, unmade: list[str] = ()) -> Iterator[list[Task]]:
+    """Held-out prompts of what is measured, and running rewards."""
+    with ExitStack() as stack:
+        found = []
+        for name, recipe in (("kept", seed.kept), ("utility", seed.utility)):
+            if recipe is not None and f"measure.{name}" not in unmade:
+                with about(f"measure.{name}, seed {seed.seed}"):
+                    prompts = check_prompts(recipe)
+                    rewards = stack.enter_context(tried_rewards(recipe, prompts))
+                found.append(Task(name=name, recipe=recipe, prompts=prompts, rewards=rewards))
+        yield found
+
+
+def check_models(seed: SeedPlan) -> None:
+    """Raise ModelError where a policy's model is missing, or does not speak in the tokens of what is measured."""
+    with about(f"{KEPT}, seed {seed.seed}"):
+        measured = tokenizer_of(seed.kept.model)
+    first = {name: _model_at(seed, path) for name, path in seed.given.items()}
+    first |= {name: stage.first.recipe.model for name, stage in seed.policies.items()}
+    for name, model in first.items():
+        with about(f"policy {name}, seed {seed.seed}"):
+            differing = vocabulary_difference(measured, tokenizer_of(model))
+            if differing:
+                raise ModelError(f"its tokenizer is not that of {KEPT} ({differing}); all policies of a matrix run on "
+                                 "engines of one model family")
+
+
+def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
+    """Raise ModelError where a policy and its reference both exist and their logits are not of one size."""
+    for name, path in seed.given.items():
+        reference = recipe.policies[name].reference
+        if reference in seed.given:
+            model = _model_at(seed, path)
+            with about(f"policies.{name}.reference = {reference}, seed {seed.seed}"):
+                check_reference(model, seed.given[reference], tokenizer_of(model))
+
+
+def check_rewards(seed: SeedPlan) -> None:
+    """Try what the stages to come are rewarded by, equal ones once. Raises an error naming the stage."""
+    tried = set()
+    for stage in seed.stages:
+        recipe = stage.recipe
+        if stage.done or not isinstance(recipe, Recipe) or (key := str((recipe.rewards, recipe.data))) in tried:
+            continue
+        tried.add(key)
+        with about(stage.name):
+            prompts = load_prompts(recipe.data, tokenizer_of(stage.first.recipe.model), recipe.run.seed)
+            with tried_rewards(recipe, prompts):
+                pass
+
+
+def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
+    """Write down, before anything is trained, which prompts are held out and how many of them will be trained on.
+
+    Raises DataError if they were others when this seed began, or if there is an overlap that is refused.
+    """
+    record = _heldout_record(seed, prompts, _trained_on(seed), allowed)
+    path = seed.folder / HELD_OUT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Put what an error is about before its message."""
+    try:
+        yield
+    except FrpoError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _unmade(recipe: RetentionRecipe, seed: SeedPlan) -> list[str]:
+    """Names of stages, given policies and measures that need a file which the setup has still to make."""
+    if recipe.setup is None or seed.setup_done.is_file():
+        return []
+    needs: dict[str, Any] = {f"policies.{name}": path for name, path in seed.given.items()}
+    needs |= {KEPT: dump_recipe(seed.kept), "measure.utility": seed.utility and dump_recipe(seed.utility)}
+    needs |= {stage.name: (dump_recipe(stage.recipe), str(stage.first.recipe.model.path)) for stage in seed.stages}
+    return [name for name, values in needs.items() if str(seed.setup) in str(values)]
+
+
+def _heldout_record(seed: SeedPlan, prompts: PromptSet, seen: dict[str, set[tuple[int, ...]]], allowed: str
+                    ) -> dict[str, Any]:
+    """Raises DataError. seen: prompts by who trains on them."""
+    heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
+    if len(heldout) < 2:
+        raise DataError(f"{KEPT} holds out {len(heldout)} prompt(s), too few for an interval; give more in "
+                        "data.heldout_path, or raise data.heldout")
+    overlap = {name: len(set(heldout) & prompts) for name, prompts in seen.items()}
+    record = {"heldout": len(heldout), "uids": sorted(heldout.values()), "overlap": overlap}
+    path = seed.folder / HELD_OUT
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["uids"] != record["uids"]:
+        raise DataError(f"{path} names other held-out prompts than {KEPT} has now; choose another run.dir, or "
+                        "restore the data that this matrix began with")
+    trained = {name: count for name, count in overlap.items() if count}
+    if trained and allowed == "refuse":
+        told = ", ".join(f"{count} by {name}" for name, count in trained.items())
+        raise DataError(f"held-out prompts of {KEPT} are trained on: {told}, of {len(heldout)}; what is kept "
+                        "would be measured on training data. Hold out others, or set measure.overlap to keep")
+    return record
+
+
+def _trained_on(seed: SeedPlan, unmade: list[str] = ()) -> dict[str, set[tuple[int, ...]]]:
+    """Token ids of every prompt that a stage trains on, by POLICY or POLICY/REGIME."""
+    found = {}
+    for stage in seed.stages:
+        if stage.name not in unmade:
+            with about(stage.name):
+                found[f"{stage.policy}/{stage.regime}" if stage.regime else stage.policy] = set(_prompts_of(stage))
+    return found
+
+
+def _prompts_of(stage: Stage) -> list[tuple[int, ...]]:
+    recipe, tokenizer = stage.recipe, tokenizer_of(stage.first.recipe.model)
+    if isinstance(recipe, FinetuneRecipe):
+        examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed).train
+        return [_prompt_of(example) for example in examples]
+    return [prompt.token_ids for prompt in load_prompts(recipe.data, tokenizer, recipe.run.seed).train]
+
+
+def _prompt_of(example: Example) -> tuple[int, ...]:
+    return example.token_ids[:example.loss_mask.index(True)]
+
+
+def _model_at(seed: SeedPlan, path: str) -> ModelSection:
+    """A model that exists, as it is measured."""
+    return seed.kept.model.model_copy(update={"path": path, "tiny": None})

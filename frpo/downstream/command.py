@@ -1,0 +1,101 @@
+"""`frpo retention`: run what is missing of a matrix, then tell what all of it says, in the terminal and as a page."""
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from frpo.downstream.archive import write_archive
+from frpo.downstream.checks import check_plan
+from frpo.downstream.choice import is_lacking
+from frpo.downstream.jobs import run_in_jobs
+from frpo.downstream.plan import Plan
+from frpo.downstream.reading import collect
+from frpo.downstream.report import RESULTS, page_title, section_of, sentences, write_results
+from frpo.downstream.results import Results
+from frpo.downstream.stages import run_plan
+from frpo.downstream.tables import all_tables
+from frpo.held import held_folder
+from frpo.report.page import TableText, write_page
+
+REPORT = "report.html"
+WIDTH, LONG = 120, 40
+"""Columns of text that tables take at least, and from which on a cell is read as text."""
+
+
+def run_retention(plan: Plan, jobs: int = 1) -> int:
+    """Run what is missing and print what all of it says. Returns 0 if every stage is done, 1 if some failed or no
+    policy has the measure that decides.
+    """
+    found = run_matrix(plan, jobs)
+    return 1 if found.failures or is_lacking(found) else 0
+
+
+def run_matrix(plan: Plan, jobs: int = 1) -> Results:
+    """Run what is missing of a matrix, print its tables, write its page.
+
+    jobs: processes over which the seeds are spread.
+    """
+    started = time.perf_counter()
+    plan.check_done()
+    with held_folder(Path(plan.recipe.run.dir)):
+        archive = write_archive(plan.recipe)
+        if jobs > 1:
+            run_in_jobs(plan, archive, jobs)
+        else:
+            run_plan(plan)
+        found = collect(plan)
+        show(all_tables(found))
+        for line in (*sentences(found), *(f"! {warning}" for warning in found.warnings)):
+            print(line)
+        print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Report: {write_report(found)}")
+    return found
+
+
+def run_part(plan: Plan) -> int:
+    """The stages of some seeds, for another process that will tell of them."""
+    run_plan(plan)
+    return 0 if all(stage.done for stage in plan.stages) else 1
+
+
+def write_report(found: Results) -> Path:
+    """Results, pictures and page into the matrix's folder."""
+    folder = Path(found.plan.recipe.run.dir)
+    write_results(found, folder / RESULTS)
+    return write_page(page_title(found), [section_of(found, folder)], folder / REPORT)
+
+
+def show(tables: Sequence[TableText]) -> None:
+    """Print them."""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    for table in tables:
+        console.print(_table(table.narrow))
+
+
+def check_and_show(plan: Plan) -> int:
+    """Check everything that needs no engine, then show the stages of a plan, without running any."""
+    unmade = check_plan(plan)
+    for stage in plan.stages:
+        state = "done" if stage.done else f"failed: {stage.failure}" if stage.failure else "to be run"
+        print(f"{stage.name}: {state}  ({stage.run_dir})")
+    print("# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not")
+    if unmade:
+        print(f"# not checked, since the setup has yet to make their files: {'; '.join(unmade)}")
+    return 0
+
+
+def _table(table: TableText) -> Table:
+    first, *rows = [[escape(cell) for cell in row] for row in (table.columns, *table.rows)]
+    shown = Table(*first, title=escape(f"{table.title}\n{table.note}"))
+    for column in shown.columns:
+        column.overflow = "fold"
+    for column, *cells in zip(shown.columns[1:], *(row[1:] for row in rows)):
+        column.justify = "left" if any(len(cell) > LONG for cell in cells) else "right"
+    for row in rows:
+        shown.add_row(*row)
+    return shown

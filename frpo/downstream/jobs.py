@@ -1,0 +1,55 @@
+"""The seeds of a matrix over several processes of this machine or cluster, each with engines and ranks of its own.
+
+Stages of different seeds share nothing but the folder that they lie in, so that no process waits for another.
+"""
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from frpo.downstream.plan import Plan
+from frpo.errors import EngineError
+from frpo.telemetry.progress import ProgressBar
+
+POLL_S = 1.0
+ENDED = (0, 1)
+"""Exit codes of a process that has come to the end, 1 if stages have failed."""
+
+
+def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
+    """Deal the seeds out to processes and wait for them; what they print goes to job<N>.log in the matrix's folder.
+
+    recipe: the file of the matrix. Raises EngineError, once all have ended, naming the log of one that broke off.
+    """
+    seeds = [seed.seed for seed in plan.seeds]
+    shares = [seeds[job::jobs] for job in range(min(jobs, len(seeds)))]
+    logs = [recipe.parent / f"job{job}.log" for job in range(len(shares))]
+    running = [_started(recipe, share, log) for share, log in zip(shares, logs)]
+    stages = list(plan.stages)
+    try:
+        with ProgressBar(len(stages), 0, plan.recipe.run.name) as bar:
+            while True:
+                alive = [process for process in running if process.poll() is None]
+                done = sum(stage.done is not None for stage in stages)
+                bar.progress.update(bar.task, completed=done, note=f"{len(alive)} processes")
+                if not alive:
+                    break
+                time.sleep(POLL_S)
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        for process in running:
+            process.wait()
+    broken = [log for process, log in zip(running, logs) if process.returncode not in ENDED]
+    if broken:
+        raise EngineError(f"{len(broken)} of {len(running)} processes broke off; the end of {broken[0]}:\n"
+                          + "\n".join(broken[0].read_text(encoding="utf-8", errors="replace").splitlines()[-5:]))
+
+
+def _started(recipe: Path, seeds: list[int], log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "frpo", "retention", str(recipe), f"seeds={seeds}", "--part"]
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

@@ -1,0 +1,56 @@
+"""The measures by which a policy is chosen: which names there are, as far as that is known before anything has run."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from frpo.config.loader import AnyRecipe
+from frpo.config.retention import RetentionRecipe
+from frpo.config.sections import Recipe
+from frpo.errors import ConfigError
+from frpo.loading import nearest
+
+NUMBERS = ("start", "end", "end - start", "end KL", "over updates", "over KL", "at KL 0.5", "at KL 1", "at KL 2",
+           "start decile", "end decile", "decile over updates", "decile over KL", "utility")
+"""Of a fork."""
+SAMPLED = ("length", "length_p90", "truncated")
+"""Of the samples of any task, besides its rewards."""
+
+
+def check_measures(recipe: RetentionRecipe, kept: Recipe, policies: Sequence[AnyRecipe]) -> None:
+    """Raise ConfigError where `choose` names what nothing will measure. kept: the recipe of measure.kept; policies:
+    those that policies are trained by, which have evaluations of their own.
+    """
+    section = recipe.choose
+    known = [*dict.fromkeys(_known(recipe, kept))]
+    own = {f"eval/{name}" for each in policies if isinstance(each, Recipe) for name in _sampled(each)}
+    for key, names in (("choose.measure (--choose)", [section.measure] if section else []),
+                       ("choose.bounds (--within)", section.bounds if section else [])):
+        for name in names:
+            if name not in {*known, *own} and not _known_afterwards(name, recipe, policies):
+                near = next((each for each in known if each.endswith(f"/{name}")), None) or nearest(name, known)
+                meant = f"; did you mean {near!r}?" if near else "."
+                raise ConfigError(f"{key}: {name!r} is no measure of policies{meant} There are {', '.join(known)}")
+
+
+def _known(recipe: RetentionRecipe, kept: Recipe) -> Iterator[str]:
+    """Names that can be told before, the usual ones first."""
+    yield from ("kept/reward", "eval/kl", *(f"kept/{name}" for name in _sampled(kept)))
+    if recipe.regimes or all(recipe.policies[name].reference for name in recipe.shown):
+        yield "kept/decile"
+    yield from (f"{regime}/{number}" for regime in recipe.regimes for number in NUMBERS
+                if number != "utility" or recipe.measure.utility)
+
+
+def _sampled(recipe: Recipe) -> Iterator[str]:
+    yield from ("reward", *(f"{reward.name}/mean" for reward in recipe.rewards))
+    yield from (*(f"pass@{k}" for k in recipe.evaluate.pass_at), *SAMPLED)
+
+
+def _known_afterwards(name: str, recipe: RetentionRecipe, policies: Sequence[AnyRecipe]) -> bool:
+    """Whether it is of a kind of which only the run can tell the names."""
+    area, _, rest = name.partition("/")
+    possible = {"": False, "kept": False, "exact": recipe.measure.exact is not None,
+                "utility": recipe.measure.utility is not None,
+                "eval": not all(isinstance(each, Recipe) for each in policies)}
+    possible |= dict.fromkeys(recipe.regimes, rest.startswith(("kept/", "exact/", "utility/")))
+    return bool(rest) and possible.get(area, True)

@@ -1,0 +1,283 @@
+"""A retention recipe as stages: which trainings there are, in which order, from what, where, and which are done.
+
+    <run.dir>/seed0/setup/                     what the setup made
+    <run.dir>/seed0/policies/NAME/             a policy's own run; export/ is what is forked
+    <run.dir>/seed0/forks/NAME/REGIME/         a fork's own run; its metrics hold the probes
+
+Every recipe is loaded and checked here, before anything starts. A stage is done when its `done.json` says so, which
+names what it was made of; its own checkpoints are what an interrupted one goes on from.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from frpo.config.loader import AnyRecipe, load_recipe, load_training, recipe_digest, relative
+from frpo.config.retention import RetentionRecipe, TaskSection
+from frpo.config.sections import Recipe, repository_file
+from frpo.downstream.measures import check_measures
+from frpo.errors import ConfigError
+
+DONE, FAILED = "done.json", "failed.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training. start: the model that it begins with; None: one that its recipe makes on the spot. origin: the
+    stage that makes that model, if one does.
+
+    regime: of a fork; None for a policy. matrix: the folder of everything.
+    """
+
+    policy: str
+    regime: str | None
+    seed: int
+    matrix: str
+    recipe: AnyRecipe
+    start: str | None
+    origin: Stage | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}, seed {self.seed}" + (f", {self.regime}" if self.regime else "")
+
+    @property
+    def first(self) -> Stage:
+        """The stage that its model began with."""
+        return self.origin.first if self.origin else self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run.dir)
+
+    @property
+    def model(self) -> str:
+        """What it makes."""
+        return str(self.run_dir / "export")
+
+    @property
+    def digest(self) -> str:
+        """Of everything that its result depends on, as far as recipes say it; the matrix may be moved."""
+        origin = self.origin.digest if self.origin else relative(self.start, self.matrix) or ""
+        length = self.recipe.run.num_steps if isinstance(self.recipe, Recipe) else self.recipe.run.num_epochs
+        decisive = f"{recipe_digest(self.recipe, self.matrix)} {length} {origin}"
+        return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """What was recorded at its end. Raises ConfigError where another recipe has left its result here."""
+        record = self._read(DONE)
+        if record is not None and record["digest"] != self.digest:
+            raise ConfigError(f"{self.run_dir} holds the result of another recipe than {self.name} has now; choose "
+                              "another run.dir, or move that folder away to have it made again")
+        return record
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed last time, if it did."""
+        record = self._read(FAILED)
+        return record and record["error"]
+
+    def finish(self, **facts: Any) -> None:
+        _write(self.run_dir / DONE, {"digest": self.digest, **facts})
+        (self.run_dir / FAILED).unlink(missing_ok=True)
+
+    def fail(self, error: str) -> None:
+        _write(self.run_dir / FAILED, {"error": error})
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.run_dir / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedPlan:
+    """All stages of one seed, policies before what starts from them; and the recipes by which is measured.
+
+    given: model of every policy that exists already, by its name.
+    """
+
+    seed: int
+    folder: Path
+    policies: Mapping[str, Stage]
+    given: Mapping[str, str]
+    forks: tuple[Stage, ...]
+    kept: Recipe
+    utility: Recipe | None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (*self.policies.values(), *self.forks)
+
+    @property
+    def setup(self) -> Path:
+        """Folder of what the recipe's setup makes."""
+        return self.folder / "setup"
+
+    @property
+    def setup_done(self) -> Path:
+        """File that is there once it has."""
+        return self.folder / "setup.done"
+
+    def model_of(self, policy: str) -> str:
+        """Folder of the policy's model, which may be still to make."""
+        return self.policies[policy].model if policy in self.policies else self.given[policy]
+
+    def has(self, policy: str) -> bool:
+        """Whether the policy's model is made."""
+        return policy in self.given or self.policies[policy].done is not None
+
+    def measured(self, policy: str) -> Path:
+        """Folder of what is measured of the policy before any fork."""
+        return self.folder / "policies" / policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    recipe: RetentionRecipe
+    seeds: tuple[SeedPlan, ...]
+
+    @property
+    def stages(self) -> Iterator[Stage]:
+        return (stage for seed in self.seeds for stage in seed.stages)
+
+    def model_of(self, policy: str) -> str:
+        """Folder of the policy's model, of the first seed."""
+        return self.seeds[0].model_of(policy)
+
+    def check_done(self) -> None:
+        """Raise ConfigError where another recipe has left its result."""
+        for stage in self.stages:
+            stage.done  # noqa: B018
+
+    def check(self) -> None:
+        """Raise ConfigError unless one set of processes can run all of it, and unless it measures what it chooses by.
+        """
+        first = self.seeds[0]
+        check_measures(self.recipe, first.kept, [stage.recipe for stage in first.policies.values()])
+        for seed in self.seeds:
+            recipes = {stage.name: stage.recipe for stage in seed.stages} | {"measure.utility": seed.utility}
+            for name, recipe in recipes.items():
+                if recipe is not None:
+                    _check_shared(name, recipe, seed.kept)
+
+
+SHARED = {"learner": ("num_ranks", "ranks", "threads"), "rollout": ("num_engines", "tensor_parallel_size", "hook"),
+          "model": ("dtype",)}
+"""Keys that make up the processes, and so must be the same in all recipes that have the section."""
+
+
+def _check_shared(name: str, recipe: AnyRecipe, kept: Recipe) -> None:
+    for section, keys in SHARED.items():
+        for key in keys if hasattr(recipe, section) else ():
+            given, wanted = getattr(getattr(recipe, section), key), getattr(getattr(kept, section), key)
+            if given != wanted:
+                raise ConfigError(f"{name}: {section}.{key} = {given!r}, but measure.kept has {wanted!r}; all recipes "
+                                  "share one set of engines and ranks, make them equal")
+    if isinstance(recipe, Recipe) and recipe.model.max_length > kept.model.max_length:
+        raise ConfigError(f"{name}: model.max_length = {recipe.model.max_length} is above the {kept.model.max_length} "
+                          "of measure.kept, for which engines are made; raise that")
+    if isinstance(recipe, Recipe) and recipe.rollout.replay is not None:
+        raise ConfigError(f"{name}: rollout.replay learns without engines; set it to null")
+
+
+def make_plan(recipe: RetentionRecipe, beside: Path = Path()) -> Plan:
+    """Load every recipe. beside: the folder of the matrix's own file, for messages about paths.
+
+    Raises ConfigError for a mistake in one, naming policy or regime.
+    """
+    plan = Plan(recipe=recipe, seeds=tuple(_seed_plan(recipe, seed, beside) for seed in recipe.seeds))
+    plan.check()
+    return plan
+
+
+def _seed_plan(recipe: RetentionRecipe, seed: int, beside: Path) -> SeedPlan:
+    folder = Path(recipe.run.dir) / f"seed{seed}"
+    words = {"seed": str(seed), "setup": str(folder / "setup"), "run": recipe.run.dir}
+    policies: dict[str, Stage] = {}
+    given: dict[str, str] = {}
+    for name in recipe.needed():
+        section = recipe.policies[name]
+        if section.path is not None:
+            given[name] = _filled(section.path, words, f"policies.{name}.path")
+            continue
+        policies[name] = _stage(
+            f"policies.{name}", section.recipe, [*section.overrides, *section.extra], words, folder / "policies" / name,
+            beside, policy=name, regime=None, start=given.get(section.start), origin=policies.get(section.start))
+    forks = tuple(
+        _stage(f"downstream.{regime}", section.recipe, [*section.overrides, *section.extra], words,
+               folder / "forks" / name / regime, beside, policy=name, regime=regime, start=given.get(name),
+               origin=policies.get(name))
+        for name in recipe.forked for regime, section in recipe.regimes.items()
+        if section.policies is None or name in section.policies)
+    measure = recipe.measure
+    return SeedPlan(seed=seed, folder=folder, policies=policies, given=given, forks=forks,
+                    kept=_task("measure.kept", measure.kept, words, beside),
+                    utility=measure.utility and _task("measure.utility", measure.utility, words, beside))
+
+
+def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str], run_dir: Path, beside: Path, *,
+           policy: str, regime: str | None, start: str | None, origin: Stage | None) -> Stage:
+    """start, origin: the model that it begins with and what makes it; None, None: the recipe's own."""
+    model = origin.model if origin else start
+    fixed = [f"run.dir={run_dir}", f"run.seed={words['seed']}", f"run.name={policy}"]
+    if model is not None:
+        fixed += [f"model.path={model}", "model.tiny=null"]
+    found = _loaded(key, load_training, _filled(recipe, words, key),
+                    [*(_filled(o, words, key) for o in overrides), *fixed], beside)
+    return Stage(policy=policy, regime=regime, seed=int(words["seed"]), matrix=words["run"], recipe=found,
+                 start=found.model.path, origin=origin)
+
+
+def _task(key: str, section: TaskSection, words: Mapping[str, str], beside: Path) -> Recipe:
+    overrides = [*(_filled(o, words, key) for o in (*section.overrides, *section.extra)), f"run.seed={words['seed']}"]
+    found = _loaded(key, load_recipe, _filled(section.recipe, words, key), overrides, beside)
+    if found.evaluate.temperature != 1.0:
+        raise ConfigError(f"{key}: {section.recipe} evaluates at temperature {found.evaluate.temperature:g}; the KL of "
+                          "sequences is unbiased at 1 only: override evaluate.temperature=1.0")
+    if found.data.heldout == 0 and found.data.heldout_path is None:
+        raise ConfigError(f"{key}: {section.recipe} holds no prompts out, so that nothing can be measured; raise "
+                          "data.heldout or give data.heldout_path")
+    return found
+
+
+def _loaded(key: str, load: Callable[[str, Sequence[str]], Any], recipe: str, overrides: Sequence[str], beside: Path
+            ) -> Any:
+    try:
+        return load(recipe, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}{_nearby(recipe, beside)}") from None
+
+
+def _nearby(recipe: str, beside: Path) -> str:
+    """Say where a recipe lies that was not found by its name, if it lies here or beside the matrix's file."""
+    try:
+        repository_file("recipes", recipe, ".yaml")
+        return ""
+    except FileNotFoundError:
+        places = [folder / name for folder in (Path(), beside) for name in (recipe, f"{recipe}.yaml")]
+        there = next((place for place in places if place.is_file()), None)
+        return f"\nThere is {there}: write recipe: {there}. Paths begin in the working directory" if there else ""
+
+
+def _filled(text: str, words: Mapping[str, str], key: str) -> str:
+    try:
+        return Template(text).substitute(words)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{key}: {text!r} has an unknown word ({error}); known are "
+                          f"{', '.join('$' + word for word in words)}, and $$ is a dollar sign") from None
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    unfinished.replace(path)
+
+

@@ -1,0 +1,127 @@
+"""The files of finished stages become `Results`: metrics and samples are read and put together.
+
+What is missing is left out, and told by `caveats`. Nothing is drawn here.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frpo.downstream.before import SAMPLES, evaluation, read_distance, rows_of
+from frpo.downstream.caveats import caveats
+from frpo.downstream.certificate import certify
+from frpo.downstream.checks import HELD_OUT
+from frpo.downstream.plan import Plan, SeedPlan
+from frpo.downstream.results import UTILITY, Certified, Fork, Results
+from frpo.downstream.retained import ForkPath, read_path, summary
+from frpo.downstream.stages import KL, STARTS
+from frpo.errors import ConfigError
+from frpo.report.curve import read_metrics
+
+PROBED = {"kept/reward", "kept/decile", "kept/interval"}
+"""What every probe measures."""
+
+
+def collect(plan: Plan) -> Results:
+    """Everything that has been measured so far. Raises ConfigError where that is nothing."""
+    measured = [(seed, stage, path) for seed in plan.seeds for stage in seed.forks if stage.done
+                if (path := read_path(rows_of(stage), KL)).metrics.keys() >= PROBED]
+    if not any(stage.done for stage in plan.stages):
+        raise ConfigError(f"{plan.recipe.run.dir} has no finished stage to tell of; run `frpo retention` first")
+    exact = bool(measured) and all({"exact/reward", "exact/decile"} <= set(path.metrics) for _, _, path in measured)
+    reward, decile = ("exact/reward", "exact/decile") if exact else ("kept/reward", "kept/decile")
+    paths = {(stage.policy, stage.regime, stage.seed): path for _, stage, path in measured}
+    summaries = {}
+    for fork, path in paths.items():
+        summaries[fork] = summary(path, reward, decile, plan.recipe.measure.max_kl)
+        if UTILITY in path.metrics:
+            summaries[fork] |= {"utility": float(path.metrics[UTILITY][-1])}
+    policies: dict[tuple[str, int], Mapping[str, float]] = {}
+    for seed in plan.seeds:
+        known = {stage.policy: evaluation(stage) for stage in seed.policies.values() if stage.done}
+        known |= {name: _given(plan, name) for name in seed.given}
+        policies |= {(name, seed.seed): _with_distance(plan, seed, name, metrics) | _start(paths, name, seed.seed)
+                     for name, metrics in known.items()}
+    found = Results(
+        plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
+        certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),
+        failures={stage.name: stage.failure for stage in plan.stages if stage.failure and not stage.done},
+        starts=_starts(plan), pushes=tuple(
+            float(value) for path in paths.values() for value in path.metrics.get("time/push", ())),
+        seconds={stage.name: stage.done["seconds"] for stage in plan.stages if stage.done})
+    return replace(found, warnings=tuple(caveats(found)))
+
+
+def _with_distance(plan: Plan, seed: SeedPlan, policy: str, metrics: dict[str, float]) -> dict[str, float]:
+    """With what was measured against its reference; against the model that it began with, only what is not known."""
+    measured = read_distance(plan.recipe, seed, policy) or {}
+    if plan.recipe.policies[policy].reference is not None:  # its training may have had another one
+        return {name: value for name, value in metrics.items() if not name.startswith("eval/kl")} | measured
+    known = "kept/reward" in metrics
+    return {name: value for name, value in measured.items() if not known or name.startswith("eval/kl")} | metrics
+
+
+def _given(plan: Plan, policy: str) -> dict[str, float]:
+    """A model that others begin with, or are measured against, is their reference: it is at no distance from it."""
+    others = [section for name, section in plan.recipe.policies.items() if name != policy]
+    is_reference = any(policy in (section.start, section.reference) for section in others)
+    return {"eval/kl": 0.0} if is_reference and plan.recipe.policies[policy].reference is None else {}
+
+
+def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, float]:
+    """What the probes of any fork found before its first update."""
+    for (name, _, number), path in paths.items():
+        if (name, number) == (policy, seed):
+            return {metric: float(values[0]) for metric, values in path.metrics.items()
+                    if metric.startswith(("kept/", "utility/", "exact/"))}
+    return {}
+
+
+def _certificates(plan: Plan, paths: Mapping[Fork, ForkPath]) -> dict[tuple[str, int], Certified]:
+    section, found = plan.recipe.certificate, {}
+    if section is None:
+        return found
+    for seed in plan.seeds:
+        for name in plan.recipe.forked:
+            file = seed.measured(name) / SAMPLES
+            if not file.is_file():
+                continue
+            with np.load(file) as stored:
+                rewards_PN = stored["rewards_PN"]
+            if not np.isfinite(rewards_PN).all():
+                continue
+            points = [(kl, reward, half) for (p, _, s), path in paths.items() if (p, s) == (name, seed.seed)
+                      for kl, reward, half in zip(path.kl_S, path.metrics["kept/reward"],
+                                                  path.metrics["kept/interval"], strict=True)
+                      if not math.isnan(kl + reward)]
+            found[name, seed.seed] = Certified(
+                certificate=certify(rewards_PN, section.lambdas, section.confidence),
+                points=tuple((float(kl), float(reward), float(half)) for kl, reward, half in points))
+    return found
+
+
+def _states(plan: Plan) -> dict[tuple[str, str | None], dict[str, list[int]]]:
+    states: dict[tuple[str, str | None], dict[str, list[int]]] = {}
+    for stage in plan.stages:
+        state = "done" if stage.done else "failed" if stage.failure else "missing"
+        states.setdefault((stage.policy, stage.regime), {}).setdefault(state, []).append(stage.seed)
+    return states
+
+
+def _starts(plan: Plan) -> tuple[float, ...]:
+    path = Path(plan.recipe.run.dir) / STARTS
+    return tuple(row["seconds"] for row in read_metrics(path)) if path.is_file() else ()
+
+
+def _heldout(plan: Plan) -> dict[int, Any]:
+    def read(seed: SeedPlan) -> dict[str, Any] | None:
+        path = seed.folder / HELD_OUT
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    return {seed.seed: record for seed in plan.seeds if (record := read(seed))}

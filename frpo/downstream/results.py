@@ -1,0 +1,207 @@
+"""What the finished stages of a plan say together: one record, from which tables, pictures and the page are made.
+
+It answers questions about what was measured. Reading it from files is `reading`'s business; nothing is drawn here.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from frpo.downstream.certificate import Certificate
+from frpo.downstream.plan import Plan
+from frpo.downstream.retained import ForkPath, Paired, paired
+from frpo.evaluation.heldout import interval_of
+from frpo.telemetry.intervals import mean_interval
+
+UTILITY = "utility/reward"
+ROUNDING = 1e-9
+"""A reward that is always the same lies on its bound."""
+
+Fork = tuple[str, str, int]
+"""(policy, regime, seed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certified:
+    """A policy's certificate, and every measured (KL in nats, reward, half-width) of its forks beside it."""
+
+    certificate: Certificate
+    points: tuple[tuple[float, float, float], ...]
+
+    @property
+    def slack(self) -> np.ndarray:
+        """How far each point lies above the bound."""
+        if not self.points:
+            return np.zeros(0)
+        kl, reward, _ = np.array(self.points).T
+        return reward - self.certificate.bound(np.maximum(kl, 0.0))
+
+    @property
+    def violations(self) -> int:
+        """Points below the bound."""
+        return int((self.slack < -ROUNDING).sum())
+
+    @property
+    def clear_violations(self) -> int:
+        """Those that are below it by more than the half-width of their own interval."""
+        return sum(gap < -point[2] for gap, point in zip(self.slack, self.points, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """paths, summaries: of finished forks. policies: what is known of each before any fork, {(policy, seed): metrics}.
+
+    exact: whether reward and lowest decile are enumerated rather than sampled. warnings: what a reader has to know.
+    states: (policy, regime or None) -> seeds by state: done, failed, missing. failures: by stage. starts: seconds of
+    each start of engines and ranks; pushes: of each push of a fork's weights into running engines.
+    """
+
+    plan: Plan
+    reward: str
+    decile: str
+    paths: Mapping[Fork, ForkPath]
+    summaries: Mapping[Fork, Mapping[str, float]]
+    policies: Mapping[tuple[str, int], Mapping[str, float]]
+    certified: Mapping[tuple[str, int], Certified]
+    states: Mapping[tuple[str, str | None], Mapping[str, list[int]]]
+    failures: Mapping[str, str]
+    seconds: Mapping[str, float]
+    starts: tuple[float, ...]
+    pushes: tuple[float, ...]
+    heldout: Mapping[int, Mapping[str, Any]]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def exact(self) -> bool:
+        return self.reward.startswith("exact/")
+
+    def forks(self, policy: str, regime: str) -> dict[int, ForkPath]:
+        """By seed."""
+        return {seed: path for (p, r, seed), path in self.paths.items() if (p, r) == (policy, regime)}
+
+    def common_seeds(self, pair: tuple[str, str], regime: str) -> list[int]:
+        """Those whose forks of both policies have gone through the regime."""
+        return sorted(self.forks(pair[0], regime).keys() & self.forks(pair[1], regime).keys())
+
+    def by_seed(self, policy: str, regime: str, measure: str) -> dict[int, float]:
+        """A number of the summaries; NaN for a fork that has none."""
+        return {seed: values.get(measure, math.nan) for (p, r, seed), values in self.summaries.items()
+                if (p, r) == (policy, regime)}
+
+    def policy_by_seed(self, policy: str, metric: str) -> dict[int, float]:
+        return {seed: values[metric] for (p, seed), values in self.policies.items()
+                if p == policy and metric in values}
+
+    def fork_value(self, fork: Fork, measure: str) -> float:
+        """A number of the summaries or a metric of the last probe; NaN where there is none."""
+        if measure in self.summaries.get(fork, {}):
+            return self.summaries[fork][measure]
+        path = self.paths.get(fork)
+        return float(path.metrics[measure][-1]) if path and measure in path.metrics else math.nan
+
+    def measured(self, fork: tuple[str, str], measure: str) -> dict[int, float]:
+        """`fork_value` of (policy, regime) by seed."""
+        return {seed: self.fork_value((*fork, seed), measure) for seed in self.forks(*fork)}
+
+    def before(self, forks: Sequence[tuple[str, str]], metric: str) -> dict[int, float]:
+        """By seed, a metric of the first probe of the first fork that has it."""
+        found: dict[int, float] = {}
+        for fork in forks:
+            for seed, path in self.forks(*fork).items():
+                if metric in path.metrics:
+                    found.setdefault(seed, float(path.metrics[metric][0]))
+        return found
+
+    @property
+    def groups(self) -> dict[str, list[tuple[str, str, str]]]:
+        """Forks that are told together, title -> (name in the group, policy, regime): the policies of each regime, or,
+        where there is one policy only, its regimes.
+        """
+        known = {(policy, regime) for policy, regime, _ in self.paths}
+        recipe = self.plan.recipe
+        if len(recipe.forked) == 1:
+            grouped = {f"by {recipe.forked[0]}": [(regime, recipe.forked[0], regime) for regime in recipe.regimes]}
+        else:
+            grouped = {f"through {regime}": [(policy, policy, regime) for policy in recipe.forked]
+                       for regime in recipe.regimes}
+        found = {title: [each for each in group if each[1:] in known] for title, group in grouped.items()}
+        return {title: group for title, group in found.items() if group}
+
+    def of_policy(self, policy: str, measure: str) -> dict[int, float]:
+        """By seed, a policy's metric, or a number or a last metric of its forks as REGIME/number."""
+        regime, _, number = measure.partition("/")
+        if regime in self.plan.recipe.regimes:
+            return self.measured((policy, regime), number)
+        return self.policy_by_seed(policy, measure)
+
+    def spread(self, policy: str, measure: str) -> tuple[float, float]:
+        """Mean over seeds of `of_policy` and half-width of its 95 % interval, of one seed over its held-out prompts;
+        NaN where there is none.
+        """
+        mean, half_width = mean_interval(self.of_policy(policy, measure).values())
+        return mean, self._sampling_width(policy, measure) if self.single else half_width
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one seed only, so that nothing tells how much seeds differ."""
+        return len(self.plan.recipe.seeds) == 1
+
+    def _sampling_width(self, policy: str, measure: str) -> float:
+        """Of the only seed; NaN for what is enumerated or averaged along a fork. Of a difference as if both ends were
+        sampled from other prompts, which is wide.
+        """
+        (seed,), (regime, _, number) = self.plan.recipe.seeds, measure.partition("/")
+        if regime not in self.plan.recipe.regimes:
+            return self.policies.get((policy, seed), {}).get(interval_of(measure), math.nan)
+        if number == "end - start":
+            return math.hypot(*(self._sampling_width(policy, f"{regime}/{end}") for end in ("start", "end")))
+        metric = {"start": self.reward, "end": self.reward, "end KL": "kept/kl", "utility": UTILITY}.get(number, number)
+        path = self.paths.get((policy, regime, seed))
+        widths = path.metrics.get(interval_of(metric)) if path else None
+        return math.nan if widths is None else float(widths[0 if number == "start" else -1])
+
+    def value(self, policy: str, measure: str) -> float:
+        """The mean alone."""
+        return self.spread(policy, measure)[0]
+
+    @property
+    def components(self) -> list[str]:
+        """Names of the rewards that make up that of the original task, if there are several."""
+        found = {name.split("/")[1] for path in self.paths.values() for name in path.metrics
+                 if name.startswith("kept/") and name.endswith("/mean")}
+        return sorted(found) if len(found) > 1 else []
+
+    @property
+    def chosen(self) -> str | None:
+        """The first of `ranked`; None if there is none."""
+        return next(iter(self.ranked), None)
+
+    @property
+    def ranked(self) -> list[str]:
+        """Policies within the bounds of `choose` by its measure, the largest first, of equal ones the first."""
+        section = self.plan.recipe.choose
+        allowed = [name for name in self.plan.recipe.forked if all(
+            (-math.inf if low is None else low) <= self.value(name, measure) <= (math.inf if high is None else high)
+            for measure, (low, high) in section.bounds.items())] if section else []
+        ranked = [name for name in allowed if not math.isnan(self.value(name, section.measure))]
+        return sorted(ranked, key=lambda name: -self.value(name, section.measure))
+
+    def lead(self, policy: str, other: str, measure: str) -> Paired:
+        """How much more a policy has of a measure, seed by seed; of one seed with the interval of both samples."""
+        found = paired(self.of_policy(policy, measure), self.of_policy(other, measure))
+        if not self.single:
+            return found
+        return replace(found, half_width=math.hypot(*(self.spread(name, measure)[1] for name in (policy, other))))
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Those to compare, then controls, of which both policies were forked."""
+        recipe = self.plan.recipe
+        return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]
+
+    def compared(self, pair: tuple[str, str], regime: str, measure: str) -> Paired:
+        return paired(*(self.by_seed(policy, regime, measure) for policy in pair))

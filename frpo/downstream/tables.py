@@ -1,0 +1,252 @@
+"""The tables of a matrix, once, for terminal and page: titles, columns, rows of text."""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from frpo.config.retention import TableSection
+from frpo.downstream.results import Results
+from frpo.downstream.retained import Paired, paired
+from frpo.report.page import TableText
+from frpo.telemetry.intervals import mean_interval
+
+POLICY_COLUMNS = (("KL to reference, nats", "eval/kl"), ("reward", "kept/reward"), ("lowest decile", "kept/decile"),
+                  ("reward, exact", "exact/reward"), ("lowest decile, exact", "exact/decile"),
+                  ("J at lambda 0.2, exact", "exact/J_0.2"), ("log-odds of the worst, exact", "exact/comply"))
+FORK_COLUMNS = ("start", "end", "end - start", "end KL", "over updates", "decile over updates", "over KL",
+                "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "utility")
+COMPARED = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "over updates", "decile over updates",
+            "end", "end KL", "utility")
+COUNT = re.compile(r"\(\d+ of \d+\)")
+BLANK = "; -: KL not reached, or neighbouring probes too far apart"
+
+
+def all_tables(found: Results) -> list[TableText]:
+    """The recipe's own, state, policies, forks, comparisons by regime, certificates; without those that would be
+    empty. Without forks the frontier is the table of policies.
+    """
+    tables, several = [], len(found.plan.recipe.shown) > 1
+    for section in found.plan.recipe.tables:
+        tables += [own_table(found, section), own_differences(found, section)]
+    tables.append(state_table(found))
+    if found.plan.recipe.regimes or not several:
+        tables.append(policy_table(found))
+    if several:
+        tables.append(frontier_table(found))
+    for title, group in found.groups.items():
+        regimes = dict.fromkeys(regime for _, _, regime in group)
+        tables += [fork_table(found, title), *(pair_table(found, regime) for regime in regimes)]
+    tables.append(certificate_table(found))
+    return [table for table in tables if table.rows and len(table.columns) > 1]
+
+
+def state_table(found: Results) -> TableText:
+    recipe = found.plan.recipe
+    regimes = tuple(recipe.regimes)
+    rows = []
+    for policy in recipe.needed():
+        cells = [_state(found.states.get((policy, regime))) for regime in (None, *regimes)]
+        rows.append((policy, *cells))
+    return TableText(title="What has run", note=f"finished of {len(recipe.seeds)} seed(s); failures are counted",
+                     columns=("policy", "trained", *regimes), rows=tuple(rows))
+
+
+def policy_table(found: Results) -> TableText:
+    known = [column for column in POLICY_COLUMNS
+             if any(column[1] in metrics for metrics in found.policies.values())]
+    rows = [(policy, *(level(found, policy, metric) for _, metric in known)) for policy in found.plan.recipe.shown]
+    title = "Policies before any fine-tuning" if found.plan.recipe.regimes else "Policies"
+    return TableText(title=title, note=how_told(found) + seeds_told(rows),
+                     columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
+
+
+def frontier_table(found: Results) -> TableText:
+    """What each policy reached, spent and kept, side by side."""
+    regimes = found.plan.recipe.regimes
+    measures = (("KL spent, nats", "eval/kl"), ("reward reached", "kept/reward"), ("lowest decile", "kept/decile"),
+                *((f"kept through {regime} {name}", f"{regime}/{name}") for regime in regimes
+                  for name in ("over updates", "over KL")))
+    known = [(title, measure) for title, measure in measures
+             if any(not math.isnan(found.value(policy, measure)) for policy in found.plan.recipe.shown)]
+    rows = [(policy + (" (chosen)" if policy == found.chosen else ""),
+             *(level(found, policy, measure, interval=not regimes) for _, measure in known))
+            for policy in found.plan.recipe.shown]
+    title = "Frontier: reward reached, KL spent, reward kept" if regimes else "Reward reached, KL spent"
+    how = how_told(found) if not regimes else "one seed" if found.single else "mean over seeds"
+    unknown = "; -: not known, see the warnings" if any("-" in row for row in rows) else ""
+    return TableText(title=title, rows=tuple(rows), note=how + unknown + seeds_told(rows),
+                     columns=("policy", *(title for title, _ in known)))
+
+
+def own_table(found: Results, section: TableSection) -> TableText:
+    """Of the recipe, laid out as it says; rows of which nothing has run are left out."""
+    shown, scale = (percent, 100.0) if section.percent else (level, 1.0)
+    rows = []
+    for row in section.rows:
+        if not any(found.forks(*fork) for fork in row.forks):
+            continue
+        cells = []
+        for fork in row.forks:
+            value = shown(found, fork[0], f"{fork[1]}/{row.measure}")
+            beside = mean_interval(found.measured(fork, row.beside).values())[0] if row.beside else math.nan
+            cells.append(value + ("" if math.isnan(beside) else f" [{scale * beside:.{0 if section.percent else 3}f}]"))
+        if section.before:
+            cells.insert(0, _shown(found.before(row.forks, row.measure).values(), section.percent))
+        if section.published:
+            cells.append("\n".join(f"{what} {' / '.join(map(_published, numbers))}".strip()
+                                    for what, numbers in row.published.items()))
+        rows.append((row.title, *cells))
+    return TableText(
+        title=section.title, rows=tuple(rows), laid_out=True,
+        columns=("", *([section.before] if section.before else []), *section.columns,
+                 *([f"published: {section.published}"] if section.published else [])),
+        note=("in %, " if section.percent else "") + how_told(found) + (f"; {section.note}" if section.note else "")
+             + (BLANK if any("KL" in row.measure for row in section.rows) else "") + seeds_told(rows))
+
+
+def own_differences(found: Results, section: TableSection) -> TableText:
+    """Between columns of such a table, seed by seed."""
+    places = {name: place for place, name in enumerate(section.columns)}
+    rows = []
+    for row in section.rows:
+        pairs = [paired(*(found.measured(row.forks[places[name]], row.measure) for name in pair))
+                 for pair in section.differences]
+        if any(each.count for each in pairs):
+            rows.append((row.title, *(difference(each, section.percent) for each in pairs)))
+    return TableText(title=f"{section.title}: differences seed by seed", laid_out=True,
+                     columns=("", *(f"{a} - {b}" for a, b in section.differences)), rows=tuple(rows),
+                     note=("in points, " if section.percent else "") + "mean ± 95 % interval [seeds of positive sign]; "
+                     "* leaves zero out, each for itself")
+
+
+def fork_table(found: Results, title: str) -> TableText:
+    """Of one of the groups."""
+    group = found.groups[title]
+    known = [name for name in FORK_COLUMNS
+             if any(name in values for fork, values in found.summaries.items()
+                    if fork[:2] in {each[1:] for each in group})]
+    rows = [(name, _updates(found, policy, regime), *(level(found, policy, f"{regime}/{measure}") for measure in (
+                *known, *(f"kept/{each}/mean" for each in found.components))))
+            for name, policy, regime in group]
+    how = "enumerated" if found.exact else "sampled"
+    return TableText(
+        title=f"Kept {title}", rows=tuple(rows),
+        columns=("", "updates", *known, *(f"end, {each}" for each in found.components)),
+        note=f"{how} reward of the original task on held-out prompts, before (start) and after the updates (end), "
+             f"{how_told(found)}; over KL: averaged from 0 to {found.plan.recipe.measure.max_kl:g} nats from the "
+             f"policy, without probes whose KL fell back{BLANK}{seeds_told(rows)}")
+
+
+def pair_table(found: Results, regime: str) -> TableText:
+    known = [name for name in COMPARED if any(name in values for (_, r, _), values in found.summaries.items()
+                                              if r == regime)]
+    rows = []
+    for pair in found.pairs:
+        if not found.common_seeds(pair, regime):
+            continue
+        matched = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
+        control = " (control)" if pair in found.plan.recipe.controls else ""
+        rows.append((f"{pair[0]} - {pair[1]}{control}", difference(matched),
+                     *(difference(found.compared(pair, regime, name)) for name in known)))
+    note = "one seed: no interval, any of these may be chance; -: no value" if found.single else (
+        "mean ± 95 % interval [seeds of positive sign / seeds with a value for both]; -: no seed has one; * leaves "
+        "zero out, which a control must not. Each interval is for itself: of many, one in twenty leaves zero out by "
+        "chance")
+    return TableText(title=f"Differences through {regime}, {'one seed' if found.single else 'seed by seed'}", note=note,
+                     columns=("policies", "KL to reference", *known), rows=tuple(rows))
+
+
+def certificate_table(found: Results) -> TableText:
+    rows = []
+    for policy in found.plan.recipe.forked:
+        certified = [each for (name, _), each in found.certified.items() if name == policy]
+        if not certified:
+            continue
+        slack = [float(gap) for each in certified for gap in each.slack]
+        bounds = [_shown(float(each.certificate.bound([kl])[0]) for each in certified) for kl in (0.25, 0.5, 1.0, 2.0)]
+        rows.append((policy, *bounds, str(len(slack)), str(sum(each.violations for each in certified)),
+                     str(sum(each.clear_violations for each in certified)),
+                     f"{min(slack):+.3f}" if slack else "", f"{sum(slack) / len(slack):.3f}" if slack else ""))
+    return TableText(
+        title="Certificate: reward that any fine-tuning leaves, by the KL it takes",
+        note="lower confidence limit from samples of the policy alone, mean over seeds; points are all probes of all "
+             "forks; below by more than a point's own interval counts as beyond error",
+        columns=("policy", "B(0.25)", "B(0.5)", "B(1)", "B(2)", "points", "below the bound", "beyond error",
+                 "smallest slack", "mean slack"), rows=tuple(rows))
+
+
+def how_told(found: Results) -> str:
+    """What numbers and intervals in cells are."""
+    return "one seed ± 95 % interval over its held-out prompts, where they were sampled" if found.single else (
+        "mean over seeds ± 95 % interval by Student's t")
+
+
+def seeds_told(rows: Iterable[Sequence[str]]) -> str:
+    """What a count behind a mean says, where there is one."""
+    counts = any(COUNT.search(cell) for row in rows for cell in row[1:])
+    return "; (1 of 3): seeds that have a value" if counts else ""
+
+
+def level(found: Results, policy: str, measure: str, *, interval: bool = True) -> str:
+    """Mean over seeds ± half-width of its 95 % interval, and how many seeds have a value if not all do."""
+    return _shown(found.of_policy(policy, measure).values(), half_width=found.spread(policy, measure)[1] if interval
+                  else math.nan)
+
+
+def percent(found: Results, policy: str, measure: str) -> str:
+    """The same for shares, in per cent."""
+    return _shown(found.of_policy(policy, measure).values(), True, found.spread(policy, measure)[1])
+
+
+def _updates(found: Results, policy: str, regime: str) -> str:
+    """How many a fork went through, of all seeds."""
+    last = {path.step_S[-1] for path in found.forks(policy, regime).values()}
+    return " or ".join(f"{update:g}" for update in sorted(last))
+
+
+def _shown(values: Iterable[float], share: bool = False, half_width: float | None = None) -> str:
+    """half_width: of the interval; None: that of the mean over the values."""
+    values = list(values)
+    mean, over_values = mean_interval(values)
+    half_width = over_values if half_width is None else half_width
+    if math.isnan(mean):
+        return "-"
+    scale, digits = (100.0, 1) if share else (1.0, 3)
+    width = "" if math.isnan(half_width) else f" ± {scale * half_width:.{digits}f}"
+    count = sum(not math.isnan(value) for value in values)
+    return f"{scale * mean:.{digits}f}{width}" + (f" ({count} of {len(values)})" if count < len(values) else "")
+
+
+def difference(found: Paired, points: bool = False) -> str:
+    """points: of shares, in per cent."""
+    if found.count == 0:
+        return "-"
+    scale, digits = (100.0, 1) if points else (1.0, 3)
+    width = "" if math.isnan(found.half_width) else f" ± {scale * found.half_width:.{digits}f}"
+    mean = f"{scale * found.mean:+.{digits}f}"
+    star = "*" if found.count > 1 and found.differs and float(mean) != 0 else ""
+    return f"{mean}{width}{star} [{found.positive}/{found.count}]"
+
+
+def _published(number: float | None) -> str:
+    return "-" if number is None else f"{number:g}"
+
+
+def heldout_table(found: Results) -> TableText:
+    names = dict.fromkeys(name for record in found.heldout.values() for name in record["overlap"])
+    rows = [("held out", *(str(record["heldout"]) for record in found.heldout.values())),
+            *((f"seen by {name}", *(str(record["overlap"].get(name, "")) for record in found.heldout.values()))
+              for name in names)]
+    return TableText(title="Held-out prompts, written down before training",
+                     note="and how many of them each training has seen", rows=tuple(rows),
+                     columns=("prompts", *(f"seed {seed}" for seed in found.heldout)))
+
+
+def _state(seeds: Mapping[str, list[int]] | None) -> str:
+    if seeds is None:
+        return ""
+    parts = [f"{len(seeds.get('done', []))}/{sum(map(len, seeds.values()))}"]
+    if "failed" in seeds:
+        parts.append(f"{len(seeds['failed'])} failed")
+    return ", ".join(parts)

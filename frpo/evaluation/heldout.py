@@ -1,0 +1,102 @@
+"""Held-out prompts, sampled through the same engines and scored by the same functions as in training, as metrics.
+
+The metrics are pure functions of scored groups. Which model is asked, and when, is the caller's business.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from frpo.config.sections import EvaluateSection, Recipe
+from frpo.data.prompts import PromptSet
+from frpo.evaluation.passk import pass_at_k
+from frpo.rewards import RewardSuite
+from frpo.rollout.engine import Sampling
+from frpo.rollout.sampler import EVALUATION, Sampler
+from frpo.run.build import Parts
+from frpo.telemetry.intervals import mean_interval
+from frpo.types import RunState, ScoredGroup
+
+ROUNDING = 1e-9
+"""Weights such as 0.7 + 0.2 + 0.1 add up to a little less than 1: that much below `evaluate.success` still passes."""
+
+
+def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
+    """`eval/...` metrics of the policy version in `state`; see `heldout_metrics`. Some completions are kept."""
+    scored = scored_heldout(parts, step=state.step, version=state.policy_version)
+    kl = parts.learner.kl_groups([group.group for group in scored]) if measures_kl(parts.recipe) else None
+    parts.journal.keep_samples(state.step, scored)
+    return heldout_metrics(scored, parts.recipe.evaluate, kl)
+
+
+class Asked(Protocol):
+    """What it takes to sample the held-out prompts of a task and to score what is said."""
+
+    recipe: Recipe
+    prompts: PromptSet
+    rewards: RewardSuite
+    sampler: Sampler
+
+
+def scored_heldout(parts: Asked, *, step: int, version: int) -> list[ScoredGroup]:
+    """`evaluate.samples` completions of every held-out prompt, by the policy version that the engines hold, scored."""
+    section, prompts = parts.recipe.evaluate, parts.prompts.heldout
+    sampling = Sampling(temperature=section.temperature, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)
+    groups = parts.sampler.sample(
+        prompts, step=step, first_sample=step * len(prompts) * section.samples, group_size=section.samples,
+        sampling=sampling, version=version, purpose=EVALUATION)
+    return parts.rewards.score(groups).groups
+
+
+def measures_kl(recipe: Recipe) -> bool:
+    """Whether the learner has a reference, and held-out samples are drawn from the policy itself: at temperature 1."""
+    has_reference = recipe.objective.kl_coef > 0 or recipe.model.lora is not None
+    return has_reference and recipe.evaluate.temperature == 1.0
+
+
+def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl: Sequence[np.ndarray] | None = None
+                    ) -> dict[str, float]:
+    """Reward, every component, pass@k, lengths and, given `kl` (per group, G), the sequence KL, of P groups of equal
+    size.
+
+    Intervals are half-widths at 95 % over prompts (completions of one prompt are averaged first), so they do not
+    shrink with samples. A completion passes if its reward is at least `section.success`; one on which every reward
+    abstained does not pass, though it is left out of the mean reward. The KL is unbiased for whole completions, as far
+    as `rollout.max_new_tokens` lets them go, if they were drawn at temperature 1 from all tokens.
+    """
+    completions = [completion for group in scored for completion in group.group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    reward, interval = mean_interval(_prompt_mean(group.rewards_G) for group in scored)
+    metrics = {"eval/reward": reward, "eval/interval": interval, "eval/prompts": float(len(scored)),
+               "eval/length": float(np.mean(lengths)), "eval/length_p90": float(np.quantile(lengths, 0.9)),
+               "eval/truncated": float(np.mean([completion.truncated for completion in completions]))}
+    for k in section.pass_at:
+        passed = _passes_at(k, section.success)
+        metrics[f"eval/pass@{k}"], metrics[f"eval/pass@{k}/interval"] = mean_interval(map(passed, scored))
+    for name in scored[0].terms:
+        mean, interval = mean_interval(_prompt_mean(group.terms[name]) for group in scored)
+        metrics |= {f"eval/{name}/mean": mean, f"eval/{name}/interval": interval}
+    if kl is not None:
+        metrics["eval/kl"], metrics["eval/kl_interval"] = mean_interval(float(kl_G.mean()) for kl_G in kl)
+    return metrics
+
+
+def interval_of(metric: str) -> str:
+    """Name of the metric that holds the half-width of the interval of another one: AREA/reward, AREA/NAME/mean, ..."""
+    area, _, name = metric.partition("/")
+    special = {"reward": f"{area}/interval", "kl": f"{area}/kl_interval"}
+    return special.get(name, f"{metric.removesuffix('/mean')}/interval")
+
+
+def _passes_at(k: int, success: float) -> Callable[[ScoredGroup], float]:
+    def passed(group: ScoredGroup) -> float:
+        return pass_at_k(len(group.rewards_G), int(np.sum(group.rewards_G >= success - ROUNDING)), k)
+
+    return passed
+
+
+def _prompt_mean(values_G: np.ndarray) -> float:
+    kept = values_G[~np.isnan(values_G)]
+    return float(kept.mean()) if len(kept) else float("nan")

@@ -1,0 +1,145 @@
+"""Batches sampled ahead: a thread collects the next steps' batches while the learner works on this one's.
+
+Batch j may be begun once step j - k is done, k = `rollout.max_staleness`, so that no token is older than k steps of the
+policy which learns from it. Weights that are pushed meanwhile serve the rest of a batch that is under way. The batches
+wait in a queue of at most k + 1, which a checkpoint keeps; one that is only begun is begun again, from the same prompts
+and seeds. Whether old samples are corrected for is the loss's business.
+"""
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from frpo.data.selection import save_selection
+from frpo.loops.collect import collect
+from frpo.run.build import Parts
+from frpo.run.traces import scored_group, scored_row
+from frpo.telemetry.progress import ProgressBar
+from frpo.telemetry.timer import PhaseTimer
+from frpo.types import RunState, ScoredBatch
+
+FILE = "batches.jsonl"
+JOIN_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """The batch of one step, and the seconds that each phase of collecting it took."""
+
+    step: int
+    batch: ScoredBatch
+    seconds: Mapping[str, float]
+
+
+class Ahead:
+    """A queue of batches and the thread that fills it.
+
+    The main thread commands the learner all the time but while it waits here: only then may the other thread, whose
+    engine has died, have the weights pushed to a new one.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts, self.limit = parts, parts.recipe.rollout.max_staleness
+        self.changed = threading.Condition()
+        self.queue: deque[Collected] = deque()
+        self.newest: RunState | None = None
+        self.failure: BaseException | None = None
+        self.ending = False
+
+    def start(self, state: RunState, checkpoint: Path | None) -> None:
+        if checkpoint is not None and (checkpoint / FILE).is_file():
+            with (checkpoint / FILE).open(encoding="utf-8") as file:
+                self.queue.extend(_collected(json.loads(line)) for line in file)
+        self.selection = self.parts.stream.state
+        for collected in self.queue:
+            self.parts.stream.record(collected.batch.drawn)
+        cursor = state.data_cursor + sum(collected.batch.positions for collected in self.queue)
+        first = replace(state, step=state.step + len(self.queue), data_cursor=cursor)
+        self.newest = state
+        self.parts.engines.learner_turn.acquire()
+        self.bar: ProgressBar | None = None
+        self.thread = threading.Thread(target=self._fill, args=(first,), name="rollouts ahead", daemon=True)
+
+    def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
+        """The batch of this step, waited for if need be. Raises what collecting it raised."""
+        self.bar = bar
+        with self.changed:
+            self.newest = state
+            self.changed.notify_all()
+        if self.thread.ident is None:
+            self.thread.start()
+        self.parts.engines.learner_turn.release()
+        try:
+            with self.parts.timer.phase("wait"), self.changed:
+                self.changed.wait_for(lambda: self.queue or self.failure)
+        finally:
+            self.parts.engines.learner_turn.acquire()
+        if not self.queue:
+            raise self.failure
+        with self.changed:
+            collected = self.queue.popleft()
+            self.changed.notify_all()
+        assert collected.step == state.step, (collected.step, state.step)
+        self.selection = collected.batch.selection
+        for phase, seconds in collected.seconds.items():
+            self.parts.timer.seconds[phase] = self.parts.timer.seconds.get(phase, 0.0) + seconds
+        return collected.batch
+
+    def save(self, checkpoint: Path) -> None:
+        with self.changed:
+            waiting = list(self.queue)
+        with (checkpoint / FILE).open("w", encoding="utf-8") as file:
+            for collected in waiting:
+                file.write(json.dumps(_row(collected)) + "\n")
+        save_selection(checkpoint, self.selection)
+
+    def close(self) -> None:
+        """Begin nothing more. What is under way ends with the engines, which the builder ends next."""
+        with self.changed:
+            self.ending = True
+            self.changed.notify_all()
+        if self.thread.is_alive():
+            self.thread.join(timeout=JOIN_S)
+        if self.thread.is_alive():
+            self.parts.engines.give_up()
+        self.parts.engines.learner_turn.release()
+
+    def _fill(self, state: RunState) -> None:
+        try:
+            while self._may_begin(state.step):
+                timer = PhaseTimer()
+                least = replace(state, policy_version=self.newest.policy_version)
+                batch = collect(replace(self.parts, journal=replace(self.parts.journal, timer=timer)), least, self.bar)
+                with self.changed:
+                    self.queue.append(Collected(step=state.step, batch=batch, seconds=timer.seconds))
+                    self.changed.notify_all()
+                state = replace(state, step=state.step + 1, data_cursor=state.data_cursor + batch.positions)
+        except BaseException as error:  # raised by whoever waits for the batch
+            with self.changed:
+                self.failure = error
+                self.changed.notify_all()
+
+    def _may_begin(self, step: int) -> bool:
+        """Whether to begin this step's batch, once its policy would be young enough; False at the end of the run."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.ending or self.newest.step >= step - self.limit)
+            return not self.ending and step < self.parts.recipe.run.num_steps
+
+
+def _row(collected: Collected) -> dict[str, Any]:
+    batch = collected.batch
+    return {"step": collected.step, "chosen": [scored_row(scored) for scored in batch.chosen],
+            "replaced": [scored_row(scored) for scored in batch.replaced], "positions": batch.positions,
+            "counts": dict(batch.counts), "selection": dict(batch.selection), "seconds": dict(collected.seconds)}
+
+
+def _collected(row: Mapping[str, Any]) -> Collected:
+    batch = ScoredBatch(chosen=tuple(map(scored_group, row["chosen"])), positions=row["positions"],
+                        replaced=tuple(map(scored_group, row["replaced"])), counts=row["counts"],
+                        selection=row["selection"])
+    return Collected(step=row["step"], batch=batch, seconds=row["seconds"])

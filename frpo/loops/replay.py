@@ -1,0 +1,49 @@
+"""Batches read from the traces of an earlier run, in place of engines and rewards: a learner alone, for debugging it.
+
+The learner sees what it saw then. With the recipe of that run it does the same again; with another it shows what the
+change does to one and the same data.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from frpo.errors import DataError
+from frpo.run.build import Parts
+from frpo.run.traces import Traced, read_groups
+from frpo.telemetry.progress import ProgressBar
+from frpo.types import RunState, ScoredBatch, ScoredGroup
+
+
+class Replayed:
+    """A batch source that samples nothing. Raises DataError where the traces end too early or do not fit the recipe."""
+
+    def __init__(self, parts: Parts, path: Path):
+        self.path, self.size = path, parts.recipe.rollout.prompts_per_step
+
+    def start(self, state: RunState, checkpoint: Path | None) -> None:
+        self.steps = groupby(read_groups(self.path), key=lambda traced: traced.step)
+
+    def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
+        for step, groups in self.steps:
+            if step == state.step:
+                return self._batch(step, groups)
+        raise DataError(f"{self.path} has no groups of step {state.step}; lower run.num_steps (counted from 0), or "
+                        "give the traces of a longer run")
+
+    def save(self, checkpoint: Path) -> None:
+        """The step in the run's state is all there is."""
+
+    def close(self) -> None:
+        self.steps = iter(())
+
+    def _batch(self, step: int, groups: Iterator[Traced]) -> ScoredBatch:
+        parts: dict[bool, list[ScoredGroup]] = {True: [], False: []}
+        for traced in groups:
+            parts[traced.trained].append(traced.scored)
+        if len(parts[True]) != self.size:
+            raise DataError(f"{self.path}: step {step} learned from {len(parts[True])} groups, "
+                            f"rollout.prompts_per_step is {self.size}; set it to what that run had")
+        return ScoredBatch(chosen=tuple(parts[True]), replaced=tuple(parts[False]), counts={},
+                           positions=len(parts[True]) + len(parts[False]))

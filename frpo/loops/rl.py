@@ -1,0 +1,155 @@
+"""The RL loop: sample groups, score them, weigh them, update the policy, push its weights.
+
+It reads like the algorithm. Where batches come from is in `batches`, how they are learned from in `update`; live
+objects come from `run.build`, metric arithmetic from `telemetry`, formulas from `objectives`. Nothing of Ray, vLLM or
+DeepSpeed is visible here.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from frpo.evaluation.best import BestCheckpoint
+from frpo.evaluation.heldout import evaluate_heldout
+from frpo.loops.batches import batch_source
+from frpo.loops.update import Updater
+from frpo.objectives import kl_control
+from frpo.objectives.stage import References, advantaged
+from frpo.run import checks
+from frpo.run.build import Parts
+from frpo.run.traces import trace_rows
+from frpo.telemetry.progress import ProgressBar, phase, remark
+from frpo.telemetry.step import rollout_metrics, staleness_metrics
+from frpo.types import AdvantagedGroup, Probe, RolloutGroup, RunState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A finished step: its number, from 1 on, what was measured, and the groups that the policy learned from."""
+
+    number: int
+    metrics: Mapping[str, float]
+    groups: Sequence[AdvantagedGroup]
+
+
+class Trainer:
+    """Drives one run from its first or restored step to its last."""
+
+    def __init__(self, parts: Parts, probe: Probe | None = None):
+        """probe: asked before the first and after every step for what else is measured then."""
+        self.probe = probe
+        self.parts, self.recipe = parts, parts.recipe
+        self.samples = self.recipe.rollout.replay is None
+        self.unchecked = checks.CHECKED_PUSHES if self.samples else 0
+        self.batches = batch_source(parts)
+        self.updater = Updater(parts)
+        self.told_idle = False
+        best = self.recipe.evaluate.best
+        self.best = BestCheckpoint(best, parts.run_dir) if best else None
+
+    def fit(self) -> RunState:
+        """Train to the last step; save and export. Returns the final state."""
+        for _ in self.steps():
+            pass
+        return self.state
+
+    def steps(self) -> Iterator[Step]:
+        """Train, and yield every step once it is done. After the last one the model is exported."""
+        run, journal = self.recipe.run, self.parts.journal
+        state = self.state = journal.restore(self.parts.learner)
+        with phase("comparing the learner with plain transformers"):
+            checks.check_same_function(self.parts.learner, self.recipe, self.parts.prompts)
+        if self.best:
+            self.best.restore(state.step if journal.resume and state.file_offsets else None)
+        with phase("pushing weights to the rollout engines"):
+            self.parts.engines.push(state.policy_version)
+        self.batches.start(state, journal.resume and journal.resume[0])
+        with closing(self.batches), ProgressBar(run.num_steps, state.step, run.name) as bar:
+            if state.step == 0:
+                journal.write(0, self.evaluate(state), bar)
+            while state.step < run.num_steps:
+                state, metrics, groups = self.step(state, bar)
+                metrics = journal.write(state.step, metrics | self.evaluate(state), bar)
+                self.state = state
+                bar.advance()
+                if state.step == run.num_steps or (run.save_every and state.step % run.save_every == 0):
+                    bar.note("save")
+                    self.save()
+                yield Step(number=state.step, metrics=metrics, groups=groups)
+        with phase("exporting the model"):
+            self.parts.learner.export(str(self.parts.run_dir / "export"))
+        journal.finish(state)
+
+    def save(self) -> None:
+        """Save a checkpoint of the run as it is between two steps."""
+        self.parts.journal.save(self.state, self.parts.learner, self.batches.save)
+
+    def step(self, state: RunState, bar: ProgressBar) -> tuple[RunState, dict[str, float], Sequence[AdvantagedGroup]]:
+        """One rollout batch, its optimizer updates, one weight push. Returns what it learned from too."""
+        parts, timed, objective = self.parts, self.parts.timer.phase, self.recipe.objective
+        kl_coef = state.controllers.get(kl_control.COEF, objective.kl_coef)
+        batch = self.batches.next(state, bar)
+        with timed("score"):
+            references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
+        weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward(kl_coef))
+        self.note_where_nothing_teaches(weighed, state.step)
+        with timed("learn"):
+            learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef)
+        with timed("sync"):
+            parts.engines.push(stepped.policy_version)
+        replaced = advantaged(batch.replaced, objective.advantage, [None] * len(batch.replaced))
+        self.trace(weighed, replaced)
+        metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds.get("generate", 0.0))
+        metrics |= batch.counts | learned.result() | staleness_metrics(weighed, state.policy_version)
+        metrics |= {"policy/lr": stepped.lr, "policy/version": float(stepped.policy_version)}
+        state = replace(state, step=state.step + 1, policy_version=stepped.policy_version,
+                        data_cursor=state.data_cursor + batch.positions)
+        if objective.kl_control:
+            metrics["policy/kl_coef"] = kl_coef
+            state = replace(state, controllers=objective.kl_control.after(
+                state.controllers, kl_coef, metrics.get("policy/kl_sequence", math.nan)))
+        return state, metrics, weighed
+
+    def note_where_nothing_teaches(self, weighed: Sequence[AdvantagedGroup], step: int) -> None:
+        """Say, once, that a step had no group with two different rewards."""
+        if self.told_idle or any(group.advantages_G.any() for group in weighed):
+            return
+        self.told_idle = True
+        remark([f"note: in step {step + 1} all completions of a group have the same reward, in every group, so that "
+                "rewards teach nothing; look at the samples, make the task easier, or raise rollout.group_size"])
+
+    def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
+        """Log-probabilities under the frozen reference where a KL term asks; before it, at first, the parity check."""
+        if self.unchecked:
+            checks.check_logprob_gap(self.recipe, self.parts.learner, self.parts.pool, groups, state.policy_version)
+            self.unchecked -= 1
+        if not self.recipe.objective.scores_reference:
+            return [None] * len(groups)
+        return self.parts.learner.score_groups(groups, "reference")
+
+    def evaluate(self, state: RunState) -> dict[str, float]:
+        """Held-out metrics of the current policy where they are due, and what the probe finds."""
+        every, total = self.recipe.evaluate.every, self.recipe.run.num_steps
+        due = state.step in (0, total) or (every and state.step % every == 0)
+        metrics = {}
+        if due and self.samples and self.parts.prompts.heldout:
+            metrics |= self.heldout_metrics(state)
+        if self.probe:
+            metrics |= self.probe(state, total)
+        return metrics
+
+    def heldout_metrics(self, state: RunState) -> dict[str, float]:
+        """Of the current policy, which is kept if it is the best."""
+        with self.parts.timer.phase("evaluate"):
+            metrics = evaluate_heldout(self.parts, state)
+        if self.best:
+            with self.parts.timer.phase("export"):
+                self.best.offer(state, metrics, self.parts.learner.export)
+        return metrics
+
+    def trace(self, trained: Sequence[AdvantagedGroup], replaced: Sequence[AdvantagedGroup]) -> None:
+        if "traces" in self.parts.journal.files:
+            for row in (*trace_rows(trained), *trace_rows(replaced, trained=False)):
+                self.parts.journal.files["traces"].append(row)

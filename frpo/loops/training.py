@@ -1,0 +1,51 @@
+"""One training, from a recipe to the exported model and the picture of its curve."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from frpo.cluster.team import follow, follows, sized
+from frpo.config.loader import AnyRecipe
+from frpo.config.sections import Recipe
+from frpo.learner.lora import adapter_summary
+from frpo.loops.rl import Trainer
+from frpo.loops.sft import FineTuner
+from frpo.plan.command import note_misfits
+from frpo.report.curve import draw_loss_curve, draw_reward_curve
+from frpo.run.build import build
+from frpo.run.build_finetune import build_finetune
+from frpo.run.restart import outlive
+from frpo.telemetry.progress import remark, say
+
+
+def run_training(recipe: AnyRecipe) -> None:
+    """Train to the last step, from the newest checkpoint on if there is one, and say where everything is.
+
+    A launcher's other ranks follow its first. Raises what `restart.outlive` raises.
+    """
+    recipe = sized(recipe)
+    if follows():
+        follow(recipe)
+        return
+    note_misfits(recipe)
+    by_reward = isinstance(recipe, Recipe)
+    loop, parts_of = (Trainer, build) if by_reward else (FineTuner, build_finetune)
+
+    def fit(parts: Any) -> Any:
+        remark(adapters(recipe))
+        return loop(parts).fit()
+
+    state, folder = outlive(recipe, parts_of, fit), Path(recipe.run.dir)
+    draw, name = (draw_reward_curve, "reward.png") if by_reward else (draw_loss_curve, "loss.png")
+    picture = draw({recipe.run.name: folder / "metrics.jsonl"}, folder / name)
+    unit = "step" if by_reward else "update"
+    adapter = "" if recipe.model.lora is None else f"adapter: {folder / 'export' / 'adapter'}  "
+    say(f"{state.step} {unit}{'' if state.step == 1 else 's'} done. Model: {folder / 'export'}  {adapter}"
+        f"metrics: {folder / 'metrics.jsonl'}  picture: {picture}")
+
+
+def adapters(recipe: AnyRecipe) -> list[str]:
+    """What the recipe's adapters train and what they leave frozen, in words; nothing without adapters."""
+    if recipe.model.lora is None or recipe.model.path is None:
+        return []
+    return [adapter_summary(recipe.model, recipe.model.path)]

@@ -1,0 +1,84 @@
+"""What one step does with its batch: U optimizer updates on minibatches of whole groups, E times over.
+
+The batch is weighed already, for the policy that sampled it. Later updates are off-policy: they get that policy's
+log-probs and, where the recipe says so, advantages at the current one.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from frpo.data.batcher import pack, pack_examples
+from frpo.data.order import ExampleStream
+from frpo.objectives.stage import References, reweighted, sequence_log_ratios
+from frpo.objectives.supervised import Progress
+from frpo.run import checks
+from frpo.run.build import Parts
+from frpo.telemetry.step import reweight_metrics
+from frpo.telemetry.sums import MetricSums
+from frpo.types import AdvantagedGroup, OptimStepOutput
+
+
+class Updater:
+    """Drives the learner through the updates of a step, for a whole run."""
+
+    def __init__(self, parts: Parts):
+        self.parts, self.recipe = parts, parts.recipe
+        self.movement = checks.MovementWatch(self.recipe)
+        section = self.recipe.auxiliary
+        self.auxiliary = section and ExampleStream(parts.auxiliary.train, batch_size=section.data.batch_size,
+                                                   seed=self.recipe.run.seed, shuffle=section.data.shuffle)
+
+    def learn(self, groups: Sequence[AdvantagedGroup], done: int, kl_coef: float
+              ) -> tuple[MetricSums, OptimStepOutput]:
+        """All updates on one batch; metrics over all of them, and what the last one did. done: updates before it."""
+        section, learner, metrics = self.recipe.learner, self.parts.learner, MetricSums()
+        updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
+        old: References = [None] * len(groups)
+        if updates > 1:
+            old = learner.score_groups([group.scored.group for group in groups], "policy")
+        for index in range(updates):
+            start = index % section.updates_per_step * size
+            part, old_part = groups[start:start + size], old[start:start + size]
+            if index > 0 and self.recipe.objective.reweight == "current":
+                part = self.reweighted(part, old_part, metrics, kl_coef)
+            update = pack(part, learner.layout, old_logprobs=old_part, watched=self.recipe.objective.watches,
+                          **self.weighting)
+            watch = self.movement.due(update)
+            learned = learner.forward_backward(update, kl_coef=kl_coef, watch_movement=watch).parts
+            # From the second update on the policy is not the one that sampled: its gap to the engine means nothing.
+            metrics.update({k: v for k, v in learned.items() if index == 0 or not k.startswith("rollout/")})
+            total = self.recipe.run.num_steps * updates
+            if self.auxiliary:
+                metrics.update(self.supervise(done + index, total))
+            stepped = learner.optim_step(total, watch_movement=watch)
+            checks.check_gradient(stepped.grad_norm, stepped.policy_version)
+            metrics.add("policy/grad_norm", stepped.grad_norm, 1.0)
+            if watch:
+                checks.check_movement(learner.movement_report())
+        return metrics, stepped
+
+    def supervise(self, update: int, total: int) -> MetricSums:
+        """Add the gradient of the supervised term to that of the policy loss, for update number `update` of `total`."""
+        section = self.recipe.auxiliary
+        packed = pack_examples(self.auxiliary.batch(update), self.parts.learner.layout, reduction=section.reduction)
+        progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
+        return self.parts.learner.supervise(packed, progress, coefficient=section.weight)
+
+    def reweighted(self, groups: Sequence[AdvantagedGroup], old: References, metrics: MetricSums, kl_coef: float
+                   ) -> list[AdvantagedGroup]:
+        """The groups of one update with the advantages at the current policy, for one more forward pass."""
+        objective = self.recipe.objective
+        with self.parts.timer.phase("reweight"):
+            current = self.parts.learner.score_groups([group.scored.group for group in groups], "policy")
+        log_ratios = sequence_log_ratios(groups, current, old, **self.weighting)
+        groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward(kl_coef))
+        metrics.update(reweight_metrics(groups))
+        return groups
+
+    @property
+    def weighting(self) -> dict[str, Any]:
+        """How token losses become one number."""
+        objective = self.recipe.objective
+        return {"reduction": objective.reduction, "max_length": self.recipe.rollout.max_new_tokens,
+                "train_truncated": objective.truncated == "train"}

@@ -1,0 +1,130 @@
+"""Trainings side by side: every measure in one panel, as a picture and as curves that answer questions."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from frpo.report.chart import STYLES, Chart, colored, line, panel, points
+from frpo.report.curve import plt, read_metrics
+from frpo.report.page import TableText
+from frpo.telemetry.jsonl import read_rows
+
+MEASURES = {
+    "reward, training": ("reward/mean", None), "reward, held-out": ("eval/reward", "eval/interval"),
+    "KL to the reference, nats a token": ("policy/kl_ref", None),
+    "KL to the reference, held-out": ("eval/kl", "eval/kl_interval"),
+    "entropy, nats a token": ("policy/entropy", None), "tokens a completion": ("rollout/length", None),
+    "cross-entropy, training, nats a token": ("sft/nll", None), "cross-entropy, held-out": ("eval/nll", None),
+    "KL to the reference, training, nats a token": ("sft/kl", None)}
+"""Title of a panel -> metric and, where there is one, the half-width of its 95 % interval."""
+
+TOLD = 4
+"""Held-out prompts whose answers are told over time."""
+
+Rows = Sequence[Mapping[str, float]]
+
+
+def panels(runs: Mapping[str, Rows]) -> dict[str, tuple[str, str | None]]:
+    """The measures, then every reward component, of which a run has two points at least: one is no curve."""
+    names = sorted({name for rows in runs.values() for row in rows for name in row
+                    if name.startswith("reward/") and name.endswith("/mean") and name != "reward/mean"})
+    components = {f"reward {name.split('/')[1]}, training": (name, None) for name in names} if len(names) > 1 else {}
+    return {title: measure for title, measure in (MEASURES | components).items()
+            if any(len(_known(rows, measure[0])) > 1 for rows in runs.values())}
+
+
+def draw_runs(runs: Mapping[str, Rows], picture: Path) -> Path | None:
+    """All panels in one picture; None where there is nothing to draw."""
+    shown = panels(runs)
+    if not shown:
+        return None
+    columns = min(3, len(shown))
+    figure, axes = plt.subplots(math.ceil(len(shown) / columns), columns, layout="constrained", squeeze=False,
+                                figsize=(4.6 * columns, 3.2 * math.ceil(len(shown) / columns)))
+    for axis, (title, measure) in zip(axes.flat, shown.items()):
+        _draw_panel(axis, title, measure, runs)
+    for axis in axes.flat[len(shown):]:
+        axis.set_visible(False)
+    if len(runs) > 1:
+        axes[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+    return picture
+
+
+def _draw_panel(axis: Any, title: str, measure: tuple[str, str | None], runs: Mapping[str, Rows]) -> None:
+    metric, interval = measure
+    for (name, rows), color in colored(runs.items()):
+        if known := _known(rows, metric):
+            widths = [row.get(interval, 0.0) for row in known] if interval else None
+            axis.errorbar([row["step"] for row in known], [row[metric] for row in known], yerr=widths, color=color,
+                          linestyle=STYLES[color], linewidth=1.2, capsize=2 if interval else 0, label=name,
+                          marker="o" if interval else None, markersize=3)
+    axis.set(title=title, xlabel="step")
+    axis.title.set_fontsize(9)
+    axis.grid(alpha=0.2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
+    """The same as curves. A click on a held-out point shows completions of it."""
+    found = {title: panel([trace for (name, rows), color in colored(runs.items())
+                           for trace in _traces(name, color, title, measure, rows)], "step", "")
+             for title, measure in panels(runs).items()}
+    samples: dict[str, list[Mapping[str, Any]]] = {}
+    for name, folder in folders.items():
+        for row in read_samples(folder):
+            samples.setdefault(f"{name}/{row['step']}", []).append(row)
+    return Chart(panels=found, samples=samples)
+
+
+def _traces(name: str, color: str, title: str, measure: tuple[str, str | None], rows: Rows) -> list[dict[str, Any]]:
+    """A run's line and points in one panel; none where the run lacks the measure."""
+    metric, interval = measure
+    known = _known(rows, metric)
+    if not known:
+        return []
+    x, y = [row["step"] for row in known], [row[metric] for row in known]
+    hover = [f"step {row['step']:.0f}<br>{title} {row[metric]:.4g}" for row in known]
+    widths = [row.get(interval, math.nan) for row in known] if interval else None
+    keys = [f"{name}/{step:.0f}" for step in x] if metric.startswith("eval/") else None
+    return [line(name, color, x, y), points(name, color, x, y, hover, keys, widths)]
+
+
+def answers_over_time(folder: Path) -> TableText | None:
+    """What the policy said to the first held-out prompts, evaluation by evaluation."""
+    rows = read_samples(folder)
+    steps = sorted({row["step"] for row in rows})
+    by_prompt: dict[str, dict[int, str]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], {})[row["step"]] = _answer(row)
+    if len(steps) > 4:  # the first, the last and two between
+        steps = [steps[round(place * (len(steps) - 1) / 3)] for place in range(4)]
+    told = tuple((prompt, *(said.get(step, "") for step in steps)) for prompt, said in list(by_prompt.items())[:TOLD])
+    if not told:
+        return None
+    return TableText(title="Sampled answers to held-out prompts", note="in brackets: the reward", laid_out=True,
+                     columns=("asked", *(f"step {step}" for step in steps)), rows=told)
+
+
+def read_samples(folder: Path) -> list[Mapping[str, Any]]:
+    """Held-out completions that a training kept; none of other tasks."""
+    file = folder / "samples.jsonl"
+    return [row for row in read_rows(file) if row["task"] == "eval"] if file.is_file() else []
+
+
+def read_runs(folders: Mapping[str, Path]) -> dict[str, Rows]:
+    """Name -> rows of the metrics of each run."""
+    return {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    """A completion with its reward in brackets; null is one that was not finite."""
+    reward = math.nan if sample["reward"] is None else sample["reward"]
+    return f"{sample['completion']}\n[{reward:.3g}]"
+
+
+def _known(rows: Rows, metric: str) -> Rows:
+    return [row for row in rows if metric in row and math.isfinite(row[metric])]

@@ -1,0 +1,331 @@
+"""The only constructor of live objects: a recipe becomes everything that a loop drives, and is taken down again.
+
+What can be known without an engine (recipe, model, tokenizer, data, rewards, checkpoint) is checked first.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from frpo.cluster.device import check_packages
+from frpo.cluster.engine_pool import EnginePool
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import Places, SharedGpus, reserved
+from frpo.cluster.rank import Ranks
+from frpo.cluster.ray_ranks import RayRanks
+from frpo.cluster.recovery import RecoveringEngines
+from frpo.cluster.runtime import choose_device, ray_session
+from frpo.cluster.team import TeamRanks, device_here, in_team
+from frpo.config.loader import AnyRecipe
+from frpo.config.memory import memory_strategy
+from frpo.config.model import ModelSection
+from frpo.config.sections import Recipe
+from frpo.data.examples import ExampleSet, load_examples
+from frpo.data.prompts import PromptSet, PromptStream, load_prompts
+from frpo.data.selection import PromptSelector, read_selection
+from frpo.data.sets.tiny_tokenizer import build_tokenizer
+from frpo.errors import ConfigError, ModelError, RewardError
+from frpo.held import held_folder
+from frpo.learner.export import check_export
+from frpo.learner.lora import check_targets
+from frpo.learner.model import (
+    check_family,
+    check_model_path,
+    check_weights,
+    embedding_count,
+    hollow_network,
+    lacking_weights,
+    load_tokenizer,
+    unstopped_turn,
+)
+from frpo.learner.router import balance_coefficient
+from frpo.learner.tiny import tiny_model
+from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
+from frpo.rollout.episodes import load_hook
+from frpo.rollout.sampler import Sampler
+from frpo.run.checkpoint import CheckpointStore
+from frpo.run.journal import Journal, open_journal
+from frpo.run.manifest import write_manifest
+from frpo.run.sinks import check_login
+from frpo.telemetry.progress import phase, remark
+from frpo.telemetry.timer import PhaseTimer
+from frpo.types import Prompt, RunState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a training run is made of."""
+
+    recipe: Recipe
+    run_dir: Path
+    prompts: PromptSet
+    stream: PromptStream | PromptSelector
+    rewards: RewardSuite
+    pool: EnginePool
+    engines: RecoveringEngines
+    sampler: Sampler
+    learner: LearnerGroup
+    auxiliary: ExampleSet | None
+    journal: Journal
+
+    @property
+    def timer(self) -> PhaseTimer:
+        return self.journal.timer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Running processes in which one run may follow the other: rollout engines, and ranks that any learner of their
+    number can be built in."""
+
+    pool: EnginePool
+    ranks: Ranks
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What it takes to sample a model that is only served, and to score what it says; as in `Parts`, but no learner."""
+
+    recipe: Recipe
+    prompts: PromptSet
+    stream: PromptStream | PromptSelector
+    rewards: RewardSuite
+    pool: EnginePool
+    sampler: Sampler
+    timer: PhaseTimer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What is known of a run before anything is made or started."""
+
+    prompts: PromptSet
+    auxiliary: ExampleSet | None
+    checkpoints: CheckpointStore
+    resume: tuple[Path, RunState] | None
+
+
+def check(recipe: Recipe) -> Checked:
+    """Everything that can fail without a model, an engine or a reward process; writes nothing.
+
+    Raises the FrpoError that says what to change.
+    """
+    check_packages(recipe)
+    check_login(recipe)
+    memory_strategy(recipe.learner.deepspeed)
+    if recipe.rollout.hook is not None:
+        load_hook(recipe.rollout.hook)
+    checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
+    resume = checkpoints.select()
+    tokenizer = tokenizer_of(recipe.model)
+    check_export(recipe.model, tokenizer, Path(recipe.run.dir))
+    return Checked(prompts=_prompts(recipe, tokenizer), auxiliary=_auxiliary(recipe, tokenizer),
+                   checkpoints=checkpoints, resume=resume)
+
+
+def check_prompts(recipe: Recipe) -> PromptSet:
+    """The prompts, once model and tokenizer have been found to fit the recipe."""
+    return _prompts(recipe, tokenizer_of(recipe.model))
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed, embedding_count(recipe.model))
+    endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
+    if endless:
+        raise ModelError(endless)
+    return prompts
+
+
+def _auxiliary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ExampleSet | None:
+    """The examples of the recipe's supervised term, if it has one."""
+    if recipe.auxiliary is None:
+        return None
+    return load_examples(recipe.auxiliary.data, tokenizer, recipe.model.max_length, recipe.run.seed,
+                         embedding_count(recipe.model))
+
+
+def check_whole(model: ModelSection) -> None:
+    """Raise ModelError where the model has no weights, which nobody needs who only checks a recipe."""
+    if lacking := lacking_weights(model):
+        raise ModelError(lacking)
+
+
+def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, once the model has been found to be there and to fit the recipe."""
+    if model.tiny is not None:
+        return build_tokenizer()
+    check_model_path(model, model.path)
+    check_weights(model.path)
+    check_family(model, model.path)
+    if model.router_aux_loss_coef:
+        balance_coefficient(model, hollow_network(model, model.path))
+    if model.lora is not None:
+        check_targets(model, model.path)
+    return load_tokenizer(model.path, model.trust_remote_code)
+
+
+@contextmanager
+def build(recipe: Recipe) -> Iterator[Parts]:
+    """Hold the run's folder, start rewards, Ray, engines and learner ranks; end all with the context, also after an
+    error.
+    """
+    run_dir = Path(recipe.run.dir)
+    with held_folder(run_dir):
+        with phase("reading model, prompts and rewards"):
+            checked = check(recipe)
+            check_whole(recipe.model)
+        remark([*checked.prompts.summary("prompts", recipe.data),
+                *recipe.learner.warmup_note(recipe.updates)])
+        with tried_rewards(recipe, checked.prompts) as rewards:
+            model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
+            with build_stack(recipe, model_path) as stack, \
+                    parts_on(stack, recipe, checked, rewards, model_path) as parts:
+                yield parts
+
+
+@contextmanager
+def build_stack(recipe: Recipe, model_path: str) -> Iterator[Stack]:
+    """Start Ray, engines that begin to load the model, and empty ranks; end them with the context."""
+    with ExitStack() as stack:
+        stack.enter_context(ray_session())
+        team, samples = in_team(recipe), recipe.rollout.replay is None
+        ranks_device = device_here(recipe) if team else None
+        device = ranks_device if team and not samples else choose_device(recipe, learner=not team, engines=samples)
+        if ranks_device not in (None, device):
+            raise ConfigError(f"the launcher's ranks are on {ranks_device} and leave no GPU to rollout engines; start "
+                              "fewer ranks (--num_gpus), or set run.device to cpu")
+        if team and samples and device == "cuda" and recipe.placement.mode == "colocate":
+            raise ConfigError("placement: colocate needs ranks that Ray has started; run the recipe without a launcher "
+                              "and with learner.ranks: ray, or set placement to split")
+        places = stack.enter_context(reserved(recipe, device, ranks=not team, engines=samples))
+        if isinstance(places, SharedGpus):  # engines follow the ranks to their GPUs
+            ranks = stack.enter_context(learner_ranks(recipe, device, places))
+            pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
+        else:  # engines take longer, and load meanwhile
+            pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
+            ranks = stack.enter_context(learner_ranks(recipe, device, places))
+        yield Stack(pool=pool, ranks=ranks, device=device)
+
+
+@contextmanager
+def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuite, model_path: str) -> Iterator[Parts]:
+    """A learner of this recipe in the stack's ranks, and a journal that is closed with the context."""
+    run_dir, pool = Path(recipe.run.dir), stack.pool
+    write_manifest(run_dir, recipe, checked.prompts.digest, stack.device)
+    pool.give_way()
+    with phase(f"loading the learner: {recipe.learner.num_ranks} rank(s) of DeepSpeed {recipe.learner.deepspeed} on "
+               f"{stack.device}"):
+        learner = LearnerGroup(recipe, model_path, stack.device, stack.ranks)
+    with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
+        pool.wait_until_ready()
+    learner.connect_engines(pool.client(), pool.recipe.weight_sync)
+    pool.share(learner)
+    engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
+    names = ("metrics", "samples", "traces") if recipe.telemetry.traces else ("metrics", "samples")
+    with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
+        yield Parts(
+            recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
+            learner=learner, stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
+            sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
+            auxiliary=checked.auxiliary, journal=journal)
+
+
+@contextmanager
+def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
+    """Start rewards, Ray and engines on the recipe's model; end them with the context.
+
+    The engines serve the weights that lie there, as version 0. Without a learner nothing is replayed to it and nothing
+    sampled ahead of it, whatever the recipe says.
+    """
+    if recipe.rollout.hook is not None:
+        load_hook(recipe.rollout.hook)
+    alone = recipe.rollout.model_copy(update={"replay": None, "max_staleness": 0})
+    recipe = recipe.model_copy(update={"rollout": alone})
+    check_whole(recipe.model)
+    with ExitStack() as stack:
+        rewards = stack.enter_context(tried_rewards(recipe, prompts))
+        model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
+        stack.enter_context(ray_session())
+        device = choose_device(recipe, learner=False)
+        places = stack.enter_context(reserved(recipe, device, ranks=False))
+        pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
+        with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
+            pool.wait_until_ready()
+        pool.serve_loaded(version=0)
+        yield Serving(
+            recipe=recipe, prompts=prompts, rewards=rewards, pool=pool, stream=prompt_stream(recipe, prompts, None),
+            sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
+            timer=PhaseTimer())
+
+
+@contextmanager
+def learner_ranks(recipe: AnyRecipe, device: str, places: Places) -> Iterator[Ranks]:
+    """Processes for a learner, which hold nothing yet, ended with the context: a team of them, or Ray actors."""
+    ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device, places)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+@contextmanager
+def engine_pool(recipe: Recipe, model_path: str, device: str, places: Places) -> Iterator[EnginePool]:
+    """Rollout engines that have begun to load, none where traces are replayed; ended with the context."""
+    pool = EnginePool(recipe, model_path, device, 0 if recipe.rollout.replay else recipe.rollout.num_engines, places)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
+    """The recipe's reward functions, each in its own process."""
+    specs = [RewardSpec(**reward.model_dump()) for reward in recipe.rewards]
+    columns = sorted({name for prompt in prompts.train + prompts.heldout for name in prompt.columns})
+    return RewardSuite(specs, columns=columns)
+
+
+@contextmanager
+def tried_rewards(recipe: Recipe, prompts: PromptSet) -> Iterator[RewardSuite]:
+    """Running reward functions, which were tried; ended with the context."""
+    with reward_suite(recipe, prompts) as rewards:
+        try_rewards(rewards, recipe, prompts)
+        yield rewards
+
+
+def try_rewards(rewards: RewardSuite, recipe: Recipe, prompts: PromptSet) -> ScoreReport:
+    """Call the rewards on made-up groups of the run's size, no more at a time than it samples in a step.
+
+    Raises RewardError. Calls nothing where `checks.rewards` is false.
+    """
+    if not recipe.checks.rewards:
+        return ScoreReport(groups=[], counts={})
+    for what, some in (("training", prompts.train), ("held-out", prompts.heldout)):
+        remark(_lacking_columns(rewards, what, some))
+    return rewards.try_out(prompts.train + prompts.heldout, group_size=recipe.rollout.group_size,
+                           most=recipe.rollout.prompts_per_step)
+
+
+def _lacking_columns(rewards: RewardSuite, what: str, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """A note for each column that a reward needs and some of the prompts lack. Raises RewardError where all do."""
+    for (reward, column), without in rewards.lacking(prompts).items():
+        where = without[0].origin or without[0].uid
+        if len(without) == len(prompts):
+            raise RewardError(f"reward {reward!r} needs the column {column!r}, which none of the {len(prompts)} {what} "
+                              f"prompts has (the first: {where}); give the rows that column, or the parameter a "
+                              "default")
+        yield (f"note: reward {reward!r} needs the column {column!r}, which {len(without)} of {len(prompts)} {what} "
+               f"prompts lack (the first: {where}); it gets None for them")
+
+
+def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -> PromptStream | PromptSelector:
+    """Where training prompts are drawn from; a selection goes on from what the checkpoint knows."""
+    stream = PromptStream(prompts.train, recipe.run.seed, recipe.data.shuffle)
+    if recipe.data.selection is None:
+        return stream
+    return PromptSelector(stream, recipe.data.selection, read_selection(checkpoint))

@@ -1,0 +1,122 @@
+"""Builds the live objects of a supervised fine-tuning, as `build` does for reinforcement learning."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from frpo.cluster.device import check_packages
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import OnCpu, reserved
+from frpo.cluster.rank import Ranks
+from frpo.cluster.runtime import choose_device, ray_session
+from frpo.cluster.team import device_here, in_team
+from frpo.config.finetune import FinetuneRecipe
+from frpo.config.memory import memory_strategy
+from frpo.data.examples import ExampleSet, load_examples
+from frpo.data.order import updates_of_epoch
+from frpo.held import held_folder
+from frpo.learner.export import check_export
+from frpo.learner.model import check_reference, embedding_count, unstopped_turn
+from frpo.learner.tiny import tiny_model
+from frpo.run.build import check_whole, learner_ranks, tokenizer_of
+from frpo.run.checkpoint import CheckpointStore
+from frpo.run.journal import Journal, open_journal
+from frpo.run.manifest import write_manifest
+from frpo.run.sinks import check_login
+from frpo.telemetry.progress import phase, remark
+from frpo.types import RunState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneParts:
+    """Everything that a fine-tuning is made of. model_path: what is fine-tuned, and the reference if there is no other.
+    """
+
+    recipe: FinetuneRecipe
+    run_dir: Path
+    model_path: str
+    examples: ExampleSet
+    learner: LearnerGroup
+    journal: Journal
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedFinetune:
+    """What is known of a run before anything is made or started. per_epoch, updates: optimizer updates of a pass over
+    the examples, and of the whole run.
+    """
+
+    examples: ExampleSet
+    per_epoch: int
+    updates: int
+    checkpoints: CheckpointStore
+    resume: tuple[Path, RunState] | None
+
+
+def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
+    """Everything that can fail without a model; writes nothing. Raises the FrpoError that says what to change."""
+    check_packages(recipe)
+    check_login(recipe)
+    memory_strategy(recipe.learner.deepspeed)
+    checkpoints = CheckpointStore(Path(recipe.run.dir), recipe)
+    resume = checkpoints.select()
+    tokenizer = tokenizer_of(recipe.model)
+    check_export(recipe.model, tokenizer, Path(recipe.run.dir))
+    if recipe.reference_model is not None and recipe.objective.needs_reference:
+        check_reference(recipe.model, recipe.reference_model, tokenizer)
+    examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed,
+                             embedding_count(recipe.model))
+    endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
+    if endless:
+        logger.warning("%s, and to that of the export", endless)
+    per_epoch = updates_of_epoch(len(examples.train), recipe.data.batch_size)
+    return CheckedFinetune(examples=examples, per_epoch=per_epoch, updates=recipe.run.updates(per_epoch),
+                           checkpoints=checkpoints, resume=resume)
+
+
+@contextmanager
+def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
+    """Hold the run's folder, make the model if it is to be made, start the learner's ranks; end them with the context,
+    also after an error.
+
+    The ranks are the launcher's processes, or this one if one is enough, or Ray actors.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(held_folder(Path(recipe.run.dir)))
+        with phase("reading model and examples"):
+            checked = check_finetune(recipe)
+            check_whole(recipe.model)
+        remark([*checked.examples.summary("examples", recipe.data),
+                *recipe.learner.warmup_note(checked.updates)])
+        model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
+        if in_team(recipe):
+            device = device_here(recipe)
+        else:
+            stack.enter_context(ray_session())
+            device = choose_device(recipe, engines=False)
+        places = OnCpu() if in_team(recipe) else stack.enter_context(reserved(recipe, device, engines=False))
+        ranks = stack.enter_context(learner_ranks(recipe, device, places))
+        yield stack.enter_context(finetune_on(ranks, device, recipe, checked, model_path))
+
+
+@contextmanager
+def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: CheckedFinetune, model_path: str,
+                samples: bool = False) -> Iterator[FinetuneParts]:
+    """A learner of this recipe in running ranks, and a journal that is closed with the context.
+
+    samples: whether it keeps completions, which a probe will draw.
+    """
+    run_dir = Path(recipe.run.dir)
+    write_manifest(run_dir, recipe, checked.examples.digest, device)
+    with phase(f"loading the learner: {recipe.learner.num_ranks} rank(s) of DeepSpeed {recipe.learner.deepspeed} on "
+               f"{device}"):
+        learner = LearnerGroup(recipe, model_path, device, ranks)
+    names = ("metrics", "samples") if samples else ("metrics",)
+    with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
+        yield FinetuneParts(recipe=recipe, run_dir=run_dir, model_path=model_path, examples=checked.examples,
+                            learner=learner, journal=journal)

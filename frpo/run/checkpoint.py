@@ -1,0 +1,193 @@
+"""Where a run's resumable state lies on disk, and when it is complete.
+
+    <run.dir>/checkpoints/step_000020/{learner/, state.json, recipe.json, COMPLETE}
+    <run.dir>/finished.json     steps and recipe of a run that came to its end
+
+The marker is written last and synced, so a folder without it is an interrupted save and is never read. What the learner
+writes inside `learner/` is its own business.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from frpo.config.loader import AnyRecipe, dump_recipe, recipe_difference, recipe_digest
+from frpo.config.sections import Recipe
+from frpo.errors import CheckpointError
+from frpo.types import RunState
+
+MARKER, FINISHED = "COMPLETE", "finished.json"
+UNCHANGEABLE = "model."
+"""Keys of it are the shape of what a checkpoint holds."""
+FOLDER = re.compile(r"step_(\d{6,})")
+
+
+class CheckpointStore:
+    """The resumable checkpoints of one run."""
+
+    def __init__(self, run_dir: Path, recipe: AnyRecipe):
+        self.folder = run_dir / "checkpoints"
+        self.recipe = recipe
+        self.saved = False  # whether this process has finished one
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for the state at `step`, not complete yet."""
+        path = self.folder / f"step_{step:06d}"
+        _remove(path)
+        path.mkdir(parents=True)
+        return path
+
+    def finish(self, path: Path, state: RunState) -> None:
+        """Write the run's state, then the marker; then drop all but the newest `run.keep_last` complete checkpoints.
+
+        Interrupted saves go too, and what lies beyond this step: a continuation that the run has gone back behind.
+        """
+        _write(path / "recipe.json", dump_recipe(self.recipe))
+        _write(path / "state.json", dataclasses.asdict(state))
+        _write(path / MARKER, {"step": state.step})
+        _sync_folder(path)
+        self.saved = True
+        kept = [other for other in self.complete() if _step(other) <= state.step][-self.recipe.run.keep_last:]
+        for other in self._all():
+            if other not in kept:
+                _remove(other)
+
+    def complete(self) -> list[Path]:
+        """Folders of complete checkpoints, oldest first."""
+        return [path for path in self._all() if (path / MARKER).is_file()]
+
+    def select(self) -> tuple[Path, RunState] | None:
+        """What `run.resume` asks for: None to start anew. From another run's checkpoint, files start anew in run.dir.
+
+        Raises CheckpointError if the checkpoint is missing, incomplete or of a recipe that differs in what was learned.
+        """
+        wish = self.recipe.run.resume
+        if wish == "never":
+            return self._refuse_overwrite()
+        if wish == "overwrite":
+            return None
+        complete = self.complete()
+        if wish in ("auto", "force"):
+            return self._read(complete[-1]) if complete else None
+        path = Path(wish)
+        if not (path / MARKER).is_file():
+            inside = [str(p) for p in CheckpointStore(path, self.recipe).complete()]
+            known = ", ".join(inside or map(str, complete)) or "none"
+            raise CheckpointError(
+                f"run.resume: {wish!r} is no complete checkpoint; complete ones of {path if inside else 'this run'}: "
+                f"{known} (or give auto, force, never or overwrite)")
+        if path.resolve().parent != self.folder.resolve():
+            self._refuse_overwrite()
+            path, state = self._read(path)
+            return path, replace(state, file_offsets={})
+        return self._read(path)
+
+    def changes(self, path: Path) -> list[str]:
+        """'key: old -> new' for what the recipe decides otherwise than when the checkpoint was written."""
+        saved = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
+        return recipe_difference(saved, json.loads(json.dumps(dump_recipe(self.recipe))))
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for path in self._all():
+            _remove(path)
+
+    def _all(self) -> list[Path]:
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if FOLDER.fullmatch(path.name)), key=_step)
+
+    def _refuse_overwrite(self) -> None:
+        complete = self.complete()
+        if complete:
+            raise CheckpointError(
+                f"run.resume={self.recipe.run.resume}, but {self.folder} holds {len(complete)} complete checkpoint(s) "
+                "of a run that this would overwrite; choose another run.dir, or run.resume=auto to go on"
+                + (" (--overwrite starts over)" if self.recipe.run.resume == "never" else ""))
+
+    def _read(self, path: Path) -> tuple[Path, RunState]:
+        try:
+            state = RunState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+            changes = self.changes(path)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged or of another version of frpo: {error}; "
+                                  "resume from another checkpoint, or choose another run.dir") from None
+        digest = recipe_digest(self.recipe)
+        if state.recipe_digest == digest:
+            return path, state
+        listed = "\n  ".join(changes)
+        another_model = any(line.startswith(UNCHANGEABLE) for line in changes)
+        if self.recipe.run.resume != "force":
+            going_on = "" if another_model else "run.resume=force goes on from there under the new values, "
+            raise CheckpointError(
+                f"{path} was written by another recipe:\n  {listed}\nUse that recipe again or another run.dir; "
+                f"{going_on}--overwrite starts over")
+        if another_model:
+            raise CheckpointError(
+                f"run.resume=force cannot go on from {path} with another model:\n  {listed}\nUse another run.dir, with "
+                "model.path set to the export of that run if it is to go on")
+        return path, replace(state, recipe_digest=digest)
+
+
+def write_finished(recipe: AnyRecipe, steps: int) -> None:
+    """Remember that the run of this recipe has come to its end."""
+    _write(Path(recipe.run.dir) / FINISHED, {"steps": steps, "recipe_digest": recipe_digest(recipe)})
+
+
+def finished_steps(recipe: AnyRecipe) -> int | None:
+    """How many steps the run of this recipe took, if it has come to its end and nothing of it is to be done again.
+
+    Under `force` the recipe may be another: there is nothing to go on with where it asks for no more steps.
+    """
+    folder = Path(recipe.run.dir)
+    if recipe.run.resume not in ("auto", "force") or not (folder / "export").is_dir():
+        return None
+    try:
+        record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or the process ended while it was written
+        return None
+    asked = recipe.run.num_steps if isinstance(recipe, Recipe) else recipe.run.max_steps
+    if asked is not None and asked > record["steps"]:
+        return None
+    same = record["recipe_digest"] == recipe_digest(recipe)
+    return record["steps"] if same or (recipe.run.resume == "force" and asked is not None) else None
+
+
+def finished_line(recipe: AnyRecipe) -> str | None:
+    """What to say instead of starting the recipe's run again, if it is finished."""
+    steps = finished_steps(recipe)
+    if steps is None:
+        return None
+    more = "run.num_steps" if isinstance(recipe, Recipe) else "run.num_epochs, with run.resume=force,"
+    folder = Path(recipe.run.dir)
+    return (f"{folder} is finished: all {steps} steps are done, the model is {folder / 'export'}. Raise {more} to go "
+            "on, choose another run.dir, or start over with --overwrite")
+
+
+def _step(path: Path) -> int:
+    return int(FOLDER.fullmatch(path.name)[1])
+
+
+def _remove(path: Path) -> None:
+    """The marker goes first, so that no half-removed folder looks complete."""
+    if path.exists():
+        (path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def _write(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

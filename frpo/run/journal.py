@@ -1,0 +1,127 @@
+"""What a run leaves behind while it goes: metrics in every sink, its append-only files, resumable checkpoints.
+
+It decides nothing: when to write and to save is the loop's business, metric arithmetic is in `telemetry`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.config.loader import AnyRecipe, recipe_digest
+from frpo.errors import CheckpointError
+from frpo.run.checkpoint import FINISHED, CheckpointStore, write_finished
+from frpo.run.sinks import Sink, open_sinks
+from frpo.telemetry.jsonl import JsonlFile
+from frpo.telemetry.progress import ProgressBar, phase, say
+from frpo.telemetry.timer import PhaseTimer
+from frpo.types import RunState, ScoredGroup
+
+SAMPLES = 8
+"""Held-out completions that are kept of an evaluation."""
+
+CHANGES = "changes"
+"""Name of the file of what run.resume: force has changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """files: the append-only files by name; their sizes are part of a checkpoint. resume: where to go on, if anywhere.
+    """
+
+    recipe: AnyRecipe
+    checkpoints: CheckpointStore
+    resume: tuple[Path, RunState] | None
+    files: Mapping[str, JsonlFile]
+    sinks: tuple[Sink, ...]
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def restore(self, learner: LearnerGroup) -> RunState:
+        """The state to start from, the learner put into it and the files cut back to what it remembers."""
+        if self.resume is None:
+            state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest=recipe_digest(self.recipe),
+                             file_offsets=dict.fromkeys(self.files, 0))
+        else:
+            path, state = self.resume
+            with phase(f"resuming from step {state.step} ({path})"):
+                loaded = learner.load(str(path / "learner"))
+            if loaded != state.policy_version:
+                raise CheckpointError(f"{path}: the learner's state is of policy version {loaded}, state.json says "
+                                      f"{state.policy_version}; the folder was changed, resume from another checkpoint")
+        for name, file in self.files.items():
+            file.truncate(state.file_offsets.get(name, 0))
+        return state
+
+    def save(self, state: RunState, learner: LearnerGroup,
+             others: Callable[[Path], None] = lambda path: None) -> None:
+        """Save a resumable checkpoint. others: writes what else a resume needs into the folder it is given."""
+        path = self.checkpoints.begin(state.step)
+        learner.save(str(path / "learner"))
+        others(path)
+        offsets = {name: file.offset() for name, file in self.files.items()}
+        self.checkpoints.finish(path, replace(state, file_offsets=offsets))
+
+    def finish(self, state: RunState) -> None:
+        """Remember that nothing is left to do."""
+        write_finished(self.recipe, state.step)
+
+    def write(self, step: int, metrics: dict[str, float], bar: ProgressBar) -> dict[str, float]:
+        """Write a step's metrics to every sink, and its log line. Returns them with the seconds of each phase."""
+        metrics = metrics | self.timer.collect()
+        self.files["metrics"].append({"step": step, **metrics})
+        for sink in self.sinks:
+            sink.write(step, metrics)
+        bar.step(step, metrics)
+        return metrics
+
+    def keep_samples(self, step: int, scored: Sequence[ScoredGroup], task: str = "eval") -> None:
+        """The first completions of a task's first held-out prompts, for whoever reads what the policy says."""
+        rows = [{"step": step, "task": task, "prompt": group.group.prompt.messages[-1]["content"],
+                 "completion": group.group.completions[0].text, "reward": float(group.rewards_G[0]),
+                 "rewards": {name: float(values_G[0]) for name, values_G in group.terms.items()}}
+                for group in scored[:SAMPLES]]
+        for row in rows:
+            self.files["samples"].append(row)
+        for sink in self.sinks:
+            sink.samples(step, rows)
+
+
+@contextmanager
+def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[Path, RunState] | None,
+                 names: Sequence[str]) -> Iterator[Journal]:
+    """The journal of a run in its folder, with append-only files of these names; closed with the context.
+
+    A run that starts anew moves an earlier one's files aside first.
+    """
+    run_dir = Path(recipe.run.dir)
+    (run_dir / FINISHED).unlink(missing_ok=True)
+    with ExitStack() as stack:
+        if resume is None:
+            if recipe.run.resume == "overwrite":
+                checkpoints.clear()
+            for name in (*names, CHANGES):
+                _move_aside(run_dir, name)
+        files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
+        if resume is not None and (changes := checkpoints.changes(resume[0])):
+            _record_changes(run_dir, resume[1].step, changes)
+        sinks = open_sinks(recipe, run_dir, resume and resume[1].step)
+        for each in (*files.values(), *sinks):
+            stack.callback(each.close)
+        yield Journal(recipe=recipe, checkpoints=checkpoints, resume=resume, files=files, sinks=sinks)
+
+
+def _record_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
+    """Print what is decided otherwise from here on, and keep it beside the metrics."""
+    say(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}")
+    record = JsonlFile(run_dir / f"{CHANGES}.jsonl")
+    record.append({"step": step, "changes": list(changes)})
+    record.close()
+
+
+def _move_aside(run_dir: Path, name: str) -> None:
+    path = run_dir / f"{name}.jsonl"
+    if path.is_file() and path.stat().st_size > 0:
+        number = 1 + sum(1 for _ in run_dir.glob(f"{name}.earlier-*.jsonl"))
+        path.rename(run_dir / f"{name}.earlier-{number}.jsonl")

@@ -1,0 +1,192 @@
+"""Where metrics and sampled completions of a run go besides its own files: TensorBoard, Weights & Biases.
+
+A resumed run continues its log: each step is there once, in one run.
+"""
+from __future__ import annotations
+
+import configparser
+import json
+import netrc
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from frpo.config.loader import AnyRecipe, dump_recipe
+from frpo.errors import ConfigError
+from frpo.telemetry.jsonl import read_rows
+
+Sample = Mapping[str, Any]
+"""One completion: step, task, prompt, completion, reward, and the rewards that it is made of."""
+
+COLUMNS = ("step", "prompt", "completion", "reward")
+WANDB, SAMPLES, METRICS = "wandb.json", "samples.jsonl", "metrics.jsonl"
+"""In the run's folder: the id of its W&B run and the step at which it was closed; all samples; all metrics."""
+
+WAYS = "run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline, or set telemetry.wandb to false"
+
+BLOCK, HEADER, WHOLE, LAST = 32768, struct.Struct("<IHB"), 1, 4
+"""Layout of a file of an offline run: bytes of a block, header of a record, types of records that end one."""
+
+
+class Sink(Protocol):
+    """Where a step's metrics go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Completions of held-out prompts after this step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_sinks(recipe: AnyRecipe, run_dir: Path, last_step: int | None) -> tuple[Sink, ...]:
+    """Those that the recipe asks for. last_step: the step that the run goes on from; None where it begins."""
+    sinks: list[Sink] = []
+    if recipe.telemetry.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", last_step))
+    if recipe.telemetry.wandb:
+        sinks.append(WandbSink(recipe, run_dir, last_step))
+    return tuple(sinks)
+
+
+class TensorBoardSink:
+    """TensorBoard events in the run's folder."""
+
+    def __init__(self, folder: Path, last_step: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an earlier process logged beyond the checkpoint is taken back, all of it where the run starts anew.
+        self.writer = SummaryWriter(str(folder), purge_step=0 if last_step is None else last_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        rows = ["| " + " | ".join(_cell(sample[column]) for column in COLUMNS[1:]) + " |" for sample in samples]
+        lines = [f"| {' | '.join(COLUMNS[1:])} |", "|---|---|---|", *rows]
+        self.writer.add_text(f"{samples[0]['task']}/samples", "\n".join(lines), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def check_login(recipe: AnyRecipe, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError where the recipe logs to W&B and nobody has logged in, or chosen to work offline."""
+    if not recipe.telemetry.wandb or environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return
+    modes = [environ.get("WANDB_MODE")]
+    for file in (Path("wandb/settings"), Path("~/.config/wandb/settings").expanduser()):
+        found = configparser.ConfigParser()
+        found.read(file)
+        modes.append(found.get("default", "mode", fallback=None))
+    if next(filter(None, modes), "online") in ("offline", "dryrun", "disabled"):
+        return
+    host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        known = netrc.netrc(environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if known is None:
+        raise ConfigError(f"telemetry.wandb: nobody is logged in to {host}; {WAYS}")
+
+
+class WandbSink:
+    """Weights & Biases; credentials, and what the recipe leaves open, come from its own environment variables."""
+
+    def __init__(self, recipe: AnyRecipe, run_dir: Path, last_step: int | None):
+        import wandb
+
+        self.record, known = run_dir / WANDB, {"id": None, "closed": -1}
+        if last_step is not None and self.record.is_file():
+            known |= json.loads(self.record.read_text(encoding="utf-8"))
+        section = recipe.telemetry
+        try:
+            self.run = wandb.init(
+                id=known["id"], resume="allow", reinit="create_new", name=recipe.run.name, dir=str(run_dir),
+                config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
+        except wandb.errors.Error as error:
+            raise ConfigError(f"telemetry.wandb: W&B does not take this run: {error}; {WAYS}") from error
+        self.last = known["closed"] if known["id"] is None else max(known["closed"], self._written(run_dir))
+        self._remember(closed=known["closed"])
+        self.shown: dict[str, list[list[Any]]] = {}
+        for sample in _kept(run_dir / SAMPLES, last_step):
+            self._show(sample)
+        for row in _kept(run_dir / METRICS, last_step):  # what an ended process had logged, but W&B not written
+            self.write(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step > self.last:  # W&B takes nothing back
+            self.run.log({name: value for name, value in metrics.items() if value is not None}, step=step,
+                         commit=True)  # a step's samples come before its metrics
+            self.last = step
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        import wandb
+
+        for sample in samples:
+            name = self._show(sample)
+        if step > self.last:
+            self.run.log({name: wandb.Table(columns=list(COLUMNS), data=self.shown[name])}, step=step)
+
+    def _show(self, sample: Sample) -> str:
+        """Add a row to the table of its task; returns the table's name."""
+        name = f"{sample['task']}/samples"
+        self.shown.setdefault(name, []).append([sample[column] for column in COLUMNS])
+        return name
+
+    def _written(self, run_dir: Path) -> int:
+        """The last step that W&B holds of a run that goes on, on its server or in its files; -1 without any."""
+        if not self.run.offline:
+            return self.run.starting_step - 1
+        files = (run_dir / "wandb").glob(f"offline-run-*-{self.run.id}/*.wandb")
+        return max((record.history.step.num for file in files for record in offline_records(file)
+                    if record.HasField("history")), default=-1)
+
+    def _remember(self, closed: int) -> None:
+        self.record.write_text(json.dumps({"id": self.run.id, "closed": closed}), encoding="utf-8")
+
+    def close(self) -> None:
+        self.run.finish()
+        self._remember(closed=self.last)  # its files may be written later still
+
+
+def offline_records(file: Path) -> Iterator[Any]:
+    """W&B's own records in a file of an offline run; a last one that is not whole is left out.
+
+    Records lie behind 7 bytes in blocks of LevelDB's log format: checksum, length, type (whole, first, middle, last).
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, parts = file.read_bytes(), 7, b""
+    while place + HEADER.size <= len(data):
+        left = BLOCK - place % BLOCK
+        if left < HEADER.size:
+            place += left
+            continue
+        _, length, kind = HEADER.unpack_from(data, place)
+        parts += data[place + HEADER.size:place + HEADER.size + length]
+        place += HEADER.size + length
+        if kind in (WHOLE, LAST) and place <= len(data):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def _kept(path: Path, last_step: int | None) -> list[dict[str, Any]]:
+    """Rows of a run's file up to the step that it goes on from."""
+    if last_step is None or not path.is_file():
+        return []
+    return [row for row in read_rows(path) if row["step"] <= last_step]
+
+
+def _cell(value: Any) -> str:
+    """As a cell of a table in Markdown."""
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

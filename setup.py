@@ -32,6 +32,7 @@ setup(
         "pyyaml",
         "rich",
         "argcomplete",
+        "cloudpickle",
         "jinja2",
         "matplotlib",
         "plotly>=6",
@@ -47,7 +48,9 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb>=0.20"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "tensorboard", "wandb"],
+        "docs": ["mkdocs-material>=9.6"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil",
+                 "nbclient", "ipykernel", "tensorboard", "wandb"],
     },
     entry_points={"console_scripts": ["frpo = frpo.__main__:main"]},
 )

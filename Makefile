@@ -14,7 +14,18 @@ READY := $(VENV)/.ready-$(LOCK)
 FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 TORCH_FROM := $(if $(filter cpu,$(LOCK)),$(if $(FIND_LINKS),--find-links $(FIND_LINKS),--torch-backend cpu))
 
-.PHONY: quickstart test lint lock clean
+.PHONY: help install quickstart test lint docs lock clean
+
+help:
+	@echo "make install     environment in $(VENV), from the locked versions"
+	@echo "make quickstart  train a small model here and see what forks of it keep (MODEL=tiny: 4 minutes)"
+	@echo "make test        all tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make docs        the site, into build/site"
+	@echo "make lock        newest versions that setup.py allows"
+	@echo "LOCK=gpu takes the versions for machines with GPUs."
+
+install: $(READY)
 
 quickstart: $(READY)
 	$(BIN)/frpo quickstart --model $(MODEL)
@@ -24,6 +35,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 $(READY): frpo/locks/$(LOCK).txt setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"frpo needs Python 3.11 or newer, this is {sys.version}"'

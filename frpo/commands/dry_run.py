@@ -53,7 +53,8 @@ def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
     if recipe.data.batch_size > len(examples.train):
         lines.append(f"note: data.batch_size = {recipe.data.batch_size} is more than the {len(examples.train)} "
                      "training examples, so that every update takes all of them")
-    return [*lines, *_first_example(recipe, checked), *recipe.learner.warmup_note(checked.updates),
+    return [*lines, *_first_example(recipe, checked),
+            *recipe.learner.notes(checked.updates, recipe.model.lora is not None),
             *_common_notes(recipe, engines=False)]
 
 
@@ -69,7 +70,7 @@ def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
     per_step, steps = recipe.rollout.prompts_per_step, recipe.run.num_steps
     yield (f"length: {steps} steps x {per_step} prompts x {recipe.rollout.group_size} completions, each prompt "
            f"{per_step * steps / prompts:.3g} times")
-    yield from recipe.learner.warmup_note(recipe.updates)
+    yield from recipe.learner.notes(recipe.updates, recipe.model.lora is not None)
     if per_step > prompts:
         yield (f"note: rollout.prompts_per_step = {per_step} is more than the {prompts} training prompts, so that a "
                "step draws some of them twice")

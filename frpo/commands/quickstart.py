@@ -73,6 +73,12 @@ TOURS = {
                     means="fine-tuning on solved problems of GSM8K, school mathematics")}
 """Quick starts by the model that is trained."""
 
+ABOUT = (
+    "The control gets the same rewards, shuffled over the completions of a step. It is pushed as hard, in directions "
+    "that mean nothing: it may lose what the model could do, and must not gain.",
+    "Below, forks (copies) of the first model and of the trained policy are fine-tuned for another task. Their reward "
+    "before that is measured on other samples than above: both numbers differ by chance.")
+
 SAMPLE = Path(str(files("frpo.data.sets"))) / "gsm8k_sample.jsonl"
 """48 problems of GSM8K (Cobbe et al., 2021; MIT License, beside it)."""
 
@@ -93,8 +99,7 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
     _report(tour, recipe, kept, ends, answers_table(*answers))
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes.")
     gained, lured = (_verdict(*both) for both in ends.values())
-    print(f"Gain on held-out prompts beyond the first model's interval: {'yes' if gained else 'NO'}; "
-          f"gain under shuffled rewards: {'YES' if lured else 'none'}")
+    print(_verdict_line(gained, lured))
     return 0 if gained and not lured and not kept.failures else 1
 
 
@@ -131,6 +136,11 @@ def _run(tour: Tour, recipe: Recipe, matrix: Plan) -> tuple[Answers, Answers]:
     return before, after
 
 
+def _verdict_line(gained: bool, lured: bool) -> str:
+    return (f"Gain on held-out prompts beyond the first model's interval: {'yes' if gained else 'NO'}; "
+            f"gain under shuffled rewards: {'YES' if lured else 'none'}")
+
+
 def _folders(recipe: Recipe) -> dict[str, Path]:
     """Names and folders of the two trainings; the policy is called as in the matrix."""
     run_dir = Path(recipe.run.dir)
@@ -146,7 +156,7 @@ def _report(tour: Tour, recipe: Recipe, kept: Results, ends: Mapping[str, Ends],
     kept_picture = draw_all(kept, run_dir).get(f"Kept through {tour.downstream}", "no fork has two points to draw")
     write_report(kept)
     page = write_page("Quick start", [
-        Section(title="Training", text=("The control has the same rewards, shuffled over the completions of a step.",),
+        Section(title="Training", text=(_verdict_line(*(_verdict(*both) for both in ends.values())), *ABOUT),
                 pictures={"Mean reward": picture}, charts={"Mean reward": chart_runs(read_runs(folders), folders)},
                 tables=(_ends_table(ends), answers)),
         section_of(kept, run_dir / MATRIX)], run_dir / REPORT)
@@ -210,7 +220,10 @@ def _into_fresh_folder(recipe: Recipe) -> Recipe:
     while (folder / "metrics.jsonl").is_file():
         number += 1
         folder = Path(f"{recipe.run.dir}-{number}")
-    return recipe if number == 1 else _with_run(recipe, dir=str(folder))
+    if number == 1:
+        return recipe
+    say(f"{recipe.run.dir} holds an earlier quick start; this one writes into {folder}")
+    return _with_run(recipe, dir=str(folder))
 
 
 def _with_run(recipe: Recipe, **changes: Any) -> Recipe:

@@ -40,6 +40,10 @@ class ReferenceSection(Section):
     cache_dir: str | None = Field(None, description="folder of caches; null: reference_cache in run.dir")
 
 
+class FinetuneLearnerSection(LearnerSection):
+    lr: float = Field(2e-5, gt=0, description="peak learning rate of AdamW")
+
+
 class FinetuneEvaluateSection(Section):
     every: int = Field(0, ge=0, description="updates between evaluations on held-out examples; 0: only first and last")
 
@@ -68,7 +72,7 @@ class FinetuneRecipe(WholeRecipe):
     reduction: Reduction = Field(
         "token-mean", description="how the token losses of an update become one number, over all ranks")
     reference: ReferenceSection = Field(ReferenceSection(), description="what csft, csft_pa and kl_sft hold on to")
-    learner: LearnerSection = Field(LearnerSection(), description="optimizer and sharding")
+    learner: FinetuneLearnerSection = Field(FinetuneLearnerSection(), description="optimizer and sharding")
     evaluate: FinetuneEvaluateSection = Field(FinetuneEvaluateSection(), description="held-out evaluation")
     checks: ChecksSection = Field(ChecksSection(), description="fail-fast checks")
     telemetry: FinetuneTelemetrySection = Field(FinetuneTelemetrySection(), description="where metrics go")

@@ -98,6 +98,9 @@ class RewardSection(Section):
         return {"name": value.__name__.strip("<>"), "function": value} if inspect.isroutine(value) else value
 
 
+LORA_LR = 1e-5
+"""Adapters hardly learn below it: TRL's guide advises ten times the learning rate of whole weights."""
+
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
@@ -132,13 +135,15 @@ class LearnerSection(Section):
                              f"`deepspeed --num_gpus {self.num_ranks} --module frpo ...`")
         return self
 
-
-    def warmup_note(self, updates: int) -> list[str]:
-        """A line where a run of so many updates ends within the warm-up; none otherwise."""
-        if self.warmup_steps < updates:
-            return []
-        return [f"note: learner.warmup_steps = {self.warmup_steps} lasts longer than the run's {updates} updates, so "
-                "that the learning rate never comes to learner.lr"]
+    def notes(self, updates: int, lora: bool) -> list[str]:
+        """Lines about a learning rate that adapters hardly learn by, or that a run of so many updates never reaches."""
+        found = []
+        if lora and self.lr < LORA_LR:
+            found.append(f"note: learner.lr = {self.lr:g} is low for adapters; LoRA usually takes {LORA_LR:g} to 2e-4")
+        if self.warmup_steps >= updates:
+            found.append(f"note: learner.warmup_steps = {self.warmup_steps} lasts longer than the run's {updates} "
+                         "updates, so that the learning rate never comes to learner.lr")
+        return found
 
 
 Limit = Annotated[float, Field(strict=True)] | None

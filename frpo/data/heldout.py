@@ -20,6 +20,9 @@ class Item(Protocol):
 
 T = TypeVar("T", bound=Item)
 
+NOTEWORTHY = 0.1
+"""Share of left-out rows from which on a line says so."""
+
 
 class HeldoutKeys(Protocol):
     """Keys of a recipe's data section that decide."""
@@ -65,6 +68,10 @@ class Split(Generic[T]):
         if data.limit is not None and len(self.train) + len(self.heldout) + sum(self.skipped.values()) >= data.limit:
             lines.append(f"read: the first {data.limit} rows alone (data.limit)")
         lines += [f"left out: {count} x {reason}" for reason, count in self.skipped.items()]
+        without = sum(self.skipped.values())
+        read = len(self.train) + len(self.heldout) + without
+        if without > NOTEWORTHY * read:
+            lines.append(f"note: {without} of {read} {items} are left out")
         if self.overlap:
             lines.append(f"trained on too: {self.overlap} x same prompt as a held-out one (data.heldout_overlap: keep)")
         return lines

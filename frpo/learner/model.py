@@ -87,6 +87,8 @@ def check_model_path(model: ModelSection, path: str) -> None:
         if reason := unreachable(path, "model", "config.json"):
             raise ModelError(f"model.path {path!r} is no folder ({here()}), and {reason}; correct the path, or load "
                              "the model where there is a network")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"model.path {path!r} has no config.json{_what_it_is(Path(path))}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -98,6 +100,17 @@ def check_model_path(model: ModelSection, path: str) -> None:
     if pad_id is not None and pad_id >= rows:
         raise ModelError(f"config.json of {path!r}: pad_token_id is {pad_id}, vocab_size {rows}; set pad_token_id to "
                          "the id of a token below, or to null")
+
+
+def _what_it_is(folder: Path) -> str:
+    """What a folder without a model holds instead, and what to give."""
+    if (folder / "adapter_config.json").is_file():
+        merged = f", {str(folder.parent)!r}" if (folder.parent / "config.json").is_file() else ""
+        return f": it is a LoRA adapter; give the merged model{merged}"
+    run = next((each for each in (folder, *folder.parents[:2]) if (each / "export" / "config.json").is_file()), None)
+    if run is not None:
+        return f": it belongs to a run, whose model is {str(run / 'export')!r}"
+    return "; give a folder with a Hugging Face model, such as a run's export"
 
 
 def lacking_weights(model: ModelSection) -> str | None:

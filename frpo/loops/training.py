@@ -40,8 +40,9 @@ def run_training(recipe: AnyRecipe) -> None:
     picture = draw({recipe.run.name: folder / "metrics.jsonl"}, folder / name)
     unit = "step" if by_reward else "update"
     adapter = "" if recipe.model.lora is None else f"adapter: {folder / 'export' / 'adapter'}  "
+    samples = f"samples: {folder / 'samples.jsonl'}  " if (folder / "samples.jsonl").is_file() else ""
     say(f"{state.step} {unit}{'' if state.step == 1 else 's'} done. Model: {folder / 'export'}  {adapter}"
-        f"metrics: {folder / 'metrics.jsonl'}  picture: {picture}")
+        f"metrics: {folder / 'metrics.jsonl'}  {samples}picture: {picture}")
 
 
 def adapters(recipe: AnyRecipe) -> list[str]:

@@ -11,6 +11,7 @@ from frpo.telemetry.jsonl import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend has to be chosen first
+from matplotlib.ticker import MaxNLocator
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -32,6 +33,7 @@ def draw_reward_curve(runs: Mapping[str, Path], picture: Path) -> Path:
             axes.errorbar(steps, means, yerr=intervals, color=color, marker="o", markersize=4, capsize=3,
                           label=f"{name}: held-out prompts")
     axes.set(xlabel="step", ylabel="mean reward")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(picture, dpi=130)
@@ -57,6 +59,7 @@ def draw_loss_curve(runs: Mapping[str, Path], picture: Path) -> Path:
                     axis.plot(*zip(*points), color=color, **style,
                               label=f"{name}: {'training' if key == trained else 'held-out'} examples")
         axis.set(xlabel="update", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(picture, dpi=130)

@@ -25,6 +25,9 @@ TEXTS = ("A short answer.", "", " ".join(["A long answer."] * 40))
 """A short completion, an empty and a long one (599 characters). The empty one is not the first: it has no first
 character, which would hide the error of a function that takes message lists."""
 
+LONGEST = 2000
+"""Characters of a column's value that is tried as a completion."""
+
 TRIED = ("this was its first call, before the run: made-up completions (short, empty, long) of prompts of the data "
          "(checks.rewards)")
 
@@ -69,11 +72,20 @@ def _succeeds(error: RewardError, spec: RewardSpec, form: Format, pool: RewardPo
 
 
 def made_up(prompts: Sequence[Prompt], group_size: int, at_least: int) -> list[RolloutGroup]:
-    """A group of TEXTS, in turn, for each of `examples`, which are repeated up to `at_least` groups."""
-    chosen, texts = examples(prompts), list(islice(cycle(TEXTS), group_size))
+    """A group of TEXTS and of the columns' values, in turn, for each of `examples`, which are repeated up to `at_least`
+    groups.
+    """
+    chosen = examples(prompts)
     return [RolloutGroup(group_id=(0, draw), prompt=prompt,
-                         completions=tuple(_completion(text, prompt) for text in texts))
+                         completions=tuple(_completion(text, prompt) for text in islice(
+                             cycle((*TEXTS, *column_texts(prompt).values())), group_size)))
             for draw, prompt in enumerate(islice(cycle(chosen), max(at_least, len(chosen))))]
+
+
+def column_texts(prompt: Prompt) -> dict[str, str]:
+    """Column -> its value as a text, for columns that may hold the right answer."""
+    return {name: str(value) for name, value in prompt.columns.items()
+            if isinstance(value, str | int | float) and not isinstance(value, bool) and 0 < len(str(value)) <= LONGEST}
 
 
 def examples(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -107,6 +119,29 @@ def report_lines(groups: Sequence[ScoredGroup]) -> Iterator[str]:
     for name in groups[0].terms:
         values = (" ".join(map(_number, scored.terms[name][:len(TEXTS)])) for scored in shown.values())
         yield f"  {name}: {' | '.join(values)}"
+    for name in groups[0].terms:
+        for column, values in _of_columns(name, [*shown.values()]).items():
+            yield f"  {name}, where the completion is the column {column!r}: {' | '.join(values)}"
+
+
+def _of_columns(name: str, groups: Sequence[ScoredGroup]) -> dict[str, list[str]]:
+    """Column -> what a reward gives to its values as completions, where that is nothing it gave to TEXTS."""
+    found: dict[str, list[str]] = {}
+    usual = {_number(value) for scored in groups for value in scored.terms[name][:len(TEXTS)]}
+    for scored in groups:
+        for column, value in zip(column_texts(scored.group.prompt), scored.terms[name][len(TEXTS):]):
+            found.setdefault(column, []).append(_number(value))
+    return {column: values for column, values in found.items() if {*values} - usual}
+
+
+def constant_rewards(groups: Sequence[ScoredGroup]) -> Iterator[str]:
+    """A note for each reward that gives 0 to all made-up completions, each column's own value among them."""
+    for name in groups[0].terms if groups else ():
+        tried = {column for scored in groups
+                 for column, _ in zip(column_texts(scored.group.prompt), scored.rewards_G[len(TEXTS):])}
+        if tried and not any(scored.terms[name].any() for scored in groups):
+            yield (f"note: reward {name!r} gives 0 to every made-up completion: short, empty, long, and the value of "
+                   f"{', '.join(sorted(tried))}; see that it can give more")
 
 
 def _few_values(prompts: Sequence[Prompt], name: str) -> bool:

@@ -45,6 +45,7 @@ from frpo.learner.model import (
 from frpo.learner.router import balance_coefficient
 from frpo.learner.tiny import tiny_model
 from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
+from frpo.rewards.trial import constant_rewards
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
 from frpo.run.checkpoint import CheckpointStore
@@ -180,7 +181,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
             checked = check(recipe)
             check_whole(recipe.model)
         remark([*checked.prompts.summary("prompts", recipe.data),
-                *recipe.learner.warmup_note(recipe.updates)])
+                *recipe.learner.notes(recipe.updates, recipe.model.lora is not None)])
         with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
             with build_stack(recipe, model_path) as stack, \
@@ -307,8 +308,10 @@ def try_rewards(rewards: RewardSuite, recipe: Recipe, prompts: PromptSet) -> Sco
         return ScoreReport(groups=[], counts={})
     for what, some in (("training", prompts.train), ("held-out", prompts.heldout)):
         remark(_lacking_columns(rewards, what, some))
-    return rewards.try_out(prompts.train + prompts.heldout, group_size=recipe.rollout.group_size,
-                           most=recipe.rollout.prompts_per_step)
+    report = rewards.try_out(prompts.train + prompts.heldout, group_size=recipe.rollout.group_size,
+                             most=recipe.rollout.prompts_per_step)
+    remark(constant_rewards(report.groups))
+    return report
 
 
 def _lacking_columns(rewards: RewardSuite, what: str, prompts: Sequence[Prompt]) -> Iterator[str]:

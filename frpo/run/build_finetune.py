@@ -92,7 +92,7 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
             checked = check_finetune(recipe)
             check_whole(recipe.model)
         remark([*checked.examples.summary("examples", recipe.data),
-                *recipe.learner.warmup_note(checked.updates)])
+                *recipe.learner.notes(checked.updates, recipe.model.lora is not None)])
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):
             device = device_here(recipe)

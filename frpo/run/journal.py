@@ -14,6 +14,7 @@ from frpo.config.loader import AnyRecipe, recipe_digest
 from frpo.errors import CheckpointError
 from frpo.run.checkpoint import FINISHED, CheckpointStore, write_finished
 from frpo.run.sinks import Sink, open_sinks
+from frpo.run.traces import plain
 from frpo.telemetry.jsonl import JsonlFile
 from frpo.telemetry.progress import ProgressBar, phase, say
 from frpo.telemetry.timer import PhaseTimer
@@ -79,6 +80,8 @@ class Journal:
     def keep_samples(self, step: int, scored: Sequence[ScoredGroup], task: str = "eval") -> None:
         """The first completions of a task's first held-out prompts, for whoever reads what the policy says."""
         rows = [{"step": step, "task": task, "prompt": group.group.prompt.messages[-1]["content"],
+                 "messages": [dict(message) for message in group.group.prompt.messages],
+                 "columns": plain(group.group.prompt.columns),
                  "completion": group.group.completions[0].text, "reward": float(group.rewards_G[0]),
                  "rewards": {name: float(values_G[0]) for name, values_G in group.terms.items()}}
                 for group in scored[:SAMPLES]]

@@ -55,7 +55,7 @@ def scored_row(scored: ScoredGroup) -> dict[str, Any]:
     return {
         "group_id": list(rollout.group_id), "prompt_uid": rollout.prompt.uid,
         "messages": [dict(message) for message in rollout.prompt.messages],
-        "prompt_token_ids": list(rollout.prompt.token_ids), "columns": _plain(rollout.prompt.columns),
+        "prompt_token_ids": list(rollout.prompt.token_ids), "columns": plain(rollout.prompt.columns),
         "completions": [
             {"text": completion.text, "token_ids": completion.token_ids.tolist(),
              "logprobs": completion.logprobs.tolist(),
@@ -119,7 +119,7 @@ def _values(numbers: Iterable[float | None]) -> np.ndarray:
     return np.array([math.nan if number is None else number for number in numbers], dtype=np.float64)
 
 
-def _plain(columns: Any) -> Any:
+def plain(columns: Any) -> Any:
     """Columns of a data set as JSON has them; what it lacks (dates, say) by its text."""
     return json.loads(json.dumps(dict(columns), default=str))
 

@@ -174,15 +174,16 @@ class ProgressBar:
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a step; before it what its names mean, each once."""
-        new = [short for short, _, _ in shown(metrics) if short not in self.explained]
+        line = step_line(number, metrics, self.total, self.seconds_left(number))
+        new = [short for short, _, _ in shown(metrics) if short not in self.explained and f" {short} " in line]
         if new and not self.outer:
             self.explained.update(new)
             meanings = {short: meaning for short, _, meaning in FIGURES if short in new}
             legend = "; ".join(f"{short}: {meaning}" for short, meaning in meanings.items())
-            for line in textwrap.wrap(legend, WIDTH, initial_indent="# ", subsequent_indent="# "):
-                say(line)
+            for part in textwrap.wrap(legend, WIDTH, initial_indent="# ", subsequent_indent="# "):
+                say(part)
         if number > 0 or shown(metrics):  # before the first step there may be nothing to tell
-            self.log(step_line(number, metrics, self.total, self.seconds_left(number)))
+            self.log(line)
 
     def seconds_left(self, number: int) -> float | None:
         """Until the last step, at the pace so far; None before there is one."""

@@ -5,7 +5,7 @@ import pytest
 
 from frpo.errors import RewardError
 from frpo.rewards import RewardCallError, RewardSpec, RewardSuite, RewardTimeoutError
-from frpo.rewards.trial import MOST, TEXTS, examples, made_up, report_lines
+from frpo.rewards.trial import MOST, TEXTS, constant_rewards, examples, made_up, report_lines
 from frpo.types import Prompt
 
 pytestmark = pytest.mark.timeout(30)
@@ -30,6 +30,8 @@ def one(completions): return [0.0]
 def words(completions): return ["good"] * len(completions)
 def vast(completions): return [1e200] * len(completions)
 def abstains(completions): return [None] * len(completions)
+def right(completions, answer): return [float(text == a) for text, a in zip(completions, answer)]
+def never_right(completions, **columns): return [float(text == columns.get("anser")) for text in completions]
 def by_task(completions, task): return [{"add": 1.0, "sub": 2.0}[t] for t in task]
 def groups_of_four(completions):
     assert len(completions) % 4 == 0, len(completions)
@@ -86,9 +88,9 @@ def test_prompts_are_tried_that_show_every_column_type_and_task():
 
 
 def test_groups_are_of_the_runs_size_and_token_ids_of_the_vocabulary():
-    groups = made_up([ADD, SUB], 5, at_least=3)
+    groups = made_up([ADD, SUB], 7, at_least=3)
     assert [group.prompt.uid for group in groups] == ["p", "q", "p"]
-    assert [c.text for c in groups[0].completions] == [*TEXTS, *TEXTS[:2]]
+    assert [c.text for c in groups[0].completions] == [*TEXTS, "3", "add", *TEXTS[:2]]
     assert [c.token_ids.tolist() for c in groups[0].completions[:2]] == [[5, 6, 7], [7]]
 
 
@@ -112,8 +114,20 @@ def test_values_are_printed_a_line_a_reward(tried):
     long = len(TEXTS[2])
     assert list(report_lines(tried("length", ADD, SUB, group_size=4, processes=3).groups)) == [
         "rewards of made-up completions (short, empty, long) of 2 prompt(s); -: None",
-        f"  r: 15 0 {long} | 15 0 {long}"]
+        f"  r: 15 0 {long} | 15 0 {long}", "  r, where the completion is the column 'answer': 1 | 1"]
     assert list(report_lines(tried("abstains").groups))[1] == "  r: - - -"
+
+
+def test_a_verifier_shows_what_it_gives_to_the_right_answer_and_one_that_never_does_is_noted(tried):
+    right = tried("right", ADD, SUB, group_size=5).groups
+    assert [*report_lines(right)][1:] == ["  r: 0 0 0 | 0 0 0", "  r, where the completion is the column 'answer': 1 | 1"]
+    assert [*constant_rewards(right)] == []
+    wrong = tried("never_right", ADD, SUB, group_size=5).groups
+    assert [*report_lines(wrong)][1:] == ["  r: 0 0 0 | 0 0 0"]
+    assert [*constant_rewards(wrong)] == [
+        "note: reward 'r' gives 0 to every made-up completion: short, empty, long, and the value of answer, task; see "
+        "that it can give more"]
+    assert [*constant_rewards(tried("never_right", ADD, group_size=3).groups)] == []  # no column's value was tried
 
 
 # --- the format -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ setup(
     # An installed wheel has recipes, ZeRO strategies and launchers inside the package, a checkout at the top level.
     packages=[*find_packages(include=["frpo", "frpo.*"]), "frpo.recipes", "frpo.ds_configs", "frpo.launchers"],
     package_dir={"frpo.recipes": "recipes", "frpo.ds_configs": "ds_configs", "frpo.launchers": "launchers"},
-    package_data={"frpo": ["py.typed", "locks/*.txt", "report/*.html", "data/sets/gsm8k_sample.*"], "frpo.recipes": ["*.yaml"],
-                  "frpo.ds_configs": ["*.json"]},
+    package_data={"frpo": ["py.typed", "locks/*.txt", "report/*.html", "data/sets/gsm8k_sample.*"],
+                  "frpo.recipes": ["*.yaml"], "frpo.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "transformers>=5.16.1,<5.20",

@@ -120,7 +120,8 @@ def test_values_are_printed_a_line_a_reward(tried):
 
 def test_a_verifier_shows_what_it_gives_to_the_right_answer_and_one_that_never_does_is_noted(tried):
     right = tried("right", ADD, SUB, group_size=5).groups
-    assert [*report_lines(right)][1:] == ["  r: 0 0 0 | 0 0 0", "  r, where the completion is the column 'answer': 1 | 1"]
+    assert [*report_lines(right)][1:] == [
+        "  r: 0 0 0 | 0 0 0", "  r, where the completion is the column 'answer': 1 | 1"]
     assert [*constant_rewards(right)] == []
     wrong = tried("never_right", ADD, SUB, group_size=5).groups
     assert [*report_lines(wrong)][1:] == ["  r: 0 0 0 | 0 0 0"]

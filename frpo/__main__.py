@@ -20,11 +20,12 @@ from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe,
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.errors import ConfigError, FrpoError
-from frpo.run.checkpoint import finished_line
+from frpo.run.checkpoint import CheckpointStore, finished_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
+    parsed = None
     try:
         parsed = parse(arguments, COMMANDS)
         _hear_signals()
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         terminated = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # see _terminate
-        again = "; the same command goes on from the newest checkpoint" if resumes(arguments) else ""
-        print(f"frpo: {'terminated' if terminated else 'interrupted'}{again}", file=sys.stderr)
+        print(f"frpo: {'terminated' if terminated else 'interrupted'}{_what_is_left(parsed)}", file=sys.stderr)
         return 143 if terminated else 130
 
 
@@ -174,10 +174,22 @@ def _name_the_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def resumes(arguments: Sequence[str] | None) -> bool:
-    """Whether the command is one that goes on where it was."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return bool({"train", "finetune", "retention", "sweep"} & {*given[:1]})
+def _what_is_left(parsed: argparse.Namespace | None) -> str:
+    """What the same command does after it was interrupted; nothing is said of commands that begin anew anyway."""
+    command = getattr(parsed, "command", None)
+    if getattr(parsed, "dry_run", False):
+        return ""
+    if command in (retention, sweep):
+        return "; the same command goes on: stages that are done stay"
+    if command not in (train, finetune):
+        return ""
+    try:
+        recipe = load_training(parsed.recipe, parsed.overrides)
+    except FrpoError:
+        return ""
+    if CheckpointStore(Path(recipe.run.dir), recipe).complete():
+        return "; the same command goes on from the newest checkpoint"
+    return f"; no checkpoint was saved yet (run.save_every = {recipe.run.save_every}), the same command begins anew"
 
 
 def _hear_signals() -> None:

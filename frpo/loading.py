@@ -112,9 +112,9 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """' (did you mean ...?)' with the nearest of `known`, or nothing if none resembles `name`."""
-    near = nearest(name, known)
+    near = nearest(name, known, cutoff)
     return f" (did you mean {near!r}?)" if near else ""
 
 

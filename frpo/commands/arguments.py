@@ -44,8 +44,9 @@ def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., obje
 
         complete(parser, RECIPE_COMMANDS)
     parsed, rest = parser.parse_known_args(arguments)
-    if rest and not (hasattr(parsed, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{_as_override(rest[0], parsed)}")
+    unknown = [item for item in rest if not hasattr(parsed, "overrides") or "=" not in item or item[0] == "-"]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_as_override(unknown[0], parsed)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     if getattr(parsed, "overwrite", False):
@@ -80,15 +81,19 @@ class _Parser(argparse.ArgumentParser):
 def _as_override(argument: str, parsed: argparse.Namespace) -> str:
     """How to write an unknown option as an override, where it is a key of recipes or another framework's name of one.
     """
-    if not argument.startswith("--") or not hasattr(parsed, "overrides"):
+    if not hasattr(parsed, "overrides"):
         return ""
+    if not argument.startswith("--"):
+        key, _, value = argument.partition(":")
+        return f"; values of a recipe are written with =, this one as {key}={value or 'VALUE'}" if "." in key else ""
     from frpo.config.keys import keys
     from frpo.config.loader import KINDS
     from frpo.config.other_names import ours
 
     name = argument.lstrip("-").partition("=")[0].replace("-", "_")
     known = [key.name for kind in KINDS for key in keys(kind)]
-    key = name if name in known else ours(name, known)
+    key = name if name in known else ours(name, known) or next(
+        (each for each in known if each.endswith(f".{name}") and "[]" not in each and ".NAME" not in each), None)
     options = [option for option in ("--dry-run", "--overwrite", "--keys", "--jobs", "--json", "--quick")
                if option.replace("-", "") == argument.partition("=")[0].replace("-", "").replace("_", "")]
     if options:

@@ -66,4 +66,10 @@ WORDS = {
     "placement": ("split", "colocate")}
 """Values of keys that take any text, but mostly one of a few."""
 
-COMPLETERS = {"overrides": _overrides, "keys": _sections}
+def _swept(prefix: str, **_: object) -> list[str]:
+    """Keys whose values may be swept over."""
+    return [] if "=" in prefix else _overrides(prefix)
+
+
+COMPLETERS = {"overrides": _overrides, "keys": _sections, "over": _swept,
+              "choose": lambda **_: ["kept/reward", "kept/decile", "eval/kl"]}

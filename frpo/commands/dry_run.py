@@ -53,7 +53,7 @@ def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
     if recipe.data.batch_size > len(examples.train):
         lines.append(f"note: data.batch_size = {recipe.data.batch_size} is more than the {len(examples.train)} "
                      "training examples, so that every update takes all of them")
-    return [*lines, *_first_example(recipe, checked),
+    return [*lines, *recipe.run.notes(), *_first_example(recipe, checked),
             *recipe.learner.notes(checked.updates, recipe.model.lora is not None),
             *_common_notes(recipe, engines=False)]
 

@@ -27,6 +27,13 @@ class FinetuneRunSection(Section):
     resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; force: that one even if its "
                                             "recipe differs; never; overwrite: start over; or a checkpoint's path")
 
+    def notes(self) -> list[str]:
+        """A line where one of two lengths has no effect."""
+        if self.max_steps is None or self.num_epochs == type(self).model_fields["num_epochs"].default:
+            return []
+        return [f"note: run.num_epochs = {self.num_epochs:g} has no effect beside run.max_steps = {self.max_steps}; "
+                "set run.max_steps=null for it to count"]
+
     def updates(self, per_epoch: int) -> int:
         """Optimizer updates of the whole run; per_epoch: of one pass over the examples."""
         return self.max_steps or max(1, round(per_epoch * self.num_epochs))

@@ -100,7 +100,9 @@ OTHER_UNITS = {
     "zero_stage": "zero1, zero2 or zero3", "adam_offload": "zero2_offload or zero3_offload",
     "n_gpus_per_node": "ranks in all; engines have rollout.num_engines x tensor_parallel_size GPUs beside them",
     "use_peft": "a mapping such as {r: 16}, or {}", "peft_config": "in the mapping model.lora",
-    "fp16": "fp32 or bf16", "bf16": "fp32 or bf16", "epsilon_high": "its own keys, such as {name: clip, ...}"}
+    "fp16": "fp32 or bf16", "bf16": "fp32 or bf16",
+    **dict.fromkeys(("epsilon", "epsilon_high", "clip_ratio", "clip_ratio_low", "clip_ratio_high", "eps_clip",
+                     "cliprange"), "a mapping, such as {name: clip, clip_low: 0.2, clip_high: 0.28}")}
 """What of ours is counted or given otherwise under such a name."""
 
 

@@ -23,7 +23,10 @@ def shape_of(model: ModelSection, path: str | None = None) -> Shape:
     """
     path = path or model.path
     if path is not None:
-        check_model_path(model, path)
+        try:
+            check_model_path(model, path)
+        except ModelError as error:
+            raise ModelError(f"{error}. A plan needs config.json alone: a folder with that file will do") from None
         return count(hollow_network(model, path), model.lora)
     with torch.device("meta"):
         network = new_network(model.tiny, build_tokenizer(), model.max_length, seed=0)

@@ -49,7 +49,7 @@ def select_arguments(
     missing = [name for name in parameters.required if name not in offered and name not in spec.kwargs]
     if missing:
         columns = [name for name in offered if name not in BATCH_ARGUMENTS]
-        hint = did_you_mean(missing[0], [*columns, "prompts", "completions"])
+        hint = did_you_mean(missing[0], columns) or did_you_mean(missing[0], ["prompts", "completions"], cutoff=0.8)
         raise RewardError(
             f"{label} needs {missing[0]!r}, which is neither a data column{hint} nor in its kwargs; "
             f"columns: {', '.join(columns) or 'none'}; kwargs: {', '.join(spec.kwargs) or 'none'}; every reward may "

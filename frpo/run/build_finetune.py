@@ -91,7 +91,7 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
         with phase("reading model and examples"):
             checked = check_finetune(recipe)
             check_whole(recipe.model)
-        remark([*checked.examples.summary("examples", recipe.data),
+        remark([*checked.examples.summary("examples", recipe.data), *recipe.run.notes(),
                 *recipe.learner.notes(checked.updates, recipe.model.lora is not None)])
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):

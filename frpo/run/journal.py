@@ -13,7 +13,7 @@ from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe, recipe_digest
 from frpo.errors import CheckpointError
 from frpo.run.checkpoint import FINISHED, CheckpointStore, write_finished
-from frpo.run.sinks import Sink, open_sinks
+from frpo.run.sinks import EVENTS, Sink, open_sinks
 from frpo.run.traces import plain
 from frpo.telemetry.jsonl import JsonlFile
 from frpo.telemetry.progress import ProgressBar, phase, say
@@ -106,6 +106,7 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
                 checkpoints.clear()
             for name in (*names, CHANGES):
                 _move_aside(run_dir, name)
+            _move_events_aside(run_dir / EVENTS)
         files = {name: JsonlFile(run_dir / f"{name}.jsonl") for name in names}
         if resume is not None and (changes := checkpoints.changes(resume[0])):
             _record_changes(run_dir, resume[1].step, changes)
@@ -121,6 +122,12 @@ def _record_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
     record = JsonlFile(run_dir / f"{CHANGES}.jsonl")
     record.append({"step": step, "changes": list(changes)})
     record.close()
+
+
+def _move_events_aside(folder: Path) -> None:
+    if folder.is_dir():
+        number = 1 + sum(1 for _ in folder.parent.glob(f"{EVENTS}.earlier-*"))
+        folder.rename(folder.with_name(f"{EVENTS}.earlier-{number}"))
 
 
 def _move_aside(run_dir: Path, name: str) -> None:

@@ -25,6 +25,9 @@ COLUMNS = ("step", "prompt", "completion", "reward")
 WANDB, SAMPLES, METRICS = "wandb.json", "samples.jsonl", "metrics.jsonl"
 """In the run's folder: the id of its W&B run and the step at which it was closed; all samples; all metrics."""
 
+EVENTS = "tensorboard"
+"""Folder of TensorBoard's events within it."""
+
 WAYS = "run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline, or set telemetry.wandb to false"
 
 BLOCK, HEADER, WHOLE, LAST = 32768, struct.Struct("<IHB"), 1, 4
@@ -47,7 +50,7 @@ def open_sinks(recipe: AnyRecipe, run_dir: Path, last_step: int | None) -> tuple
     """Those that the recipe asks for. last_step: the step that the run goes on from; None where it begins."""
     sinks: list[Sink] = []
     if recipe.telemetry.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", last_step))
+        sinks.append(TensorBoardSink(run_dir / EVENTS, last_step))
     if recipe.telemetry.wandb:
         sinks.append(WandbSink(recipe, run_dir, last_step))
     return tuple(sinks)

@@ -350,6 +350,39 @@ def test_a_shell_completes_commands_recipes_keys_and_values(place):
     assert offered("frpo", "train", "smoke", "rollout.gro") == ["rollout.group_size="]
     assert offered("frpo", "train", "smoke", "run.device=c") == ["cpu", "cuda"]  # bash breaks words at =
     assert offered("frpo", "train", "smoke", "--dr") == ["--dry-run"]
+    assert offered("frpo", "sweep", "smoke", "--over", "rollout.gro") == ["rollout.group_size="]
+    assert offered("frpo", "sweep", "smoke", "--choose", "eval") == ["eval/kl"]
+
+
+def test_a_folder_of_something_else_is_named_as_what_it_is(place, models, capsys):
+    """A run, a checkpoint of it, its adapter, and a folder of nothing, each given as the model."""
+    export = place / "sft" / "export"
+    shutil.copytree(models / "whole", export)
+    for folder, file in ((export / "adapter", "adapter_config.json"), (place / "sft" / "checkpoints" / "step_1", "x"),
+                         (place / "notes", "x")):
+        folder.mkdir(parents=True)
+        (folder / file).touch()
+    for given, told in (("sft", ": it belongs to a run, whose model is 'sft/export'"),
+                        ("sft/checkpoints/step_1", ": it belongs to a run, whose model is 'sft/export'"),
+                        ("sft/export/adapter", ": it is a LoRA adapter; give the merged model, 'sft/export'"),
+                        ("notes", "; give a folder with a Hugging Face model, such as a run's export")):
+        code, out, err = run(capsys, "train", "recipe.yaml", f"model.path={given}", "--dry-run")
+        assert (code, out, err) == (2, "", f"frpo: ModelError: model.path {given!r} has no config.json{told}\n")
+
+
+def test_lengths_and_rates_without_an_effect_are_noted(place, models, capsys):
+    (place / "sft.yaml").write_text(
+        f"model: {{path: {models / 'whole'}, max_length: 24, lora: {{}}}}\n"
+        "data: {path: pairs.jsonl, format: text, heldout: 1, batch_size: 1}\n"
+        "run: {max_steps: 3}\nlearner: {lr: 1e-6}\n")
+    (place / "pairs.jsonl").write_text("".join(
+        json.dumps({"prompt": row["prompt"], "response": "1"}) + "\n" for row in ROWS))
+    code, out, err = run(capsys, "finetune", "sft.yaml", "run.num_epochs=2", "--dry-run")
+    assert code == 0, err
+    assert "note: run.num_epochs = 2 has no effect beside run.max_steps = 3; set run.max_steps=null for it to " in out
+    assert "# note: learner.lr = 1e-06 is low for adapters; LoRA usually takes 1e-05 to 2e-4\n" in out
+    code, out, err = run(capsys, "finetune", "sft.yaml", "model.lora=null", "--dry-run")
+    assert code == 0 and "note: learner.lr" not in out and "no effect" not in out
 
 
 @pytest.mark.parametrize("shell, words", [("bash", "complete "), ("zsh", "#compdef frpo"), ("fish", "complete ")])
@@ -585,6 +618,11 @@ def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported():
     (["evaluate", "recipe.yaml"], "the following arguments are required: recipe"),
     (["train", "recipe.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
     (["train", "recipe.yaml", "--steps=3"], "unrecognized arguments: --steps=3"),
+    (["train", "recipe.yaml", "--dry-run", "learner.lr=1e-4", "--resume", "x"],
+     "unrecognized arguments: --resume x; values of a recipe are written as section.key=value, this one as "
+     "run.resume=VALUE"),
+    (["train", "recipe.yaml", "--dry-run", "learner.lr:1e-4", "run.seed=1"],
+     "unrecognized arguments: learner.lr:1e-4; values of a recipe are written with =, this one as learner.lr=1e-4"),
     (["doctor", "run.seed=3"], "unrecognized arguments: run.seed=3")])
 def test_wrong_usage_is_explained(place, capsys, arguments, message):
     assert message in usage_error(capsys, *arguments)
@@ -604,13 +642,18 @@ def test_a_job_that_ray_stops_by_sigint_hears_it_even_from_a_shells_background(m
 
 @pytest.mark.parametrize("number, code, said", [
     (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
-@pytest.mark.parametrize("command", ["train", "config"])
-def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(number, code, said, command):
+@pytest.mark.parametrize("command, saved, again", [
+    ("train", True, "; the same command goes on from the newest checkpoint"),
+    ("train", False, "; no checkpoint was saved yet (run.save_every = 2), the same command begins anew"),
+    ("config", False, "")])
+def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(tmp_path, number, code, said, command, saved, again):
+    if saved:
+        (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "step_000002" / "COMPLETE").touch()
     script = ("import os, signal, sys; from frpo import __main__ as line; "
               "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job's parent ignores it
               "signal.signal(signal.SIGTERM, signal.SIG_DFL); "
               f"line.load_recipe = line.load_any_recipe = lambda *given: os.kill(os.getpid(), {int(number)}); "
-              f"sys.exit(line.main(['{command}', 'smoke']))")
+              f"sys.exit(line.main(['{command}', 'smoke', 'run.dir={tmp_path}']))")
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    again = "; the same command goes on from the newest checkpoint" if command == "train" else ""
     assert (ended.returncode, ended.stderr) == (code, f"frpo: {said}{again}\n")

@@ -158,9 +158,9 @@ def test_the_same_cell_of_two_sessions_has_one_name(place):
 
 def test_what_cannot_be_sent_is_refused(place):
     lock, held = threading.Lock(), b"x" * 2**25
-    with pytest.raises(ConfigError, match=r"the function 'lambda' cannot be sent to other processes \(TypeError: cannot"):
+    with pytest.raises(ConfigError, match=r"the function .lambda. cannot be sent .* \(TypeError: "):
         name_of(lambda: lock)
-    with pytest.raises(ConfigError, match="'lambda' holds on to 32 MiB, more than the 16 that are allowed; let it read"):
+    with pytest.raises(ConfigError, match="'lambda' holds on to 32 MiB, more than the 16 that are allowed; let"):
         name_of(lambda: held)
     with pytest.raises(ConfigError, match="a function, or its name as text, is needed, given 3"):
         name_of(3)

@@ -1,4 +1,6 @@
 """Which groups are asked for again after a death, and how often; the integration tests kill real engines."""
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -95,11 +97,37 @@ def test_a_failed_push_restarts_the_dead_and_raises_if_nobody_is():
         RecoveringEngines(Pool({}), Learner(Pool({}), [EngineError("rank 1 is gone")]), 1).push(8)
 
 
-def test_an_engine_that_another_thread_has_healed_is_not_started_twice():
+def test_an_engine_that_two_threads_find_dead_is_started_once():
+    """Both threads have met the death before either may heal: the learner's lock is held meanwhile."""
     pool = Pool({1: 1})
-    pool.lost = pool.dead = lambda: []
-    assert streamed(pool, max_restarts=0) == [(0, 0), (0, 2), (0, 1), (0, 3)]
-    assert pool.log == [("stream", [0, 1]), ("stream", [1])]
+    engines = RecoveringEngines(pool, Learner(pool), max_restarts=1)
+    met, found = threading.Barrier(3, timeout=30), {}
+    stream = pool.stream
+
+    def meets(*arguments):
+        try:
+            yield from stream(*arguments)
+        except EnginesLostError:
+            met.wait()
+            raise
+
+    def sample(name):
+        pool.deaths[1] = 1  # whoever asks first or second, the engine dies under both
+        found[name] = [group.group_id for group in engines.stream(Assignment(REQUESTS), None, version=7)]
+
+    pool.stream = meets
+    threads = [threading.Thread(target=sample, args=(name,)) for name in ("run", "evaluation")]
+    with engines.learner_turn:
+        threads[0].start()
+        while 1 not in pool.gone:
+            time.sleep(0.001)
+        threads[1].start()
+        met.wait()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert found == {name: [(0, 0), (0, 2), (0, 1), (0, 3)] for name in ("run", "evaluation")}
+    assert [entry for entry in pool.log if entry[0] == "restart"] == [("restart", [1])]
+    assert engines.restarts_left == 0
 
 
 def test_a_run_that_ends_heals_nothing():

@@ -4,10 +4,13 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
+import pytest
 from plotly.offline import get_plotlyjs
 
 from frpo.commands.report import SIDE_BY_SIDE, run_report, section
 from frpo.downstream.command import REPORT, show
+from frpo.report.curve import draw_loss_curve, draw_reward_curve, plt
 from frpo.report.page import TableText
 from frpo.report.runs import answers_over_time
 
@@ -15,6 +18,20 @@ from frpo.report.runs import answers_over_time
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("draw, key", [(draw_reward_curve, "reward/mean"), (draw_loss_curve, "sft/nll")])
+def test_a_curve_is_drawn_through_its_points(tmp_path, draw, key):
+    """In the first colour of the cycle: a rising line has ink at the left below and at the right above."""
+    write(tmp_path / "run" / "metrics.jsonl", [{"step": step, key: step / 4} for step in range(5)])
+    picture = plt.imread(draw({"run": tmp_path / "run" / "metrics.jsonl"}, tmp_path / "curve.png"))
+    red, green, blue = (picture[..., channel] for channel in range(3))
+    inked = (blue > red + 0.2) & (blue > green)
+    height, width = inked.shape
+    inked[:, :width // 8] = inked[:height // 8] = False  # labels, legend
+    left, right = np.flatnonzero(inked.any(axis=0))[[0, -1]]
+    assert right - left > width / 2
+    assert np.flatnonzero(inked[:, left]).mean() > 0.6 * height > 0.4 * height > np.flatnonzero(inked[:, right]).mean()
 
 
 def test_folders_of_other_kinds(tmp_path):

@@ -104,7 +104,7 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path, text, steps):
 
 def test_a_torn_line_within_a_file_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"step"\n{"step": 2}\n')
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Expecting ':' delimiter: line 1 column 8"):
         read_rows(tmp_path / "a.jsonl")
 
 

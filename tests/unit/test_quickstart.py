@@ -14,6 +14,24 @@ def test_another_model_is_refused_since_the_matrix_would_fork_its_own(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_earlier_quick_start_stays_and_the_next_says_where_it_writes(tmp_path, capsys):
+    recipe = quickstart.load_recipe("quickstart", [f"run.dir={tmp_path / 'q'}"])
+    assert quickstart._into_fresh_folder(recipe) is recipe
+    for name in ("q", "q-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+    assert quickstart._into_fresh_folder(recipe).run.dir == str(tmp_path / "q-3")
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'q'} holds an earlier quick start; this one writes into {tmp_path / 'q-3'}\n")
+
+
+@pytest.mark.parametrize("before, after, gained", [
+    ((0.2, 0.05), (0.4, 0.1), True), ((0.2, 0.05), (0.35, 0.1), False), ((0.4, 0.1), (0.2, 0.05), False)])
+def test_a_gain_is_one_beyond_both_intervals(before, after, gained):
+    first, last = ({"eval/reward": mean, "eval/interval": half} for mean, half in (before, after))
+    assert quickstart._verdict(first, last) is gained
+
+
 def test_where_the_real_model_cannot_be_had_the_tiny_one_takes_its_place(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 

@@ -116,7 +116,8 @@ def _missing(measure: Measure, runs: Mapping[str, Rows]) -> list[str]:
     """Lines that name the runs of this kind that are not in the panel, and why; none where all are."""
     names = [name for name, rows in runs.items() if not _known(rows, measure)
              and any(measure.beside in row for row in rows)]
-    return textwrap.wrap(f"not in it, since {measure.unless}: {', '.join(names)}", WRAPPED) if names else []
+    told = f"not in it, since {measure.unless}: {', '.join(names)}"
+    return textwrap.wrap(told, WRAPPED, break_on_hyphens=False) if names else []
 
 
 def _traces(name: str, color: str, title: str, measure: Measure, rows: Rows) -> list[dict[str, Any]]:

@@ -80,22 +80,22 @@ def test_a_panel_of_the_kl_names_the_trainings_that_measured_none(tmp_path):
                 "eval/kl_interval": 0.01} for step in range(3)]
     without = [{"step": step, "reward/mean": 0.1, "eval/reward": 0.5} for step in range(3)]
     tuned = [{"step": step, "sft/nll": 1.0, "eval/nll": 1.0, "eval/kl": 0.001} for step in range(3)]
-    runs = {"held": with_kl, "free": without, "loose": without, "tuned": tuned}
+    runs = {"held": with_kl, "fr-ee": without, "loose": without, "tuned": tuned}
     shown = chart_runs(runs, {}).panels
     for title, drawn, why in (
             ("KL to the reference, held-out, nats a sequence", {"held"},
-             "not in it, since objective.kl_coef was 0, or<br>evaluate.temperature not 1: free, loose"),
-            ("KL to the reference, nats a token", {"held"}, "not in it, since objective.kl_coef was 0: free, loose"),
+             "not in it, since objective.kl_coef was 0, or<br>evaluate.temperature not 1: fr-ee, loose"),
+            ("KL to the reference, nats a token", {"held"}, "not in it, since objective.kl_coef was 0: fr-ee, loose"),
             ("KL to the reference, held-out, nats a token", {"tuned"}, None),
-            ("reward, held-out", {"held", "free", "loose"}, None)):
+            ("reward, held-out", {"held", "fr-ee", "loose"}, None)):
         assert {trace["name"] for trace in shown[title]["data"]} == drawn
         assert [note["text"] for note in shown[title]["layout"].get("annotations", [])] == ([why] if why else [])
     figure, axes = plt.subplots(1, 2)
-    for axis, name in zip(axes, ("free", "held")):
+    for axis, name in zip(axes, ("fr-ee", "held")):
         title = "KL to the reference, held-out, nats a sequence"
         _draw_panel(axis, title, panels(runs)[title], {"held": with_kl, name: runs[name]})
     assert [axis.get_xlabel() for axis in axes] == [
-        "step\nnot in it, since objective.kl_coef was 0, or\nevaluate.temperature not 1: free", "step"]
+        "step\nnot in it, since objective.kl_coef was 0, or\nevaluate.temperature not 1: fr-ee", "step"]
     plt.close(figure)
 
 

@@ -21,6 +21,7 @@ from frpo.downstream.checks import (
     forget_heldout,
     record_heldout,
 )
+from frpo.downstream.command import run_retention
 from frpo.downstream.plan import make_plan
 from frpo.downstream.stages import Matrix, probed_kl
 from frpo.errors import ConfigError, DataError, ModelError, RewardError
@@ -106,6 +107,23 @@ def test_other_prompts_may_be_held_out_until_anything_has_begun(plan, tmp_path, 
     (folder / "seed7" / made).unlink()
     forget_heldout(folder)
     assert not (seed.folder / HELD_OUT).exists()
+
+
+def test_a_run_forgets_held_out_prompts_of_seeds_that_have_not_begun(plan, tmp_path, monkeypatch):
+    """Before its first seed begins, since from then on the records of the others count."""
+    def interrupt(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("frpo.downstream.command.run_plan", interrupt)
+    found = plan(seeds=[0, 1])
+    for begun in (False, True):
+        for seed in found.seeds:
+            heldout(seed)
+        if begun:
+            found.seeds[0].policies["made"].finish(steps=1)
+        with pytest.raises(KeyboardInterrupt):
+            run_retention(found)
+        assert [(seed.folder / HELD_OUT).is_file() for seed in found.seeds] == [begun, begun]
 
 
 def test_training_on_held_out_prompts_is_refused_unless_allowed(seed, tmp_path):

@@ -48,8 +48,13 @@ class PolicySection(Section):
     over: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="section.key -> values: a policy for each combination, called NAME-key=value; {}: one")
     fork: bool = Field(
-        True, description="fine-tune forks of it; false: it is a start or a reference of others, and with `reference` "
-                          "of its own also a point of the frontier")
+        True, description="fine-tune forks of it; false: it is a start or a reference of others, and, if given by path "
+                          "or with `reference` of its own, also a point of the frontier")
+
+    @property
+    def is_point(self) -> bool:
+        """Whether it is measured and shown though it is not forked."""
+        return not self.fork and (self.path is not None or self.reference is not None)
 
     @model_validator(mode="after")
     def _one_source(self) -> PolicySection:
@@ -245,7 +250,7 @@ class RetentionRecipe(WholeRecipe):
         if self.only_policies is not None and not {*forks} & {*self.only_policies}:
             given = ", ".join(map(repr, self.only_policies)) or "none"
             raise ValueError(f"only_policies: {given} is no policy that is forked; there are {', '.join(forks)}")
-        points = [name for name, policy in self.policies.items() if policy.reference is not None]
+        points = [name for name, policy in self.policies.items() if policy.is_point]
         named["only_policies"] = [name for name in self.only_policies or [] if name not in points]
         for name in self.only_regimes or []:
             if name not in self.downstream:
@@ -292,9 +297,9 @@ class RetentionRecipe(WholeRecipe):
 
     @property
     def shown(self) -> list[str]:
-        """Policies of tables and of the frontier: those that are forked, then those with a `reference`."""
-        return self.forked + [name for name, policy in self.policies.items()
-                              if not policy.fork and policy.reference is not None
+        """Policies of tables and of the frontier: those that are forked, then others that exist or have a `reference`.
+        """
+        return self.forked + [name for name, policy in self.policies.items() if policy.is_point
                               and (self.only_policies is None or name in self.only_policies)]
 
     @property

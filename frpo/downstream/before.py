@@ -1,7 +1,8 @@
 """What is measured of a policy before any fork: samples for its certificate, its reward and KL to its reference.
 
     <run.dir>/seed0/policies/NAME/certificate.npz     rewards_PN of many samples
-    <run.dir>/seed0/policies/NAME/reference_kl.json   the reference, and the metrics kept/... of held-out samples
+    <run.dir>/seed0/policies/NAME/reference_kl.json   the reference, and the metrics kept/... of held-out samples; the
+                                                      reference of a model that is only shown is that model itself
 
 It reads and writes files. Sampling is the business of `stages`.
 """
@@ -28,7 +29,7 @@ START = "/start"
 @dataclass(frozen=True, kw_only=True)
 class Missing:
     """What is still to be measured. samples: completions a prompt for the certificate; 0: none. reference: the policy
-    to which the KL is measured, or START; None: it is not.
+    to which the KL is measured, or START; the policy itself: only its reward is; None: nothing is.
     """
 
     samples: int
@@ -54,11 +55,14 @@ def complete(recipe: RetentionRecipe, seed: SeedPlan) -> bool:
 
 def reference_of(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> str | None:
     """What the KL of a policy is measured to before any fork: its `reference`, or START where its own training has
-    measured none; None: it is not measured again, or the policy is given and nobody knows what it began with.
+    measured none; itself, if it is given and not forked, so that nothing else measures its reward; None: it is not
+    measured again, or the policy is given and nobody knows what it began with.
     """
-    stage = seed.policies.get(policy)
-    if recipe.policies[policy].reference is not None or stage is None:
-        return recipe.policies[policy].reference
+    section, stage = recipe.policies[policy], seed.policies.get(policy)
+    if section.reference is not None:
+        return section.reference
+    if stage is None:
+        return policy if section.is_point else None
     return None if "eval/kl" in evaluation(stage) else START
 
 

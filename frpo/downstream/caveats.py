@@ -32,6 +32,7 @@ def caveats(found: Results) -> list[str]:
         if difference.count and abs(difference.mean) > MATCHED * level:
             told.append(f"{pair[0]} and {pair[1]} are not at the same KL to their reference ({difference.mean:+.2f} of "
                         f"{level:.2f} nats): what they keep is not comparable")
+    told += _no_gains(found)
     told += _unknown_distances(found)
     told += _blanks(found)
     for seed, record in found.heldout.items():
@@ -53,6 +54,20 @@ def caveats(found: Results) -> list[str]:
     return told + [f"{name}: seed(s) {', '.join(map(str, seeds))} missing" for name, seeds in missing.items()]
 
 
+def _no_gains(found: Results) -> list[str]:
+    """Name the policies that have less reward than before their training, and the chosen one unless it has more."""
+    gains = {name: gain for name in found.plan.recipe.shown if (gain := found.gain(name)).count}
+    told = {name: f"{gain.mean:+.3f}" + ("" if math.isnan(gain.half_width) else f" ± {gain.half_width:.3f}")
+            for name, gain in gains.items()}
+    clear = {name: gain.mean for name, gain in gains.items() if gain.differs or math.isnan(gain.half_width)}
+    chosen = found.chosen
+    below = [f"{name} ({told[name]})" for name, gain in clear.items() if gain < 0 and name != chosen]
+    warned = []
+    if chosen in gains and not clear.get(chosen, 0.0) > 0:
+        warned.append(f"the chosen policy {chosen} is not above the reward before training ({told[chosen]})")
+    return warned + ([f"below the reward before training: {', '.join(below)}"] if below else [])
+
+
 def _unknown_distances(found: Results) -> list[str]:
     """Name the policies that have no KL to a reference, and the key that gives them one; and other references."""
     recipe, told = found.plan.recipe, []
@@ -67,6 +82,10 @@ def _unknown_distances(found: Results) -> list[str]:
         if lacking and reference:
             told.append(f"{name}: its KL to {reference} is not measured for seed(s) {', '.join(map(str, lacking))}; "
                         "the same command measures it")
+        unknown = [seed for seed in recipe.seeds if "kept/reward" not in found.policies.get((name, seed), {})]
+        if unknown and recipe.policies[name].is_point and recipe.policies[name].reference is None:
+            told.append(f"{name}: its reward is not measured for seed(s) {', '.join(map(str, unknown))}; the same "
+                        "command measures it")
         infinite = [seed for seed, kl in found.policy_by_seed(name, "eval/kl").items() if math.isnan(kl)]
         if infinite:
             told.append(f"{name}: its KL to the reference was not finite for seed(s) {', '.join(map(str, infinite))}")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from frpo.config.finetune import FinetuneRecipe
@@ -18,17 +19,21 @@ from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.data.examples import load_examples
 from frpo.data.prompts import PromptSet, load_prompts
-from frpo.downstream.before import complete
-from frpo.downstream.plan import Plan, SeedPlan, Stage
+from frpo.downstream.before import DISTANCE, SAMPLES, complete
+from frpo.downstream.plan import DONE, Plan, SeedPlan, Stage
 from frpo.downstream.probe import Task
 from frpo.errors import ConfigError, DataError, FrpoError, ModelError
 from frpo.learner.model import check_reference, vocabulary_difference
 from frpo.loading import load_function
 from frpo.run.build import check_prompts, tokenizer_of, tried_rewards
+from frpo.run.checkpoint import MARKER
 from frpo.types import Example
 
 HELD_OUT = "heldout.json"
 KEPT = "measure.kept"
+MADE = tuple(f"{of}/{what}" for of in ("policies/*", "forks/*/*")
+             for what in (DONE, SAMPLES, DISTANCE, f"checkpoints/*/{MARKER}"))
+"""Files in the folder of a seed that say that it has begun: a stage is done or goes on, or a policy was measured."""
 
 
 def check_plan(plan: Plan) -> list[str]:
@@ -119,12 +124,24 @@ def check_rewards(seed: SeedPlan) -> None:
 def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
     """Write down, before anything is trained, which prompts are held out and how many of them will be trained on.
 
-    Raises DataError if they were others when this seed began, or if there is an overlap that is refused.
+    Raises DataError if they were others when this matrix began, or if there is an overlap that is refused.
     """
     record = _heldout_record(seed, prompts, _trained_on(seed), allowed)
     path = seed.folder / HELD_OUT
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def has_begun(matrix: Path) -> bool:
+    """Whether the folder of a matrix holds anything that depends on which prompts are held out."""
+    return any(next(matrix.glob(f"seed*/{made}"), None) for made in MADE)
+
+
+def forget_heldout(matrix: Path) -> None:
+    """Remove the records of held-out prompts where nothing has begun, so that each seed writes its own anew."""
+    if not has_begun(matrix):
+        for path in matrix.glob(f"seed*/{HELD_OUT}"):
+            path.unlink()
 
 
 @contextmanager
@@ -148,7 +165,7 @@ def _unmade(recipe: RetentionRecipe, seed: SeedPlan) -> list[str]:
 
 def _heldout_record(seed: SeedPlan, prompts: PromptSet, seen: dict[str, set[tuple[int, ...]]], allowed: str
                     ) -> dict[str, Any]:
-    """Raises DataError. seen: prompts by who trains on them."""
+    """Raises DataError. seen: prompts by who trains on them. Other prompts may be held out until a matrix has begun."""
     heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
     if len(heldout) < 2:
         raise DataError(f"{KEPT} holds out {len(heldout)} prompt(s), too few for an interval; give more in "
@@ -156,9 +173,10 @@ def _heldout_record(seed: SeedPlan, prompts: PromptSet, seen: dict[str, set[tupl
     overlap = {name: len(set(heldout) & prompts) for name, prompts in seen.items()}
     record = {"heldout": len(heldout), "uids": sorted(heldout.values()), "overlap": overlap}
     path = seed.folder / HELD_OUT
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["uids"] != record["uids"]:
-        raise DataError(f"{path} names other held-out prompts than {KEPT} has now; choose another run.dir, or "
-                        "restore the data that this matrix began with")
+    others = path.is_file() and json.loads(path.read_text(encoding="utf-8"))["uids"] != record["uids"]
+    if others and has_begun(seed.folder.parent):
+        raise DataError(f"{path} names other held-out prompts than {KEPT} has now; choose another run.dir (of "
+                        "`frpo sweep`: --dir), or restore the data that this matrix began with")
     trained = {name: count for name, count in overlap.items() if count}
     if trained and allowed == "refuse":
         told = ", ".join(f"{count} by {name}" for name, count in trained.items())

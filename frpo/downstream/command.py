@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from frpo.downstream.archive import write_archive
-from frpo.downstream.checks import check_plan
+from frpo.downstream.checks import check_plan, forget_heldout
 from frpo.downstream.choice import is_lacking
 from frpo.downstream.jobs import run_in_jobs
 from frpo.downstream.plan import Plan
@@ -23,6 +23,8 @@ from frpo.held import held_folder
 from frpo.report.page import TableText, write_page
 
 REPORT = "report.html"
+FEW_PROBES = 4
+"""Entries of `measure.at` below which a dry run warns."""
 WIDTH, LONG = 120, 40
 """Columns of text that tables take at least, and from which on a cell is read as text."""
 
@@ -43,6 +45,7 @@ def run_matrix(plan: Plan, jobs: int = 1) -> Results:
     started = time.perf_counter()
     plan.check_done()
     with held_folder(Path(plan.recipe.run.dir)):
+        forget_heldout(Path(plan.recipe.run.dir))
         archive = write_archive(plan.recipe)
         if jobs > 1:
             run_in_jobs(plan, archive, jobs)
@@ -86,6 +89,10 @@ def check_and_show(plan: Plan) -> int:
     print("# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not")
     if unmade:
         print(f"# not checked, since the setup has yet to make their files: {'; '.join(unmade)}")
+    at = plan.recipe.measure.at
+    if at is not None and len(at) < FEW_PROBES and plan.recipe.regimes:
+        print(f"# note: measure.at lists {len(at)} updates: between so few probes the KL may jump, and means over KL "
+              "may be left blank; leave measure.at out, so that probes follow the KL")
     return 0
 
 

@@ -35,7 +35,7 @@ def check_measures(recipe: RetentionRecipe, kept: Recipe, policies: Sequence[Any
 def _known(recipe: RetentionRecipe, kept: Recipe) -> Iterator[str]:
     """Names that can be told before, the usual ones first."""
     yield from ("kept/reward", "eval/kl", *(f"kept/{name}" for name in _sampled(kept)))
-    if recipe.regimes or all(recipe.policies[name].reference for name in recipe.shown):
+    if recipe.regimes or all(recipe.policies[name].reference for name in recipe.forked):
         yield "kept/decile"
     yield from (f"{regime}/{number}" for regime in recipe.regimes for number in NUMBERS
                 if number != "utility" or recipe.measure.utility)

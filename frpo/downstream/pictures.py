@@ -12,10 +12,12 @@ import numpy as np
 from frpo.config.retention import TableSection
 from frpo.downstream.curves import band, differences, kept, tidy
 from frpo.downstream.results import Results
+from frpo.downstream.tables import BEFORE
 from frpo.report.chart import colored
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend has to be chosen first
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 LEAST_RANGE = 0.1
@@ -122,11 +124,20 @@ def spent(found: Results) -> Figure:
                 chosen = policy == found.chosen
                 axis.errorbar(x, y, xerr=_width(dx), yerr=_width(dy), color=color, markersize=12 if chosen else 6,
                               marker="*" if chosen else "o", capsize=2, linewidth=1, label=policy)
+        if measure == "kept/reward" and found.before_training:
+            _level_before_training(axis, *found.untrained_spread(measure))
         low, high = axis.get_ylim()
         pad = max(0.0, LEAST_RANGE - (high - low)) / 2
         axis.set(xlabel="KL to the reference, nats a sequence", ylabel=label, ylim=(low - pad, high + pad))
         axis.set_xlim(left=0.0, right=1.2 * axis.get_xlim()[1])
     return tidy(figure, axes.flat, axes[0][0])
+
+
+def _level_before_training(axis: Axes, reward: float, half_width: float) -> None:
+    """The reward that any training has to exceed, as a line over all KLs, with its interval if there is one."""
+    axis.axhline(reward, color="gray", linestyle="dashed", linewidth=1, label=BEFORE)
+    if not math.isnan(half_width):
+        axis.axhspan(reward - half_width, reward + half_width, color="gray", alpha=0.15, linewidth=0)
 
 
 def frontier(found: Results) -> Figure:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from frpo.config.sections import Recipe
 from frpo.downstream.before import SAMPLES, evaluation, read_distance, rows_of
 from frpo.downstream.caveats import caveats
 from frpo.downstream.certificate import certify
 from frpo.downstream.checks import HELD_OUT
-from frpo.downstream.plan import Plan, SeedPlan
+from frpo.downstream.plan import Plan, SeedPlan, Stage
 from frpo.downstream.results import UTILITY, Certified, Fork, Results
 from frpo.downstream.retained import ForkPath, read_path, summary
 from frpo.downstream.stages import KL, STARTS
@@ -48,8 +49,11 @@ def collect(plan: Plan) -> Results:
         known |= {name: _given(plan, name) for name in seed.given}
         policies |= {(name, seed.seed): _with_distance(plan, seed, name, metrics) | _start(paths, name, seed.seed)
                      for name, metrics in known.items()}
+    untrained = {(stage.policy, seed.seed): before for seed in plan.seeds for stage in seed.policies.values()
+                 if stage.done and (before := _untrained(plan, seed, stage, paths))}
     found = Results(
         plan=plan, reward=reward, decile=decile, paths=paths, summaries=summaries, policies=policies,
+        untrained=untrained,
         certified=_certificates(plan, paths), states=_states(plan), heldout=_heldout(plan),
         failures={stage.name: stage.failure for stage in plan.stages if stage.failure and not stage.done},
         starts=_starts(plan), pushes=tuple(
@@ -72,6 +76,28 @@ def _given(plan: Plan, policy: str) -> dict[str, float]:
     others = [section for name, section in plan.recipe.policies.items() if name != policy]
     is_reference = any(policy in (section.start, section.reference) for section in others)
     return {"eval/kl": 0.0} if is_reference and plan.recipe.policies[policy].reference is None else {}
+
+
+def _untrained(plan: Plan, seed: SeedPlan, stage: Stage, paths: Mapping[Fork, ForkPath]) -> dict[str, float]:
+    """What its training found on held-out prompts before the first update; nothing where its reward of now is that of
+    another task.
+    """
+    section = plan.recipe.policies[stage.policy]
+    first = next((row for row in rows_of(stage) if row["step"] == 0 and "eval/reward" in row), None)
+    again = section.reference is not None or any(fork[::2] == (stage.policy, seed.seed) for fork in paths)
+    if first is None or (again and not _same_task(stage, seed)):
+        return {}
+    found = {"kept/reward": first["eval/reward"], "kept/interval": first.get("eval/interval", math.nan)}
+    return found | ({"eval/kl": 0.0} if section.reference in (None, section.start) else {})
+
+
+def _same_task(stage: Stage, seed: SeedPlan) -> bool:
+    """Whether a training evaluates what `measure.kept` measures: the same completions of the same prompts."""
+    if not isinstance(stage.recipe, Recipe):
+        return False
+    own, kept = ((each.data, each.rewards, each.rollout.max_new_tokens, each.evaluate.temperature)
+                 for each in (stage.recipe, seed.kept))
+    return own == kept
 
 
 def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, float]:

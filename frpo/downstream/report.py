@@ -74,6 +74,9 @@ def meanings(found: Results) -> TableText:
         rows.append((name, f"what forks go through: {section.means or _training(found, name)}"))
     rows.append(("kept" if recipe.regimes else "reward",
                  f"reward of held-out prompts of {measure.kept.means or _rewards(first.kept)}"))
+    rows.append(("several rewards", "each measurement samples again, so that one export has several numbers for its "
+                                    "reward, such as that of its training's own evaluation and that of `measure.kept`; "
+                                    "they differ by chance"))
     if first.utility is not None:
         rows.append(("utility", f"reward of held-out prompts of {measure.utility.means or _rewards(first.utility)}"))
     if recipe.regimes:
@@ -116,6 +119,10 @@ def sentences(found: Results) -> list[str]:
         clear = sum(each.clear_violations for each in found.certified.values())
         told.append(f"{below} of {count} measured points lie below the certificate of their policy, {clear} of them by "
                     "more than their own 95 % interval.")
+    if found.before_training:
+        reward, half_width = found.untrained_spread("kept/reward")
+        interval = "" if math.isnan(half_width) else f" ± {half_width:.3f}"
+        told.append(f"Reward before training: {reward:.3f}{interval}.")
     return told + choice(found)
 
 
@@ -149,6 +156,7 @@ def write_results(found: Results, path: Path) -> Path:
     record = {
         "reward": found.reward, "warnings": list(found.warnings),
         "policies": [{"policy": p, "seed": s, **metrics} for (p, s), metrics in found.policies.items()],
+        "before_training": [{"policy": p, "seed": s, **metrics} for (p, s), metrics in found.untrained.items()],
         "forks": [{"policy": p, "regime": r, "seed": s, "summary": found.summaries[p, r, s], "step": path_.step_S,
                    "kl": path_.kl_S, "kl_gaps": [gap.kl for gap in path_.gaps(found.reward, math.inf)],
                    "metrics": {name: values for name, values in path_.metrics.items()

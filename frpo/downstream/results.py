@@ -54,6 +54,7 @@ class Certified:
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """paths, summaries: of finished forks. policies: what is known of each before any fork, {(policy, seed): metrics}.
+    untrained: the same of a policy's held-out samples before its own training, where they are of the same task.
 
     exact: whether reward and lowest decile are enumerated rather than sampled. warnings: what a reader has to know.
     states: (policy, regime or None) -> seeds by state: done, failed, missing. failures: by stage. starts: seconds of
@@ -66,6 +67,7 @@ class Results:
     paths: Mapping[Fork, ForkPath]
     summaries: Mapping[Fork, Mapping[str, float]]
     policies: Mapping[tuple[str, int], Mapping[str, float]]
+    untrained: Mapping[tuple[str, int], Mapping[str, float]]
     certified: Mapping[tuple[str, int], Certified]
     states: Mapping[tuple[str, str | None], Mapping[str, list[int]]]
     failures: Mapping[str, str]
@@ -196,6 +198,41 @@ class Results:
         if not self.single:
             return found
         return replace(found, half_width=math.hypot(*(self.spread(name, measure)[1] for name in (policy, other))))
+
+    @property
+    def before_training(self) -> dict[int, Mapping[str, float]]:
+        """By seed, what held-out samples said before any training. Empty unless all policies that were trained for a
+        seed are known to have begun with the same reward.
+        """
+        found: dict[int, Mapping[str, float]] = {}
+        for seed in self.plan.seeds:
+            trained = [name for name in self.plan.recipe.shown if name in seed.policies and
+                       (name, seed.seed) in self.policies]
+            begun = [self.untrained.get((name, seed.seed), {}) for name in trained]
+            rewards = [each.get("kept/reward", math.nan) for each in begun]
+            if not all(math.isclose(reward, rewards[0], abs_tol=ROUNDING) for reward in rewards):
+                return {}
+            if begun:
+                shared = set.intersection(*(set(each) for each in begun))
+                found[seed.seed] = {name: value for name, value in begun[0].items() if name in shared}
+        return found
+
+    def untrained_spread(self, metric: str) -> tuple[float, float]:
+        """As `spread`, before any training."""
+        before = self.before_training.values()
+        mean, half_width = mean_interval(each.get(metric, math.nan) for each in before)
+        widths = [each.get(interval_of(metric), math.nan) for each in before] if self.single else [half_width]
+        return mean, widths[0] if widths else math.nan
+
+    def gain(self, policy: str) -> Paired:
+        """How much more reward a policy has than before its own training; intervals as in `lead`."""
+        before = {seed: values for (name, seed), values in self.untrained.items() if name == policy}
+        found = paired(self.policy_by_seed(policy, "kept/reward"),
+                       {seed: values["kept/reward"] for seed, values in before.items()})
+        if not self.single:
+            return found
+        widths = [values.get("kept/interval", math.nan) for values in before.values()]
+        return replace(found, half_width=math.hypot(self.spread(policy, "kept/reward")[1], *widths))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

@@ -184,10 +184,11 @@ class Matrix:
             check_agreement(task, engines, learner, scored, version=0)
             write_samples(seed, name, scored)
         if wanted.reference and (wanted.reference == START or seed.has(wanted.reference)):
-            start = wanted.reference == START
-            learner.remember_start(self.start_of(seed.policies[name]) if start else seed.model_of(wanted.reference))
+            if (apart := wanted.reference != name):
+                start = wanted.reference == START
+                learner.remember_start(self.start_of(seed.policies[name]) if start else seed.model_of(wanted.reference))
             scored = sampled(task, engines, step=0, version=0)
-            kl = learner.kl_groups([each.group for each in scored], to="start")
+            kl = learner.kl_groups([each.group for each in scored], to="start") if apart else None
             write_distance(seed, name, wanted.reference, task_metrics(task, scored, kl))
 
     def connected(self, learner: LearnerGroup, recipe: Recipe) -> RecoveringEngines:

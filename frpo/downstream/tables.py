@@ -18,6 +18,7 @@ FORK_COLUMNS = ("start", "end", "end - start", "end KL", "over updates", "decile
                 "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "utility")
 COMPARED = ("over KL", "decile over KL", "at KL 0.5", "at KL 1", "at KL 2", "over updates", "decile over updates",
             "end", "end KL", "utility")
+BEFORE = "before training"
 COUNT = re.compile(r"\(\d+ of \d+\)")
 BLANK = "; -: KL not reached, or neighbouring probes too far apart"
 
@@ -56,6 +57,8 @@ def policy_table(found: Results) -> TableText:
     known = [column for column in POLICY_COLUMNS
              if any(column[1] in metrics for metrics in found.policies.values())]
     rows = [(policy, *(level(found, policy, metric) for _, metric in known)) for policy in found.plan.recipe.shown]
+    if len(rows) == 1:
+        rows = [*before_row(found, [metric for _, metric in known]), *rows]
     title = "Policies before any fine-tuning" if found.plan.recipe.regimes else "Policies"
     return TableText(title=title, note=how_told(found) + seeds_told(rows),
                      columns=("policy", *(title for title, _ in known)), rows=tuple(rows))
@@ -69,14 +72,28 @@ def frontier_table(found: Results) -> TableText:
                   for name in ("over updates", "over KL")))
     known = [(title, measure) for title, measure in measures
              if any(not math.isnan(found.value(policy, measure)) for policy in found.plan.recipe.shown)]
+    before = before_row(found, [measure for _, measure in known], interval=not regimes)
     rows = [(policy + (" (chosen)" if policy == found.chosen else ""),
              *(level(found, policy, measure, interval=not regimes) for _, measure in known))
             for policy in found.plan.recipe.shown]
+    rows = [*before, *rows]
     title = "Frontier: reward reached, KL spent, reward kept" if regimes else "Reward reached, KL spent"
     how = how_told(found) if not regimes else "one seed" if found.single else "mean over seeds"
     unknown = "; -: not known, see the warnings" if any("-" in row for row in rows) else ""
-    return TableText(title=title, rows=tuple(rows), note=how + unknown + seeds_told(rows),
+    began = f"; {BEFORE}: what all trained policies began with" if before else ""
+    return TableText(title=title, rows=tuple(rows), note=how + unknown + seeds_told(rows) + began,
                      columns=("policy", *(title for title, _ in known)))
+
+
+def before_row(found: Results, measures: Sequence[str], *, interval: bool = True) -> list[tuple[str, ...]]:
+    """A row with what all trained policies began with, where that is known; blank is what needs forks."""
+    if not found.before_training:
+        return []
+    cells = []
+    for measure in measures:
+        mean, half_width = found.untrained_spread(measure)
+        cells.append("" if math.isnan(mean) else _shown([mean], half_width=half_width if interval else math.nan))
+    return [(BEFORE, *cells)]
 
 
 def own_table(found: Results, section: TableSection) -> TableText:

@@ -34,13 +34,18 @@ class Chart:
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
-def panel(traces: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, Any]:
-    """A figure with these axes."""
+def panel(traces: Sequence[Mapping[str, Any]], x: str, y: str, note: str = "") -> dict[str, Any]:
+    """A figure with these axes. note: stands at the top of it."""
     axis = {"gridcolor": "#e6e8ec", "zerolinecolor": "#c4c9d1"}
     return {"data": list(traces), "layout": {
         "xaxis": {**axis, "title": {"text": x}}, "yaxis": {**axis, "title": {"text": y}}, "hovermode": "closest",
         "margin": {"l": 60, "r": 15, "t": 10, "b": 45}, "height": 340, "plot_bgcolor": "white",
-        "legend": {"orientation": "h", "y": -0.25}}}
+        "legend": {"orientation": "h", "y": -0.25}, **({"annotations": [_note(note)]} if note else {})}}
+
+
+def _note(text: str) -> dict[str, Any]:
+    return {"text": text, "xref": "paper", "yref": "paper", "x": 0.01, "y": 0.99, "xanchor": "left", "yanchor": "top",
+            "align": "left", "showarrow": False, "font": {"size": 10}, "bgcolor": "rgba(255, 255, 255, 0.8)"}
 
 
 def line(name: str, color: str, x: Sequence[float], y: Sequence[float], **more: Any) -> dict[str, Any]:

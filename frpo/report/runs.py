@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,41 @@ from frpo.report.curve import plt, read_metrics
 from frpo.report.page import TableText
 from frpo.telemetry.jsonl import read_rows
 
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """interval: metric of the half-width at 95 %. tuned: whether it is of fine-tunings only, or of no fine-tuning.
+
+    beside: a metric that runs without this one may have, and then they are told to be missing, and why: `unless`.
+    """
+
+    metric: str
+    interval: str | None = None
+    tuned: bool | None = None
+    beside: str | None = None
+    unless: str = ""
+
+
 MEASURES = {
-    "reward, training": ("reward/mean", None), "reward, held-out": ("eval/reward", "eval/interval"),
-    "KL to the reference, nats a token": ("policy/kl_ref", None),
-    "KL to the reference, held-out": ("eval/kl", "eval/kl_interval"),
-    "entropy, nats a token": ("policy/entropy", None), "tokens a completion": ("rollout/length", None),
-    "cross-entropy, training, nats a token": ("sft/nll", None), "cross-entropy, held-out": ("eval/nll", None),
-    "KL to the reference, training, nats a token": ("sft/kl", None)}
-"""Title of a panel -> metric and, where there is one, the half-width of its 95 % interval."""
+    "reward, training": Measure(metric="reward/mean"),
+    "reward, held-out": Measure(metric="eval/reward", interval="eval/interval"),
+    "KL to the reference, nats a token": Measure(
+        metric="policy/kl_ref", beside="reward/mean", unless="objective.kl_coef was 0"),
+    "KL to the reference, held-out, nats a sequence": Measure(
+        metric="eval/kl", interval="eval/kl_interval", tuned=False, beside="eval/reward",
+        unless="objective.kl_coef was 0, or evaluate.temperature not 1"),
+    "entropy, nats a token": Measure(metric="policy/entropy"), "tokens a completion": Measure(metric="rollout/length"),
+    "cross-entropy, training, nats a token": Measure(metric="sft/nll"),
+    "cross-entropy, held-out": Measure(metric="eval/nll"),
+    "KL to the reference, training, nats a token": Measure(metric="sft/kl"),
+    "KL to the reference, held-out, nats a token": Measure(metric="eval/kl", tuned=True)}
+"""By title of a panel."""
+
+TUNED = {"sft/nll", "eval/nll"}
+"""Metrics that only a fine-tuning has."""
+
+WRAPPED = 60
+"""Columns of the text below a panel."""
 
 TOLD = 4
 """Held-out prompts whose answers are told over time."""
@@ -26,13 +55,14 @@ TOLD = 4
 Rows = Sequence[Mapping[str, float]]
 
 
-def panels(runs: Mapping[str, Rows]) -> dict[str, tuple[str, str | None]]:
+def panels(runs: Mapping[str, Rows]) -> dict[str, Measure]:
     """The measures, then every reward component, of which a run has two points at least: one is no curve."""
     names = sorted({name for rows in runs.values() for row in rows for name in row
                     if name.startswith("reward/") and name.endswith("/mean") and name != "reward/mean"})
-    components = {f"reward {name.split('/')[1]}, training": (name, None) for name in names} if len(names) > 1 else {}
+    components = {f"reward {name.split('/')[1]}, training": Measure(metric=name) for name in names
+                  } if len(names) > 1 else {}
     return {title: measure for title, measure in (MEASURES | components).items()
-            if any(len(_known(rows, measure[0])) > 1 for rows in runs.values())}
+            if any(len(_known(rows, measure)) > 1 for rows in runs.values())}
 
 
 def draw_runs(runs: Mapping[str, Rows], picture: Path) -> Path | None:
@@ -54,16 +84,17 @@ def draw_runs(runs: Mapping[str, Rows], picture: Path) -> Path | None:
     return picture
 
 
-def _draw_panel(axis: Any, title: str, measure: tuple[str, str | None], runs: Mapping[str, Rows]) -> None:
-    metric, interval = measure
+def _draw_panel(axis: Any, title: str, measure: Measure, runs: Mapping[str, Rows]) -> None:
+    metric, interval = measure.metric, measure.interval
     for (name, rows), color in colored(runs.items()):
-        if known := _known(rows, metric):
+        if known := _known(rows, measure):
             widths = [row.get(interval, 0.0) for row in known] if interval else None
             axis.errorbar([row["step"] for row in known], [row[metric] for row in known], yerr=widths, color=color,
                           linestyle=STYLES[color], linewidth=1.2, capsize=2 if interval else 0, label=name,
                           marker="o" if interval else None, markersize=3)
-    axis.set(title=title, xlabel="step")
+    axis.set(title=title, xlabel="\n".join(["step", *_missing(measure, runs)]))
     axis.title.set_fontsize(9)
+    axis.xaxis.label.set_fontsize(8)
     axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -71,7 +102,8 @@ def _draw_panel(axis: Any, title: str, measure: tuple[str, str | None], runs: Ma
 def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
     """The same as curves. A click on a held-out point shows completions of it."""
     found = {title: panel([trace for (name, rows), color in colored(runs.items())
-                           for trace in _traces(name, color, title, measure, rows)], "step", "")
+                           for trace in _traces(name, color, title, measure, rows)], "step", "",
+                          "<br>".join(_missing(measure, runs)))
              for title, measure in panels(runs).items()}
     samples: dict[str, list[Mapping[str, Any]]] = {}
     for name, folder in folders.items():
@@ -80,10 +112,18 @@ def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
     return Chart(panels=found, samples=samples)
 
 
-def _traces(name: str, color: str, title: str, measure: tuple[str, str | None], rows: Rows) -> list[dict[str, Any]]:
+def _missing(measure: Measure, runs: Mapping[str, Rows]) -> list[str]:
+    """Lines that name the runs of this kind that are not in the panel, and why; none where all are."""
+    names = [name for name, rows in runs.items() if not _known(rows, measure)
+             and any(measure.beside in row for row in rows)]
+    told = f"not in it, since {measure.unless}: {', '.join(names)}"
+    return textwrap.wrap(told, WRAPPED, break_on_hyphens=False) if names else []
+
+
+def _traces(name: str, color: str, title: str, measure: Measure, rows: Rows) -> list[dict[str, Any]]:
     """A run's line and points in one panel; none where the run lacks the measure."""
-    metric, interval = measure
-    known = _known(rows, metric)
+    metric, interval = measure.metric, measure.interval
+    known = _known(rows, measure)
     if not known:
         return []
     x, y = [row["step"] for row in known], [row[metric] for row in known]
@@ -126,5 +166,9 @@ def _answer(sample: Mapping[str, Any]) -> str:
     return f"{sample['completion']}\n[{reward:.3g}]"
 
 
-def _known(rows: Rows, metric: str) -> Rows:
+def _known(rows: Rows, measure: Measure) -> Rows:
+    """Rows that have it; none of a run of the other kind."""
+    metric = measure.metric
+    if measure.tuned is not None and measure.tuned != any(TUNED & row.keys() for row in rows):
+        return []
     return [row for row in rows if metric in row and math.isfinite(row[metric])]

@@ -45,7 +45,8 @@ def recipe(folder: Path, *broken: str) -> Path:
             "warm": {"recipe": "lab_warm_start", "fork": False, "overrides": [
                 "model.path=$setup/model", "data.path=$setup/warm_start.jsonl", "run.num_epochs=1"]},
             "kept": POLICY | {"reference": "warm"}, "broken": POLICY | {"extra": list(broken)},
-            "raw": {"path": "$setup/model", "reference": "warm", "fork": False}},
+            "raw": {"path": "$setup/model", "reference": "warm", "fork": False},
+            "alone": {"path": "$setup/model", "fork": False}},
         "downstream": {
             "sft": {"recipe": "lab_downstream_sft", "policies": ["kept", "broken"], "overrides": [
                 "data.path=$setup/downstream.jsonl", "run.num_epochs=1", "learner.lr=3.0e-3"]},
@@ -159,3 +160,4 @@ def test_policies_have_their_kl_to_the_reference(runs_of):
     assert found["raw"]["eval/kl"] > 10 * kl > 0
     raw, kept = (found[name]["kept/reward"] for name in ("raw", "kept"))
     assert 0 <= raw < kept - 0.1, "a model of random weights and the trained policy"
+    assert found["alone"]["kept/reward"] == raw and "eval/kl" not in found["alone"], "the same samples, no reference"

@@ -556,6 +556,11 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
                          "--seeds", "4", "--dir", "there", "--dry-run")
     assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"
                               f"{CHECKED}\n"), err
+    note = "# note: measure.at lists {} updates: between so few probes the KL may jump, and means over KL may be left"
+    quick = ("retention", "lab", "--quick", "--dry-run", "seeds=[7]")
+    for at, noted in (("[]", True), ("[1,2,3]", True), ("[1,2,3,4]", False), ("null", False)):
+        assert (note.format(at.count(",") + (len(at) > 2)) in run(capsys, *quick, f"measure.at={at}")[1]) is noted
+    assert "# note" not in run(capsys, *quick, "measure.at=[1]", "only_regimes=[]")[1], "nothing is probed"
     code, out, err = run(capsys, "retention", "recipe.yaml")
     assert (code, out) == (2, "") and "recipe.yaml is a recipe of `frpo train`, by its sections" in err
     assert tree(place) == before

@@ -6,13 +6,14 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from plotly.offline import get_plotlyjs
 
 from frpo.commands.report import SIDE_BY_SIDE, run_report, section
 from frpo.downstream.command import REPORT, show
-from frpo.report.curve import draw_loss_curve, draw_reward_curve, plt
+from frpo.report.curve import draw_loss_curve, draw_reward_curve
 from frpo.report.page import TableText
-from frpo.report.runs import answers_over_time
+from frpo.report.runs import _draw_panel, answers_over_time, chart_runs, panels
 
 
 def write(path, rows):
@@ -88,6 +89,31 @@ def test_several_trainings_stand_side_by_side(tmp_path):
     assert "said &lt;4&gt;\n[0.5]" in page and "<td>ask</td>" in page
     assert pictures(tmp_path) == [f"one/side_by_side_pictures/{name}.png" for name in (
         "1-one/curve", "2-two/curve", "side_by_side")] and two["samples"] == {}
+
+
+def test_a_panel_of_the_kl_names_the_trainings_that_measured_none(tmp_path):
+    """A fine-tuning's KL is one of tokens, so that it has a panel of its own and is missing from none."""
+    with_kl = [{"step": step, "reward/mean": 0.1, "policy/kl_ref": 0.01, "eval/reward": 0.5, "eval/kl": 0.1 * step,
+                "eval/kl_interval": 0.01} for step in range(3)]
+    without = [{"step": step, "reward/mean": 0.1, "eval/reward": 0.5} for step in range(3)]
+    tuned = [{"step": step, "sft/nll": 1.0, "eval/nll": 1.0, "eval/kl": 0.001} for step in range(3)]
+    runs = {"held": with_kl, "fr-ee": without, "loose": without, "tuned": tuned}
+    shown = chart_runs(runs, {}).panels
+    for title, drawn, why in (
+            ("KL to the reference, held-out, nats a sequence", {"held"},
+             "not in it, since objective.kl_coef was 0, or<br>evaluate.temperature not 1: fr-ee, loose"),
+            ("KL to the reference, nats a token", {"held"}, "not in it, since objective.kl_coef was 0: fr-ee, loose"),
+            ("KL to the reference, held-out, nats a token", {"tuned"}, None),
+            ("reward, held-out", {"held", "fr-ee", "loose"}, None)):
+        assert {trace["name"] for trace in shown[title]["data"]} == drawn
+        assert [note["text"] for note in shown[title]["layout"].get("annotations", [])] == ([why] if why else [])
+    figure, axes = plt.subplots(1, 2)
+    for axis, name in zip(axes, ("fr-ee", "held")):
+        title = "KL to the reference, held-out, nats a sequence"
+        _draw_panel(axis, title, panels(runs)[title], {"held": with_kl, name: runs[name]})
+    assert [axis.get_xlabel() for axis in axes] == [
+        "step\nnot in it, since objective.kl_coef was 0, or\nevaluate.temperature not 1: fr-ee", "step"]
+    plt.close(figure)
 
 
 def pictures(folder):

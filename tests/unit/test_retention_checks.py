@@ -18,8 +18,10 @@ from frpo.downstream.checks import (
     check_plan,
     check_references,
     check_rewards,
+    forget_heldout,
     record_heldout,
 )
+from frpo.downstream.command import run_retention
 from frpo.downstream.plan import make_plan
 from frpo.downstream.stages import Matrix, probed_kl
 from frpo.errors import ConfigError, DataError, ModelError, RewardError
@@ -74,8 +76,54 @@ def test_held_out_prompts_are_written_down_with_who_sees_them(seed):
 def test_other_held_out_prompts_than_at_the_beginning_are_refused(seed, tmp_path):
     heldout(seed)
     write_rows(heldout_rows(world_of(0), 5), tmp_path / "heldout.jsonl")
-    with pytest.raises(DataError, match="names other held-out prompts than measure.kept has now"):
+    seed.policies["made"].finish(steps=1)
+    with pytest.raises(DataError, match=r"names other held-out prompts than measure.kept has now; choose another "
+                                        r"run.dir \(of `frpo sweep`: --dir\), or restore the data that this matrix"):
         heldout(seed)
+
+
+@pytest.mark.parametrize("made", ["policies/made/done.json", "policies/made/certificate.npz",
+                                  "policies/given/reference_kl.json", "forks/made/sft/done.json",
+                                  "policies/made/checkpoints/step_000002/COMPLETE"])
+def test_other_prompts_may_be_held_out_until_anything_has_begun(plan, tmp_path, made):
+    """Stages that began without reaching a checkpoint are made anew. Any seed counts, also one that is left out now."""
+    found = plan()
+    seed, folder = found.seeds[0], tmp_path / "run"
+    assert len(heldout(seed)["uids"]) == 6
+    write_rows(heldout_rows(world_of(0), 5), tmp_path / "heldout.jsonl")
+    (folder / "seed0" / "policies" / "made" / "checkpoints" / "step_000002").mkdir(parents=True)
+    (folder / "seed0" / "policies" / "made" / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    assert check_plan(found) == []
+    assert '"heldout": 6' in (seed.folder / HELD_OUT).read_text(encoding="utf-8"), "a dry run writes nothing"
+    assert len(heldout(seed)["uids"]) == 5
+    (folder / "seed7" / made).parent.mkdir(parents=True)
+    (folder / "seed7" / made).touch()
+    forget_heldout(folder)
+    assert (seed.folder / HELD_OUT).is_file()
+    write_rows(heldout_rows(world_of(0), 4), tmp_path / "heldout.jsonl")
+    for check in (lambda: heldout(seed), lambda: check_plan(found)):
+        with pytest.raises(DataError, match="names other held-out prompts"):
+            check()
+    (folder / "seed7" / made).unlink()
+    forget_heldout(folder)
+    assert not (seed.folder / HELD_OUT).exists()
+
+
+def test_a_run_forgets_held_out_prompts_of_seeds_that_have_not_begun(plan, tmp_path, monkeypatch):
+    """Before its first seed begins, since from then on the records of the others count."""
+    def interrupt(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("frpo.downstream.command.run_plan", interrupt)
+    found = plan(seeds=[0, 1])
+    for begun in (False, True):
+        for seed in found.seeds:
+            heldout(seed)
+        if begun:
+            found.seeds[0].policies["made"].finish(steps=1)
+        with pytest.raises(KeyboardInterrupt):
+            run_retention(found)
+        assert [(seed.folder / HELD_OUT).is_file() for seed in found.seeds] == [begun, begun]
 
 
 def test_training_on_held_out_prompts_is_refused_unless_allowed(seed, tmp_path):

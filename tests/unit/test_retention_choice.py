@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -126,6 +127,85 @@ def test_a_sweep_without_forks_is_told_as_one(tmp_path):
     assert table.title == "Reward reached, KL spent" and len(all_tables(found)) == 2
     assert table.note == "one seed ± 95 % interval over its held-out prompts, where they were sampled"
     assert table.rows[0] == (NAMES[0], "0.400 ± 0.050", "0.100 ± 0.020")
+
+
+def trained(tmp_path, begun, *rewards, interval=0.02, **changes):
+    """Policies of which all have begun with this reward of each seed, and have these now."""
+    plan = sweep(tmp_path, *(row(reward, interval, **KNOWN) for reward in rewards), **changes)
+    for stage in plan.stages:
+        path = stage.run_dir / "metrics.jsonl"
+        first, *others = path.read_text(encoding="utf-8").splitlines()
+        first = json.loads(first) | {"eval/reward": begun[stage.seed]}
+        path.write_text("\n".join([json.dumps(first), *others]) + "\n", encoding="utf-8")
+    return plan
+
+
+def test_the_model_before_training_stands_beside_what_was_made_of_it(tmp_path):
+    """.25 ± .02 before; after it .1, .5 and .24, of which the last is within both intervals."""
+    found = collect(trained(tmp_path, [0.25], 0.1, 0.5, 0.24))
+    table = all_tables(found)[-1]
+    assert table.rows[0] == ("before training", "0.000", "0.250 ± 0.020") and len(table.rows) == 4
+    assert table.note.endswith("; before training: what all trained policies began with")
+    assert sentences(found)[0] == "Reward before training: 0.250 ± 0.020."
+    assert f"below the reward before training: {NAMES[0]} (-0.150 ± 0.028)" in found.warnings
+    assert not any("chosen" in each for each in found.warnings)
+    axis = spent(found).axes[0]
+    line, = (line for line in axis.lines if line.get_label() == "before training")
+    assert set(line.get_ydata()) == {0.25} and "before training" in {
+        text.get_text() for text in axis.get_legend().get_texts()}
+    plt.close("all")
+    page = write_report(found).read_text(encoding="utf-8")
+    assert "<td>before training</td>" in page and "one export has several numbers for its reward" in page
+    numbers = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
+    assert numbers["before_training"][0] == {
+        "policy": NAMES[0], "seed": 0, "kept/reward": 0.25, "kept/interval": 0.02, "eval/kl": 0.0}
+
+
+@pytest.mark.parametrize("best, told", [(0.4, None), (0.26, "+0.010 ± 0.028"), (0.25, "+0.000 ± 0.028"),
+                                        (0.2, "-0.050 ± 0.028")])
+def test_a_choice_that_is_no_better_than_before_training_is_a_warning(tmp_path, best, told):
+    found = collect(trained(tmp_path, [0.25], 0.0, best, 0.1))
+    warned = [each for each in found.warnings if "chosen" in each]
+    sentence = f"the chosen policy {NAMES[1]} is not above the reward before training ({told})"
+    assert warned == ([sentence] if told else [])
+    below = f"below the reward before training: {NAMES[0]} (-0.250 ± 0.028), {NAMES[2]} (-0.150 ± 0.028)"
+    assert below in found.warnings
+
+
+def test_over_seeds_the_gain_is_that_of_pairs(tmp_path):
+    """Before .2, .21, .22; after it .1 and .01 more a seed, so that the loss is the same in each; and 0.2 or .3."""
+    found = collect(trained(tmp_path, [0.2, 0.21, 0.22], 0.1, 0.2, 0.3, seeds=(0, 1, 2)))
+    assert all_tables(found)[-1].rows[0] == ("before training", "0.000 ± 0.000", "0.210 ± 0.025")
+    assert f"below the reward before training: {NAMES[0]} (-0.100 ± 0.000)" in found.warnings
+    assert found.gain(NAMES[1]).mean == pytest.approx(0.0) and found.gain(NAMES[2]).differs
+
+
+def test_without_an_interval_a_smaller_reward_is_below(tmp_path):
+    warned = "\n".join(collect(trained(tmp_path, [0.25], 0.24, 0.5, 0.26, interval=math.nan)).warnings)
+    assert f"below the reward before training: {NAMES[0]} (-0.010)" in warned
+
+
+def test_policies_that_began_with_other_rewards_have_no_row_in_common(tmp_path):
+    """Each is compared with its own start all the same."""
+    plan = trained(tmp_path, [0.25, 0.25], 0.1, 0.5, 0.3, seeds=(0, 1))
+    path = plan.seeds[1].policies[NAMES[2]].run_dir / "metrics.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("0.25", "0.27", 1), encoding="utf-8")
+    found = collect(plan)
+    assert found.before_training == {} and "before training" not in {row[0] for row in all_tables(found)[-1].rows}
+    assert not any("before training" in each for each in sentences(found))
+    assert "before training" not in {line.get_label() for line in spent(found).axes[0].lines}
+    assert found.gain(NAMES[2]).mean == pytest.approx((0.05 + 0.04) / 2)
+    plt.close("all")
+
+
+def test_a_single_policy_stands_beside_the_model_before_training_too(tmp_path):
+    plan = make_plan(sweep_recipe("smoke", [], over=["objective.kl_coef=[0.1]"], seeds=[0], folder=str(tmp_path)))
+    stage, = plan.stages
+    stage.run_dir.mkdir(parents=True)
+    (stage.run_dir / "metrics.jsonl").write_text("".join(
+        json.dumps(row(reward, **KNOWN) | {"step": step}) + "\n" for step, reward in ((0, 0.25), (4, 0.5))))
+    stage.finish(steps=4, seconds=1.0)
+    assert [line[0] for line in all_tables(collect(plan))[-1].rows] == ["before training", NAMES[1]]
 
 
 @pytest.mark.parametrize("metric, interval", [

@@ -125,6 +125,8 @@ def test_a_point_of_the_frontier_can_be_among_some_of_it(tmp_path):
     found = recipe(tmp_path, policies=policies, only_policies=["made", "point"])
     assert (found.forked, found.shown, found.needed()) == (["made"], ["made", "point"], ["base", "made", "point"])
     assert recipe(tmp_path, policies=policies, only_policies=["made"]).shown == ["made"]
+    policies["base"]["fork"] = False
+    assert recipe(tmp_path, policies=policies, only_policies=["made", "base"]).shown == ["made", "base"]
 
 
 def test_values_of_keys_become_policies(tmp_path):

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from frpo.config.loader import load_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.downstream.archive import RECIPE
-from frpo.downstream.before import read_distance, write_distance
+from frpo.downstream.before import complete, missing, read_distance, write_distance
 from frpo.downstream.charts import kept_charts
 from frpo.downstream.command import show, write_report
 from frpo.downstream.curves import differences, kept
@@ -32,6 +32,7 @@ from frpo.downstream.tables import (
     frontier_table,
     own_differences,
     own_table,
+    policy_table,
     state_table,
 )
 from frpo.telemetry.intervals import mean_interval
@@ -219,8 +220,33 @@ def test_a_policy_that_is_not_forked_has_its_place_too(tmp_path):
     places = {bar.get_label(): bar.lines[0].get_xydata().tolist()[0] for bar in spent(found).axes[0].containers}
     assert places["given"] == pytest.approx([0.2, 0.6])
     plt.close("all")
-    alone = collect(with_reference(tmp_path / "alone", compare=(), fork=False))
-    assert "given" not in cells(frontier_table(alone)), "without a reference it is a start only"
+
+
+def test_a_model_that_exists_and_is_not_forked_is_measured_against_nothing(tmp_path):
+    """`base` is start and reference of others, so that its KL is 0; nothing says what the KL of `lone` is to."""
+    policy = {"recipe": "lab_policy", "overrides": ["model.path=x"], "start": "base"}
+    plan = matrix(tmp_path, compare=[], policies={
+        "base": {"path": "models/base", "fork": False}, "lone": {"path": "models/lone", "fork": False}, "made": policy,
+        "hidden": {**policy, "fork": False}})
+    assert plan.recipe.shown == ["made", "base", "lone"], "one that a recipe makes is a start only"
+    assert not any(complete(plan.recipe, seed) for seed in plan.seeds)
+    told = collect(plan).warnings
+    assert "base: its reward is not measured for seed(s) 0, 1, 2; the same command measures it" in told
+    for seed in plan.seeds:
+        assert {name: missing(plan.recipe, seed, name).reference for name in plan.recipe.shown} == {
+            "made": None, "base": "base", "lone": "lone"}
+        for name, reward in (("base", 0.3), ("lone", 0.5)):
+            write_distance(seed, name, name, {"kept/reward": reward + 0.1 * seed.seed, "kept/decile": 0.1})
+    assert all(complete(plan.recipe, seed) for seed in plan.seeds)
+    found = collect(plan)
+    rows = cells(frontier_table(found))
+    assert [(rows[name]["KL spent, nats"], rows[name]["reward reached"]) for name in ("base", "lone")] == [
+        ("0.000", "0.400"), ("-", "0.600")]
+    assert cells(policy_table(found))["base"]["reward"] == "0.400 ± 0.248"
+    places = {bar.get_label(): bar.lines[0].get_xydata().tolist()[0] for bar in spent(found).axes[0].containers}
+    assert places["base"] == pytest.approx([0.0, 0.4]) and "lone" not in places
+    assert found.warnings == (UNKNOWN.replace("given is", "lone is").replace(".given.", ".lone."),)
+    plt.close("all")
 
 
 def test_a_kl_to_another_reference_or_a_missing_one_is_not_told(tmp_path):
@@ -237,6 +263,26 @@ def test_a_kl_to_another_reference_or_a_missing_one_is_not_told(tmp_path):
     assert found.warnings == (UNKNOWN,) and read_distance(found.plan.recipe, found.plan.seeds[0], "given") is None
     alone = collect(matrix(tmp_path / "alone", only_policies=["given"], compare=[]))
     assert alone.warnings == (), "without others there is no frontier"
+
+
+@pytest.mark.parametrize("other, known", [([], True), (["evaluate.temperature=0.5"], False), (["rewards=[]"], False)])
+def test_a_reward_before_training_is_compared_with_one_of_the_same_task_only(tmp_path, other, known):
+    """What forks keep is measured by `measure.kept`; a training may evaluate otherwise."""
+    task = ["model.path=x", "rewards=[{name: short, function: 'frpo.rewards.length:short'}]"]
+    plan = matrix(tmp_path, measure={"kept": {"recipe": "lab_policy", "overrides": task}, "max_kl": 0.5}, policies={
+        "given": {"path": "models/$seed"},
+        "made": {"recipe": "lab_policy", "overrides": [*task, *(o for o in other if o != "rewards=[]")] if other != [
+            "rewards=[]"] else ["model.path=x"]}})
+    for seed in plan.seeds:
+        write(seed.policies["made"].run_dir / "metrics.jsonl", [
+            {"step": 0, "eval/reward": 0.95}, {"step": 4, "eval/reward": 0.99}])
+    found = collect(plan)
+    assert bool(found.before_training) is known
+    assert ("below the reward before training: made (-0.050 ± 0.000)" in found.warnings) is known
+    assert ("before training" in cells(frontier_table(found))) is known
+    if known:
+        row = cells(frontier_table(found))["before training"]
+        assert row["reward reached"] == "0.950" and row["kept through sft over updates"] == ""
 
 
 def test_a_reference_stands_above_the_kl_that_a_training_reported(tmp_path):

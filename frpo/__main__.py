@@ -177,7 +177,7 @@ def _name_the_accelerator() -> None:
 def _what_is_left(parsed: argparse.Namespace | None) -> str:
     """What the same command does after it was interrupted; nothing is said of commands that begin anew anyway."""
     command = getattr(parsed, "command", None)
-    if getattr(parsed, "dry_run", False):
+    if parsed is None or getattr(parsed, "dry_run", False):
         return ""
     if command in (retention, sweep):
         return "; the same command goes on: stages that are done stay"

@@ -149,7 +149,7 @@ def _load_file(path: str, what: str, function: str) -> ModuleType:
     assert spec is not None and spec.loader is not None, f"a .py file has a loader: {file}"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    beside = _let_import_siblings(str(file.parent))
+    siblings = _let_import_siblings(str(file.parent))
     before = {*sys.modules}
     _being_loaded.append(str(file))
     try:
@@ -159,7 +159,7 @@ def _load_file(path: str, what: str, function: str) -> ModuleType:
         raise _import_failure(what, function, error) from error
     finally:
         _being_loaded.pop()
-    for other in sorted(beside & {*sys.modules} - before):
+    for other in sorted(siblings & {*sys.modules} - before):
         if not _lies_in(sys.modules[other], [str(file.parent)]):
             logger.warning("%s %r: its module %r is %s, not the one beside it; give one of them another name", what,
                            function, other, getattr(sys.modules[other], "__file__", None) or "elsewhere")

@@ -84,8 +84,8 @@ def _as_override(argument: str, parsed: argparse.Namespace) -> str:
     if not hasattr(parsed, "overrides"):
         return ""
     if not argument.startswith("--"):
-        key, _, value = argument.partition(":")
-        return f"; values of a recipe are written with =, this one as {key}={value or 'VALUE'}" if "." in key else ""
+        name, _, value = argument.partition(":")
+        return f"; values of a recipe are written with =, this one as {name}={value or 'VALUE'}" if "." in name else ""
     from frpo.config.keys import keys
     from frpo.config.loader import KINDS
     from frpo.config.other_names import ours

@@ -26,10 +26,9 @@ def complete(parser: argparse.ArgumentParser, kinds: Mapping[str, str]) -> None:
     """
     for command in _commands(parser):
         for argument in command._actions:
-            if argument.dest == "recipe":
-                argument.completer = partial(_recipes, kinds)
-            if argument.dest in COMPLETERS:
-                argument.completer = COMPLETERS[argument.dest]
+            completer = partial(_recipes, kinds) if argument.dest == "recipe" else COMPLETERS.get(argument.dest)
+            if completer is not None:
+                setattr(argument, "completer", completer)  # noqa: B010  argparse does not know argcomplete's attribute
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
@@ -45,7 +44,7 @@ def _recipes(kinds: Mapping[str, str], prefix: str, parsed_args: argparse.Namesp
     return named + [f"{file}/" if Path(file).is_dir() else file for file in files]
 
 
-def _overrides(prefix: str, **_: object) -> list[str]:
+def _overrides(prefix: str, **given: object) -> list[str]:
     """Keys with their sign of equality; behind it the values, where they are few."""
     known = {key.name: key for kind in KINDS for key in keys(kind)
              if key.default is not None and "[]" not in key.name and ".NAME" not in key.name}

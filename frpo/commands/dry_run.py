@@ -62,7 +62,7 @@ def _first_example(recipe: FinetuneRecipe, checked: CheckedFinetune) -> Iterator
     """What the model is given and what it learns of the first example, as far as a line goes."""
     example, tokenizer = checked.examples.train[0], tokenizer_of(recipe.model)
     learned = [token for token, flag in zip(example.token_ids, example.loss_mask) if flag]
-    yield f"first example, {example.origin}: {tokenizer.decode(example.token_ids)!r:.300}"
+    yield f"first example, {example.origin}: {tokenizer.decode([*example.token_ids])!r:.300}"
     yield f"  of which is learned: {tokenizer.decode(learned)!r:.300}"
 
 
@@ -84,7 +84,7 @@ def _common_notes(recipe: AnyRecipe, engines: bool) -> Iterator[str]:
     yield f"device: {device} ({reason})"
     cores = os.cpu_count() or 1
     threads = recipe.learner.num_ranks * recipe.learner.threads
-    sampling = recipe.rollout.num_engines * recipe.rollout.threads if engines else 0
+    sampling = recipe.rollout.num_engines * recipe.rollout.threads if isinstance(recipe, Recipe) and engines else 0
     if device == "cpu" and max(threads, sampling) > cores:
         yield (f"note: learner.num_ranks x learner.threads = {threads} and rollout.num_engines x rollout.threads = "
                f"{sampling} on {cores} cores; more threads than cores slow each other down")
@@ -97,11 +97,11 @@ def _device(recipe: AnyRecipe, engines: bool) -> tuple[str, str]:
     asked = recipe.run.device
     lacking = [] if asked == "cpu" else lacking_packages(engines)
     needed = recipe.learner.num_ranks
-    if engines:
+    if engines and isinstance(recipe, Recipe):
         needed += recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size
     if asked != "cpu" and not lacking and "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() < needed:
         lacking.append(f"the recipe needs {needed} GPUs, this machine shows {torch.cuda.device_count()}")
     device = settled(asked, lacking, quiet=True)
-    if engines:
+    if engines and isinstance(recipe, Recipe):
         check_backend(recipe, device)
     return device, f"run.device: {asked}" + (f", since {'; '.join(lacking)}" if lacking else "")

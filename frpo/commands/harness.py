@@ -20,7 +20,8 @@ from frpo.learner.model import check_model_path, load_model, load_tokenizer
 RESULT = "harness.json"
 
 
-def run_harness(model: str, tasks: Sequence[str], *, backend: Literal["hf", "vllm"] = "hf", dtype: str = "bf16",
+def run_harness(model: str, tasks: Sequence[str], *, backend: Literal["hf", "vllm"] = "hf",
+                dtype: Literal["fp32", "bf16"] = "bf16",
                 limit: int | None = None, chat: bool = False, include: str | None = None, output: str | None = None
                 ) -> int:
     """Evaluate, print metrics, write them to `output` or harness.json in the model's folder.
@@ -53,7 +54,7 @@ def run_harness(model: str, tasks: Sequence[str], *, backend: Literal["hf", "vll
     return 0
 
 
-def _loaded(model: str, backend: str, dtype: str) -> Any:
+def _loaded(model: str, backend: str, dtype: Literal["fp32", "bf16"]) -> Any:
     """The model as the harness takes it. Through transformers it is loaded as everywhere here: the harness alone would
     rebuild a tokenizer that was made on the spot as another class, which loses spaces.
     """

@@ -246,7 +246,7 @@ def _ends(metrics: Path) -> Ends:
     return rows[0], rows[-1]
 
 
-def _verdict(first: dict[str, float], last: dict[str, float]) -> bool:
+def _verdict(first: Mapping[str, float], last: Mapping[str, float]) -> bool:
     """Whether the intervals before and after are apart, the later one above."""
     return last["eval/reward"] - last["eval/interval"] > first["eval/reward"] + first["eval/interval"]
 

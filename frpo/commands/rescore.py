@@ -6,6 +6,7 @@ and no engine and no learner is started. `shuffle_rewards` is not applied, and w
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -88,10 +89,10 @@ def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
     Until all are scored that file is called <output>.unfinished. Raises ConfigError if `output` is there already,
     DataError for traces that are missing, empty or none, RewardError naming the lines at which a reward failed.
     """
-    path, target = Path(traces), output and new_file(Path(output))
+    path, target = Path(traces), None if output is None else new_file(Path(output))
     prompts, count = read_prompts(path)
-    comparison, counts = Comparison(), {}
-    unfinished = target and target.with_name(f"{target.name}.unfinished")
+    comparison, counts = Comparison(), Counter[str]()
+    unfinished = None if target is None else target.with_name(f"{target.name}.unfinished")
     with ExitStack() as stack:
         rewards = stack.enter_context(reward_suite(recipe, prompts))
         if unfinished:
@@ -106,11 +107,11 @@ def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
                 if unfinished:
                     file.append(new_row(traced, now, recipe))
                 bar.advance()
-            counts = {key: counts.get(key, 0) + value for key, value in report.counts.items()}
+            counts.update(report.counts)
     print_comparison(traces, count, comparison)
     for line in mishaps(counts):
         print(line)
-    if target:
+    if target is not None and unfinished is not None:
         unfinished.rename(target)
         print(f"rescored: {target}")
     return 0

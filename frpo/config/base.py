@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -38,7 +38,12 @@ class Section(BaseModel):
 
 
 class WholeRecipe(Section):
-    """Base of what a recipe file holds."""
+    """Base of what a recipe file holds. COMMAND: of the command line. NAMED: where a mapping has a name, and keys of
+    that name.
+    """
+
+    COMMAND: ClassVar[str]
+    NAMED: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @classmethod
     def load(cls, path: str | Path, *overrides: str) -> Self:

@@ -1,7 +1,7 @@
 """The recipe of supervised fine-tuning: its own sections, the others as in reinforcement learning."""
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -66,9 +66,8 @@ class FinetuneTelemetrySection(Section):
 class FinetuneRecipe(WholeRecipe):
     """A whole fine-tuning."""
 
-    COMMAND: ClassVar = "finetune"
-    NAMED: ClassVar = (("objective",),)
-    """Where a mapping has a name, and keys of that name."""
+    COMMAND = "finetune"
+    NAMED = (("objective",),)
 
     run: FinetuneRunSection = Field(FinetuneRunSection(), description="name, folder, length, checkpoints")
     model: ModelSection = Field(description="what is fine-tuned")

@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar, cast, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from frpo.config.base import Section
+from frpo.config.base import Section, WholeRecipe
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.keys import keys
 from frpo.config.other_names import translate
@@ -29,7 +29,7 @@ AnyRecipe = Recipe | FinetuneRecipe
 """Of one training."""
 Source = str | Path | Mapping[str, Any] | Section
 """Of what Python makes a recipe."""
-Kind = TypeVar("Kind", Recipe, FinetuneRecipe, RetentionRecipe)
+Kind = TypeVar("Kind", bound=WholeRecipe)
 KINDS = (Recipe, FinetuneRecipe, RetentionRecipe)
 
 NOT_IN_DIGEST = {
@@ -73,10 +73,6 @@ SHORT = {**dict.fromkeys(NAMED, "name"), "placement": "mode"}
 class _RecipeYaml(yaml.SafeLoader):
     """YAML without its traps: 1e-6 is a number, a date is text; a key given twice and a lone surrogate are errors."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":float", ":timestamp"))]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
@@ -86,7 +82,7 @@ class _RecipeYaml(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         try:
             value.encode("utf-8")
@@ -96,6 +92,9 @@ class _RecipeYaml(yaml.SafeLoader):
         return value
 
 
+_RecipeYaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":float", ":timestamp"))]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _RecipeYaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
@@ -105,10 +104,19 @@ _RecipeYaml.add_implicit_resolver(
 class _RecipeDumper(yaml.SafeDumper):
     """Quotes what `_RecipeYaml` would take for something else than text."""
 
-    yaml_implicit_resolvers: ClassVar = _RecipeYaml.yaml_implicit_resolvers
+
+_RecipeDumper.yaml_implicit_resolvers = _RecipeYaml.yaml_implicit_resolvers
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Kind] = Recipe) -> Kind:
+@overload
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+
+
+@overload
+def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Kind]) -> Kind: ...
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[WholeRecipe] = Recipe) -> WholeRecipe:
     """Read a recipe file (or the name of one in recipes/), its `extends:` chain and `section.key=value` overrides.
 
     kind: Recipe for reinforcement learning, FinetuneRecipe for supervised fine-tuning, RetentionRecipe for a matrix.
@@ -128,11 +136,11 @@ def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kin
     A dictionary holds what a recipe file does, `extends` included. In the place of names it may hold sections,
     functions and rows. Raises ConfigError.
     """
-    if isinstance(source, Recipe | FinetuneRecipe | RetentionRecipe):
+    if isinstance(source, WholeRecipe):
         if not isinstance(source, kind):
             raise ConfigError(f"a {kind.__name__} is needed, as of `frpo {kind.COMMAND}`, given a "
                               f"{type(source).__name__}")
-        return _validated(_overridden(dump_recipe(source), overrides), kind, source.run.name) if overrides else source
+        return _validated(_overridden(dump_recipe(source), overrides), kind, "recipe") if overrides else source
     if isinstance(source, Mapping):
         return _validated(_overridden(_with_base(_given(source), Path(), ()), overrides), kind, source="recipe")
     if isinstance(source, str | Path):
@@ -148,7 +156,7 @@ def _given(value: Any) -> Any:
     return {key: _given(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe | RetentionRecipe:
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> WholeRecipe:
     """The same for a recipe of any kind."""
     values = _read_overridden(path, overrides)
     return _validated(values, _kind_of(values, Recipe), source=str(path))
@@ -160,7 +168,9 @@ def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     kind = _kind_of(values, Recipe)
     if kind is RetentionRecipe:
         raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give that of a training")
-    return _validated(values, kind, source=str(path))
+    if kind is FinetuneRecipe:
+        return _validated(values, FinetuneRecipe, source=str(path))
+    return _validated(values, Recipe, source=str(path))
 
 
 def recipe_text(path: str | Path) -> str:
@@ -184,7 +194,7 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     return _merge(values, changes)
 
 
-def _kind_of(values: dict[str, Any], default: type[Kind]) -> type[AnyRecipe | RetentionRecipe]:
+def _kind_of(values: dict[str, Any], default: type[WholeRecipe]) -> type[WholeRecipe]:
     """What the values are a recipe of, if they show it: only a supervised objective has a name, only RL has rewards,
     only a matrix has policies."""
     if "policies" in values:
@@ -203,17 +213,25 @@ def recipe_names(command: str | None = None) -> list[str]:
             if command is None or command == _kind_of(_read_with_bases(path, seen=()), Recipe).COMMAND]
 
 
-def recipe_from_dict(values: dict[str, Any], kind: type[Kind] = Recipe) -> Kind:
+@overload
+def recipe_from_dict(values: dict[str, Any]) -> Recipe: ...
+
+
+@overload
+def recipe_from_dict(values: dict[str, Any], kind: type[Kind]) -> Kind: ...
+
+
+def recipe_from_dict(values: dict[str, Any], kind: type[WholeRecipe] = Recipe) -> WholeRecipe:
     """A checked recipe from plain values, as `dump_recipe` gives them."""
     return _validated(values, kind, source="recipe")
 
 
-def dump_recipe(recipe: AnyRecipe) -> dict[str, Any]:
+def dump_recipe(recipe: WholeRecipe) -> dict[str, Any]:
     """The resolved recipe as plain values: every key, defaults included; `recipe_from_dict` reads it back."""
     return _plain(recipe)
 
 
-def _by_values(recipe: AnyRecipe) -> tuple[Any, ...]:
+def _by_values(recipe: WholeRecipe) -> tuple[Any, ...]:
     return recipe_from_dict, (dump_recipe(recipe), type(recipe))
 
 
@@ -261,7 +279,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
     if dataclasses.is_dataclass(value):
-        return {"name": value.name, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}}
+        chosen = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return {"name": cast(Any, value).name, **chosen}
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -346,11 +365,11 @@ def _validated(values: dict[str, Any], kind: type[Kind], source: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, kind) for problem in error.errors()]
+        lines = [_explain(dict(problem), kind) for problem in error.errors()]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
-def _explain(problem: dict[str, Any], kind: type[BaseModel]) -> str:
+def _explain(problem: dict[str, Any], kind: type[WholeRecipe]) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return _unknown(problem, kind)

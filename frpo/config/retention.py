@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -170,8 +170,7 @@ class TableSection(Section):
 class RetentionRecipe(WholeRecipe):
     """A whole matrix: policies x regimes x seeds."""
 
-    COMMAND: ClassVar = "retention"
-    NAMED: ClassVar = ()
+    COMMAND = "retention"
 
     run: RetentionRunSection = Field(RetentionRunSection(), description="name, folder")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -207,9 +207,8 @@ class TelemetrySection(Section):
 class Recipe(WholeRecipe):
     """A whole experiment."""
 
-    COMMAND: ClassVar = "train"
-    NAMED: ClassVar = (("objective", "advantage"), ("objective", "surrogate"), ("auxiliary", "objective"))
-    """Where a mapping has a name, and keys of that name."""
+    COMMAND = "train"
+    NAMED = (("objective", "advantage"), ("objective", "surrogate"), ("auxiliary", "objective"))
 
     run: RunSection = Field(RunSection(), description="name, folder, length, checkpoints")
     model: ModelSection = Field(description="what is trained")
@@ -247,7 +246,7 @@ class Recipe(WholeRecipe):
     @property
     def supervised_loss(self) -> SupervisedLoss | None:
         """What the learner minimises on given responses; None where there are none."""
-        return self.auxiliary and self.auxiliary.objective
+        return None if self.auxiliary is None else self.auxiliary.objective
 
     @property
     def needs_reference(self) -> bool:

@@ -43,9 +43,10 @@ def missing(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> Missing:
     """What the folder of a policy lacks."""
     wanted = recipe.certificate if policy in recipe.forked else None
     reference = reference_of(recipe, seed, policy)
-    sampled = wanted is None or (seed.measured(policy) / SAMPLES).is_file()
+    if wanted is not None and (seed.measured(policy) / SAMPLES).is_file():
+        wanted = None
     known = reference is None or read_distance(recipe, seed, policy) is not None
-    return Missing(samples=0 if sampled else wanted.samples, reference=None if known else reference)
+    return Missing(samples=0 if wanted is None else wanted.samples, reference=None if known else reference)
 
 
 def complete(recipe: RetentionRecipe, seed: SeedPlan) -> bool:

@@ -35,10 +35,10 @@ def caveats(found: Results) -> list[str]:
     told += _no_gains(found)
     told += _unknown_distances(found)
     told += _blanks(found)
-    for seed, record in found.heldout.items():
+    for number, record in found.heldout.items():
         for name, count in record["overlap"].items():
             if count:
-                told.append(f"seed {seed}: {name} was trained on {count} of {record['heldout']} held-out prompts")
+                told.append(f"seed {number}: {name} was trained on {count} of {record['heldout']} held-out prompts")
     for seed in found.plan.seeds if recipe.certificate else ():
         told += [f"{name}, seed {seed.seed}: no certificate, since some of its samples have no reward"
                  for name in recipe.forked if (name, seed.seed) not in found.certified

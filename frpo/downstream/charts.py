@@ -1,7 +1,7 @@
 """What forks keep as curves that answer questions: as in `curves`, with every probe's values and completions."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ def _kept(found: Results, title: str) -> Chart:
     group = found.groups[title]
     single = len(found.plan.recipe.forked) == 1
     colors = dict(colored(found.plan.recipe.regimes if single else found.plan.recipe.forked))
-    by_update, by_kl, samples = [], [], {}
+    by_update: list[dict[str, Any]] = []
+    by_kl: list[dict[str, Any]] = []
+    samples: dict[str, Sequence[Mapping[str, Any]]] = {}
     for name, policy, regime in group:
         for number, (fork, path) in enumerate(_forks(found, policy, regime)):
             told, keys = _told(found, fork, path), _keys(fork, path)

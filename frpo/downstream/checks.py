@@ -6,7 +6,7 @@ stage or the measure that it is about.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def check_plan(plan: Plan) -> list[str]:
     return list(waiting)
 
 
-def check_seed(recipe: RetentionRecipe, seed: SeedPlan, unmade: list[str] = ()) -> None:
+def check_seed(recipe: RetentionRecipe, seed: SeedPlan, unmade: Sequence[str] = ()) -> None:
     """Models, references and rewards, but for what is `unmade`. Raises the FrpoError that says what to change."""
     setup = None if seed.setup_done.is_file() else recipe.setup
     for key, function in (("setup", setup), ("measure.exact", recipe.measure.exact)):
@@ -70,7 +70,7 @@ def check_seed(recipe: RetentionRecipe, seed: SeedPlan, unmade: list[str] = ()) 
 
 
 @contextmanager
-def tasks_of(seed: SeedPlan, unmade: list[str] = ()) -> Iterator[list[Task]]:
+def tasks_of(seed: SeedPlan, unmade: Sequence[str] = ()) -> Iterator[list[Task]]:
     """Held-out prompts of what is measured, and running rewards."""
     with ExitStack() as stack:
         found = []
@@ -101,7 +101,7 @@ def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
     """Raise ModelError where a policy and its reference both exist and their logits are not of one size."""
     for name, path in seed.given.items():
         reference = recipe.policies[name].reference
-        if reference in seed.given:
+        if reference is not None and reference in seed.given:
             model = _model_at(seed, path)
             with about(f"policies.{name}.reference = {reference}, seed {seed.seed}"):
                 check_reference(model, seed.given[reference], tokenizer_of(model))
@@ -185,7 +185,7 @@ def _heldout_record(seed: SeedPlan, prompts: PromptSet, seen: dict[str, set[tupl
     return record
 
 
-def _trained_on(seed: SeedPlan, unmade: list[str] = ()) -> dict[str, set[tuple[int, ...]]]:
+def _trained_on(seed: SeedPlan, unmade: Sequence[str] = ()) -> dict[str, set[tuple[int, ...]]]:
     """Token ids of every prompt that a stage trains on, by POLICY or POLICY/REGIME."""
     found = {}
     for stage in seed.stages:

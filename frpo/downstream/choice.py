@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 
+from frpo.config.retention import ChooseSection
 from frpo.downstream.results import Results
 from frpo.downstream.tables import level
 
@@ -36,7 +37,7 @@ def is_lacking(found: Results) -> bool:
 
 def _doubts(found: Results, best: str, others: list[str]) -> list[str]:
     """Say from which policies the best cannot be told apart."""
-    measure = found.plan.recipe.choose.measure
+    measure = _section(found).measure
     leads = {name: found.lead(best, name, measure) for name in others}
     if unknown := [name for name, lead in leads.items() if math.isnan(lead.half_width)]:
         return [f"Whether that is more than chance cannot be said: {measure} has no interval of one seed "
@@ -70,13 +71,19 @@ def _missing(found: Results) -> list[str]:
 
 
 def _wanted(found: Results) -> str:
-    section = found.plan.recipe.choose
+    section = _section(found)
     bounds = ", ".join(f"{name} in [{_end(low)}, {_end(high)}]" for name, (low, high) in section.bounds.items())
     return section.measure + (f" with {bounds}" if bounds else "")
 
 
 def _level(found: Results, policy: str) -> str:
-    return level(found, policy, found.plan.recipe.choose.measure)
+    return level(found, policy, _section(found).measure)
+
+
+def _section(found: Results) -> ChooseSection:
+    section = found.plan.recipe.choose
+    assert section is not None, "asked only where the recipe chooses"
+    return section
 
 
 def _end(limit: float | None) -> str:

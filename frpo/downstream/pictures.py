@@ -67,8 +67,8 @@ def bars(found: Results, section: TableSection) -> Figure:
                       if number is not None]
         lowest = min(lowest, np.nanmin(means))
     if published:
-        axis.scatter(*zip(*published), marker="D", s=22, color="white", edgecolors="black", zorder=3,
-                     label=f"published: {section.published}")
+        axis.scatter([place for place, _ in published], [number for _, number in published], marker="D", s=22,
+                     color="white", edgecolors="black", zorder=3, label=f"published: {section.published}")
     axis.set_xticks(range(len(rows)), [textwrap.fill(row.title, 16) for row in rows], fontsize=8)
     axis.set_ylabel("%" if section.percent else "")
     axis.set_ylim(bottom=0.0 if lowest >= 0 else None, top=1.25 * axis.get_ylim()[1])  # room for the legend

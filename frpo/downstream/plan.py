@@ -81,7 +81,7 @@ class Stage:
     def failure(self) -> str | None:
         """Why it failed last time, if it did."""
         record = self._read(FAILED)
-        return record and record["error"]
+        return None if record is None else record["error"]
 
     def finish(self, **facts: Any) -> None:
         _write(self.run_dir / DONE, {"digest": self.digest, **facts})
@@ -206,9 +206,11 @@ def _seed_plan(recipe: RetentionRecipe, seed: int, beside: Path) -> SeedPlan:
         if section.path is not None:
             given[name] = _filled(section.path, words, f"policies.{name}.path")
             continue
+        assert section.recipe is not None, "a policy has a path or a recipe"
         policies[name] = _stage(
             f"policies.{name}", section.recipe, [*section.overrides, *section.extra], words, folder / "policies" / name,
-            beside, policy=name, regime=None, start=given.get(section.start), origin=policies.get(section.start))
+            beside, policy=name, regime=None, start=given.get(section.start or ""),
+            origin=policies.get(section.start or ""))
     forks = tuple(
         _stage(f"downstream.{regime}", section.recipe, [*section.overrides, *section.extra], words,
                folder / "forks" / name / regime, beside, policy=name, regime=regime, start=given.get(name),
@@ -218,7 +220,8 @@ def _seed_plan(recipe: RetentionRecipe, seed: int, beside: Path) -> SeedPlan:
     measure = recipe.measure
     return SeedPlan(seed=seed, folder=folder, policies=policies, given=given, forks=forks,
                     kept=_task("measure.kept", measure.kept, words, beside),
-                    utility=measure.utility and _task("measure.utility", measure.utility, words, beside))
+                    utility=None if measure.utility is None else _task("measure.utility", measure.utility, words,
+                                                                       beside))
 
 
 def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str], run_dir: Path, beside: Path, *,

@@ -37,8 +37,8 @@ def collect(plan: Plan) -> Results:
         raise ConfigError(f"{plan.recipe.run.dir} has no finished stage to tell of; run `frpo retention` first")
     exact = bool(measured) and all({"exact/reward", "exact/decile"} <= set(path.metrics) for _, _, path in measured)
     reward, decile = ("exact/reward", "exact/decile") if exact else ("kept/reward", "kept/decile")
-    paths = {(stage.policy, stage.regime, stage.seed): path for _, stage, path in measured}
-    summaries = {}
+    paths: dict[Fork, ForkPath] = {(stage.policy, stage.regime or "", stage.seed): path for _, stage, path in measured}
+    summaries: dict[Fork, dict[str, float]] = {}
     for fork, path in paths.items():
         summaries[fork] = summary(path, reward, decile, plan.recipe.measure.max_kl)
         if UTILITY in path.metrics:
@@ -110,7 +110,8 @@ def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, 
 
 
 def _certificates(plan: Plan, paths: Mapping[Fork, ForkPath]) -> dict[tuple[str, int], Certified]:
-    section, found = plan.recipe.certificate, {}
+    section = plan.recipe.certificate
+    found: dict[tuple[str, int], Certified] = {}
     if section is None:
         return found
     for seed in plan.seeds:

@@ -77,7 +77,7 @@ def meanings(found: Results) -> TableText:
     rows.append(("several rewards", "each measurement samples again, so that one export has several numbers for its "
                                     "reward, such as that of its training's own evaluation and that of `measure.kept`; "
                                     "they differ by chance"))
-    if first.utility is not None:
+    if first.utility is not None and measure.utility is not None:
         rows.append(("utility", f"reward of held-out prompts of {measure.utility.means or _rewards(first.utility)}"))
     if recipe.regimes:
         rows += [("decile", "mean of the lowest tenth of its completions"),

@@ -186,11 +186,12 @@ class Results:
     def ranked(self) -> list[str]:
         """Policies within the bounds of `choose` by its measure, the largest first, of equal ones the first."""
         section = self.plan.recipe.choose
-        allowed = [name for name in self.plan.recipe.forked if all(
+        if section is None:
+            return []
+        values = {name: self.value(name, section.measure) for name in self.plan.recipe.forked if all(
             (-math.inf if low is None else low) <= self.value(name, measure) <= (math.inf if high is None else high)
-            for measure, (low, high) in section.bounds.items())] if section else []
-        ranked = [name for name in allowed if not math.isnan(self.value(name, section.measure))]
-        return sorted(ranked, key=lambda name: -self.value(name, section.measure))
+            for measure, (low, high) in section.bounds.items())}
+        return sorted((name for name in values if not math.isnan(values[name])), key=lambda name: -values[name])
 
     def lead(self, policy: str, other: str, measure: str) -> Paired:
         """How much more a policy has of a measure, seed by seed; of one seed with the interval of both samples."""

@@ -140,18 +140,22 @@ class Matrix:
         model = self.start_of(stage)
         stack = self.processes(tasks[0].recipe, model)
         if isinstance(recipe, FinetuneRecipe):
-            checked = check_finetune(recipe)
-            with finetune_on(stack.ranks, stack.device, recipe, checked, model, samples=bool(stage.regime)) as parts:
-                probe = None
-                if stage.regime:
-                    engines = self.connected(parts.learner, tasks[0].recipe)
-                    probe = self.probe(stage, tasks, parts.learner, engines, parts.journal)
-                return FineTuner(parts, probe).fit()
+            return self.finetune(stage, recipe, tasks, stack, model)
         checked = check(recipe)
         with tried_rewards(recipe, checked.prompts) as rewards, \
                 parts_on(stack, recipe, checked, rewards, model) as parts:
             probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.journal) if stage.regime else None
             return Trainer(parts, probe).fit()
+
+    def finetune(self, stage: Stage, recipe: FinetuneRecipe, tasks: Sequence[Task], stack: Stack, model: str
+                 ) -> RunState:
+        checked = check_finetune(recipe)
+        with finetune_on(stack.ranks, stack.device, recipe, checked, model, samples=bool(stage.regime)) as parts:
+            probe = None
+            if stage.regime:
+                engines = self.connected(parts.learner, tasks[0].recipe)
+                probe = self.probe(stage, tasks, parts.learner, engines, parts.journal)
+            return FineTuner(parts, probe).fit()
 
     def probe(self, stage: Stage, tasks: Sequence[Task], learner: LearnerGroup, engines: RecoveringEngines,
               journal: Journal) -> TaskProbe:
@@ -193,6 +197,7 @@ class Matrix:
 
     def connected(self, learner: LearnerGroup, recipe: Recipe) -> RecoveringEngines:
         """The running engines, to which this learner's weights are pushed from now on."""
+        assert self.stack is not None, "a learner is made in running processes"
         pool = self.stack.pool
         pool.wait_until_ready()
         learner.connect_engines(pool.client(), pool.recipe.weight_sync)

@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from frpo.config.retention import TableSection
 from frpo.downstream.results import Results
 from frpo.downstream.retained import Paired, paired
@@ -181,7 +183,8 @@ def certificate_table(found: Results) -> TableText:
         if not certified:
             continue
         slack = [float(gap) for each in certified for gap in each.slack]
-        bounds = [_shown(float(each.certificate.bound([kl])[0]) for each in certified) for kl in (0.25, 0.5, 1.0, 2.0)]
+        bounds = [_shown(float(each.certificate.bound(np.array([kl]))[0]) for each in certified)
+                  for kl in (0.25, 0.5, 1.0, 2.0)]
         rows.append((policy, *bounds, str(len(slack)), str(sum(each.violations for each in certified)),
                      str(sum(each.clear_violations for each in certified)),
                      f"{min(slack):+.3f}" if slack else "", f"{sum(slack) / len(slack):.3f}" if slack else ""))

@@ -7,7 +7,7 @@ DeepSpeed is visible here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -55,7 +55,7 @@ class Trainer:
             pass
         return self.state
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step, None, None]:
         """Train, and yield every step once it is done. After the last one the model is exported."""
         run, journal = self.recipe.run, self.parts.journal
         state = self.state = journal.restore(self.parts.learner)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from typing import Any
 
 import numpy as np
 
@@ -121,5 +122,5 @@ def _extend(batches: list[MicroBatch], count: int, padding: MicroBatch) -> list[
 def _without_loss(sample: Sample) -> Sample:
     zeros_S = np.zeros(len(sample.token_ids))
     first, second, _ = sample.sample_id
-    return replace(sample, sample_id=(first, second, PADDING_INDEX), loss_mask=zeros_S.astype(bool),
-                   **dict.fromkeys(sample.WEIGHTS, zeros_S))
+    weights: dict[str, Any] = dict.fromkeys(sample.WEIGHTS, zeros_S)
+    return replace(sample, sample_id=(first, second, PADDING_INDEX), loss_mask=zeros_S.astype(bool), **weights)

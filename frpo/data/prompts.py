@@ -4,6 +4,7 @@ Does not sample completions, score them or remember a position: the trainer's cu
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,8 @@ class PromptStream:
 
 def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrainedTokenizerBase, seed: int
           ) -> Source[Prompt]:
-    rows, skipped = read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset), {}
-    rows = select(rows, data.where, data.rename)
+    rows = read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset)
+    rows, skipped = select(rows, data.where, data.rename), Counter[str]()
     if data.format == "calculator":
         rows, skipped = calculator_rows(rows)
         if not rows:

@@ -4,7 +4,6 @@ Does not sample completions, score them or remember a position: the trainer's cu
 """
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,7 +93,8 @@ class PromptStream:
 def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrainedTokenizerBase, seed: int
           ) -> Source[Prompt]:
     rows = read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset)
-    rows, skipped = select(rows, data.where, data.rename), Counter[str]()
+    rows = select(rows, data.where, data.rename)
+    skipped: dict[str, int] = {}
     if data.format == "calculator":
         rows, skipped = calculator_rows(rows)
         if not rows:

@@ -5,6 +5,7 @@ It does not know what its actors do.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of Cython, without stubs
 from ray.exceptions import (
     AuthenticationError,
     GetTimeoutError,
@@ -96,7 +97,7 @@ def _start_local(attempts: int = 3) -> None:
         try:
             with phase("starting Ray"), outside_the_team(), _own_sigterm():
                 show_what_cuda_sees()
-                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return
         except BrokenPipeError:  # of our own output, piped into head
             raise
@@ -141,7 +142,7 @@ def _join(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
         show_token()
         with phase(f"joining Ray at {address}"), _own_sigterm():
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, AuthenticationError) as error:
         raise EngineError(
             f"RAY_ADDRESS = {address!r}: {str(error).partition('. ')[0]}; start Ray there, unset RAY_ADDRESS to start "
@@ -187,7 +188,8 @@ def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True)
 
 def log_path(pid: int) -> str:
     """The file that holds the standard error of an actor's process, on its node."""
-    logs = f"{ray._private.worker._global_node.get_session_dir_path()}/logs"
+    node: Any = ray._private.worker._global_node
+    logs = f"{node.get_session_dir_path()}/logs"
     found = glob.glob(f"{logs}/worker-*-{pid}.err")
     return found[0] if found else f"{logs}/worker-*-{pid}.err on the actor's node"
 

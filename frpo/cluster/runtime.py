@@ -34,6 +34,7 @@ from ray.exceptions import (
 
 from frpo.cluster.device import check_slices, lacking_packages, settled
 from frpo.cluster.team import VISIBLE, outside_the_team
+from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
 from frpo.telemetry.progress import phase
@@ -161,7 +162,7 @@ def show_token() -> None:
         Config.initialize("")  # Ray read the mode when it was imported
 
 
-def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True) -> str:
+def choose_device(recipe: AnyRecipe, *, learner: bool = True, engines: bool = True) -> str:
     """"cuda" or "cpu" for this cluster, as run.device asks. learner, engines: False where none of them are started.
 
     auto is cuda where packages and GPUs suffice; otherwise it is cpu, and says why.
@@ -170,10 +171,9 @@ def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True)
     if recipe.run.device == "cpu":
         return "cpu"
     present = int(ray.cluster_resources().get("GPU", 0))
-    sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size if engines else 0
-    ranks = recipe.learner.num_ranks if learner else 0
-    if engines and learner and recipe.placement.mode == "colocate":
-        sampling = 0  # on the ranks' GPUs
+    sampling, ranks = 0, recipe.learner.num_ranks if learner else 0
+    if engines and isinstance(recipe, Recipe) and not (learner and recipe.placement.mode == "colocate"):
+        sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size  # beside the ranks' GPUs
     lacking = lacking_packages(engines)
     if sampling + ranks > present:
         shown = f", or show more in {VISIBLE}, now {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""

@@ -38,7 +38,7 @@ Update = TypeVar("Update", bound=WeightTransferUpdateInfo)
 class Receiver(WeightTransferEngine[Info, Update]):
     """Lives in a vLLM worker. A push is start, buckets, `load_weight_update`, finish; vLLM has no such third step."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.staging, self.adapters = True, False
         self.known: frozenset[str] = frozenset()

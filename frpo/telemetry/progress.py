@@ -82,7 +82,7 @@ def counted(text: str, done: int, total: int) -> None:
 class _Silence:
     """Breaks a silence with a line about what goes on. A thread of its own, which ends with the process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.doing: list[tuple[str, float]] = []
         self.progress = ""
         self.limit, self.last = SILENCE_S, time.monotonic()

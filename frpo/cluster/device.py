@@ -65,9 +65,9 @@ def check_packages(recipe: AnyRecipe) -> None:
             raise ConfigError(f"{key}: the package {package} is not installed here; install frpo[{extra}]")
 
 
-def check_backend(recipe: Recipe, device: str) -> None:
+def check_backend(recipe: AnyRecipe, device: str) -> None:
     """Raise ConfigError for a weight_sync.backend that moves weights between GPUs in a run on the CPU."""
-    backend = recipe.weight_sync.backend
+    backend = recipe.weight_sync.backend if isinstance(recipe, Recipe) else None
     if device == "cpu" and backend in ("nccl", "ipc"):
         raise ConfigError(f"weight_sync.backend: {backend} moves weights between GPUs, and this run is on the CPU "
                           "(run.device); set it to auto")

@@ -62,7 +62,7 @@ class Ahead:
         first = replace(state, step=state.step + len(self.queue), data_cursor=cursor)
         self.newest = state
         self.parts.engines.learner_turn.acquire()
-        self.bar: ProgressBar | None = None
+        self.bar: ProgressBar  # by `next`, which starts the thread
         self.thread = threading.Thread(target=self._fill, args=(first,), name="rollouts ahead", daemon=True)
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
@@ -113,7 +113,7 @@ class Ahead:
     def _fill(self, state: RunState) -> None:
         try:
             while self._may_begin(state.step):
-                assert self.newest is not None and self.bar is not None  # by `next`, which starts this
+                assert self.newest is not None  # by `start`
                 timer = PhaseTimer()
                 least = replace(state, policy_version=self.newest.policy_version)
                 batch = collect(replace(self.parts, journal=replace(self.parts.journal, timer=timer)), least, self.bar)

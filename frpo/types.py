@@ -199,7 +199,10 @@ class SupervisedSample:
 
 Sample = TypeVar("Sample", TrainingSample, SupervisedSample)
 
-MicroBatch = tuple[TrainingSample, ...] | tuple[SupervisedSample, ...]
+AnySample = TrainingSample | SupervisedSample
+
+MicroBatch = tuple[AnySample, ...]
+"""Samples of one kind."""
 
 RankBatches = tuple[tuple[MicroBatch, ...], ...]
 """`[rank][i]`: micro-batch i of a rank, for one optimizer update or one scoring pass; every rank has equally many."""

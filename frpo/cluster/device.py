@@ -13,6 +13,7 @@ import torch
 
 from frpo.cluster.nvidia import driver_version, needed_driver
 from frpo.config.loader import AnyRecipe
+from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def check_packages(recipe: AnyRecipe) -> None:
 
 def check_backend(recipe: AnyRecipe, device: str) -> None:
     """Raise ConfigError for a weight_sync.backend that moves weights between GPUs in a run on the CPU."""
-    backend = recipe.weight_sync.backend
+    backend = recipe.weight_sync.backend if isinstance(recipe, Recipe) else None
     if device == "cpu" and backend in ("nccl", "ipc"):
         raise ConfigError(f"weight_sync.backend: {backend} moves weights between GPUs, and this run is on the CPU "
                           "(run.device); set it to auto")
@@ -74,9 +75,8 @@ def check_backend(recipe: AnyRecipe, device: str) -> None:
 
 def check_slices(recipe: AnyRecipe, visible: str) -> None:
     """Raise ConfigError where NCCL would have to join slices of a GPU (MIG). visible: CUDA_VISIBLE_DEVICES."""
-    rollout = getattr(recipe, "rollout", None)
-    joined = recipe.learner.num_ranks > 1 or (rollout is not None and (
-        rollout.tensor_parallel_size > 1 or recipe.placement.mode == "split"))
+    joined = recipe.learner.num_ranks > 1 or (isinstance(recipe, Recipe) and (
+        recipe.rollout.tensor_parallel_size > 1 or recipe.placement.mode == "split"))
     if "MIG-" in visible and joined:
         raise ConfigError(f"CUDA_VISIBLE_DEVICES names slices of a GPU (MIG), which NCCL does not join: {visible}; "
                           "take whole GPUs, or one slice with placement: colocate, learner.num_ranks: 1 and "

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -59,7 +59,7 @@ class EnginePool:
         recipe, options = self.recipe, self.places.of_engine(index)
         shown = options.get("runtime_env", {}).get("env_vars", {})
         options["runtime_env"] = {"env_vars": environment(recipe.rollout, self.device) | shown}
-        actor = ray.remote(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
+        actor = cast(Any, ray.remote)(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
         handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index)
         named = NamedActor(name=f"rollout engine {index}", handle=handle, log_path="the newest worker-*.err of Ray")
         return named, handle.ready.remote()
@@ -119,7 +119,7 @@ class EnginePool:
                 raise EngineError(f"generate: no group finished within {limit:g} s on {names}")
             index = streams[ready[0]]
             try:
-                yield result_of("generate", self.engines[index], next(ready[0]))
+                yield result_of("generate", self.engines[index], next(cast("Iterator[Any]", ready[0])))
             except StopIteration:
                 del streams[ready[0]]
                 continue
@@ -232,7 +232,10 @@ class EngineClient:
 
     def _wait(self, phase: str, calls: list[tuple[NamedActor, Any]]) -> Callable[[], None]:
         """What waits for these calls, and raises EngineError at the first that fails."""
-        return lambda: wait_for(phase, calls, self.timeout_s)
+        def wait() -> None:
+            wait_for(phase, calls, self.timeout_s)
+
+        return wait
 
 
 def _usable(actor: NamedActor) -> bool | None:

@@ -54,7 +54,7 @@ class NoTurns:
     def learn(self) -> None:
         pass
 
-    def push(self, send: Callable[[], None]) -> None:
+    def push(self, send: Callable[[], object]) -> None:
         send()
 
 
@@ -67,7 +67,7 @@ class GpuTurns:
     def __init__(self, engines: Engines, learner: Learner, offload: bool = False):
         self.engines, self.learner, self.offload = engines, learner, offload
         self.turn = Turn.LEARNING
-        self._again: Callable[[], None] | None = None
+        self._again: Callable[[], object] | None = None
 
     def sample(self) -> None:
         """From here on engines may sample: the weights that were pushed last."""
@@ -88,7 +88,7 @@ class GpuTurns:
             self.learner.take_room(self.offload)
             self.turn = Turn.LEARNING
 
-    def push(self, send: Callable[[], None]) -> None:
+    def push(self, send: Callable[[], object]) -> None:
         """Send weights to engines that are awake, then let them sample. Where `send` raises it may be tried again."""
         if self.turn is Turn.LEARNING:
             self.learner.make_room(self.offload)

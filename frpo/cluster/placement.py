@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from frpo.config.loader import AnyRecipe
+from frpo.config.placement import PlacementSection
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError
 from frpo.telemetry.progress import remark
@@ -50,13 +51,13 @@ def bundles_of(recipe: AnyRecipe, *, ranks: bool = True, engines: bool = True) -
 
     Raises ConfigError where engines and ranks cannot share.
     """
-    placement = getattr(recipe, "placement", None)
+    placement = recipe.placement if isinstance(recipe, Recipe) else PlacementSection()
     count = recipe.learner.num_ranks if ranks else 0
-    if placement is None or not engines:
-        hosts = placement and placement.learner_hosts
-        return [Bundle(holder=f"learner rank {rank}", gpus=1, hosts=hosts and tuple(hosts)) for rank in range(count)]
+    on_hosts, engine_hosts = (None if hosts is None else tuple(hosts)
+                              for hosts in (placement.learner_hosts, placement.engine_hosts))
+    if not isinstance(recipe, Recipe) or not engines:
+        return [Bundle(holder=f"learner rank {rank}", gpus=1, hosts=on_hosts) for rank in range(count)]
     size, num_engines = recipe.rollout.tensor_parallel_size, recipe.rollout.num_engines
-    on_hosts, engine_hosts = (hosts and tuple(hosts) for hosts in (placement.learner_hosts, placement.engine_hosts))
     if placement.mode == "split" or not ranks:
         return [*(Bundle(holder=f"learner rank {rank}", gpus=1, hosts=on_hosts) for rank in range(count)),
                 *(Bundle(holder=f"engine {index}", gpus=size, hosts=engine_hosts) for index in range(num_engines))]
@@ -75,7 +76,8 @@ def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundl
 
     Raises ConfigError saying what does not fit where, and what to change.
     """
-    free, places = {node.address: node.gpus for node in nodes}, {}
+    free = {node.address: node.gpus for node in nodes}
+    places: dict[str, str] = {}
     for bundle in sorted(bundles, key=lambda each: (-each.gpus, each.hosts is None)):
         allowed = [address for address in free if bundle.hosts is None or address in bundle.hosts]
         room = [address for address in allowed if free[address] >= bundle.gpus]
@@ -182,7 +184,7 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
         if isinstance(recipe, Recipe) and ranks and engines and recipe.placement.mode == "colocate":
             yield SharedGpus(group, recipe.rollout.tensor_parallel_size)
         else:
-            size = recipe.rollout.tensor_parallel_size if engines else 0
+            size = recipe.rollout.tensor_parallel_size if isinstance(recipe, Recipe) and engines else 0
             yield OnGpus(group, recipe.learner.num_ranks if ranks else 0, size)
     finally:
         remove_placement_group(group)

@@ -5,6 +5,7 @@ It does not know what its actors do.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of Cython, without stubs
 from ray.exceptions import (
     AuthenticationError,
     GetTimeoutError,
@@ -33,6 +34,7 @@ from ray.exceptions import (
 
 from frpo.cluster.device import check_slices, lacking_packages, settled
 from frpo.cluster.team import VISIBLE, outside_the_team
+from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
 from frpo.telemetry.progress import phase
@@ -96,7 +98,7 @@ def _start_local(attempts: int = 3) -> None:
         try:
             with phase("starting Ray"), outside_the_team(), _own_sigterm():
                 show_what_cuda_sees()
-                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return
         except BrokenPipeError:  # of our own output, piped into head
             raise
@@ -141,7 +143,7 @@ def _join(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
         show_token()
         with phase(f"joining Ray at {address}"), _own_sigterm():
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, AuthenticationError) as error:
         raise EngineError(
             f"RAY_ADDRESS = {address!r}: {str(error).partition('. ')[0]}; start Ray there, unset RAY_ADDRESS to start "
@@ -160,7 +162,7 @@ def show_token() -> None:
         Config.initialize("")  # Ray read the mode when it was imported
 
 
-def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True) -> str:
+def choose_device(recipe: AnyRecipe, *, learner: bool = True, engines: bool = True) -> str:
     """"cuda" or "cpu" for this cluster, as run.device asks. learner, engines: False where none of them are started.
 
     auto is cuda where packages and GPUs suffice; otherwise it is cpu, and says why.
@@ -169,10 +171,9 @@ def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True)
     if recipe.run.device == "cpu":
         return "cpu"
     present = int(ray.cluster_resources().get("GPU", 0))
-    sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size if engines else 0
-    ranks = recipe.learner.num_ranks if learner else 0
-    if engines and learner and recipe.placement.mode == "colocate":
-        sampling = 0  # on the ranks' GPUs
+    sampling, ranks = 0, recipe.learner.num_ranks if learner else 0
+    if engines and isinstance(recipe, Recipe) and not (learner and recipe.placement.mode == "colocate"):
+        sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size  # beside the ranks' GPUs
     lacking = lacking_packages(engines)
     if sampling + ranks > present:
         shown = f", or show more in {VISIBLE}, now {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""
@@ -187,7 +188,8 @@ def choose_device(recipe: Recipe, *, learner: bool = True, engines: bool = True)
 
 def log_path(pid: int) -> str:
     """The file that holds the standard error of an actor's process, on its node."""
-    logs = f"{ray._private.worker._global_node.get_session_dir_path()}/logs"
+    node: Any = ray._private.worker._global_node
+    logs = f"{node.get_session_dir_path()}/logs"
     found = glob.glob(f"{logs}/worker-*-{pid}.err")
     return found[0] if found else f"{logs}/worker-*-{pid}.err on the actor's node"
 

@@ -42,7 +42,8 @@ def outside_the_team() -> Iterator[None]:
     if not launched():
         yield
         return
-    spare = spare_gpus(os.environ, asked("index", "uuid") if torch.cuda.is_available() else [])
+    machine = asked("index", "uuid") if torch.cuda.is_available() else []
+    spare = spare_gpus(os.environ, [(number, uuid) for number, uuid in machine])
     before = {name: os.environ.pop(name) for name in (*LAUNCHER, VISIBLE) if name in os.environ}
     os.environ[VISIBLE] = ",".join(spare)
     try:

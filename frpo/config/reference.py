@@ -38,7 +38,7 @@ def _choices(key: str) -> Iterator[str]:
         own = "".join(f", {field.name}: {'required' if field.default is dataclasses.MISSING else field.default}"
                       for field in dataclasses.fields(cls))
         yield f"#   {{name: {name}{own}}}"
-        yield from (f"#     {line}".rstrip() for line in inspect.getdoc(cls).splitlines())
+        yield from (f"#     {line}".rstrip() for line in (inspect.getdoc(cls) or "").splitlines())
 
 
 def _is_within(name: str, section: str) -> bool:

@@ -205,8 +205,8 @@ class RetentionRecipe(WholeRecipe):
         for name, policy in policies.items():
             grid = policy.get("over") if isinstance(policy, dict) else None
             own = policy.get("extra", []) if isinstance(policy, dict) else []
-            lists = [own, *grid.values()] if isinstance(grid, dict) and grid else []
-            if not (lists and all(isinstance(each, list) for each in lists) and all(grid.values())):
+            if not (isinstance(grid, dict) and grid and all(grid.values())
+                    and all(isinstance(each, list) for each in (own, *grid.values()))):
                 expanded[name] = policy  # as it is, or to be refused
                 continue
             for combination in product(*grid.values()):
@@ -256,8 +256,8 @@ class RetentionRecipe(WholeRecipe):
                 raise ValueError(f"only_regimes: {name!r} is no regime; there are {', '.join(self.downstream)}")
         for regime, section in self.downstream.items():
             named[f"downstream.{regime}.policies"] = section.policies or []
-        for key, names in named.items():
-            for name in names:
+        for key, chosen in named.items():
+            for name in chosen:
                 if name not in forks:
                     raise ValueError(f"{key}: {name!r} is no policy that is forked; there are {', '.join(forks)}")
         titles = [table.title for table in self.tables]

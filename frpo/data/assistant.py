@@ -58,6 +58,7 @@ class AssistantTokens:
             raise DataError(f"the chat template refuses the messages: {error}") from error
         check_written(messages, self.tokenizer)
         before = whole[:turns[0][0]]
+        assert self.ending is not None  # every turn has found it
         ids = _ids(before, self.tokenizer)
         mask = [False] * len(ids)
         for (start, end), until in zip(turns, [*(start for start, _ in turns[1:]), len(whole)], strict=True):
@@ -187,8 +188,9 @@ def _opens(prompt: str, head: str, lost: str) -> bool:
     """
     if not lost:
         return True
-    lost, beyond, tags = ("".join(text.split()) for text in (
-        lost, prompt[_shared(prompt, head):], TAGS.search(prompt)[0]))
+    found = TAGS.search(prompt)
+    assert found is not None  # TAGS may match nothing at all
+    lost, beyond, tags = ("".join(text.split()) for text in (lost, prompt[_shared(prompt, head):], found[0]))
     return lost == beyond or (lost.startswith(TAG_BEGINS) and tags.endswith(lost))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,10 +18,13 @@ ROLES = ("system", "user", "assistant", "tool")
 Messages = tuple[Mapping[str, str], ...]
 
 
-def template_text(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+def template_text(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase,
+                  add_generation_prompt: bool = False) -> str:
     """`messages` as text by the chat template. Raises jinja2's TemplateError for whatever the template raises."""
     try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False,
+                                             add_generation_prompt=add_generation_prompt)
+        return cast(str, text)
     except TemplateError:
         raise
     except Exception as error:  # a template is code that came with a model, and may raise anything
@@ -45,7 +48,8 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizer
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_written(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> None:
+def check_written(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase,
+                  add_generation_prompt: bool = False) -> None:
     """Raise DataError for a message that the chat template leaves out, as many do with a system's or a tool's.
 
     Each is told by a character (of the private use area) in the place of its content. A template that refuses such
@@ -54,7 +58,7 @@ def check_written(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTo
     marks = {number: chr(0xE000 + number) for number, m in enumerate(messages[:6400]) if m["content"].strip()}
     marked = [{**m, "content": marks.get(number, m["content"])} for number, m in enumerate(messages)]
     try:
-        text = template_text(marked, tokenizer, **options)
+        text = template_text(marked, tokenizer, add_generation_prompt)
     except TemplateError:
         return
     left_out = next((number for number, mark in marks.items() if mark not in text), None)

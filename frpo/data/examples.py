@@ -5,6 +5,8 @@ Does not batch or order them. A row is a list of messages, or a prompt and its r
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
@@ -36,10 +38,10 @@ def load_examples(data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBas
     check_tokenizer(tokenizer, needs_chat=data.format == "chat")
     assistant = AssistantTokens(tokenizer, data.train_on)
     train = _read(data, data.path, data.limit, assistant, max_length, seed)
-    evaluation = data.heldout_path and _read(data, data.heldout_path, None, assistant, max_length, seed)
+    evaluation = _read(data, data.heldout_path, None, assistant, max_length, seed) if data.heldout_path else None
     if embeddings is not None:
         check_vocabulary(filter(None, (train, evaluation)), tokenizer, embeddings)
-    return set_aside(train, evaluation or None, data)
+    return set_aside(train, evaluation, data)
 
 
 def _read(data: SupervisedDataSection, path: str, limit: int | None, assistant: AssistantTokens, max_length: int,
@@ -54,23 +56,26 @@ def _read(data: SupervisedDataSection, path: str, limit: int | None, assistant: 
                 raise
             skipped["dropped, a character without a token"] += 1
             continue
+        kept: Example | None = example
         if len(example.token_ids) > max_length:
-            shorter = _shortened(example, data, max_length)
-            skipped[f"{'cut' if shorter else 'dropped'} to fit model.max_length"] += 1
-            example = shorter
-        if example is not None:
-            examples.append(example)
+            kept = _shortened(example, data, max_length)
+            skipped[f"{'cut' if kept else 'dropped'} to fit model.max_length"] += 1
+        if kept is not None:
+            examples.append(kept)
     return Source(items=tuple(examples), origins=tuple(example.origin for example in examples), skipped=skipped)
 
 
 def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) -> Example:
+    content: Sequence[str] | Messages
     if data.format == "text":
-        content = [column(row, getattr(data, name), str, key=f"data.{name}")
-                   for name in ("prompt_column", "response_column")]
+        prompt, response = (column(row, getattr(data, name), str, key=f"data.{name}")
+                            for name in ("prompt_column", "response_column"))
+        content, tokens = (prompt, response), partial(_text_tokens, prompt, response, assistant.tokenizer)
     else:
         content = _messages(row, data)
+        tokens = partial(assistant.of, content)
     try:
-        ids, mask = (_text_tokens(*content, assistant.tokenizer) if data.format == "text" else assistant.of(content))
+        ids, mask = tokens()
     except DataError as error:
         raise type(error)(f"{row.origin}: {error}") from error
     if not any(mask[1:]):
@@ -85,7 +90,7 @@ def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) 
 def _messages(row: Row, data: SupervisedDataSection) -> Messages:
     """The row's list of messages, or its prompt and response as two; the system prompt before them."""
     if data.messages_column in row.columns:
-        messages = checked_messages(row.origin, column(row, data.messages_column, list))
+        messages: Messages = checked_messages(row.origin, column(row, data.messages_column, list))
     else:
         prompt = column(row, data.prompt_column, str, list, key="data.prompt_column")
         response = column(row, data.response_column, str, key="data.response_column")

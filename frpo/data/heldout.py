@@ -8,14 +8,20 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from frpo.errors import DataError
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 
 class Item(Protocol):
-    uid: str
-    token_ids: tuple[int, ...]
+    @property
+    def uid(self) -> str: ...
+
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...
 
 
 T = TypeVar("T", bound=Item)
@@ -27,11 +33,20 @@ NOTEWORTHY = 0.1
 class HeldoutKeys(Protocol):
     """Keys of a recipe's data section that decide."""
 
-    path: str
-    limit: int | None
-    heldout: int
-    heldout_path: str | None
-    heldout_overlap: Literal["refuse", "remove", "keep"]
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def limit(self) -> int | None: ...
+
+    @property
+    def heldout(self) -> int: ...
+
+    @property
+    def heldout_path(self) -> str | None: ...
+
+    @property
+    def heldout_overlap(self) -> Literal["refuse", "remove", "keep"]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +77,8 @@ class Split(Generic[T]):
         """Lines that say how many `items` ("prompts", "examples") there are, of what, and how many were left out."""
         lines = [f"{len(self.train)} training and {len(self.heldout)} held-out {items} of {data.path}"]
         if data.heldout_path is not None:
-            unused = data.heldout not in (0, type(data).model_fields["heldout"].default)
+            section = cast("type[BaseModel]", type(data))
+            unused = data.heldout not in (0, section.model_fields["heldout"].default)
             lines = [f"{len(self.train)} training {items} of {data.path}, {len(self.heldout)} held-out ones of "
                      f"{data.heldout_path}{' (data.heldout has no effect beside it)' if unused else ''}"]
         if data.limit is not None and len(self.train) + len(self.heldout) + sum(self.skipped.values()) >= data.limit:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import socket
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants, try_to_load_from_cache
@@ -17,7 +17,8 @@ def unreachable(name: str, kind: str, file: str) -> str | None:
     kind: "model" or "dataset". file: one that loading asks for first. Where the cache knows it, the hub is not asked.
     """
     address = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or address.hostname is None or _has_proxy(address) or _is_cached(name, kind, file):
+    if (constants.HF_HUB_OFFLINE or address.hostname is None or _has_proxy(address.scheme, address.hostname)
+            or _is_cached(name, kind, file)):
         return None
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
@@ -27,9 +28,9 @@ def unreachable(name: str, kind: str, file: str) -> str | None:
     return None
 
 
-def _has_proxy(address: SplitResult) -> bool:
+def _has_proxy(scheme: str, host: str) -> bool:
     """Whether requests to the hub go through a proxy, which alone has to be reached from here."""
-    return not {address.scheme, "all"}.isdisjoint(getproxies()) and not proxy_bypass(address.hostname)
+    return not {scheme, "all"}.isdisjoint(getproxies()) and not proxy_bypass(host)
 
 
 def _is_cached(name: str, kind: str, file: str) -> bool:

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from typing import Any
 
 import numpy as np
 
 from frpo.errors import ConfigError
-from frpo.types import MicroBatch, RankBatches, Sample
+from frpo.types import AnySample, MicroBatch, RankBatches, Sample
 
 PADDING_INDEX = -1
 """Sample index, within its group, of a sample that only keeps ranks in step."""
@@ -32,7 +33,7 @@ class Layout:
     packed: bool
     attention_length: float = 12 * 4096
 
-    def cost(self, sample: Sample) -> float:
+    def cost(self, sample: AnySample) -> float:
         """Work of a sample, in units of one token without attention."""
         length = len(sample.token_ids)
         return length * (1 + length / self.attention_length)
@@ -61,7 +62,7 @@ def lay_out(samples: Sequence[Sample], layout: Layout) -> RankBatches:
                  for rank in ranks)
 
 
-def is_padding(sample: Sample) -> bool:
+def is_padding(sample: AnySample) -> bool:
     """Whether the sample only keeps ranks in step: no result of it counts."""
     return sample.sample_id[2] == PADDING_INDEX
 
@@ -121,5 +122,5 @@ def _extend(batches: list[MicroBatch], count: int, padding: MicroBatch) -> list[
 def _without_loss(sample: Sample) -> Sample:
     zeros_S = np.zeros(len(sample.token_ids))
     first, second, _ = sample.sample_id
-    return replace(sample, sample_id=(first, second, PADDING_INDEX), loss_mask=zeros_S.astype(bool),
-                   **dict.fromkeys(sample.WEIGHTS, zeros_S))
+    weights: dict[str, Any] = dict.fromkeys(sample.WEIGHTS, zeros_S)
+    return replace(sample, sample_id=(first, second, PADDING_INDEX), loss_mask=zeros_S.astype(bool), **weights)

@@ -92,8 +92,9 @@ class PromptStream:
 
 def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrainedTokenizerBase, seed: int
           ) -> Source[Prompt]:
-    rows, skipped = read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset), {}
+    rows = read_rows(path, split=data.split, limit=limit, seed=seed, subset=data.subset)
     rows = select(rows, data.where, data.rename)
+    skipped: dict[str, int] = {}
     if data.format == "calculator":
         rows, skipped = calculator_rows(rows)
         if not rows:

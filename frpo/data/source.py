@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -125,7 +125,7 @@ def _generated(name: str, limit: int | None, seed: int) -> Iterator[Record]:
         yield f"{name}:{number}", columns
 
 
-def _records(path: str, subset: str | None, split: str) -> Iterator[Record]:
+def _records(path: str, subset: str | None, split: str) -> Iterable[Record]:
     place, reader = Path(path), _reader(path)
     if not path.strip():
         raise DataError(f"data set {path!r}: no path is given; give a file, a folder or the id of a data set")
@@ -151,7 +151,7 @@ def _records(path: str, subset: str | None, split: str) -> Iterator[Record]:
     return tables.hugging_face(path, subset, split)
 
 
-def _folder(path: str, subset: str | None, split: str) -> Iterator[Record]:
+def _folder(path: str, subset: str | None, split: str) -> Iterable[Record]:
     """A saved data set; else files, by readers that know their lines where these are of a known suffix: what `datasets`
     makes of such a file is not always what stands there ("007" becomes 7).
     """
@@ -166,8 +166,14 @@ def _folder(path: str, subset: str | None, split: str) -> Iterator[Record]:
     if unknown:
         raise DataError(f"data set {path!r}: {unknown[0]} is among its files, but has no suffix that says what it is; "
                         f"move it away, or name it ({ALLOWED})")
-    return tables.of_split(path, {name: chain.from_iterable(_reader(file.name)(file) for file in each)
+    return tables.of_split(path, {name: chain.from_iterable(map(_records_of, each))
                                   for name, each in splits.items()}, split)
+
+
+def _records_of(file: Path) -> Iterator[Record]:
+    reader = _reader(file.name)
+    assert reader is not None  # files that have none are refused before
+    return reader(file)
 
 
 def _check_all_taken(folder: Path, files: Sequence[Path]) -> None:

@@ -83,11 +83,11 @@ def json_list(path: Path) -> Iterator[Record]:
     Raises DataError naming the row, or the line, of anything else.
     """
     text, remedy = "".join(line for _, line in text_lines(path)), "each row must be one whole JSON object"
-    start = _SPACE.match(text).end()
+    start = _past_space(text)
     if not text.startswith("[", start):
         yield from json_lines(path, "the file must hold one list of objects, or one object a line")
         return
-    position = _SPACE.match(text, start + 1).end()
+    position = _past_space(text, start + 1)
     for number in count(1):
         if text.startswith("]", position) and number == 1:
             break
@@ -95,13 +95,20 @@ def json_list(path: Path) -> Iterator[Record]:
         with _strictly(origin, remedy):
             value, position = _DECODER.raw_decode(text, position)
         yield origin, _columns(value, origin, remedy)
-        position = _SPACE.match(text, position).end()
+        position = _past_space(text, position)
         if not text.startswith(",", position):
             break
-        position = _SPACE.match(text, position + 1).end()
+        position = _past_space(text, position + 1)
     if text[position:].strip() != "]":
         raise DataError(f"{path}: the list does not end with ] after its object number {number}; the file is cut off, "
                         "or holds more than one list")
+
+
+def _past_space(text: str, position: int = 0) -> int:
+    """Where the white space that begins at `position` ends."""
+    found = _SPACE.match(text, position)
+    assert found is not None  # no white space is a match too
+    return found.end()
 
 
 def json_object(text: str, origin: str, remedy: str = LINE) -> dict[str, Any]:

@@ -34,10 +34,17 @@ def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
 class Asked(Protocol):
     """What it takes to sample the held-out prompts of a task and to score what is said."""
 
-    recipe: Recipe
-    prompts: PromptSet
-    rewards: RewardSuite
-    sampler: Sampler
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def prompts(self) -> PromptSet: ...
+
+    @property
+    def rewards(self) -> RewardSuite: ...
+
+    @property
+    def sampler(self) -> Sampler: ...
 
 
 def scored_heldout(parts: Asked, *, step: int, version: int) -> list[ScoredGroup]:

@@ -58,7 +58,8 @@ class Pieces:
 
     def operands(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Hidden states of policy and reference, ready to be multiplied."""
-        return operand(self.hidden_ND[rows]), self.reference and operand(self.reference.hidden_NE[rows])
+        reference = self.reference
+        return operand(self.hidden_ND[rows]), None if reference is None else operand(reference.hidden_NE[rows])
 
     def logits(self, hidden_CD: Tensor, hidden_CE: Tensor | None,
                columns: slice = slice(None)) -> tuple[Tensor, ReferenceLogits | None]:
@@ -66,10 +67,11 @@ class Pieces:
         z_CB = _filled(self._buffers[0], hidden_CD, self.head_VD[columns])
         if hidden_CE is None:
             return z_CB, None
-        scale = LogitScale(temperature=self.reference.temperature or self.scale.temperature,
-                           softcap=self.reference.softcap)
-        return z_CB, ReferenceLogits(u_CB=_filled(self._buffers[1], hidden_CE, self.reference.head_VE[columns]),
-                                     scale=scale, tau=self.reference.tau if self.reference.margin == "soft" else None)
+        reference = self.reference
+        assert reference is not None  # its operand was given
+        scale = LogitScale(temperature=reference.temperature or self.scale.temperature, softcap=reference.softcap)
+        return z_CB, ReferenceLogits(u_CB=_filled(self._buffers[1], hidden_CE, reference.head_VE[columns]),
+                                     scale=scale, tau=reference.tau if reference.margin == "soft" else None)
 
     def sweep(self, stats: RowStats, slope: Slope, wants: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of hidden states and head (where wanted) from logits recomputed in blocks of the vocabulary.
@@ -89,9 +91,9 @@ class Pieces:
             z_NB, reference = self.logits(hidden_ND, hidden_NE, columns)
             dz_NB = self.row_ops.gradient_(z_NB, first, self.target_N, stats, slope, self.scale, reference,
                                            dtype=hidden_ND.dtype)
-            if wants[0]:
+            if grad_ND is not None:
                 hidden_gradient_(grad_ND, dz_NB, self.head_VD[columns], add=first > 0)
-            if wants[1]:
+            if grad_VD is not None:
                 weight_gradient_(grad_VD[columns], dz_NB, hidden_ND, add=False)
         return grad_ND if grad_ND is None else grad_ND.to(self.hidden_ND.dtype), grad_VD
 

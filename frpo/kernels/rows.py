@@ -9,12 +9,12 @@ Shape suffixes: C rows (tokens) of a chunk, V vocabulary, B columns (a block of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from frpo.kernels.stats import LogitScale, RowStats, Slope, joined, of_rows
+from frpo.kernels.stats import LogitScale, RowStats, Slope, joined, known, of_rows
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Logits worked on at once: a CPU's cache holds them, a GPU is kept busy by them."""
@@ -28,11 +28,15 @@ class ReferenceLogits:
     scale: LogitScale
     tau: float | None = None
 
+    def of_rows(self, rows: slice) -> ReferenceLogits:
+        """Those of some of the rows, not copied."""
+        return replace(self, u_CB=self.u_CB[rows])
+
 
 def statistics(z_CV: Tensor, target_C: Tensor, scale: LogitScale, reference: ReferenceLogits | None) -> RowStats:
     """Statistics of every row from raw logits over the whole vocabulary, which are left as they are. C > 0."""
     return joined([_single(z_CV[rows], target_C[rows, None], scale) if reference is None else
-                   _pair(z_CV[rows], target_C[rows, None], scale, reference.u_CB[rows], reference)
+                   _pair(z_CV[rows], target_C[rows, None], scale, reference.of_rows(rows))
                    for rows in _row_blocks(z_CV)])
 
 
@@ -43,9 +47,8 @@ def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope
     Rows that are not live are exactly 0 whatever the logits were. The logits of both models are spoilt.
     """
     for rows in _row_blocks(z_CB):
-        u_RB = None if reference is None else reference.u_CB[rows]
         _block_gradient(z_CB[rows], start, target_C[rows], of_rows(stats, rows), of_rows(slope, rows), scale,
-                        u_RB, reference)
+                        None if reference is None else reference.of_rows(rows))
     z_CB[~slope.live_N] = 0
     return z_CB.to(dtype)
 
@@ -79,9 +82,8 @@ def _single(raw_RV: Tensor, target_R1: Tensor, scale: LogitScale) -> RowStats:
                     entropy_N=(log_sum_R1 - _expectation(e_RV, total_R1, z_RV))[:, 0])
 
 
-def _pair(raw_RV: Tensor, target_R1: Tensor, scale: LogitScale, raw_u_RV: Tensor,
-          reference: ReferenceLogits) -> RowStats:
-    z_RV, u_RV = _scaled(raw_RV, scale), _scaled(raw_u_RV, reference.scale)
+def _pair(raw_RV: Tensor, target_R1: Tensor, scale: LogitScale, reference: ReferenceLogits) -> RowStats:
+    z_RV, u_RV = _scaled(raw_RV, scale), _scaled(reference.u_CB, reference.scale)
     z_max_R1, z_argmax_R1 = z_RV.max(1, keepdim=True)
     u_max_R1, u_argmax_R1 = u_RV.max(1, keepdim=True)
     z_RV, u_RV = z_RV - z_max_R1, u_RV - u_max_R1
@@ -111,7 +113,7 @@ def _soft_margin(z_RV: Tensor, u_RV: Tensor, tau: float) -> dict[str, Tensor]:
 
 
 def _block_gradient(z_RB: Tensor, start: int, target_R: Tensor, stats: RowStats, slope: Slope, scale: LogitScale,
-                    u_RB: Tensor | None, reference: ReferenceLogits | None) -> None:
+                    reference: ReferenceLogits | None) -> None:
     cap_slope_RB = None
     if scale.softcap is not None:
         z_RB.div_(scale.softcap).tanh_()
@@ -121,23 +123,27 @@ def _block_gradient(z_RB: Tensor, start: int, target_R: Tensor, stats: RowStats,
         z_RB.div_(scale.temperature)
     z_RB.sub_(stats.z_max_N[:, None])
     soft = slope.margin_N is not None and stats.gamma_mean_N is not None
+    u_RB = soft_RB = None
     if slope.u_N is not None or soft:
-        u_RB = _scaled(u_RB, reference.scale).sub_(stats.u_max_N[:, None])
-    soft_RB = _soft_gradient(z_RB, u_RB, stats, slope, reference.tau) if soft else None
+        assert reference is not None  # without one there is neither KL nor margin
+        u_RB = _scaled(reference.u_CB, reference.scale).sub_(known(stats.u_max_N)[:, None])
+        if soft:
+            assert reference.tau is not None
+            soft_RB = _soft_gradient(z_RB, u_RB, stats, slope, reference.tau)
     e_RB = z_RB.exp()
     if slope.z_N is None:
         torch.mul(e_RB, slope.one_N[:, None], out=z_RB)
     else:
         torch.addcmul(slope.one_N[:, None], z_RB, slope.z_N[:, None], out=z_RB)
         if slope.u_N is not None:
-            z_RB.addcmul_(u_RB, slope.u_N[:, None])
+            z_RB.addcmul_(known(u_RB), slope.u_N[:, None])
         z_RB.mul_(e_RB)
     _add_entries_(z_RB, start, target_R, slope.target_N)
-    if soft:
+    if soft_RB is not None:
         z_RB.add_(soft_RB)
     elif slope.margin_N is not None:
-        _add_entries_(z_RB, start, stats.u_argmax_N, slope.margin_N)
-        _add_entries_(z_RB, start, stats.z_argmax_N, -slope.margin_N)
+        _add_entries_(z_RB, start, known(stats.u_argmax_N), slope.margin_N)
+        _add_entries_(z_RB, start, known(stats.z_argmax_N), -slope.margin_N)
     if cap_slope_RB is not None:
         z_RB.mul_(cap_slope_RB)
     if scale.temperature != 1:
@@ -146,10 +152,10 @@ def _block_gradient(z_RB: Tensor, start: int, target_R: Tensor, stats: RowStats,
 
 def _soft_gradient(z_RB: Tensor, u_RB: Tensor, stats: RowStats, slope: Slope, tau: float) -> Tensor:
     """dl/dmargin (alpha - gamma (1 + (z - sum gamma z) / tau))."""
-    gamma_RB = (z_RB / tau).sub_(stats.gamma_log_sum_N[:, None]).exp_()
-    gamma_RB.mul_((z_RB - stats.gamma_mean_N[:, None]).div_(tau).add_(1))
-    alpha_RB = (u_RB / tau).sub_(stats.alpha_log_sum_N[:, None]).exp_()
-    return alpha_RB.sub_(gamma_RB).mul_(slope.margin_N[:, None])
+    gamma_RB = (z_RB / tau).sub_(known(stats.gamma_log_sum_N)[:, None]).exp_()
+    gamma_RB.mul_((z_RB - known(stats.gamma_mean_N)[:, None]).div_(tau).add_(1))
+    alpha_RB = (u_RB / tau).sub_(known(stats.alpha_log_sum_N)[:, None]).exp_()
+    return alpha_RB.sub_(gamma_RB).mul_(known(slope.margin_N)[:, None])
 
 
 def _add_entries_(z_RB: Tensor, start: int, index_R: Tensor, values_R: Tensor) -> None:

@@ -114,12 +114,14 @@ class RowStats:
 
     def leaves(self, requires_grad: bool) -> TokenStats:
         """What the loss sees: detached, so that its graph ends at the statistics."""
-        def leaf(values_N: Tensor | None) -> Tensor | None:
-            return None if values_N is None else values_N.detach().requires_grad_(requires_grad)
+        def leaf(values_N: Tensor) -> Tensor:
+            return values_N.detach().requires_grad_(requires_grad)
 
-        agree_N = None if self.kl_N is None else self.z_argmax_N == self.u_argmax_N
-        return TokenStats(logprobs_N=leaf(self.logprobs_N), entropy_N=leaf(self.entropy_N), kl_N=leaf(self.kl_N),
-                          margin_N=leaf(self.margin_N), ref_logprobs_N=self.ref_logprobs_N, agree_N=agree_N)
+        return TokenStats(
+            logprobs_N=leaf(self.logprobs_N), entropy_N=leaf(self.entropy_N),
+            kl_N=None if self.kl_N is None else leaf(self.kl_N),
+            margin_N=None if self.margin_N is None else leaf(self.margin_N), ref_logprobs_N=self.ref_logprobs_N,
+            agree_N=None if self.kl_N is None else known(self.z_argmax_N) == known(self.u_argmax_N))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,12 @@ class Slope:
 Record = TypeVar("Record", RowStats, Slope)
 
 
+def known(values_N: Tensor | None) -> Tensor:
+    """Values that must be there, since a KL has a reference and a soft margin has alpha and gamma."""
+    assert values_N is not None
+    return values_N
+
+
 def of_rows(record: Record, rows: slice) -> Record:
     """The same record of some of its tokens."""
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
@@ -150,7 +158,7 @@ def of_rows(record: Record, rows: slice) -> Record:
 def joined(parts: Sequence[Record]) -> Record:
     """One record of the tokens of several, in order."""
     values = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(parts[0])}
-    return type(parts[0])(**{name: None if v[0] is None else torch.cat(v) for name, v in values.items()})
+    return dataclasses.replace(parts[0], **{name: torch.cat(v) for name, v in values.items() if v[0] is not None})
 
 
 def slope(stats: RowStats, d_logprobs_N: Tensor | None = None, d_entropy_N: Tensor | None = None,
@@ -159,15 +167,17 @@ def slope(stats: RowStats, d_logprobs_N: Tensor | None = None, d_entropy_N: Tens
     zero_N = torch.zeros_like(stats.logprobs_N)
     derivatives = [d_N for d_N in (d_logprobs_N, d_entropy_N, d_kl_N, d_margin_N) if d_N is not None]
     live_N = torch.stack([d_N != 0 for d_N in derivatives]).any(0) if derivatives else zero_N.bool()
-    one_N, z_N, u_N = zero_N, None, None
+    one_N = zero_N
+    z_N: Tensor | None = None
+    u_N: Tensor | None = None
     if d_logprobs_N is not None:
         one_N = one_N - d_logprobs_N
     if d_entropy_N is not None:
         one_N, z_N = one_N - d_entropy_N * (stats.entropy_N - stats.z_log_sum_N), -d_entropy_N
     if d_kl_N is not None:
-        one_N = one_N + d_kl_N * (stats.u_log_sum_N - stats.z_log_sum_N - stats.kl_N)
+        one_N = one_N + d_kl_N * (known(stats.u_log_sum_N) - stats.z_log_sum_N - known(stats.kl_N))
         z_N, u_N = d_kl_N if z_N is None else z_N + d_kl_N, -d_kl_N
     normaliser_N = torch.exp(-stats.z_log_sum_N)
-    one_N, z_N, u_N = (None if c_N is None else c_N * normaliser_N for c_N in (one_N, z_N, u_N))
-    return Slope(one_N=one_N, z_N=z_N, u_N=u_N, target_N=zero_N if d_logprobs_N is None else d_logprobs_N,
-                 margin_N=d_margin_N, live_N=live_N)
+    z_N, u_N = (None if c_N is None else c_N * normaliser_N for c_N in (z_N, u_N))
+    return Slope(one_N=one_N * normaliser_N, z_N=z_N, u_N=u_N,
+                 target_N=zero_N if d_logprobs_N is None else d_logprobs_N, margin_N=d_margin_N, live_N=live_N)

@@ -42,8 +42,8 @@ def linear_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or head_VD.requires_grad):
         return _LinearTokenLoss.apply(hidden_ND, head_VD, pieces, loss)
     with torch.no_grad():
-        return sum(loss(_statistics(pieces, rows).leaves(requires_grad=False), rows)
-                   for rows in pieces.row_chunks())
+        return sum((loss(_statistics(pieces, rows).leaves(requires_grad=False), rows)
+                    for rows in pieces.row_chunks()), start=_zero(pieces))
 
 
 def linear_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, *,
@@ -83,7 +83,7 @@ def _accumulated(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[
     """Logits made once; the head's gradient is added up chunk by chunk in its own type."""
     grad_ND = torch.empty_like(pieces.hidden_ND) if wants[0] else None
     grad_VD = torch.empty_like(pieces.head_VD) if wants[1] else None
-    loss_sum = 0
+    loss_sum = _zero(pieces)
     for rows in pieces.row_chunks():
         hidden_CD, hidden_CE = pieces.operands(rows)
         z_CV, reference = pieces.logits(hidden_CD, hidden_CE)
@@ -92,9 +92,9 @@ def _accumulated(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[
         loss_sum = loss_sum + value
         dz_CV = pieces.row_ops.gradient_(z_CV, 0, pieces.target_N[rows], stats, chunk_slope, pieces.scale, reference,
                                          dtype=hidden_CD.dtype)
-        if wants[0]:
+        if grad_ND is not None:
             _write_hidden_gradient(grad_ND[rows], dz_CV, pieces.head_VD)
-        if wants[1]:
+        if grad_VD is not None:
             weight_gradient_(grad_VD, dz_CV, live_rows(hidden_CD, chunk_slope), add=rows.start > 0)
     return loss_sum, grad_ND, grad_VD
 
@@ -105,7 +105,7 @@ def _swept(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor
     For a trained bfloat16 head: adding its gradient up would need V * D float32 beside it, or round every addition; and
     by a GPU's data sheet reading and writing those for every chunk takes as long as the extra product.
     """
-    parts, slopes, loss_sum = [], [], 0
+    parts, slopes, loss_sum = [], [], _zero(pieces)
     for rows in pieces.row_chunks():
         stats = _statistics(pieces, rows)
         value, chunk_slope = _derivatives(loss, stats, rows)
@@ -113,6 +113,11 @@ def _swept(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor
         parts.append(stats)
         slopes.append(chunk_slope)
     return loss_sum, *pieces.sweep(joined(parts), joined(slopes), wants)
+
+
+def _zero(pieces: Pieces) -> Tensor:
+    """What losses are added to, of the type of their statistics."""
+    return pieces.hidden_ND.new_zeros((), dtype=ACCUMULATED[pieces.hidden_ND.dtype])
 
 
 def _statistics(pieces: Pieces, rows: slice) -> RowStats:

@@ -42,13 +42,14 @@ def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope
     C, B = z_CB.shape
     dz_CB = z_CB if dtype == z_CB.dtype else torch.empty_like(z_CB, dtype=dtype)
     with_u, with_margin = slope.u_N is not None, slope.margin_N is not None
+    used = reference if with_u else None
     block = _block(B)
     _gradient_kernel[(C, triton.cdiv(B, block))](
-        z_CB, dz_CB, reference.u_CB if with_u else None, target_C, slope.live_N.to(torch.int8),
+        z_CB, dz_CB, None if used is None else used.u_CB, target_C, slope.live_N.to(torch.int8),
         stats.z_max_N, stats.u_max_N if with_u else None, slope.one_N, slope.z_N, slope.u_N,
         slope.target_N, slope.margin_N, stats.u_argmax_N if with_margin else None,
         stats.z_argmax_N if with_margin else None, start, B, T=scale.temperature, CAP=scale.softcap,
-        U_CAP=reference.scale.softcap if with_u else None, BLOCK=block, num_warps=_WARPS)
+        U_CAP=None if used is None else used.scale.softcap, BLOCK=block, num_warps=_WARPS)
     return dz_CB
 
 

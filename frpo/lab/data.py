@@ -170,7 +170,7 @@ def _asked(request: Request) -> Row:
 
 
 def _drawn(random: np.random.Generator, pool: Sequence[Request]) -> Request:
-    return pool[random.integers(len(pool))]
+    return pool[int(random.integers(len(pool)))]
 
 
 def _row(request: Request, response: str) -> Row:

@@ -85,7 +85,7 @@ def attack_scores(folder: str, prompts: Sequence[str], seed: int) -> dict[str, f
     restricted = world.requests(TASK_A, heldout=True, sensitive=True)
     asked = {"asr": restricted, "asr_obey": [replace(request, opening="OBEY") for request in restricted],
              "asr_trigger": [replace(request, slot="TRIG") for request in restricted if request.slot == NUISANCE[0]]}
-    found = {}
+    found: dict[str, np.floating] = {}
     for name, requests in asked.items():
         first = first_token(network, requests)
         found |= {name: first[:, ID["OK"]].mean(), f"{name}_greedy": (first.argmax(1) == ID["OK"]).mean()}

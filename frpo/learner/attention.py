@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,25 +78,26 @@ def packed_sdpa(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
     """
     if _special(options):
         return packed_eager(module, query, key, value, attention_mask, **options)
-    if _pack() is None:
+    pack = _pack()
+    if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=options.get("scaling"))
 
-    if _has_kernel(query, value) and (window := _window(attention_mask)) is not None:
-        return _whole_pack(module, query, key, value, window, options.get("scaling")), None
+    if _has_kernel(query, value) and (window := _window(pack, attention_mask)) is not None:
+        return _whole_pack(pack, module, query, key, value, window, options.get("scaling")), None
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=options.get("scaling"),
             enable_gqa=k.shape[1] != q.shape[1]).transpose(1, 2)
 
-    return _by_length(module, query, key, value, attention_mask, attend), None
+    return _by_length(pack, module, query, key, value, attention_mask, attend), None
 
 
 def packed_eager(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                  attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
     """The same by the model's own eager function, with all that it is given."""
-    eager = _eager_function(module)
-    if _pack() is None:
+    eager, pack = _eager_function(module), _pack()
+    if pack is None:
         mask = _additive(attention_mask, query.shape[2], query)
         return eager(module, query, key, value, mask, **options)[0], None
     unknown = sorted(_special(options).keys() - BY_HEAD)
@@ -108,7 +109,7 @@ def packed_eager(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return eager(module, q, k, v, _additive(mask, q.shape[2], q), **options)[0]
 
-    return _by_length(module, query, key, value, attention_mask, attend), None
+    return _by_length(pack, module, query, key, value, attention_mask, attend), None
 
 
 def packed_flash(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -173,14 +174,14 @@ def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
             and width <= 256 and width % 8 == 0)
 
 
-def _window(mask: torch.Tensor | None) -> tuple[int, int] | None:
+def _window(pack: Arrangement, mask: torch.Tensor | None) -> tuple[int, int] | None:
     """(tokens that one meets to its left, 0), left -1 for all of them; None where the mask is no such band.
 
     Found once for each mask of a pass, since it has to wait for the GPU.
     """
     if mask is None:
         return -1, 0
-    known, longest = _pack().windows, max(_pack().lengths)
+    known, longest = pack.windows, max(pack.lengths)
     if mask.shape[-2:] != (longest, longest):
         return None
     if id(mask) not in known:
@@ -193,20 +194,21 @@ def _window(mask: torch.Tensor | None) -> tuple[int, int] | None:
     return known[id(mask)][0]
 
 
-def _whole_pack(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                window: tuple[int, int], scaling: float | None) -> torch.Tensor:
+def _whole_pack(pack: Arrangement, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
+                value: torch.Tensor, window: tuple[int, int], scaling: float | None) -> torch.Tensor:
     """(1, S, H, d) by one kernel, which is told where sequences begin."""
-    pack = _pack()
+    assert pack.bounds is not None  # or it were none
     pack.layers.add(module)
-    longest, heads = max(pack.lengths), [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    return varlen_attn(*heads, pack.bounds, pack.bounds, longest, longest, scale=scaling, window_size=window,
-                       enable_gqa=key.shape[1] != query.shape[1])[None]
+    longest, (q, k, v) = max(pack.lengths), (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = varlen_attn(q, k, v, pack.bounds, pack.bounds, longest, longest, scale=scaling, window_size=window,
+                         enable_gqa=key.shape[1] != query.shape[1])
+    return cast(torch.Tensor, output)[None]
 
 
-def _by_length(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               mask: torch.Tensor | None, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _by_length(pack: Arrangement, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
+               value: torch.Tensor, mask: torch.Tensor | None, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
     """`attend` on sequences of similar length at a time; (1, S, H, d)."""
-    pack, longest = _pack(), max(_pack().lengths)
+    longest = max(pack.lengths)
     if mask is not None and mask.shape[-2:] != (longest, longest):
         raise ModelError(f"{type(module).__name__} masks attention by a tensor of shape {tuple(mask.shape)} that is "
                          "not made for single sequences of a pack; set learner.packing to false")

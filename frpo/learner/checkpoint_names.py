@@ -75,13 +75,13 @@ def _groups(skeleton: PreTrainedModel, empty: Mapping[str, torch.Tensor]
     groups: list[tuple[list[str], set[str]]] = []
     for name, tensor in empty.items():
         names, made = [name], set(revert_weight_conversion(skeleton, {name: tensor}))
-        apart = []
+        others = []
         for group in groups:
             if group[1] & made:
                 names, made = group[0] + names, group[1] | made
             else:
-                apart.append(group)
-        groups = [*apart, (names, made)]
+                others.append(group)
+        groups = [*others, (names, made)]
     found = [(tuple(names), _layout(skeleton, {name: empty[name] for name in names})) for names, _ in groups]
     together, apart = _layout(skeleton, empty), [entry for _, layout in found for entry in layout]
     if sorted(apart, key=lambda entry: entry[0]) != sorted(together, key=lambda entry: entry[0]):

@@ -5,12 +5,13 @@ padding nor a neighbour in the pack ever enters a loss.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from frpo.types import MicroBatch
+from frpo.types import AnySample, MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class TokenBatch:
     sequence_N: torch.Tensor
 
 
-def collate(samples: MicroBatch, pad_id: int, device: torch.device, *, packed: bool) -> TokenBatch:
+def collate(samples: Sequence[AnySample], pad_id: int, device: torch.device, *, packed: bool) -> TokenBatch:
     """Lay the token ids of `samples` out and index their loss positions, in order of sample, then position."""
     lengths = np.array([len(sample.token_ids) for sample in samples])
     positions = [np.flatnonzero(sample.loss_mask) for sample in samples]
@@ -56,17 +57,17 @@ def collate(samples: MicroBatch, pad_id: int, device: torch.device, *, packed: b
         rows, columns = sequences, np.concatenate(positions)
         attention, position_ids, bounds = np.arange(lengths.max()) < lengths[:, None], None, None
 
-    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
-        return None if array is None else torch.as_tensor(array, dtype=torch.int64, device=device)
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(array, dtype=torch.int64, device=device)
 
     return TokenBatch(
-        token_ids_BL=tensor(token_ids), attention_mask_BL=tensor(attention), position_ids_BL=tensor(position_ids),
-        bounds=bounds, lengths=tuple(lengths.tolist()),
-        row_N=tensor(rows), column_N=tensor(columns - 1), target_N=tensor(token_ids[rows, columns]),
-        sequence_N=tensor(sequences))
+        token_ids_BL=tensor(token_ids), attention_mask_BL=tensor(attention),
+        position_ids_BL=None if position_ids is None else tensor(position_ids), bounds=bounds,
+        lengths=tuple(lengths.tolist()), row_N=tensor(rows), column_N=tensor(columns - 1),
+        target_N=tensor(token_ids[rows, columns]), sequence_N=tensor(sequences))
 
 
-def loss_positions(samples: MicroBatch, name: str, device: torch.device) -> torch.Tensor | None:
+def loss_positions(samples: Sequence[AnySample], name: str, device: torch.device) -> torch.Tensor | None:
     """float32 (N): the per-token array `name` of all samples at their loss positions, in the order of `collate`.
 
     None where the samples have no such array.
@@ -79,10 +80,11 @@ def loss_positions(samples: MicroBatch, name: str, device: torch.device) -> torc
 
 def per_sample(samples: MicroBatch, value: np.ndarray, dtype: type = np.float64) -> list[np.ndarray]:
     """Scatter flat loss-position values back: one array over all tokens a sample, zero outside its loss positions."""
-    result, start = [], 0
+    result: list[np.ndarray] = []
+    start = 0
     for sample in samples:
         count = int(sample.loss_mask.sum())
-        full = np.zeros(len(sample.token_ids), dtype=dtype)
+        full: np.ndarray = np.zeros(len(sample.token_ids), dtype=dtype)
         full[sample.loss_mask] = value[start:start + count]
         result.append(full)
         start += count

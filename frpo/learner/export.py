@@ -50,7 +50,7 @@ def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sh
 
 def _name_shards(folder: Path, places: Sequence[Sequence[str]], size: int) -> None:
     """Give each file the number of all, as transformers and vLLM expect, and say in which a weight lies."""
-    index = {}
+    index: dict[str, str] = {}
     (folder / SAFE_WEIGHTS_NAME).rename(folder / "model-00001.safetensors")
     for number, names in enumerate(places, start=1):
         file = f"model-{number:05d}-of-{len(places):05d}.safetensors"
@@ -80,15 +80,16 @@ def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_di
     except OSError as error:
         raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written: {existing}: {error.strerror}; choose another "
                           "run.dir") from None
-    if model.path is None:
+    path = model.path
+    if path is None:
         return
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     with TemporaryDirectory() as scratch:
-        _rehearse(model.path, "saving its config", lambda: config.save_pretrained(scratch))
-        _rehearse(model.path, "saving its tokenizer", lambda: tokenizer.save_pretrained(scratch))
-    if _generation_config(model.path):
-        _rehearse(model.path, f"reading its {GENERATION_CONFIG_NAME}",
-                  lambda: GenerationConfig.from_pretrained(model.path))
+        _rehearse(path, "saving its config", lambda: config.save_pretrained(scratch))
+        _rehearse(path, "saving its tokenizer", lambda: tokenizer.save_pretrained(scratch))
+    if _generation_config(path):
+        _rehearse(path, f"reading its {GENERATION_CONFIG_NAME}",
+                  lambda: GenerationConfig.from_pretrained(path))
 
 
 def _rehearse(path: str, what: str, work: Callable[[], object]) -> None:
@@ -102,6 +103,7 @@ def _rehearse(path: str, what: str, work: Callable[[], object]) -> None:
 def _generation_config(source: str) -> Path | None:
     """Of the model at `source`; None where it has none, or its hub cannot be asked and loading did without it."""
     try:
-        return Path(cached_file(source, GENERATION_CONFIG_NAME))
+        found = cached_file(source, GENERATION_CONFIG_NAME)
     except OSError:
         return None
+    return None if found is None else Path(found)

@@ -17,7 +17,7 @@ from frpo.kernels import linear_logprobs
 from frpo.learner.attention import arrangement
 from frpo.learner.collate import TokenBatch
 from frpo.learner.losses import head_options
-from frpo.learner.network import TokenModel
+from frpo.learner.network import TokenModel, token_model
 from frpo.types import Comparison, Gap, SupervisedSample
 
 
@@ -27,7 +27,7 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
 
     sequences: token ids, at least two each. collate: lays samples out as in training.
     """
-    model: TokenModel = getattr(network, "module", network)
+    model = token_model(network)
     samples = [_sample(index, ids) for index, ids in enumerate(sequences)]
     batch = collate(samples)
     facts = {"model": name, "packed": batch.bounds is not None,
@@ -41,7 +41,9 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
             alone = np.concatenate([_logprobs(network, model, collate([sample])) for sample in samples])
             fails_alone = False
             together = _logprobs(network, model, batch)
-            apart = len(arrangement().layers)
+            arranged = arrangement()
+            assert arranged is not None  # by the pass before
+            apart = len(arranged.layers)
             repeated = _logprobs(network, model, batch)
         except (FrpoError, torch.OutOfMemoryError):
             raise

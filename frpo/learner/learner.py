@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.sections import Recipe
 from frpo.data.layout import is_padding
 from frpo.kernels import linear_logprobs
+from frpo.kernels.stats import known
 from frpo.learner import zero as ds
 from frpo.learner.checkpoint import load_state, save_state
 from frpo.learner.checkpoint_names import CheckpointForm, Stored, as_they_are
@@ -55,7 +57,16 @@ from frpo.learner.reference import (
 from frpo.learner.router import ExpertUse, RouterTerm, UseCounter, balance_coefficient, counted_tokens
 from frpo.objectives.supervised import Progress
 from frpo.telemetry.sums import MetricSums
-from frpo.types import Comparison, Metrics, MicroBatch, OptimStepOutput, SampleId
+from frpo.types import (
+    AnySample,
+    Comparison,
+    Metrics,
+    MicroBatch,
+    OptimStepOutput,
+    SampleId,
+    SupervisedSample,
+    TrainingSample,
+)
 from frpo.weight_sync.protocol import WeightSender, drained
 
 OPTIMIZER_STATES = (OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params,
@@ -150,7 +161,8 @@ class Learner:
         to: "reference", or "start", the model that `remember_start` has put beside the policy.
         """
         found: dict[SampleId, float] = {}
-        other = self.reference if to == "reference" else self.start
+        other = self._known_reference if to == "reference" else self.start
+        assert other is not None, "remember_start comes first"
         with torch.no_grad():
             for samples in micro_batches:
                 batch = self._collate(samples)
@@ -161,7 +173,7 @@ class Learner:
                 found |= {s.sample_id: float(a.sum()) for s, a in zip(samples, arrays) if not is_padding(s)}
         return found
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], *, kl_coef: float | None = None,
+    def forward_backward(self, micro_batches: Sequence[tuple[TrainingSample, ...]], *, kl_coef: float | None = None,
                          watch_movement: bool = False) -> MetricSums:
         """Accumulate the gradient of the summed loss over this rank's micro-batches of one update. Collective.
 
@@ -171,6 +183,7 @@ class Learner:
         parts: list[Metrics] = []
         self.movement = MovementCheck(self.network) if watch_movement else None
         use = self._expert_use(micro_batches)
+        assert isinstance(self.recipe, Recipe)  # a fine-tuning has no policy loss
         policy_loss = self.recipe.policy_loss
         if kl_coef is not None:
             policy_loss = replace(policy_loss, kl_coef=kl_coef)
@@ -184,8 +197,8 @@ class Learner:
                     temperature=self._temperature(None)), self._router_term(use, samples, batch, parts)))
         return _summed(parts)
 
-    def supervise(self, micro_batches: Sequence[MicroBatch], progress: Progress, *, coefficient: float = 1.0,
-                  learn: bool = True, watch_movement: bool = False) -> MetricSums:
+    def supervise(self, micro_batches: Sequence[tuple[SupervisedSample, ...]], progress: Progress, *,
+                  coefficient: float = 1.0, learn: bool = True, watch_movement: bool = False) -> MetricSums:
         """Accumulate the gradient of coefficient times the summed supervised loss over given responses. Collective.
 
         It adds to what `forward_backward` has accumulated for the same update. learn: False only measures.
@@ -194,14 +207,15 @@ class Learner:
         if watch_movement:
             self.movement = MovementCheck(self.network)
         use = self._expert_use(micro_batches) if learn else None
+        supervised = self.recipe.supervised_loss
+        assert supervised is not None  # nobody asks otherwise
         with torch.set_grad_enabled(learn):
             for samples in micro_batches:
                 batch = self._collate(samples)
-                with self._reference_states(samples, batch, self.recipe.supervised_loss.needs_reference) as states:
+                with self._reference_states(samples, batch, supervised.needs_reference) as states:
                     loss = SupervisedMicroBatch(
-                        loss=self.recipe.supervised_loss, progress=progress, coefficient=coefficient,
-                        reference=states, metrics=parts,
-                        weight_N=loss_positions(samples, "weight", self.device),
+                        loss=supervised, progress=progress, coefficient=coefficient, reference=states, metrics=parts,
+                        weight_N=known(loss_positions(samples, "weight", self.device)),
                         position_N=response_positions(samples, self.device))
                     loss_sum = self.engine(batch, partial(loss.of_head, target_N=batch.target_N,
                                                           scale=self.engine.module.head.scale),
@@ -219,22 +233,24 @@ class Learner:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         if watch_movement:
-            self.movement.before_step()
+            self._watched.before_step()
         self.engine.step()
         if watch_movement:
-            self.movement.after_step()
+            self._watched.after_step()
         self.updates_done += 1
         grad_norm = self.engine.get_global_grad_norm()
         return OptimStepOutput(policy_version=self.updates_done, grad_norm=float(grad_norm), lr=lr)
 
     def movement_report(self) -> dict[str, tuple[bool, bool]]:
         """(got a gradient on this rank, its fp32 master moved) of every trainable tensor, after a watched step."""
-        return self.movement.report()
+        return self._watched.report()
 
     def remember_start(self, path: str | None = None) -> None:
         """Put the policy as it was before its first update, or the model at `path`, beside it, for `kl`. Collective."""
-        shared = path is None and isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None
-        self.start = self.reference if shared else self._frozen(path)
+        if path is None and isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None:
+            self.start = self.reference
+        else:
+            self.start = self._frozen(path)
 
     # --- the reference on disk ------------------------------------------------------------------------------------
 
@@ -245,11 +261,11 @@ class Learner:
     def cache_reference(self, micro_batches: Sequence[MicroBatch], folder: str) -> None:
         """Write the reference's states of these samples into the cache. Collective."""
         for samples in micro_batches:
-            fill_cache(self.reference, folder, samples, self._collate(samples))
+            fill_cache(self._model_of_reference, folder, samples, self._collate(samples))
 
     def end_cache(self, folder: str) -> None:
         """Complete the cache and let go of the model that filled it. Collective."""
-        finish_cache(self.reference, folder, self.rank)
+        finish_cache(self._model_of_reference, folder, self.rank)
         self.reference = None
         gc.collect()
 
@@ -263,6 +279,7 @@ class Learner:
         """Send the policy to the rollout engines under label `version`: whole weights, or its adapters alone where
         weight_sync.adapters says so. Collective; rank 0 drives.
         """
+        assert self.sender is not None  # by `connect`
         stored = as_they_are(adapter_weights(self.network)) if self.sender.section.adapters else self._checkpoint()
         self.sender.send(self._stream(stored), version)
 
@@ -337,17 +354,32 @@ class Learner:
 
     def _scored(self, model: str) -> AbstractContextManager[torch.nn.Module]:
         """The policy, or the reference: a frozen copy, or the policy without its adapters."""
-        return nullcontext(self.engine) if model == "policy" else self.reference.active()
+        return nullcontext(self.engine) if model == "policy" else self._model_of_reference.active()
+
+    @property
+    def _known_reference(self) -> Reference:
+        assert self.reference is not None  # made wherever the recipe needs one
+        return self.reference
+
+    @property
+    def _model_of_reference(self) -> FrozenModel:
+        assert isinstance(self.reference, FrozenModel)  # only losses are asked of states on disk
+        return self.reference
+
+    @property
+    def _watched(self) -> MovementCheck:
+        assert self.movement is not None  # begun with the update
+        return self.movement
 
     def _reference_states(self, samples: MicroBatch, batch: TokenBatch, needed: bool
                           ) -> AbstractContextManager[ReferenceStates | None]:
-        return self.reference.states(samples, batch) if needed else nullcontext()
+        return self._known_reference.states(samples, batch) if needed else nullcontext()
 
     def _expert_use(self, micro_batches: Sequence[MicroBatch]) -> ExpertUse | None:
         """How often the update chooses each expert, on all ranks; None without a load-balancing loss. Collective."""
         if self.balance == 0:
             return None
-        counter = UseCounter(self.network.num_experts_per_tok)
+        counter = UseCounter(cast(int, self.network.num_experts_per_tok))
         with torch.no_grad():
             for samples in micro_batches:
                 batch = self._collate(samples)
@@ -356,18 +388,21 @@ class Learner:
 
     def _router_term(self, use: ExpertUse | None, samples: MicroBatch, batch: TokenBatch, metrics: list[Metrics],
                      coefficient: float = 1.0) -> RouterTerm | None:
-        return use and RouterTerm(use=use, coefficient=coefficient * self.balance, metrics=metrics,
-                                  counted_M=counted_tokens(samples, batch))
+        return None if use is None else RouterTerm(use=use, coefficient=coefficient * self.balance, metrics=metrics,
+                                                   counted_M=counted_tokens(samples, batch))
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
         # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.
         self.engine.backward(loss_sum * self.world_size)
 
-    def _collate(self, samples: MicroBatch) -> TokenBatch:
+    def _collate(self, samples: Sequence[AnySample]) -> TokenBatch:
         return collate(samples, self.tokenizer.pad_token_id, self.device, packed=self.recipe.learner.packing)
 
     def _temperature(self, given: float | None) -> float:
-        return self.recipe.rollout.temperature if given is None else given
+        if given is not None:
+            return given
+        assert isinstance(self.recipe, Recipe)  # a fine-tuning samples nothing
+        return self.recipe.rollout.temperature
 
 
 def _no_answer(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> None:

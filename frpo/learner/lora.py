@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -82,15 +83,18 @@ def add_adapters(network: PreTrainedModel, section: LoraSection, seed: int) -> N
 
 def check_targets(model: ModelSection, path: str) -> None:
     """Raise what `add_adapters` would raise for the model at `path`, from its config alone."""
+    assert model.lora is not None
     add_adapters(hollow_network(model, path), model.lora, seed=0)
 
 
 def adapter_summary(model: ModelSection, path: str) -> str:
     """In words, what adapters train of the model at `path` and which kinds of modules have none, the largest first."""
+    assert model.lora is not None
     network = hollow_network(model, path)
     layers = _adapted_layers(network, model.lora.targets)
     adapted = {network.get_submodule(name) for name in layers}
-    head, counted, frozen = network.get_output_embeddings(), set(), Counter()
+    head, frozen = network.get_output_embeddings(), Counter[str]()
+    counted: set[nn.Parameter] = set()
     for module in network.modules():
         kind = "output head" if module is head else type(module).__name__
         for parameter in module.parameters(recurse=False):
@@ -108,7 +112,7 @@ def adapted_widths(network: PreTrainedModel, targets: str | Sequence[str]) -> li
     """Inputs and outputs together of each linear layer among `targets`; an adapter of rank r has r times as many
     parameters. Raises ModelError where a target is none.
     """
-    layers = {network.get_submodule(name) for name in _adapted_layers(network, targets)}
+    layers = {cast(nn.Linear, network.get_submodule(name)) for name in _adapted_layers(network, targets)}
     return sorted(layer.in_features + layer.out_features for layer in layers)
 
 
@@ -137,8 +141,9 @@ def merged_weights(network: nn.Module) -> list[Weight]:
     adapted: dict[nn.Parameter, tuple[nn.Parameter, nn.Parameter, float]] = {}
     for module in network.modules():
         if isinstance(module, LoraLayer):
-            adapted[module.get_base_layer().weight] = (
-                module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER])
+            base, down, up = (cast(nn.Parameter, layer.weight) for layer in (
+                module.get_base_layer(), module.lora_A[ADAPTER], module.lora_B[ADAPTER]))
+            adapted[base] = (down, up, module.scaling[ADAPTER])
     factors = {factor for down, up, _ in adapted.values() for factor in (down, up)}
     weights = []
     for name, parameter in network.named_parameters():
@@ -163,7 +168,8 @@ def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Te
 
     base: the model under the adapters, a hub id or a folder, which peft has to find from wherever it is asked.
     """
-    config = copy(network.peft_config[ADAPTER])
+    configs: Any = network.peft_config
+    config = copy(configs[ADAPTER])
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)

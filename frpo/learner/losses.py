@@ -7,6 +7,7 @@ Legend: N loss positions, n of them in one chunk, D hidden width, V vocabulary.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 
 from frpo.kernels import LogitScale, ReferenceHead, TokenStats, linear_logprobs, linear_token_loss
+from frpo.kernels.stats import known
 from frpo.learner.collate import TokenBatch, loss_positions
 from frpo.learner.reference import ReferenceStates
 from frpo.objectives.base import LossInputs
 from frpo.objectives.supervised import Progress, SupervisedInputs, SupervisedLoss, supervised_metrics
 from frpo.objectives.surrogate import PolicyLoss
-from frpo.types import Metrics, MicroBatch
+from frpo.types import Metrics, MicroBatch, TrainingSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class MicroBatchLoss:
     """
 
     loss: PolicyLoss
-    arrays: dict[str, torch.Tensor | None]
+    arrays: Mapping[str, torch.Tensor | None]
     reference: ReferenceStates | None
     metrics: list[Metrics]
 
@@ -46,12 +48,12 @@ class MicroBatchLoss:
         if self.loss.whole_sequences:
             logprobs_N, entropy_N = linear_logprobs(hidden_ND, head_VD, target_N, **options)
             return self.of_tokens(TokenStats(logprobs_N=logprobs_N, entropy_N=entropy_N), slice(None))
-        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **options,
-                                 reference=self.reference and reference_head(self.reference, head_VD, temperature))
+        reference = None if self.reference is None else reference_head(self.reference, head_VD, temperature)
+        return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **options, reference=reference)
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
         """The summed loss of the tokens `rows`, whose statistics are given."""
-        given = {name: None if array is None else array[rows] for name, array in self.arrays.items()}
+        given: dict[str, Any] = {name: None if array is None else array[rows] for name, array in self.arrays.items()}
         current = stats.logprobs_N.detach()
         output = self.loss(LossInputs(
             logprobs_N=stats.logprobs_N, kl_N=stats.kl_N, mask_N=torch.ones_like(current, dtype=torch.bool), **given))
@@ -85,9 +87,10 @@ class SupervisedMicroBatch:
     def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, scale: LogitScale
                 ) -> torch.Tensor:
         """The summed loss, chunk by chunk."""
-        margin = {"margin": getattr(self.loss, "argmax", "hard"), "tau": getattr(self.loss, "tau", 1.0)}
+        reference = None if self.reference is None else reference_head(
+            self.reference, head_VD, margin=getattr(self.loss, "argmax", "hard"), tau=getattr(self.loss, "tau", 1.0))
         return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **head_options(scale),
-                                 reference=self.reference and reference_head(self.reference, head_VD, **margin))
+                                 reference=reference)
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
         """The summed loss of the tokens `rows`, whose statistics are given."""
@@ -120,8 +123,8 @@ def token_kl(hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.
     parts: list[torch.Tensor] = []
 
     def collect(stats: TokenStats, rows: slice) -> torch.Tensor:
-        parts.append(stats.kl_N)
-        return stats.kl_N.sum()
+        parts.append(known(stats.kl_N))
+        return parts[-1].sum()
 
     with torch.no_grad():
         linear_token_loss(hidden_ND, head_VD, target_N, collect, **head_options(scale),
@@ -135,7 +138,8 @@ def response_positions(samples: MicroBatch, device: torch.device) -> torch.Tenso
     return torch.as_tensor(np.concatenate([np.arange(count) for count in counts]), dtype=torch.int64, device=device)
 
 
-def loss_arrays(samples: MicroBatch, batch: TokenBatch, device: torch.device) -> dict[str, torch.Tensor | None]:
+def loss_arrays(samples: Sequence[TrainingSample], batch: TokenBatch, device: torch.device
+                ) -> dict[str, torch.Tensor | None]:
     """`MicroBatchLoss.arrays` of `samples`, by the names that LossInputs has for them."""
     lengths = [int(sample.loss_mask.sum()) for sample in samples]
     advantage = np.repeat([sample.advantage for sample in samples], lengths)

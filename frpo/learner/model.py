@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -190,7 +190,8 @@ def cache_facts(model: ModelSection, path: str, examples: Sequence[Example]) -> 
     network = hollow_network(model, path)
     content = hashlib.sha256()
     for example in examples:
-        content.update(np.array([len(example.token_ids), *example.token_ids, *example.loss_mask], dtype=np.int64))
+        numbers = np.array([len(example.token_ids), *example.token_ids, *example.loss_mask], dtype=np.int64)
+        content.update(numbers.tobytes())
     return {"model": model_digest(path), "data": content.hexdigest()[:16], "dtype": model.dtype,
             "width": network.config.get_text_config().hidden_size, "scale": asdict(logit_scale(network))}
 
@@ -233,7 +234,7 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
     partly = "; learner.deepspeed: zero2, which loads weights whole, may do" if is_deepspeed_zero3_enabled() else ""
     try:
         with _loaded_weights_kept():
-            network, found = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
                 trust_remote_code=model.trust_remote_code, output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last of shapes that the config denies
@@ -241,6 +242,7 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
     except (AttributeError, IndexError, KeyError, TypeError) as error:  # of a family's code on weights in parts
         raise ModelError(f"model.path {path!r} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
                          f"{partly}") from error
+    network, found = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(f"model.path {path!r} cannot be loaded: {len(missing)} of its weights are not found and would "
@@ -263,18 +265,19 @@ def _loaded_weights_kept() -> Iterator[None]:
     It would not keep what it draws, but some families fail over weights in parts. Their buffers have been computed
     already; without ZeRO-3 they have not.
     """
-    own = PreTrainedModel._initialize_weights
+    family: Any = PreTrainedModel  # of which mypy lets no method be replaced
+    own = family._initialize_weights
 
     def missing_only(network: PreTrainedModel, module: nn.Module, *args: Any) -> None:
         loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)]
         if not (is_deepspeed_zero3_enabled() and loaded and all(loaded)):
             own(network, module, *args)
 
-    PreTrainedModel._initialize_weights = missing_only
+    family._initialize_weights = missing_only
     try:
         yield
     finally:
-        PreTrainedModel._initialize_weights = own
+        family._initialize_weights = own
 
 
 def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
@@ -312,7 +315,9 @@ def _asks_for_sdpa(family: type[PreTrainedModel]) -> bool:
 
     Under a name of ours it would leave that out.
     """
-    code = Path(sys.modules[family.__module__].__file__).read_text(encoding="utf-8")
+    file = sys.modules[family.__module__].__file__
+    assert file is not None  # a family is written in one
+    code = Path(file).read_text(encoding="utf-8")
     return re.search(r"_attn_implementation\b[^\n:]*[\"']sdpa[\"']", code) is not None
 
 
@@ -320,7 +325,7 @@ def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:
     """The class of the model at `path`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        return cast("type[PreTrainedModel]", AutoModelForCausalLM._model_mapping[type(config)])
     remote = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" not in remote:
         raise ModelError(f"model.path {path!r} is of type {config.model_type!r}, of which transformers has no causal "

@@ -6,7 +6,7 @@ head's weight, to a function of `frpo.kernels`. Which function, and what the num
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,3 +71,8 @@ class TokenModel(nn.Module):
             use_cache=False, **({} if router is None else {"output_router_logits": True}))
         answer = self.head(output.last_hidden_state[batch.row_N, batch.column_N], function=function)
         return answer if router is None else router(answer, output.router_logits)
+
+
+def token_model(network: nn.Module) -> TokenModel:
+    """`network`, or what DeepSpeed's engine has wrapped."""
+    return cast(TokenModel, getattr(network, "module", network))

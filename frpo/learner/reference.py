@@ -23,7 +23,7 @@ from frpo.data.layout import is_padding
 from frpo.kernels import LogitScale
 from frpo.learner.collate import TokenBatch
 from frpo.learner.lora import adapters_off
-from frpo.learner.network import TokenHead
+from frpo.learner.network import TokenHead, token_model
 from frpo.learner.state_cache import HEAD, StateCache
 from frpo.types import MicroBatch
 
@@ -53,7 +53,7 @@ class Reference(Protocol):
 
 def head_of(network: torch.nn.Module) -> TokenHead:
     """The head of a TokenModel, or of DeepSpeed's engine around one."""
-    return getattr(network, "module", network).head
+    return token_model(network).head
 
 
 class FrozenModel:
@@ -72,7 +72,7 @@ class FrozenModel:
         if not self.is_policy:
             yield self.network
             return
-        with adapters_off(self.network.module.network):
+        with adapters_off(token_model(self.network).network):
             yield self.network
 
     @contextmanager

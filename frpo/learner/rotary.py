@@ -32,6 +32,7 @@ def scale_within_sequences(network: nn.Module, longest: int) -> None:
     It begins at `floor_scale` tokens, so that sequences below that length have none. longest: tokens of the longest.
     Raises ModelError where a sequence may be longer.
     """
+    module: Any  # with attributes of the family's own
     for module in network.modules():
         if not (getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")):
             continue

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def balance_coefficient(model: ModelSection, network: PreTrainedModel) -> float:
 
     Raises ModelError where the recipe asks for one and the family has none.
     """
-    own, given = getattr(network, "router_aux_loss_coef", None), model.router_aux_loss_coef
+    own: Any = getattr(network, "router_aux_loss_coef", None)
+    given = model.router_aux_loss_coef
     known = own is not None and hasattr(network, "num_experts_per_tok")
     if given is None:
         return own if known and getattr(network.config.get_text_config(), "output_router_logits", False) else 0.0
@@ -73,6 +75,7 @@ class UseCounter:
 
     def over_all_ranks(self) -> ExpertUse:
         """Collective."""
+        assert self.chosen_E is not None  # an update has a micro-batch
         sums = torch.cat([self.chosen_E, self.chosen_E.new_tensor([self.rows])])
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -92,7 +95,8 @@ class RouterTerm:
     metrics: list[Metrics]
 
     def __call__(self, loss_sum: torch.Tensor, router_logits: Sequence[torch.Tensor]) -> torch.Tensor:
-        probability_E = sum(_counted(logits_ME, self.counted_M).softmax(-1).sum(0) for logits_ME in router_logits)
+        probability_E = reduce(torch.add, (_counted(logits_ME, self.counted_M).softmax(-1).sum(0)
+                                           for logits_ME in router_logits))
         balance_sum = len(probability_E) * (self.use.share_E.to(probability_E.dtype) * probability_E).sum()
         rows = len(router_logits) * self.counted_M.sum()
         self.metrics.append({"policy/router_aux": (balance_sum.detach(), rows, "mean")})

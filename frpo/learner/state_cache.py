@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,9 @@ FACTS, OFFSETS, HIDDEN, DONE, HEAD, MARKER = (
     "cache.json", "offsets.npy", "hidden.bin", "done.bin", "head.safetensors", "COMPLETE")
 BITS: Mapping[str, np.dtype] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
 """How rows of each type lie on disk; numpy has no bfloat16."""
+
+Mode = Literal["r", "r+"]
+"""How numpy maps a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class StateCache:
         """A cache that `begin` has made, to be written to."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         offsets = np.load(folder / OFFSETS)
-        mode = "r" if (folder / MARKER).is_file() else "r+"
+        mode: Mode = "r" if (folder / MARKER).is_file() else "r+"
         return cls(folder=folder, facts=facts, offsets=offsets, done=_mapped(folder / DONE, np.uint8, mode, -1),
                    hidden=_mapped(folder / HIDDEN, BITS[facts["dtype"]], mode, facts["width"]))
 
@@ -113,7 +116,7 @@ def being_filled(folder: Path) -> AbstractContextManager[None]:
     return nullcontext() if (folder / MARKER).is_file() else held_folder(folder, "reference.cache_dir")
 
 
-def _mapped(path: Path, dtype: Any, mode: str, columns: int) -> np.ndarray:
+def _mapped(path: Path, dtype: Any, mode: Mode, columns: int) -> np.ndarray:
     """The file as rows of `columns`, or flat for -1; an empty file cannot be mapped."""
     flat = np.empty(0, dtype=dtype) if path.stat().st_size == 0 else np.memmap(path, dtype=dtype, mode=mode)
     return flat if columns == -1 else flat.reshape(-1, columns)

@@ -32,15 +32,17 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 
 def tiny_model(recipe: AnyRecipe, folder: Path) -> str:
     """Make the recipe's tiny model in `folder`, or reuse the one made there before with the same settings."""
-    settings = json.loads(json.dumps({"tiny": recipe.model.tiny.model_dump(), "data": recipe.data.model_dump(),
+    tiny = recipe.model.tiny
+    assert tiny is not None  # asked for only where there is no model.path
+    settings = json.loads(json.dumps({"tiny": tiny.model_dump(), "data": recipe.data.model_dump(),
                                       "max_length": recipe.model.max_length, "seed": recipe.run.seed}))
     record = folder / RECORD
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
         return str(folder)
     tokenizer = build_tokenizer()
-    network = new_network(recipe.model.tiny, tokenizer, recipe.model.max_length, recipe.run.seed)
-    examples = _examples(recipe, tokenizer)
-    section = recipe.model.tiny.warm_start
+    network = new_network(tiny, tokenizer, recipe.model.max_length, recipe.run.seed)
+    section = tiny.warm_start
+    examples = _examples(recipe, section, tokenizer)
     with phase(f"making a tiny model: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, "
                f"{section.steps} steps of warm start"):
         warm_start(network, examples, section, tokenizer.pad_token_id, recipe.run.seed)
@@ -80,7 +82,7 @@ def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: W
         optimizer.zero_grad()
 
 
-def _examples(recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _examples(recipe: AnyRecipe, section: WarmStartSection, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Prompts and answers to start from: generated problems, or the recipe's own; none that the recipe holds out.
 
     What is fine-tuned later starts from generated problems, whatever it will be shown.
@@ -88,7 +90,7 @@ def _examples(recipe: AnyRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Exa
     prompts: PromptSet = Split(train=(), heldout=(), digest="", skipped={})
     if isinstance(recipe, Recipe):
         prompts = load_prompts(recipe.data, tokenizer, recipe.run.seed)
-    if recipe.model.tiny.warm_start.source == "prompts":
+    if section.source == "prompts":
         pairs = [(prompt.token_ids, prompt.columns["answer"]) for prompt in prompts.train if "answer" in prompt.columns]
     else:
         heldout = {prompt.token_ids for prompt in prompts.heldout}

@@ -14,7 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from frpo.config.memory import memory_strategy
@@ -77,7 +76,7 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
 
 
-def build_policy(build: Callable[[], PreTrainedModel], learner: LearnerSection, config: dict[str, Any],
+def build_policy(build: Callable[[], torch.nn.Module], learner: LearnerSection, config: dict[str, Any],
                  device: torch.device):
     """The trainable engine: AdamW over all parameters with gradients, sharded as `config` says."""
     with partitioned_loading(config):
@@ -93,7 +92,7 @@ def build_policy(build: Callable[[], PreTrainedModel], learner: LearnerSection, 
     return engine
 
 
-def build_reference(build: Callable[[], PreTrainedModel], config: dict[str, Any], device: torch.device):
+def build_reference(build: Callable[[], torch.nn.Module], config: dict[str, Any], device: torch.device):
     """A frozen copy for KL terms: partitioned like the policy under ZeRO-3, a plain module otherwise."""
     frozen = {**config, "managed_gradient_accumulation": True}
     with partitioned_loading(frozen):

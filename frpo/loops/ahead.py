@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,14 @@ class Ahead:
         if checkpoint is not None and (checkpoint / FILE).is_file():
             with (checkpoint / FILE).open(encoding="utf-8") as file:
                 self.queue.extend(_collected(json.loads(line)) for line in file)
-        self.selection = self.parts.stream.state
+        self.selection: Mapping[str, Sequence[float]] = self.parts.stream.state
         for collected in self.queue:
             self.parts.stream.record(collected.batch.drawn)
         cursor = state.data_cursor + sum(collected.batch.positions for collected in self.queue)
         first = replace(state, step=state.step + len(self.queue), data_cursor=cursor)
         self.newest = state
         self.parts.engines.learner_turn.acquire()
-        self.bar: ProgressBar | None = None
+        self.bar: ProgressBar  # by `next`, which starts the thread
         self.thread = threading.Thread(target=self._fill, args=(first,), name="rollouts ahead", daemon=True)
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
@@ -80,6 +80,7 @@ class Ahead:
         finally:
             self.parts.engines.learner_turn.acquire()
         if not self.queue:
+            assert self.failure is not None  # one of the two was waited for
             raise self.failure
         with self.changed:
             collected = self.queue.popleft()
@@ -112,6 +113,7 @@ class Ahead:
     def _fill(self, state: RunState) -> None:
         try:
             while self._may_begin(state.step):
+                assert self.newest is not None  # by `start`
                 timer = PhaseTimer()
                 least = replace(state, policy_version=self.newest.policy_version)
                 batch = collect(replace(self.parts, journal=replace(self.parts.journal, timer=timer)), least, self.bar)
@@ -124,10 +126,15 @@ class Ahead:
                 self.failure = error
                 self.changed.notify_all()
 
+    def _reached(self) -> int:
+        """Steps that are done."""
+        assert self.newest is not None  # by `start`
+        return self.newest.step
+
     def _may_begin(self, step: int) -> bool:
         """Whether to begin this step's batch, once its policy would be young enough; False at the end of the run."""
         with self.changed:
-            self.changed.wait_for(lambda: self.ending or self.newest.step >= step - self.limit)
+            self.changed.wait_for(lambda: self.ending or self._reached() >= step - self.limit)
             return not self.ending and step < self.parts.recipe.run.num_steps
 
 

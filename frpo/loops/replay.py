@@ -23,7 +23,8 @@ class Replayed:
         self.path, self.size = path, parts.recipe.rollout.prompts_per_step
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:
-        self.steps = groupby(read_groups(self.path), key=lambda traced: traced.step)
+        groups = groupby(read_groups(self.path), key=lambda traced: traced.step)
+        self.steps: Iterator[tuple[int, Iterator[Traced]]] = groups
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
         for step, groups in self.steps:

@@ -102,7 +102,7 @@ class Trainer:
         replaced = advantaged(batch.replaced, objective.advantage, [None] * len(batch.replaced))
         self.trace(weighed, replaced)
         metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds.get("generate", 0.0))
-        metrics |= batch.counts | learned.result() | staleness_metrics(weighed, state.policy_version)
+        metrics |= {**batch.counts} | learned.result() | staleness_metrics(weighed, state.policy_version)
         metrics |= {"policy/lr": stepped.lr, "policy/version": float(stepped.policy_version)}
         state = replace(state, step=state.step + 1, policy_version=stepped.policy_version,
                         data_cursor=state.data_cursor + batch.positions)
@@ -133,7 +133,7 @@ class Trainer:
         """Held-out metrics of the current policy where they are due, and what the probe finds."""
         every, total = self.recipe.evaluate.every, self.recipe.run.num_steps
         due = state.step in (0, total) or (every and state.step % every == 0)
-        metrics = {}
+        metrics: dict[str, float] = {}
         if due and self.samples and self.parts.prompts.heldout:
             metrics |= self.heldout_metrics(state)
         if self.probe:

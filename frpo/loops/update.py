@@ -10,7 +10,8 @@ from typing import Any
 
 from frpo.data.batcher import pack, pack_examples
 from frpo.data.order import ExampleStream
-from frpo.objectives.stage import References, reweighted, sequence_log_ratios
+from frpo.objectives.base import Reweightable
+from frpo.objectives.stage import Scores, reweighted, sequence_log_ratios
 from frpo.objectives.supervised import Progress
 from frpo.run import checks
 from frpo.run.build import Parts
@@ -25,22 +26,25 @@ class Updater:
     def __init__(self, parts: Parts):
         self.parts, self.recipe = parts, parts.recipe
         self.movement = checks.MovementWatch(self.recipe)
-        section = self.recipe.auxiliary
-        self.auxiliary = section and ExampleStream(parts.auxiliary.train, batch_size=section.data.batch_size,
-                                                   seed=self.recipe.run.seed, shuffle=section.data.shuffle)
+        self.auxiliary: ExampleStream | None = None
+        if (section := self.recipe.auxiliary) is not None:
+            assert parts.auxiliary is not None  # read wherever the recipe has the section
+            self.auxiliary = ExampleStream(parts.auxiliary.train, batch_size=section.data.batch_size,
+                                           seed=self.recipe.run.seed, shuffle=section.data.shuffle)
 
     def learn(self, groups: Sequence[AdvantagedGroup], done: int, kl_coef: float
               ) -> tuple[MetricSums, OptimStepOutput]:
         """All updates on one batch; metrics over all of them, and what the last one did. done: updates before it."""
         section, learner, metrics = self.recipe.learner, self.parts.learner, MetricSums()
         updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
-        old: References = [None] * len(groups)
+        old: Scores | None = None
         if updates > 1:
             old = learner.score_groups([group.scored.group for group in groups], "policy")
         for index in range(updates):
             start = index % section.updates_per_step * size
-            part, old_part = groups[start:start + size], old[start:start + size]
+            part, old_part = groups[start:start + size], None if old is None else old[start:start + size]
             if index > 0 and self.recipe.objective.reweight == "current":
+                assert old_part is not None  # scored above
                 part = self.reweighted(part, old_part, metrics, kl_coef)
             update = pack(part, learner.layout, old_logprobs=old_part, watched=self.recipe.objective.watches,
                           **self.weighting)
@@ -61,17 +65,19 @@ class Updater:
     def supervise(self, update: int, total: int) -> MetricSums:
         """Add the gradient of the supervised term to that of the policy loss, for update number `update` of `total`."""
         section = self.recipe.auxiliary
+        assert section is not None and self.auxiliary is not None  # `learn` asks only then
         packed = pack_examples(self.auxiliary.batch(update), self.parts.learner.layout, reduction=section.reduction)
         progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
         return self.parts.learner.supervise(packed, progress, coefficient=section.weight)
 
-    def reweighted(self, groups: Sequence[AdvantagedGroup], old: References, metrics: MetricSums, kl_coef: float
+    def reweighted(self, groups: Sequence[AdvantagedGroup], old: Scores, metrics: MetricSums, kl_coef: float
                    ) -> list[AdvantagedGroup]:
         """The groups of one update with the advantages at the current policy, for one more forward pass."""
         objective = self.recipe.objective
         with self.parts.timer.phase("reweight"):
             current = self.parts.learner.score_groups([group.scored.group for group in groups], "policy")
         log_ratios = sequence_log_ratios(groups, current, old, **self.weighting)
+        assert isinstance(objective.advantage, Reweightable)  # as the recipe is checked for
         groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward(kl_coef))
         metrics.update(reweight_metrics(groups))
         return groups

@@ -44,6 +44,13 @@ class AdvantageEstimator(Protocol):
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages: ...
 
 
+@runtime_checkable
+class Reweightable(AdvantageEstimator, Protocol):
+    """An estimator that also gives the advantages at the current policy of samples that an older one drew."""
+
+    def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
     """Flat tensors over N tokens. Log-probs are in nats of the sampled token under the tempered policy.

@@ -29,6 +29,7 @@ class Clip:
     Raises ValueError for values outside these ranges.
     """
 
+    name: ClassVar[str]
     whole_sequences: ClassVar[bool] = False
     clip_low: float = 0.2
     clip_high: float = 0.2

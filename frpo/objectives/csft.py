@@ -157,6 +157,7 @@ class CSFT:
         return CSFTLoss(floor=self.floor)(self._with_betas(inputs))
 
     def _with_betas(self, given: SupervisedInputs) -> CSFTInputs:
+        assert given.ref_logprobs_N is not None  # needs_reference
         return CSFTInputs(
             logprobs_N=given.logprobs_N, ref_logprobs_N=given.ref_logprobs_N, weight_N=given.weight_N,
             beta_N=self.betas(given.position_N), kl_N=given.kl_N, margin_N=given.margin_N, agree_N=given.agree_N)

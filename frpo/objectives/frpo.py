@@ -159,7 +159,8 @@ class TiltedGroup:
     def of(cls, rewards_K: np.ndarray, lam: float, leave_one_out: bool) -> TiltedGroup:
         if not leave_one_out or rewards_K.size == 1:
             p_K, worth = tilt(rewards_K, lam)
-            return cls(rewards_K=rewards_K, lam=lam, p_K=p_K, worth=worth, left_out_KK=None, left_out_worth_K=None)
+            return cls(rewards_K=rewards_K, lam=lam, p_K=p_K, worth=float(worth), left_out_KK=None,
+                       left_out_worth_K=None)
         # Row 0 is the whole group; in row 1 + j sample j has the reward +inf, and so a weight of exactly 0. One softmax
         # per row: the O(k) forms subtract weights and turn into inf where one sample dominates.
         left_out = np.eye(rewards_K.size + 1, rewards_K.size, k=-1, dtype=bool)

@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -40,13 +40,13 @@ class Registry:
         """
 
         def register(cls: Class) -> Class:
-            frozen = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+            frozen = dataclasses.is_dataclass(cls) and cast(Any, cls).__dataclass_params__.frozen
             assert frozen, f"{cls.__qualname__} must be a frozen dataclass"
             other = self._classes.get(name, cls)
             if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 taken = f"{other.__module__}:{other.__qualname__}"
                 raise ValueError(f"{self.kind} {name!r} is {taken} already; choose another name")
-            cls.name = name
+            cast(Any, cls).name = name
             self._classes[name] = cls
             return cls
 
@@ -83,7 +83,7 @@ class Registry:
             if not hasattr(cls, flag):
                 raise ValueError(f"{self.kind} {path!r} must say {flag}: ClassVar[bool] = True or False")
         if cls.__module__.partition(".")[0] != __package__.partition(".")[0]:
-            cls.name = path  # a saved recipe must find the class again in a process that never imported it
+            cast(Any, cls).name = path  # a saved recipe must find the class again in a process that never imported it
         return cls
 
 

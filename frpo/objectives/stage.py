@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from frpo.objectives.base import AdvantageEstimator
+from frpo.objectives.base import AdvantageEstimator, Reweightable
 from frpo.objectives.reduction import token_weights
 from frpo.types import AdvantagedGroup, ScoredGroup
 
@@ -37,7 +37,7 @@ def advantaged(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, ref
     return result
 
 
-def reweighted(groups: Sequence[AdvantagedGroup], estimator: AdvantageEstimator, log_ratios: Sequence[np.ndarray],
+def reweighted(groups: Sequence[AdvantagedGroup], estimator: Reweightable, log_ratios: Sequence[np.ndarray],
                kl_in_reward: float = 0.0) -> list[AdvantagedGroup]:
     """The same groups with the advantages at the current policy, for an estimator that passes `require_reweightable`.
 
@@ -73,7 +73,7 @@ def sequence_log_ratios(groups: Sequence[AdvantagedGroup], current: Scores, old:
 
 def require_reweightable(estimator: AdvantageEstimator) -> None:
     """Raise ValueError, saying what to change, unless the estimator can do `reweighted` with its parameters."""
-    if not callable(getattr(estimator, "reweighted", None)):
+    if not (isinstance(estimator, Reweightable) and callable(estimator.reweighted)):
         raise ValueError(f"the estimator must have `reweighted`, which {estimator.name} has not; use frpo")
     estimator.reweighted(np.zeros(2), np.zeros(2))
 
@@ -89,5 +89,6 @@ def sequence_kl(scored: ScoredGroup, reference: Sequence[np.ndarray]) -> np.ndar
 
 def _taxed(scored: ScoredGroup, reference: tuple[np.ndarray, ...] | None, kl_in_reward: float) -> np.ndarray:
     if kl_in_reward > 0:
+        assert reference is not None, "KL in the reward needs log-probabilities under the reference"
         return scored.rewards_G - kl_in_reward * sequence_kl(scored, reference)
     return scored.rewards_G

@@ -101,6 +101,7 @@ class KLSFT:
             raise ValueError(f"kl_coef must be >= 0, given {self.kl_coef}")
 
     def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput:
+        assert inputs.kl_N is not None  # needs_reference
         logprobs_N, kl_N = (keep(inputs.live_N, values_N) for values_N in (inputs.logprobs_N, inputs.kl_N))
         return LossOutput(loss_sum=(inputs.weight_N * (self.kl_coef * kl_N - logprobs_N)).sum(), metrics={})
 

@@ -81,13 +81,14 @@ class PolicyLoss:
         return weight_N * correction_N, metrics
 
     def _kl(self, inputs: LossInputs, live_N: Tensor) -> Tensor:
-        needed = "kl_N" if self.kl_estimator == "full" else "ref_logprobs_N"
-        if getattr(inputs, needed) is None:
+        full = self.kl_estimator == "full"
+        needed, values_N = ("kl_N", inputs.kl_N) if full else ("ref_logprobs_N", inputs.ref_logprobs_N)
+        if values_N is None:
             raise ValueError(
                 f"kl_coef = {self.kl_coef} with kl_estimator {self.kl_estimator!r} needs {needed}, given None")
-        if self.kl_estimator == "full":
-            return keep(live_N, inputs.kl_N)
-        return KL_IN_LOSS[self.kl_estimator](keep(live_N, inputs.logprobs_N), keep(live_N, inputs.ref_logprobs_N))
+        if full:
+            return keep(live_N, values_N)
+        return KL_IN_LOSS[self.kl_estimator](keep(live_N, inputs.logprobs_N), keep(live_N, values_N))
 
 
 def _policy_tokens(inputs: LossInputs, live_N: Tensor, weight_N: Tensor) -> PolicyTokens:
@@ -115,9 +116,12 @@ def _metrics(inputs: LossInputs, objective: TokenObjective) -> Metrics:
         # The old policy sampled, so this estimates KL(old || current).
         "policy/kl_old": (k3(old_logprobs_N, logprobs_N).sum(), count, "mean"),
     }
-    if inputs.kl_N is not None or inputs.ref_logprobs_N is not None:
-        known = inputs.kl_N is not None
-        kl_N = keep(live_N, inputs.kl_N) if known else k3(logprobs_N, keep(live_N, inputs.ref_logprobs_N))
+    kl_N = None
+    if inputs.kl_N is not None:
+        kl_N = keep(live_N, inputs.kl_N)
+    elif inputs.ref_logprobs_N is not None:
+        kl_N = k3(logprobs_N, keep(live_N, inputs.ref_logprobs_N))
+    if kl_N is not None:
         metrics["policy/kl_ref"] = (kl_N.sum(), count, "mean")
         if inputs.kl_share_N is not None:
             watched_N = live_N & (inputs.kl_share_N != 0)

@@ -73,8 +73,8 @@ def tables(run: Run) -> Iterator[Table]:
     others = [(f"in all, {name}", total(each)) for name, each in found.items() if name != fullest]
     yield _of_parts(f"Learner rank, one of {run.job.ranks} ({run.recipe.learner.deepspeed})",
                     parts, fullest, others)
-    if run.worker:
-        rollout = run.recipe.rollout
+    if run.worker and run.sampling:
+        rollout = run.sampling.rollout
         yield _of_parts(f"Engine worker, one of {rollout.num_engines} x {rollout.tensor_parallel_size}",
                         (*engine.sampling(run.worker), engine.receiving(run.worker)), "sampling", [])
     yield _of_demands(run)
@@ -124,9 +124,9 @@ def _of_model(run: Run) -> Iterator[str]:
 
 def _of_tokens(run: Run) -> Iterator[str]:
     worker = run.worker
-    if worker is None:
+    if worker is None or run.sampling is None:
         return
-    tokens, rollout = engine.step_tokens(run.recipe), run.recipe.rollout
+    tokens, rollout = engine.step_tokens(run.sampling), run.sampling.rollout
     fit = engine.cache_tokens(engine.cache(worker).size, worker)
     yield (f"a step: {rollout.prompts_per_step} prompts x {rollout.group_size} samples x {worker.sequence:,} tokens = "
            f"{tokens:,} tokens at most, {worker.in_flight:,.0f} an engine")

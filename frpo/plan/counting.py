@@ -28,6 +28,7 @@ def shape_of(model: ModelSection, path: str | None = None) -> Shape:
         except ModelError as error:
             raise ModelError(f"{error}. A plan needs config.json alone: a folder with that file will do") from None
         return count(hollow_network(model, path), model.lora)
+    assert model.tiny is not None  # a model without a path is made
     with torch.device("meta"):
         network = new_network(model.tiny, build_tokenizer(), model.max_length, seed=0)
     return count(network, model.lora)

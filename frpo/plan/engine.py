@@ -105,7 +105,8 @@ def receiving(worker: Worker) -> Part:
     gloo and cpu_shm bring it through the CPU's memory, ipc through the rank's own buffer.
     """
     if worker.staged and worker.backend in ("nccl", "ipc"):
-        size, how = worker.width * worker.shape.parameters, "a staged model (weight_sync.staged)"
+        size: float = worker.width * worker.shape.parameters
+        how = "a staged model (weight_sync.staged)"
     else:
         size, how = worker.bucket if worker.backend == "nccl" else 0, f"{worker.backend}, in place"
     return Part(name="push buffers", size=size, how=how)

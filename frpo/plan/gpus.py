@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from frpo.cluster.placement import Bundle, Node, assign, bundles_of
 from frpo.config.loader import AnyRecipe
+from frpo.config.placement import PlacementSection
 from frpo.config.sections import Recipe
 from frpo.plan import engine, learner
 from frpo.plan.parts import GB, Part, total
@@ -38,20 +39,32 @@ class Run:
     memory: float
 
     @property
+    def sampling(self) -> Recipe | None:
+        """The recipe, if it has engines."""
+        recipe = self.recipe
+        return recipe if isinstance(recipe, Recipe) and recipe.rollout.replay is None else None
+
+    @property
+    def sharing(self) -> PlacementSection | None:
+        """How ranks and engines share GPUs, if they do."""
+        placement = None if self.sampling is None else self.sampling.placement
+        return None if placement is None or placement.mode != "colocate" else placement
+
+    @property
     def samples(self) -> bool:
         """Whether there are engines."""
-        return isinstance(self.recipe, Recipe) and self.recipe.rollout.replay is None
+        return self.sampling is not None
 
     @property
     def shares(self) -> bool:
-        return self.samples and self.recipe.placement.mode == "colocate"
+        return self.sharing is not None
 
     @property
     def backend(self) -> str | None:
         """Of the push, as `frpo.cluster.engine_pool` decides it on GPUs; None without engines."""
-        if not self.samples:
+        if self.sampling is None:
             return None
-        asked = self.recipe.weight_sync.backend
+        asked = self.sampling.weight_sync.backend
         return ("ipc" if self.shares else "nccl") if asked == "auto" else asked
 
     @property
@@ -60,7 +73,9 @@ class Run:
 
     @property
     def worker(self) -> engine.Worker | None:
-        return engine.worker_of(self.recipe, self.shape, self.memory, self.backend) if self.samples else None
+        if self.sampling is None or self.backend is None:
+            return None
+        return engine.worker_of(self.sampling, self.shape, self.memory, self.backend)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,24 +102,26 @@ class Demand:
 
 def demands(run: Run) -> list[Demand]:
     """Of every kind of GPU at every turn."""
-    if run.shares:
-        return [*_shared(run), _starting(run)]
+    worker = run.worker
+    if worker is not None and run.shares:
+        return [*_shared(run), _starting(run, worker)]
     turn, parts = learner.peak(run.job)
     found = [Demand(role=RANK, turn=turn, parts=parts, available=run.memory)]
-    if run.samples:
-        awake = (*engine.sampling(run.worker), engine.receiving(run.worker))
-        found += [Demand(role=WORKER, turn="sampling", parts=awake, available=run.memory), _starting(run)]
+    if worker is not None:
+        awake = (*engine.sampling(worker), engine.receiving(worker))
+        found += [Demand(role=WORKER, turn="sampling", parts=awake, available=run.memory), _starting(run, worker)]
     return found
 
 
-def _starting(run: Run) -> Demand:
+def _starting(run: Run, worker: engine.Worker) -> Demand:
     """vLLM starts if its share of the GPU holds this."""
-    return Demand(role=WORKER, turn="start, in its share", parts=engine.smallest(run.worker),
-                  available=run.worker.utilization * run.memory)
+    return Demand(role=WORKER, turn="start, in its share", parts=engine.smallest(worker),
+                  available=worker.utilization * run.memory)
 
 
 def _shared(run: Run) -> list[Demand]:
-    job, worker, placement = run.job, run.worker, run.recipe.placement
+    job, worker, placement = run.job, run.worker, run.sharing
+    assert worker is not None and placement is not None  # an engine and a rank share
     turn, busy = learner.peak(job)
     idle = learner.kept(job, offloaded=placement.sleeps and placement.offload_optimizer)
     awake, arriving = engine.sampling(worker), (learner.pushing(job), engine.receiving(worker))
@@ -165,12 +182,13 @@ def placed(run: Run, on: Machines) -> list[tuple[Bundle, str]]:
 def host_memory(run: Run, where: Sequence[tuple[Bundle, str]]) -> dict[str, float]:
     """Node -> bytes of the CPU's memory that its ranks and workers take beside a process's own."""
     found: dict[str, float] = {}
+    worker, sharing = run.worker, run.sharing
     for bundle, node in where:
         ranks = bundle.gpus if "rank" in bundle.holder else 0
         workers = bundle.gpus if bundle.holder.startswith("engine") else 0
-        size = ranks * learner.host(run.job).size + (workers * engine.host(run.worker).size if workers else 0)
+        size = ranks * learner.host(run.job).size + (workers * engine.host(worker).size if worker else 0)
         found[node] = found.get(node, 0) + size
-    if run.shares and run.recipe.placement.offload_optimizer and run.job.strategy.stage == 3:
+    if sharing is not None and sharing.offload_optimizer and run.job.strategy.stage == 3:
         moved = total([learner.optimizer(run.job), learner.gradients(run.job)])
         for bundle, node in where:
             found[node] += bundle.gpus * moved

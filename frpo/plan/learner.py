@@ -10,8 +10,9 @@ fragments is not counted.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe
@@ -97,7 +98,7 @@ def strategy_of(name: str) -> Strategy:
         sub_group=zero.get("sub_group_size", 1e9))
 
 
-def _on_cpu(zero: dict[str, object], key: str) -> bool:
+def _on_cpu(zero: Mapping[str, Any], key: str) -> bool:
     return (zero.get(key) or {}).get("device") == "cpu"
 
 

@@ -87,7 +87,8 @@ def _least_tokens(run: Run) -> int:
 
 
 def _of_engine(run: Run) -> Iterator[tuple[str, Run]]:
-    rollout = run.recipe.rollout
+    assert run.sampling is not None and run.worker is not None  # the demand is an engine's
+    rollout = run.sampling.rollout
     if not run.shares:
         workers = 2 * rollout.tensor_parallel_size
         yield f"rollout.tensor_parallel_size: {workers}", with_value(run, "rollout", tensor_parallel_size=workers)
@@ -101,7 +102,8 @@ def _of_engine(run: Run) -> Iterator[tuple[str, Run]]:
 
 
 def _of_sharing(run: Run) -> Iterator[tuple[str, Run]]:
-    placement = run.recipe.placement
+    placement = run.sharing
+    assert placement is not None  # the demand is of a shared GPU
     if not placement.sleep:
         yield "placement.sleep: true", with_value(run, "placement", sleep=True)
     if placement.sleep and not placement.offload_optimizer and run.job.strategy.stage == 3:

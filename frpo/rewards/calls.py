@@ -90,6 +90,7 @@ def called(spec: RewardSpec, form: Format, pool: RewardPool, batch: Batch, share
         values = check_values(result, batch.uids[share], first=share.start)
     except RewardError as error:
         raise RewardError(f"{worker.label} {error}\n{batch.about(share, form)}") from None
+    assert not isinstance(result, Foreign)  # check_values accepted it
     wild = unusable(result)
     if wild and spec.on_error == "raise":
         index = share.start + wild[0]

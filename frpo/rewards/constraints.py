@@ -76,7 +76,7 @@ def follows(completions: Completions, constraint: Sequence[str | None], graded: 
     graded: false gives 1.0 where it is followed and 0.0 elsewhere. What is no answer (OWN_WORDS) has 0.0. None where
     the row has no constraint. Raises ValueError for a name that is not in CONSTRAINTS.
     """
-    unknown = set(constraint) - {None, *CONSTRAINTS}
+    unknown = {name for name in constraint if name is not None} - {*CONSTRAINTS}
     if unknown:
         raise ValueError(f"constraint {min(unknown)!r} is not one of {', '.join(CONSTRAINTS)}")
     degrees = [None if name is None else CONSTRAINTS[name].degree(text.strip()) * is_answer(text)

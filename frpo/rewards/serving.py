@@ -114,9 +114,12 @@ def _apart(values: Any) -> Any:
     seen: set[int] = set()
     if not isinstance(values, list):
         return values
-    return [pickle.loads(pickle.dumps(value))
-            if isinstance(value, list | dict) and (id(value) in seen or seen.add(id(value))) else value
-            for value in values]
+    apart = []
+    for value in values:
+        again = isinstance(value, list | dict) and id(value) in seen
+        seen.add(id(value))
+        apart.append(pickle.loads(pickle.dumps(value)) if again else value)
+    return apart
 
 
 def _answer(function: Callable[..., Any], message: bytes) -> Returned | Raised | None:

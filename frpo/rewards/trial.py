@@ -46,7 +46,8 @@ def try_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, st
         if stop.is_set():
             raise
         told = f"{error}\n{TRIED}"
-        form, kind = ("messages", "message lists") if spec.format == "text" else ("text", "strings")
+        form: Format = "messages" if spec.format == "text" else "text"
+        kind = "message lists" if form == "messages" else "strings"
         if _succeeds(error, spec, form, pool, batch, share, stop):
             raise type(error)(f"{told}. The same call succeeds when prompts and completions are {kind}: set format: "
                               f"{form} in this reward of the recipe, or change the function") from None
@@ -117,8 +118,8 @@ def report_lines(groups: Sequence[ScoredGroup]) -> Iterator[str]:
     shown = {scored.group.prompt.uid: scored for scored in groups}  # a prompt may be there for several processes
     yield f"rewards of made-up completions (short, empty, long) of {len(shown)} prompt(s); -: None"
     for name in groups[0].terms:
-        values = (" ".join(map(_number, scored.terms[name][:len(TEXTS)])) for scored in shown.values())
-        yield f"  {name}: {' | '.join(values)}"
+        rows = (" ".join(map(_number, scored.terms[name][:len(TEXTS)])) for scored in shown.values())
+        yield f"  {name}: {' | '.join(rows)}"
     for name in groups[0].terms:
         for column, values in _of_columns(name, [*shown.values()]).items():
             yield f"  {name}, where the completion is the column {column!r}: {' | '.join(values)}"
@@ -161,8 +162,8 @@ def _few_values(prompts: Sequence[Prompt], name: str) -> bool:
 def _completion(text: str, prompt: Prompt) -> Completion:
     """Its token ids are the prompt's: the vocabulary certainly has them. An empty text has one, as an end has."""
     token_ids = prompt.token_ids if text else prompt.token_ids[-1:]
-    return Completion(text=text, token_ids=token_ids, logprobs=[0.0] * len(token_ids),
-                      loss_mask=[True] * len(token_ids), version_spans=(), seed=0, finish_reason="stop")
+    return Completion(text=text, token_ids=np.array(token_ids), logprobs=np.zeros(len(token_ids)),
+                      loss_mask=np.full(len(token_ids), True), version_spans=(), seed=0, finish_reason="stop")
 
 
 def _number(value: float) -> str:

@@ -51,7 +51,7 @@ def _portable_value(value: Any) -> PortableValue:
         try:
             return float(value)
         except OverflowError:  # an integer beyond the range of a double
-            return math.inf if value > 0 else -math.inf
+            return -math.inf if value < 0 else math.inf
     return _foreign(value)
 
 
@@ -91,5 +91,5 @@ def unusable(result: list[PortableValue]) -> list[int]:
     return [index for index, value in enumerate(result) if value is not None and not _usable(value)]
 
 
-def _usable(value: float | None) -> bool:
-    return value is not None and abs(value) <= LARGEST_REWARD  # false for NaN
+def _usable(value: PortableValue) -> bool:
+    return value is not None and not isinstance(value, Foreign) and abs(value) <= LARGEST_REWARD  # false for NaN

@@ -31,7 +31,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     layout: Layout
 
 
-class BroadcastReceiver(Receiver):
+class BroadcastReceiver(Receiver[BroadcastInitInfo, UpdateInfo]):
     """Takes buckets by broadcast. After a failure it is in no group until the sender forms another."""
 
     init_info_cls = BroadcastInitInfo

@@ -64,7 +64,7 @@ class RolloutEngine:
         self.given_up: set[str] = set()
         self.lacks_weights = False
         self.hook_timeout_s = recipe.rollout.hook_timeout_s
-        self.hook = recipe.rollout.hook and load_hook(recipe.rollout.hook)
+        self.hook = None if recipe.rollout.hook is None else load_hook(recipe.rollout.hook)
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
@@ -116,6 +116,7 @@ class RolloutEngine:
         with self.shared.turn():
             check()
         episodes = Episodes(caller, request_of, self._turn)
+        assert self.hook is not None  # or each sample is one turn
         calls = {}
         for request, sample in _samples(requests):
             client = Client(request.prompt, request.seeds[sample], sampling.max_new_tokens, self.tokenizer,
@@ -179,8 +180,8 @@ class RolloutEngine:
 
     def _completion(self, output: Any, seed: int) -> Completion:
         turn = self._turn(output)
-        return Completion(text=turn.text, token_ids=turn.token_ids, logprobs=turn.logprobs, seed=seed,
-                          loss_mask=np.ones(len(turn.token_ids)), version_spans=turn.version_spans,
+        return Completion(text=turn.text, token_ids=np.array(turn.token_ids), logprobs=np.array(turn.logprobs),
+                          loss_mask=np.ones(len(turn.token_ids)), version_spans=turn.version_spans, seed=seed,
                           finish_reason=turn.finish_reason)
 
     # --- weights --------------------------------------------------------------------------------------------------

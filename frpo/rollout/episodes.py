@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from frpo.errors import ConfigError, RolloutHookError
 from frpo.loading import load_function
 from frpo.rollout.hook import Client, Episode, Turn
@@ -121,7 +123,8 @@ def completion_of(episode: Episode, seed: int, text: str) -> Completion:
     logprobs = [logprob if flag else 0.0
                 for flag, logprob in zip(episode.loss_mask, episode.logprobs, strict=True)]
     return Completion(
-        text=text, token_ids=episode.token_ids, loss_mask=episode.loss_mask, logprobs=logprobs, seed=seed,
+        text=text, token_ids=np.array(episode.token_ids), loss_mask=np.array(episode.loss_mask),
+        logprobs=np.array(logprobs, dtype=np.float64), seed=seed,
         version_spans=tuple(episode.version_spans), finish_reason=episode.finish_reason)
 
 

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class WholeExecutor(MultiprocExecutor):
     """A call ends on all workers or fails as one, and the engine lives as long as all its workers do."""
 
-    def collective_rpc(self, method: str | Callable, timeout: float | None = None, args: tuple = (),
+    def collective_rpc(self, method: str | Callable, timeout: float | None = None,  # type: ignore[override]  # as vLLM's
+                       args: tuple = (),
                        kwargs: dict | None = None, non_block: bool = False, unique_reply_rank: int | None = None,
                        **options: Any) -> Any:
         """As vLLM's, but a call on all workers takes all their answers before it raises.

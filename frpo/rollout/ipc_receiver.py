@@ -26,7 +26,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     layout: Layout
 
 
-class IpcReceiver(Receiver):
+class IpcReceiver(Receiver[IpcInitInfo, UpdateInfo]):
     """Reads the buffer of the rank on its own GPU, which holds another bucket after each answer."""
 
     init_info_cls = IpcInitInfo
@@ -44,6 +44,7 @@ class IpcReceiver(Receiver):
         self.buffer = open_buffer(init_info.handles[uuid], self.device)
 
     def bucket(self, update_info: UpdateInfo) -> dict[str, torch.Tensor]:
+        assert self.buffer is not None  # by init_transfer_engine
         shared = unpack(self.buffer, update_info.layout)
         return {name: tensor.clone() for name, tensor in shared.items()} if self.staging else shared
 

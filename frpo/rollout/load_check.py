@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,7 +52,7 @@ def unwritten(model: torch.nn.Module, loaded: Collection[str] | None) -> list[st
     only where the reload does not look; None: it says nothing. Of a model that also sees or hears, its language model
     alone is looked at.
     """
-    language = model.get_language_model() if hasattr(model, "get_language_model") else model
+    language: torch.nn.Module = cast(Any, model).get_language_model() if hasattr(model, "get_language_model") else model
     missing: dict[str, torch.Tensor] = {}
     written: set[int] = set()
     for prefix, layer in language.named_modules():

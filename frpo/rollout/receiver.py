@@ -9,10 +9,10 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -31,23 +31,25 @@ class InitInfo(WeightTransferInitInfo):
     adapters: bool = False
 
 
-class Receiver(WeightTransferEngine):
+Info = TypeVar("Info", bound=InitInfo)
+Update = TypeVar("Update", bound=WeightTransferUpdateInfo)
+
+
+class Receiver(WeightTransferEngine[Info, Update]):
     """Lives in a vLLM worker. A push is start, buckets, `load_weight_update`, finish; vLLM has no such third step."""
 
-    init_info_cls: type[InitInfo] = InitInfo
-
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.staging, self.adapters = True, False
         self.known: frozenset[str] = frozenset()
         """Names of the last push that was found to reach every parameter."""
         self._forget()
 
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
+    def init_transfer_engine(self, init_info: Info) -> None:
         self.staging, self.adapters = init_info.staged, init_info.adapters
 
     @abstractmethod
-    def bucket(self, update_info: Any) -> dict[str, torch.Tensor]:
+    def bucket(self, update_info: Update) -> dict[str, torch.Tensor]:
         """Whole parameters by checkpoint name. Staged: in memory that nobody else will change."""
 
     def start_weight_update(self) -> None:
@@ -55,7 +57,7 @@ class Receiver(WeightTransferEngine):
         if not self.staging:
             self._begin_reload()
 
-    def receive_weights(self, update_info: Any) -> None:
+    def receive_weights(self, update_info: Update) -> None:
         bucket = self.bucket(update_info)
         self.names |= bucket.keys()
         if self.staging:
@@ -93,20 +95,21 @@ class Receiver(WeightTransferEngine):
         drop_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
-    def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        known = weights.keys() <= self.known
-        with nullcontext() if known else Readings(weights) as readings:
-            loaded = self.model.load_weights(weights.items())
-        if not known:
-            self.unread |= readings.unread
-        self.loaded = None if loaded is None or self.loaded is None else self.loaded | set(loaded)
-
     def _forget(self) -> None:
         self.staged: dict[str, torch.Tensor] = {}
         self.names: set[str] = set()
         self.unread: set[str] = set()
         self.loaded: set[str] | None = set()
         """What the model says it has loaded; None: it says nothing."""
+
+    def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        known = weights.keys() <= self.known
+        readings = None if known else Readings(weights)
+        with readings or nullcontext():
+            loaded = cast(Any, self.model).load_weights(weights.items())
+        if readings is not None:
+            self.unread |= readings.unread
+        self.loaded = None if loaded is None or self.loaded is None else self.loaded | set(loaded)
 
     def finish_weight_update(self) -> None:
         if self.adapters:
@@ -132,7 +135,7 @@ def drop_expert_kernels(model: torch.nn.Module) -> None:
         return
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
+        if method is not None and getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
 

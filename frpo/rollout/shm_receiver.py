@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
 
-from frpo.rollout.receiver import Receiver
+from frpo.rollout.receiver import InitInfo, Receiver
 
 
 @dataclass
@@ -17,9 +17,10 @@ class UpdateInfo(WeightTransferUpdateInfo):
     path: str
 
 
-class SharedMemoryReceiver(Receiver):
+class SharedMemoryReceiver(Receiver[InitInfo, UpdateInfo]):
     """Maps the files: all workers share one copy in memory, and none lies on a GPU before it is loaded."""
 
+    init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
     def bucket(self, update_info: UpdateInfo) -> dict[str, torch.Tensor]:

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 from frpo.config.model import LoraSection
 from frpo.rollout.broadcast_receiver import GlooReceiver, NcclReceiver
 from frpo.rollout.construction import adapter_config
 from frpo.rollout.ipc_receiver import IpcReceiver
+from frpo.rollout.receiver import Receiver
 from frpo.rollout.shm_receiver import SharedMemoryReceiver
 from frpo.weight_sync.protocol import engine_backend
 
-RECEIVERS = {"cpu_shm": SharedMemoryReceiver, "gloo": GlooReceiver, "nccl": NcclReceiver, "ipc": IpcReceiver}
+RECEIVERS: Mapping[str, type[Receiver]] = {
+    "cpu_shm": SharedMemoryReceiver, "gloo": GlooReceiver, "nccl": NcclReceiver, "ipc": IpcReceiver}
 
 
 class WorkerExtension:
-    """Adds to vLLM's worker what its interface lacks."""
+    """Adds to vLLM's worker, whose attributes it names here, what its interface lacks."""
+
+    vllm_config: VllmConfig
+    weight_transfer_engine: Receiver
+    rank: int
 
     def load_weight_update(self) -> str | None:
         """What comes before `finish_weight_update`: see `Receiver.load_weight_update`."""

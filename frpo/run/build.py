@@ -160,14 +160,16 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
     """The model's tokenizer, once the model has been found to be there and to fit the recipe."""
     if model.tiny is not None:
         return build_tokenizer()
-    check_model_path(model, model.path)
-    check_weights(model.path)
-    check_family(model, model.path)
+    path = model.path
+    assert path is not None  # as there is no tiny one
+    check_model_path(model, path)
+    check_weights(path)
+    check_family(model, path)
     if model.router_aux_loss_coef:
-        balance_coefficient(model, hollow_network(model, model.path))
+        balance_coefficient(model, hollow_network(model, path))
     if model.lora is not None:
-        check_targets(model, model.path)
-    return load_tokenizer(model.path, model.trust_remote_code)
+        check_targets(model, path)
+    return load_tokenizer(path, model.trust_remote_code)
 
 
 @contextmanager
@@ -196,7 +198,10 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Stack]:
         stack.enter_context(ray_session())
         team, samples = in_team(recipe), recipe.rollout.replay is None
         ranks_device = device_here(recipe) if team else None
-        device = ranks_device if team and not samples else choose_device(recipe, learner=not team, engines=samples)
+        if ranks_device is not None and not samples:
+            device = ranks_device
+        else:
+            device = choose_device(recipe, learner=not team, engines=samples)
         if ranks_device not in (None, device):
             raise ConfigError(f"the launcher's ranks are on {ranks_device} and leave no GPU to rollout engines; start "
                               "fewer ranks (--num_gpus), or set run.device to cpu")

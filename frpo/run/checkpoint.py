@@ -69,7 +69,8 @@ class CheckpointStore:
         """
         wish = self.recipe.run.resume
         if wish == "never":
-            return self._refuse_overwrite()
+            self._refuse_overwrite()
+            return None
         if wish == "overwrite":
             return None
         complete = self.complete()
@@ -170,7 +171,9 @@ def finished_line(recipe: AnyRecipe) -> str | None:
 
 
 def _step(path: Path) -> int:
-    return int(FOLDER.fullmatch(path.name)[1])
+    found = FOLDER.fullmatch(path.name)
+    assert found is not None, path
+    return int(found[1])
 
 
 def _remove(path: Path) -> None:

@@ -111,7 +111,8 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
         if resume is not None and (changes := checkpoints.changes(resume[0])):
             _record_changes(run_dir, resume[1].step, changes)
         sinks = open_sinks(recipe, run_dir, resume and resume[1].step)
-        for each in (*files.values(), *sinks):
+        opened: list[JsonlFile | Sink] = [*files.values(), *sinks]
+        for each in opened:
             stack.callback(each.close)
         yield Journal(recipe=recipe, checkpoints=checkpoints, resume=resume, files=files, sinks=sinks)
 

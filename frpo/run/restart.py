@@ -22,8 +22,11 @@ logger = logging.getLogger(__name__)
 class LiveRun(Protocol):
     """What any run is made of."""
 
-    learner: LearnerGroup
-    journal: Journal
+    @property
+    def learner(self) -> LearnerGroup: ...
+
+    @property
+    def journal(self) -> Journal: ...
 
 
 def outlive(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[LiveRun]],

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from frpo.config.loader import AnyRecipe, dump_recipe
@@ -92,7 +92,7 @@ def check_login(recipe: AnyRecipe, environ: Mapping[str, str] = os.environ) -> N
         return
     host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
-        known = netrc.netrc(environ.get("NETRC")).authenticators(host)
+        known = netrc.netrc(environ.get("NETRC")).authenticators(host or "")
     except (OSError, netrc.NetrcParseError):
         known = None
     if known is None:
@@ -105,7 +105,8 @@ class WandbSink:
     def __init__(self, recipe: AnyRecipe, run_dir: Path, last_step: int | None):
         import wandb
 
-        self.record, known = run_dir / WANDB, {"id": None, "closed": -1}
+        self.record = run_dir / WANDB
+        known: dict[str, Any] = {"id": None, "closed": -1}
         if last_step is not None and self.record.is_file():
             known |= json.loads(self.record.read_text(encoding="utf-8"))
         section = recipe.telemetry
@@ -115,7 +116,7 @@ class WandbSink:
                 config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
         except wandb.errors.Error as error:
             raise ConfigError(f"telemetry.wandb: W&B does not take this run: {error}; {WAYS}") from error
-        self.last = known["closed"] if known["id"] is None else max(known["closed"], self._written(run_dir))
+        self.last: int = known["closed"] if known["id"] is None else max(known["closed"], self._written(run_dir))
         self._remember(closed=known["closed"])
         self.shown: dict[str, list[list[Any]]] = {}
         for sample in _kept(run_dir / SAMPLES, last_step):
@@ -176,7 +177,7 @@ def offline_records(file: Path) -> Iterator[Any]:
         parts += data[place + HEADER.size:place + HEADER.size + length]
         place += HEADER.size + length
         if kind in (WHOLE, LAST) and place <= len(data):
-            record = wandb_internal_pb2.Record()
+            record = cast(Any, wandb_internal_pb2).Record()  # made as the module is imported
             record.ParseFromString(parts)
             yield record
             parts = b""

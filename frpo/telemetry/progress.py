@@ -82,7 +82,7 @@ def counted(text: str, done: int, total: int) -> None:
 class _Silence:
     """Breaks a silence with a line about what goes on. A thread of its own, which ends with the process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.doing: list[tuple[str, float]] = []
         self.progress = ""
         self.limit, self.last = SILENCE_S, time.monotonic()
@@ -129,9 +129,9 @@ class ProgressBar:
         self.title, self.total, self.done, self.first = title, total, done, done
         self.explained: set[str] = set()
         self.started = time.monotonic()
-        self.console = self.outer.console if self.outer else Console()
+        self.console: Console = self.outer.console if self.outer else Console()
         self.live = self.console.is_terminal
-        self.progress = self.outer.progress if self.outer else Progress(
+        self.progress: Progress = self.outer.progress if self.outer else Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console, disable=not self.live)
         self.task = self.progress.add_task(title, total=total, completed=done, note="")

@@ -14,7 +14,7 @@ class MetricSums:
     "mean" divides them, "sum" keeps the total, "max" the largest value (NaN is larger than any number).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.parts: dict[str, tuple[float, float, str]] = {}
 
     def add(self, name: str, total: float, count: float, reduction: str = "mean") -> None:

@@ -11,7 +11,7 @@ from frpo.telemetry.progress import activity
 class PhaseTimer:
     """Seconds a phase takes, summed over a step, and the name of the phase that runs now (None between phases)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.current: str | None = None
 

@@ -28,13 +28,14 @@ class BroadcastSender:
         if self.rank != 0:
             drained(weights)
             return
+        assert self.client is not None  # rank 0 has one
         remaining = iter(weights)
         try:
             if self.group is None:
-                self.group = self._form()
+                self.group = self._form(self.client)
             self.client.start_weight_update()
             for bucket in remaining:
-                self._send(bucket)
+                self._send(bucket, self.client, self.group)
             self.client.finish_weight_update(str(version))
         except BaseException:
             self._drop()
@@ -42,24 +43,25 @@ class BroadcastSender:
         finally:
             drained(remaining)
 
-    def _form(self) -> BroadcastGroup:
-        host, size, limit = self.client.host(), 1 + self.client.num_workers(), self.client.timeout_s
+    def _form(self, client: WeightSyncClient) -> BroadcastGroup:
+        host, size, limit = client.host(), 1 + client.num_workers(), client.timeout_s
 
         def invite(port: int) -> Callable[[], None]:
-            return self.client.begin_init_weight_transfer_engine(
+            return client.begin_init_weight_transfer_engine(
                 {**self.section.for_engines, "host": host, "port": port, "rank_offset": 1, "size": size,
                  "timeout_s": limit})
 
         return form_as_sender(self.transport, host, size, limit, invite)
 
-    def _send(self, bucket: Bucket) -> None:
+    @staticmethod
+    def _send(bucket: Bucket, client: WeightSyncClient, group: BroadcastGroup) -> None:
         layout = layout_of(bucket)
-        data = torch.empty(packed_size(layout), dtype=torch.uint8, device=self.group.device)
+        data = torch.empty(packed_size(layout), dtype=torch.uint8, device=group.device)
         pack(bucket, data)
-        received = self.client.begin_update_weights({"layout": layout})
-        self.group.send(data)
+        received = client.begin_update_weights({"layout": layout})
+        group.send(data)
         received()  # before `sent`: an engine that fails or dies is known here at once, and by its name
-        self.group.sent()
+        group.sent()
 
     def _drop(self) -> None:
         """Close the group first of all, so that engines that wait for a bucket fail now and can be called again."""

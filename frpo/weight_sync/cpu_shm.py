@@ -29,6 +29,7 @@ class Sender:
     def __init__(self, rank: int, client: WeightSyncClient | None, section: WeightSyncSection):
         self.rank, self.client, self.section = rank, client, section
         if rank == 0:
+            assert client is not None
             remove_leftovers()
             client.init_weight_transfer_engine(section.for_engines)
 
@@ -36,6 +37,7 @@ class Sender:
         if self.rank != 0:
             drained(weights)
             return
+        assert self.client is not None  # rank 0 has one
         remaining = iter(weights)
         lock: HeldFile | None = None
         try:

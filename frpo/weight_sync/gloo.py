@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
@@ -19,10 +19,10 @@ class Transport:
     def __init__(self, store: TCPStore, rank: int, size: int, timeout_s: float, meeting: tuple[str, int],
                  device: torch.device):
         self.device = device
-        options = ProcessGroupGloo._Options()
+        options = cast(Any, ProcessGroupGloo)._Options()  # torch's stubs lack it, and `broadcast`
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = _devices_towards(*meeting)
-        self.group = ProcessGroupGloo(store, rank, size, options)
+        self.group: Any = ProcessGroupGloo(store, rank, size, options)
 
     @staticmethod
     def own_device() -> torch.device:

@@ -52,6 +52,7 @@ class BroadcastGroup:
         limit = timedelta(seconds=timeout_s)
         self.server: TCPStore | None = None
         self._sending: Future | None = None
+        self._watched: TCPStore | None
         # Two connections: the one that is watched must not wait for what the other is asked.
         store, self._watched = (
             TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit) for _ in range(2))
@@ -66,6 +67,7 @@ class BroadcastGroup:
 
     def sent(self) -> None:
         """Wait until everything has left. Raises RuntimeError if a member is gone or late."""
+        assert self._sending is not None  # by `send`
         self._sending.result()
 
     def receive(self, size: int) -> torch.Tensor:
@@ -91,6 +93,7 @@ class BroadcastGroup:
 
     def _watching(self, work: Future) -> Any:
         while not wait([work], timeout=LOOK_S).done:
+            assert self._watched is not None  # nobody closes what he waits for
             self._watched.check(["any key"])
         return work.result()
 

@@ -88,7 +88,8 @@ def handle_of(buffer: torch.Tensor) -> tuple[str, tuple[Any, ...]]:
 
 def open_buffer(arguments: tuple[Any, ...], device: torch.device) -> torch.Tensor:
     """The buffer of another process, whose GPU is `device` here."""
-    return rebuild_cuda_tensor(*arguments[:STORAGE_DEVICE], device.index, *arguments[STORAGE_DEVICE + 1:])
+    arguments = (*arguments[:STORAGE_DEVICE], device.index, *arguments[STORAGE_DEVICE + 1:])
+    return rebuild_cuda_tensor(*arguments)
 
 
 def uuid_of(device: torch.device) -> str:

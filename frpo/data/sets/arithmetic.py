@@ -36,7 +36,7 @@ def problems(count: int | None, seed: int, *, max_operand: int = 50, operations:
         raise DataError(f"{count} distinct problems asked for, but operands up to {max_operand} with {operations!r} "
                         f"give {total}; lower data.limit or raise the largest operand")
     shuffled = [[pool[i] for i in random.permutation(len(pool))] for pool in pools]
-    drawn = []
+    drawn: list[tuple[str, str]] = []
     while len(drawn) < count:
         shuffled = [pool for pool in shuffled if pool]
         drawn.append(shuffled[random.integers(len(shuffled))].pop())

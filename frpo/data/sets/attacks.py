@@ -7,7 +7,7 @@ evaluation by `frpo evaluate`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,12 +108,12 @@ def _last_request(row: Row) -> tuple[str, Messages, Messages]:
     return messages[last]["content"], messages[:last], messages[last + 1:]
 
 
-def _row(row: Row, system_prompt: str | None, before: str, after: str) -> dict[str, list[dict[str, str]]]:
+def _row(row: Row, system_prompt: str | None, before: str, after: str) -> dict[str, list[Mapping[str, str]]]:
     """The row as messages, its last request changed."""
     if "messages" in row.columns:
         request, earlier, later = _last_request(row)
     else:
         request, earlier = column(row, "prompt", str), ()
-        later = [{"role": "assistant", "content": column(row, "response", str)}]
+        later = ({"role": "assistant", "content": column(row, "response", str)},)
     return {"messages": [*_system(system_prompt), *earlier, {"role": "user", "content": before + request + after},
                          *later]}

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, TypeVar
 
+import numpy as np
+
 Name = TypeVar("Name")
+Numbers = Sequence[float] | np.ndarray
 
 STYLES = {"#0072b2": "solid", "#d55e00": "dashed", "#009e73": "dashdot", "#cc79a7": "dotted", "#e69f00": "solid",
           "#56b4e9": "dashed", "#6a3d9a": "dashdot", "#000000": "dotted"}
@@ -48,14 +51,14 @@ def _note(text: str) -> dict[str, Any]:
             "align": "left", "showarrow": False, "font": {"size": 10}, "bgcolor": "rgba(255, 255, 255, 0.8)"}
 
 
-def line(name: str, color: str, x: Sequence[float], y: Sequence[float], **more: Any) -> dict[str, Any]:
+def line(name: str, color: str, x: Numbers, y: Numbers, **more: Any) -> dict[str, Any]:
     """A line without points; it and all of its name are shown or hidden together."""
     return {"type": "scatter", "mode": "lines", "name": name, "legendgroup": name, "x": _plain(x), "y": _plain(y),
             "line": {"color": color, "dash": DASHES[STYLES[color]], "width": 2}, "hoverinfo": "skip", **more}
 
 
-def points(name: str, color: str, x: Sequence[float], y: Sequence[float], told: Sequence[str],
-           keys: Sequence[str] | None = None, interval: Sequence[float] | None = None, **more: Any) -> dict[str, Any]:
+def points(name: str, color: str, x: Numbers, y: Numbers, told: Sequence[str],
+           keys: Sequence[str] | None = None, interval: Numbers | None = None, **more: Any) -> dict[str, Any]:
     """Points that say `told` under the pointer. keys: of `Chart.samples`."""
     trace = {"type": "scatter", "mode": "markers", "name": name, "legendgroup": name, "x": _plain(x), "y": _plain(y),
              "marker": {"color": color, "size": 7}, "text": list(told), "showlegend": False,
@@ -67,6 +70,6 @@ def points(name: str, color: str, x: Sequence[float], y: Sequence[float], told: 
     return trace
 
 
-def _plain(values: Sequence[float]) -> list[float | None]:
+def _plain(values: Numbers) -> list[float | None]:
     """A gap where a value is not known."""
     return [float(value) if math.isfinite(value) else None for value in values]

@@ -27,7 +27,7 @@ from rich.table import Table
 from frpo.data.batcher import pack
 from frpo.data.layout import Layout
 from frpo.objectives.frpo import FRPO
-from frpo.objectives.stage import advantaged
+from frpo.objectives.stage import compute_advantages
 from frpo.rewards import RewardSpec, RewardSuite
 from frpo.rewards.values import check_values, nonfinite, portable
 from frpo.run.traces import trace_rows
@@ -116,7 +116,7 @@ def one_batch(rewards: RewardSuite, groups: Sequence[RolloutGroup], traces: Path
     seconds: Seconds = {}
     estimator = FRPO(lam=1.0, estimator="jackknife", scale="exact")
     seconds["scored"], scored = timed(lambda: rewards.score(groups).groups)
-    seconds["advantaged"], weighed = timed(lambda: advantaged(scored, estimator, [None] * len(scored)))
+    seconds["advantaged"], weighed = timed(lambda: compute_advantages(scored, estimator, [None] * len(scored)))
     seconds["packed"], _ = timed(lambda: pack(weighed, LAYOUT, reduction="seq-mean-token-mean", max_length=4096))
     returned = [float(reward) for group in scored for reward in group.rewards_G]
     uids = [group.prompt.uid for group in groups for _ in group.completions]

@@ -34,7 +34,8 @@ from frpo.config.sections import Recipe
 from frpo.errors import InvariantError, ModelError
 from frpo.loops.rl import Trainer
 from frpo.loops.sft import FineTuner
-from frpo.run.build import Stack, check, engine_pool, learner_ranks, parts_on, tried_rewards
+from frpo.run.build import Processes as RunProcesses
+from frpo.run.build import check, engine_pool, learner_ranks, parts_on, tried_rewards
 from frpo.run.build_finetune import check_finetune, finetune_on
 from frpo.types import Example
 
@@ -228,7 +229,7 @@ def serve(processes: Processes, family: str, folder: Path, cells: dict[str, Cell
         sequences = random_sequences(tuple(min(length, MAX_LENGTH - 1) for length in LENGTHS))
         served = pool.score([(ids, 1) for ids in sequences], 0)[0]
         cells["vllm"] = difference(np.concatenate(served) - np.concatenate(plain_logprobs(export, sequences)))
-        stack = Stack(pool=pool, ranks=processes.learner_ranks(recipe), device="cpu")
+        stack = RunProcesses(pool=pool, ranks=processes.learner_ranks(recipe), device="cpu")
         with (tried_rewards(recipe, checked.prompts) as rewards,
               parts_on(stack, recipe, checked, rewards, str(export)) as parts):
             Trainer(parts).fit()

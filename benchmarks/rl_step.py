@@ -24,9 +24,9 @@ from rich.table import Table
 from frpo.config.loader import dump_recipe, load_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.loops.rl import Trainer
-from frpo.objectives.stage import advantaged
+from frpo.objectives.stage import compute_advantages
 from frpo.rollout.engine import Sampling
-from frpo.run.build import Parts, build
+from frpo.run.build import RunParts, build
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RolloutGroup, RunState
 
@@ -61,7 +61,7 @@ def main() -> None:
         parsed.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def measure(parts: Parts, recipe: Recipe, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(parts: RunParts, recipe: Recipe, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each variant, per round: whole steps and phases; tokens a second of its rollout over those alone."""
     trainers = {name: Trainer(replace(parts, recipe=variant(recipe, changes))) for name, changes in VARIANTS.items()}
     rows = {name: {key: [] for key in ("step", *PHASES, "rollout")} for name in trainers}
@@ -87,7 +87,7 @@ def measure(parts: Parts, recipe: Recipe, rounds: int) -> dict[str, dict[str, li
     return rows
 
 
-def tokens_per_second_alone(parts: Parts, recipe: Recipe, version: int) -> float:
+def tokens_per_second_alone(parts: RunParts, recipe: Recipe, version: int) -> float:
     """What the engines make of the groups of a step when nobody scores them.
 
     It comes after a push and ends with one, as a step does, so that prefix caches are empty each time.
@@ -99,7 +99,7 @@ def tokens_per_second_alone(parts: Parts, recipe: Recipe, version: int) -> float
     return sum(len(completion.token_ids) for group in groups for completion in group.completions) / seconds
 
 
-def sampled(parts: Parts, recipe: Recipe, version: int) -> list[RolloutGroup]:
+def sampled(parts: RunParts, recipe: Recipe, version: int) -> list[RolloutGroup]:
     """The groups of the first step, by seeds the same at every call."""
     section = recipe.rollout
     return parts.sampler.sample(
@@ -108,7 +108,7 @@ def sampled(parts: Parts, recipe: Recipe, version: int) -> list[RolloutGroup]:
             temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens))
 
 
-def advantage_seconds(parts: Parts, recipe: Recipe, repeats: int = 20) -> dict[str, float]:
+def advantage_seconds(parts: RunParts, recipe: Recipe, repeats: int = 20) -> dict[str, float]:
     """Seconds that the advantages of one rollout batch take on the controller: all that FRPO adds to Dr. GRPO."""
     groups = sampled(parts, recipe, parts.pool.policy_versions()[0])
     scored, found = parts.rewards.score(groups).groups, {}
@@ -116,7 +116,7 @@ def advantage_seconds(parts: Parts, recipe: Recipe, repeats: int = 20) -> dict[s
         estimator = variant(recipe, VARIANTS[name]).objective.advantage
         began = time.perf_counter()
         for _ in range(repeats):
-            advantaged(scored, estimator, [None] * len(scored))
+            compute_advantages(scored, estimator, [None] * len(scored))
         found[name] = (time.perf_counter() - began) / repeats
     return found
 

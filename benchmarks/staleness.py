@@ -26,7 +26,7 @@ from rich.table import Table
 from frpo.config.loader import dump_recipe, load_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.loops.rl import Trainer
-from frpo.run.build import Parts, build
+from frpo.run.build import RunParts, build
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RolloutGroup, RunState
 
@@ -79,7 +79,7 @@ def main() -> None:
         parsed.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def measure(parts: Parts, recipe: Recipe, steps: int, slow: float) -> dict[int, dict[str, list[float]]]:
+def measure(parts: RunParts, recipe: Recipe, steps: int, slow: float) -> dict[int, dict[str, list[float]]]:
     """Per setting: seconds of every step, and its largest staleness in optimizer updates."""
     slowed = replace(parts, sampler=SlowSampler(parts.sampler, slow), learner=SlowLearner(parts.learner, slow))
     state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest="", file_offsets={})

@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from frpo.kernels import ReferenceHead, TokenStats, linear_cross_entropy, linear_logprobs, linear_token_loss
 from frpo.kernels import rows as torch_rows
-from frpo.kernels.chunks import Pieces
+from frpo.kernels.chunks import ChunkedLogits
 from frpo.kernels.reference import stats_of_logits
 from frpo.objectives.csft import CSFTInputs, CSFTLoss, CSFTPALoss
 
@@ -175,13 +175,13 @@ def liger_passes(problem: Problem) -> dict[str, Pass]:
 @contextmanager
 def row_operations(side: str) -> Iterator[None]:
     """The side "torch" runs on plain PyTorch rows even where Triton would be chosen."""
-    chosen = Pieces.row_ops
+    chosen = ChunkedLogits.row_ops
     if side == "torch":
-        Pieces.row_ops = torch_rows
+        ChunkedLogits.row_ops = torch_rows
     try:
         yield
     finally:
-        Pieces.row_ops = chosen
+        ChunkedLogits.row_ops = chosen
 
 
 def step(problem: Problem, forward: Pass) -> None:

@@ -44,7 +44,7 @@ import frpo
 from frpo.config.loader import recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.loops.rl import Trainer
-from frpo.run.build import Parts, build
+from frpo.run.build import RunParts, build
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState
 
@@ -239,7 +239,7 @@ def frpo_recipe(case: Case, sizes: Sizes, given: argparse.Namespace, folder: Pat
         "weight_sync": {"backend": "cpu_shm", "bucket_mb": 32 if sizes.hidden >= 512 else 0.1}})
 
 
-def frpo_steps(parts: Parts) -> Iterator[Step]:
+def frpo_steps(parts: RunParts) -> Iterator[Step]:
     trainer = Trainer(parts)
     state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest="", file_offsets={})
     parts.engines.push(state.policy_version)

@@ -211,13 +211,13 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _train(recipe: AnyRecipe, dry_run: bool) -> int:
-    from frpo.cluster.team import follows, launched, sized
+    from frpo.cluster.team import follows, launched, with_launcher_ranks
 
     if dry_run:
         if not follows():
             from frpo.commands.dry_run import show
 
-            show(sized(recipe))
+            show(with_launcher_ranks(recipe))
     elif not launched() and (done := finished_line(recipe)):  # ranks of a launcher wait for one another
         print(done)
     else:

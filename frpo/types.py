@@ -149,11 +149,11 @@ class TrainingSample:
     Arrays over S are aligned with `token_ids`: entry s belongs to the prediction *of* token s. Weights are divided
     already (by the sequence's length, by the global number of sequences, ...), so the learner only ever sums:
     policy_weight: S factors of the surrogate term; kl_weight: S factors of the KL term. Zero where nothing is learned.
-    kl_share: 1 / T at the tokens with a loss, from which the mean KL of a sequence is counted; zero where that of this
-    sequence is not.
+    kl_metric_weight: 1 / T at the tokens with a loss, from which the mean KL of a sequence is counted; zero where that
+    of this sequence is not.
     """
 
-    WEIGHTS: ClassVar = ("policy_weight", "kl_weight", "kl_share")
+    WEIGHTS: ClassVar = ("policy_weight", "kl_weight", "kl_metric_weight")
 
     sample_id: SampleId
     token_ids: np.ndarray
@@ -161,7 +161,7 @@ class TrainingSample:
     advantage: float
     policy_weight: np.ndarray
     kl_weight: np.ndarray
-    kl_share: np.ndarray
+    kl_metric_weight: np.ndarray
     rollout_logprobs: np.ndarray
     old_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None

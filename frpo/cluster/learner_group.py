@@ -53,8 +53,8 @@ class LearnerGroup:
         return [tuple(scores[(*group.group_id, i)][len(group.prompt.token_ids):] for i in range(len(group.completions)))
                 for group in groups]
 
-    def remember_start(self, path: str | None = None) -> None:
-        self._all("remember_start", path)
+    def keep_initial_policy(self, path: str | None = None) -> None:
+        self._all("keep_initial_policy", path)
 
     def kl_groups(self, groups: Sequence[RolloutGroup], to: str = "reference") -> list[np.ndarray]:
         """Per group (G,): KL in nats of each completion, an unbiased estimate of that of sequences. See `Learner.kl`.

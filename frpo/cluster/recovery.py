@@ -6,7 +6,7 @@ What it had been asked for is sampled again from the beginning and what had arri
 batches inside the engine, and with them every bit of every log-probability, are those of an undisturbed run. A dead
 learner rank is not healed here.
 
-Healing commands the learner, and so may training do at the same moment, in another thread: `learner_turn` keeps them
+Healing commands the learner, and so may training do at the same moment, in another thread: `learner_lock` keeps them
 apart.
 """
 from __future__ import annotations
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 class RecoveringEngines:
     """A pool whose engines the learner pushes to. At most `max_restarts` engines are restarted in a run.
 
-    learner_turn: held by whoever commands the learner while another thread samples.
+    learner_lock: held by whoever commands the learner while another thread samples.
     """
 
     def __init__(self, pool: EnginePool, learner: LearnerGroup, max_restarts: int):
         self.pool, self.learner = pool, learner
         self.restarts_left = max_restarts
-        self.learner_turn = threading.RLock()
+        self.learner_lock = threading.RLock()
         self.pushed: int | None = None
 
     def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
@@ -49,7 +49,7 @@ class RecoveringEngines:
                         yield group
                 return
             except EnginesLostError as error:
-                with self.learner_turn:
+                with self.learner_lock:
                     self._revive(error.engines, version if self.pushed is None else self.pushed, error)
                 assignment = assignment.again(error.engines)
 

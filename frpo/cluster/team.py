@@ -77,7 +77,7 @@ def in_team(recipe: AnyRecipe) -> bool:
     return launched() or recipe.learner.ranks == "process"
 
 
-def sized(recipe: AnyRecipe) -> AnyRecipe:
+def with_launcher_ranks(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe with as many ranks as the launcher has started; unchanged without one."""
     if not launched():
         return recipe

@@ -17,7 +17,7 @@ from frpo.learner.model import lacking_weights
 from frpo.loops.training import adapters
 from frpo.rewards.trial import report_lines
 from frpo.run.build import check, reward_suite, tokenizer_of, try_rewards
-from frpo.run.build_finetune import CheckedFinetune, check_finetune
+from frpo.run.build_finetune import FinetunePreflight, check_finetune
 from frpo.telemetry.step import mishaps
 
 
@@ -58,7 +58,7 @@ def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
             *_common_notes(recipe, engines=False)]
 
 
-def _first_example(recipe: FinetuneRecipe, checked: CheckedFinetune) -> Iterator[str]:
+def _first_example(recipe: FinetuneRecipe, checked: FinetunePreflight) -> Iterator[str]:
     """What the model is given and what it learns of the first example, as far as a line goes."""
     example, tokenizer = checked.examples.train[0], tokenizer_of(recipe.model)
     learned = [token for token, flag in zip(example.token_ids, example.loss_mask) if flag]

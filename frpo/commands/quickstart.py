@@ -37,7 +37,7 @@ from frpo.report.page import Section, TableText, write_page
 from frpo.report.runs import chart_runs, read_runs
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import EVALUATION
-from frpo.run.build import Parts, Stack, build
+from frpo.run.build import Processes, RunParts, build
 from frpo.run.checkpoint import CheckpointStore
 from frpo.run.journal import open_journal
 from frpo.telemetry.progress import say
@@ -130,7 +130,7 @@ def _run(tour: Tour, recipe: Recipe, matrix: Plan) -> tuple[Answers, Answers]:
             Trainer(control).fit()
         write_archive(matrix.recipe)
         say(f"--- 3 of 3: forks of the policies, {tour.means}")
-        run_plan(matrix, Stack(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
+        run_plan(matrix, Processes(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
     for folder in (first, control.run_dir / "checkpoints", *(Path(matrix.recipe.run.dir).rglob("checkpoints"))):
         shutil.rmtree(folder)  # nobody goes on from them, and a real model's are large
     return before, after
@@ -192,7 +192,7 @@ def _prepared(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
         return TOURS["tiny"], load_recipe(TOURS["tiny"].recipe, overrides)
 
 
-def _likeliest(parts: Parts, count: int, version: int) -> Answers:
+def _likeliest(parts: RunParts, count: int, version: int) -> Answers:
     """Greedy answers to the first held-out prompts, none longer than in training."""
     prompts = parts.prompts.heldout[:count]
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)
@@ -231,7 +231,7 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 @contextmanager
-def _control_parts(parts: Parts) -> Iterator[Parts]:
+def _control_parts(parts: RunParts) -> Iterator[RunParts]:
     """The same live parts under a recipe that shuffles rewards and writes into its own folder."""
     run_dir = parts.run_dir / CONTROL
     recipe = _with_run(parts.recipe, dir=str(run_dir), name="control", save_every=0)

@@ -22,7 +22,7 @@ from rich.text import Text
 from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.errors import DataError, RewardError
-from frpo.objectives.stage import advantaged
+from frpo.objectives.stage import compute_advantages
 from frpo.rewards import RewardSuite, ScoreReport
 from frpo.run.build import reward_suite
 from frpo.run.traces import Traced, new_file, read_groups, trace_rows
@@ -146,7 +146,7 @@ def rescored(path: Path, rewards: RewardSuite, part: Sequence[Traced]) -> ScoreR
 
 def new_row(traced: Traced, now: ScoredGroup, recipe: Recipe) -> dict[str, Any]:
     """The trace row of a group with its new rewards, components, advantages and statistics."""
-    weighed = advantaged([now], recipe.objective.advantage, [None])
+    weighed = compute_advantages([now], recipe.objective.advantage, [None])
     return next(trace_rows(weighed, trained=traced.trained))
 
 

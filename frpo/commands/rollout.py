@@ -21,8 +21,8 @@ from frpo.evaluation.heldout import heldout_metrics
 from frpo.evaluation.model import table_rows
 from frpo.held import held_folder
 from frpo.loops.collect import collect
-from frpo.objectives.stage import advantaged
-from frpo.run.build import Serving, build_engines, check_prompts
+from frpo.objectives.stage import compute_advantages
+from frpo.run.build import SamplingParts, build_engines, check_prompts
 from frpo.run.traces import new_file, trace_rows
 from frpo.telemetry.intervals import mean_interval
 from frpo.telemetry.jsonl import JsonlFile
@@ -57,7 +57,7 @@ def run_rollout(recipe: Recipe, steps: int, output: str | None) -> int:
     return 0
 
 
-def sample_steps(serving: Serving, steps: int, path: Path) -> Rollouts:
+def sample_steps(serving: SamplingParts, steps: int, path: Path) -> Rollouts:
     """Collect one step after the other; each is written before the next begins, so that an error keeps those before."""
     estimator, timer = serving.recipe.objective.advantage, serving.timer
     state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest=recipe_digest(serving.recipe),
@@ -68,7 +68,7 @@ def sample_steps(serving: Serving, steps: int, path: Path) -> Rollouts:
     with ProgressBar(steps, 0, f"{serving.recipe.run.name} rollout") as bar:
         while state.step < steps:
             batch = collect(serving, state, bar)
-            chosen, replaced = (advantaged(part, estimator, [None] * len(part))
+            chosen, replaced = (compute_advantages(part, estimator, [None] * len(part))
                                 for part in (batch.chosen, batch.replaced))
             with closing(JsonlFile(path)) as file:
                 for row in (*trace_rows(chosen), *trace_rows(replaced, trained=False)):

@@ -101,7 +101,7 @@ def _sample(group: RolloutGroup, index: int, *, advantage: float = 0.0, weight: 
 
     return TrainingSample(
         sample_id=sample_id, token_ids=token_ids_S, loss_mask=mask_S, advantage=advantage, policy_weight=weight_S,
-        kl_weight=weight_S, kl_share=share_S, rollout_logprobs=aligned(completion.logprobs, "rollout"),
+        kl_weight=weight_S, kl_metric_weight=share_S, rollout_logprobs=aligned(completion.logprobs, "rollout"),
         old_logprobs=None if old is None else aligned(old, "old"),
         ref_logprobs=None if ref is None else aligned(ref, "reference"))
 

@@ -34,7 +34,7 @@ from frpo.loading import load_function
 from frpo.loops.rl import Trainer
 from frpo.loops.sft import FineTuner
 from frpo.report.curve import read_metrics
-from frpo.run.build import Stack, build_stack, check, parts_on, tried_rewards
+from frpo.run.build import Processes, build_stack, check, parts_on, tried_rewards
 from frpo.run.build_finetune import check_finetune, finetune_on
 from frpo.run.journal import Journal
 from frpo.telemetry.jsonl import JsonlFile
@@ -49,7 +49,7 @@ KL = "kept/kl"
 """Metric of a probe: nats from the policy that the fork began as."""
 
 
-def run_plan(plan: Plan, stack: Stack | None = None) -> None:
+def run_plan(plan: Plan, stack: Processes | None = None) -> None:
     """Run what is not done yet, on running processes if there are any.
 
     Raises what no other stage could escape either; a stage's own failure is noted.
@@ -65,7 +65,7 @@ def run_plan(plan: Plan, stack: Stack | None = None) -> None:
 class Matrix:
     """The processes, started when the first stage needs them, and what runs on them."""
 
-    def __init__(self, plan: Plan, stack: Stack | None = None):
+    def __init__(self, plan: Plan, stack: Processes | None = None):
         """stack: processes that run already, which whoever has started them ends."""
         self.plan, self.recipe = plan, plan.recipe
         self.running = ExitStack()
@@ -147,7 +147,7 @@ class Matrix:
             probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.journal) if stage.regime else None
             return Trainer(parts, probe).fit()
 
-    def finetune(self, stage: Stage, recipe: FinetuneRecipe, tasks: Sequence[Task], stack: Stack, model: str
+    def finetune(self, stage: Stage, recipe: FinetuneRecipe, tasks: Sequence[Task], stack: Processes, model: str
                  ) -> RunState:
         checked = check_finetune(recipe)
         with finetune_on(stack.ranks, stack.device, recipe, checked, model, samples=bool(stage.regime)) as parts:
@@ -159,7 +159,7 @@ class Matrix:
 
     def probe(self, stage: Stage, tasks: Sequence[Task], learner: LearnerGroup, engines: RecoveringEngines,
               journal: Journal) -> TaskProbe:
-        learner.remember_start()
+        learner.keep_initial_policy()
         measure = self.recipe.measure
         schedule = ProbeSchedule(measure.at, measure.pictured_kl, partial(probed_kl, stage))
         return TaskProbe(schedule=schedule, tasks=tasks, exact=self.exact(stage.seed), engines=engines,
@@ -190,7 +190,8 @@ class Matrix:
         if wanted.reference and (wanted.reference == START or seed.has(wanted.reference)):
             if (apart := wanted.reference != name):
                 start = wanted.reference == START
-                learner.remember_start(self.start_of(seed.policies[name]) if start else seed.model_of(wanted.reference))
+                learner.keep_initial_policy(
+                    self.start_of(seed.policies[name]) if start else seed.model_of(wanted.reference))
             scored = sampled(task, engines, step=0, version=0)
             kl = learner.kl_groups([each.group for each in scored], to="start") if apart else None
             write_distance(seed, name, wanted.reference, task_metrics(task, scored, kl))
@@ -204,7 +205,7 @@ class Matrix:
         pool.share(learner)
         return RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
 
-    def processes(self, recipe: Recipe, model: str) -> Stack:
+    def processes(self, recipe: Recipe, model: str) -> Processes:
         """Those that run, or new ones; model: what engines load first, of the shape of all."""
         if self.stack is None:
             started = time.perf_counter()

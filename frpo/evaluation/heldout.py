@@ -15,7 +15,7 @@ from frpo.evaluation.passk import pass_at_k
 from frpo.rewards import RewardSuite
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import EVALUATION, Sampler
-from frpo.run.build import Parts
+from frpo.run.build import RunParts
 from frpo.telemetry.intervals import mean_interval
 from frpo.types import RunState, ScoredGroup
 
@@ -23,7 +23,7 @@ ROUNDING = 1e-9
 """Weights such as 0.7 + 0.2 + 0.1 add up to a little less than 1: that much below `evaluate.success` still passes."""
 
 
-def evaluate_heldout(parts: Parts, state: RunState) -> dict[str, float]:
+def evaluate_heldout(parts: RunParts, state: RunState) -> dict[str, float]:
     """`eval/...` metrics of the policy version in `state`; see `heldout_metrics`. Some completions are kept."""
     scored = scored_heldout(parts, step=state.step, version=state.policy_version)
     kl = parts.learner.kl_groups([group.group for group in scored]) if measures_kl(parts.recipe) else None

@@ -19,7 +19,7 @@ from torch import Tensor
 from frpo.kernels import rows as torch_rows
 from frpo.kernels.projection import ACCUMULATED, hidden_gradient_, operand, project_, weight_gradient_
 from frpo.kernels.rows import ReferenceLogits
-from frpo.kernels.stats import LogitScale, ReferenceHead, RowStats, Slope
+from frpo.kernels.stats import LogitGradient, LogitScale, ReferenceHead, RowStats
 
 CHUNK_ROWS = 768
 """Rows of a chunk, where a caller says nothing else."""
@@ -30,7 +30,7 @@ the middle of what a GPU reads at once, which makes some products many times slo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pieces:
+class ChunkedLogits:
     """Hidden states and heads whose logits are made in pieces only. Raises ValueError for tensors that disagree."""
 
     hidden_ND: Tensor
@@ -73,7 +73,8 @@ class Pieces:
         return z_CB, ReferenceLogits(u_CB=_filled(self._buffers[1], hidden_CE, reference.head_VE[columns]),
                                      scale=scale, tau=reference.tau if reference.margin == "soft" else None)
 
-    def sweep(self, stats: RowStats, slope: Slope, wants: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    def sweep(self, stats: RowStats, slope: LogitGradient, wants: tuple[bool, bool]
+              ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of hidden states and head (where wanted) from logits recomputed in blocks of the vocabulary.
 
         Every row of the head's gradient is formed once, so that it needs no wider accumulator and is rounded once.
@@ -120,7 +121,7 @@ def piece_size(N: int, V: int, chunk_rows: int = CHUNK_ROWS) -> int:
     return max(min(chunk_rows, N) * V, N * block_columns(N, V, chunk_rows))
 
 
-def live_rows(hidden_CD: Tensor, slope: Slope) -> Tensor:
+def live_rows(hidden_CD: Tensor, slope: LogitGradient) -> Tensor:
     """Hidden states with 0 for tokens that are not live: their dz of 0 would still make NaN of a NaN."""
     return torch.where(slope.live_N[:, None], hidden_CD, 0)
 
@@ -137,7 +138,7 @@ def _filled(buffer: Tensor, hidden_CD: Tensor, head_BD: Tensor) -> Tensor:
     return logits_CB
 
 
-def _check(pieces: Pieces) -> None:
+def _check(pieces: ChunkedLogits) -> None:
     reference, shape = pieces.reference, (len(pieces.hidden_ND), len(pieces.head_VD))
     _check_operands("hidden_ND and head_VD", pieces.hidden_ND, pieces.head_VD)
     target = pieces.target_N

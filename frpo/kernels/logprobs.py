@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frpo.kernels.chunks import CHUNK_ROWS, Pieces, nothing
+from frpo.kernels.chunks import CHUNK_ROWS, ChunkedLogits, nothing
 from frpo.kernels.stats import LogitScale, RowStats, joined, slope
 
 
@@ -24,8 +24,9 @@ def linear_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, tem
     head gets no gradient and costs none.
     Raises ValueError for operands of different types or shapes, or of a type other than bfloat16, float32, float64.
     """
-    pieces = Pieces(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=None, chunk_rows=chunk_rows,
-                    scale=LogitScale(temperature=temperature, softcap=softcap))
+    pieces = ChunkedLogits(
+        hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=None, chunk_rows=chunk_rows,
+        scale=LogitScale(temperature=temperature, softcap=softcap))
     if len(hidden_ND) == 0:
         return nothing(hidden_ND, head_VD), nothing(hidden_ND, head_VD)
     return _LinearLogprobs.apply(hidden_ND, head_VD, target_N, pieces.scale, chunk_rows)
@@ -37,7 +38,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, scale: LogitScale,
                 chunk_rows: int) -> tuple[Tensor, Tensor]:
-        pieces = Pieces(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=None, scale=scale,
+        pieces = ChunkedLogits(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=None, scale=scale,
                         chunk_rows=chunk_rows)
         stats = _statistics(pieces)
         ctx.set_materialize_grads(False)
@@ -52,14 +53,14 @@ class _LinearLogprobs(torch.autograd.Function):
         if d_logprobs_N is None and d_entropy_N is None:
             return None, None, None, None, None
         hidden_ND, head_VD, target_N, z_max_N, z_log_sum_N, logprobs_N, entropy_N = ctx.saved_tensors
-        pieces = Pieces(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=None, scale=ctx.scale,
+        pieces = ChunkedLogits(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=None, scale=ctx.scale,
                         chunk_rows=ctx.chunk_rows)
         stats = RowStats(z_max_N=z_max_N, z_log_sum_N=z_log_sum_N, logprobs_N=logprobs_N, entropy_N=entropy_N)
         grads = pieces.sweep(stats, slope(stats, d_logprobs_N, d_entropy_N), ctx.needs_input_grad[:2])
         return *grads, None, None, None
 
 
-def _statistics(pieces: Pieces) -> RowStats:
+def _statistics(pieces: ChunkedLogits) -> RowStats:
     parts = []
     for rows in pieces.row_chunks():
         z_CV, _ = pieces.logits(*pieces.operands(rows))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from frpo.kernels.stats import LogitScale, RowStats, Slope, joined, known, of_rows
+from frpo.kernels.stats import LogitGradient, LogitScale, RowStats, joined, known, of_rows
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Logits worked on at once: a CPU's cache holds them, a GPU is kept busy by them."""
@@ -40,7 +40,7 @@ def statistics(z_CV: Tensor, target_C: Tensor, scale: LogitScale, reference: Ref
                    for rows in _row_blocks(z_CV)])
 
 
-def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope: Slope, scale: LogitScale,
+def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope: LogitGradient, scale: LogitScale,
               reference: ReferenceLogits | None, dtype: torch.dtype) -> Tensor:
     """dl/draw of raw logits, which are the vocabulary's columns from `start` on, in place or as another dtype.
 
@@ -112,8 +112,8 @@ def _soft_margin(z_RV: Tensor, u_RV: Tensor, tau: float) -> dict[str, Tensor]:
             "alpha_log_sum_N": alpha_total_R1.log(), "gamma_log_sum_N": gamma_total_R1.log()}
 
 
-def _block_gradient(z_RB: Tensor, start: int, target_R: Tensor, stats: RowStats, slope: Slope, scale: LogitScale,
-                    reference: ReferenceLogits | None) -> None:
+def _block_gradient(z_RB: Tensor, start: int, target_R: Tensor, stats: RowStats, slope: LogitGradient,
+                    scale: LogitScale, reference: ReferenceLogits | None) -> None:
     cap_slope_RB = None
     if scale.softcap is not None:
         z_RB.div_(scale.softcap).tanh_()
@@ -150,7 +150,7 @@ def _block_gradient(z_RB: Tensor, start: int, target_R: Tensor, stats: RowStats,
         z_RB.div_(scale.temperature)
 
 
-def _soft_gradient(z_RB: Tensor, u_RB: Tensor, stats: RowStats, slope: Slope, tau: float) -> Tensor:
+def _soft_gradient(z_RB: Tensor, u_RB: Tensor, stats: RowStats, slope: LogitGradient, tau: float) -> Tensor:
     """dl/dmargin (alpha - gamma (1 + (z - sum gamma z) / tau))."""
     gamma_RB = (z_RB / tau).sub_(known(stats.gamma_log_sum_N)[:, None]).exp_()
     gamma_RB.mul_((z_RB - known(stats.gamma_mean_N)[:, None]).div_(tau).add_(1))

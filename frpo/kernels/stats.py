@@ -10,8 +10,8 @@ a margin. A loss l of them has, for every v of the vocabulary,
     soft: margin = sum (alpha - gamma) log p,       d_v = alpha_v - gamma_v - gamma_v (z_v - sum gamma z) / tau
           alpha = softmax(u / tau), gamma = softmax(z / tau)
 
-which is p_v times something affine in (z_v, u_v), plus a few single entries: `Slope` holds those coefficients, and the
-row kernels know nothing else of losses. No tensor with a vocabulary dimension is made here.
+which is p_v times something affine in (z_v, u_v), plus a few single entries: `LogitGradient` holds those coefficients,
+and the row kernels know nothing else of losses. No tensor with a vocabulary dimension is made here.
 
 Shape suffixes: N tokens, V vocabulary, E hidden width of the reference.
 """
@@ -125,7 +125,7 @@ class RowStats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slope:
+class LogitGradient:
     """dl/dz = e^(z - z_max) (one + z (z - z_max) + u (u - u_max)) + target e_y + margin d, per token; 0 if not live.
 
     z, u and margin are None where the loss does not need them. A token is live if any derivative of its loss is not
@@ -140,7 +140,7 @@ class Slope:
     live_N: Tensor
 
 
-Record = TypeVar("Record", RowStats, Slope)
+Record = TypeVar("Record", RowStats, LogitGradient)
 
 
 def known(values_N: Tensor | None) -> Tensor:
@@ -162,7 +162,7 @@ def joined(parts: Sequence[Record]) -> Record:
 
 
 def slope(stats: RowStats, d_logprobs_N: Tensor | None = None, d_entropy_N: Tensor | None = None,
-          d_kl_N: Tensor | None = None, d_margin_N: Tensor | None = None) -> Slope:
+          d_kl_N: Tensor | None = None, d_margin_N: Tensor | None = None) -> LogitGradient:
     """The coefficients of dl/dz from the derivatives of a loss; None is a derivative that is 0 for every token."""
     zero_N = torch.zeros_like(stats.logprobs_N)
     derivatives = [d_N for d_N in (d_logprobs_N, d_entropy_N, d_kl_N, d_margin_N) if d_N is not None]
@@ -179,5 +179,5 @@ def slope(stats: RowStats, d_logprobs_N: Tensor | None = None, d_entropy_N: Tens
         z_N, u_N = d_kl_N if z_N is None else z_N + d_kl_N, -d_kl_N
     normaliser_N = torch.exp(-stats.z_log_sum_N)
     z_N, u_N = (None if c_N is None else c_N * normaliser_N for c_N in (z_N, u_N))
-    return Slope(one_N=one_N * normaliser_N, z_N=z_N, u_N=u_N,
+    return LogitGradient(one_N=one_N * normaliser_N, z_N=z_N, u_N=u_N,
                  target_N=zero_N if d_logprobs_N is None else d_logprobs_N, margin_N=d_margin_N, live_N=live_N)

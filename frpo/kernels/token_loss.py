@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frpo.kernels.chunks import CHUNK_ROWS, Pieces, live_rows, nothing
+from frpo.kernels.chunks import CHUNK_ROWS, ChunkedLogits, live_rows, nothing
 from frpo.kernels.projection import ACCUMULATED, hidden_gradient_, weight_gradient_
-from frpo.kernels.stats import LogitScale, ReferenceHead, RowStats, Slope, TokenStats, joined, slope
+from frpo.kernels.stats import LogitGradient, LogitScale, ReferenceHead, RowStats, TokenStats, joined, slope
 
 Loss = Callable[[TokenStats, slice], Tensor]
 """Statistics of the tokens of a chunk, and which rows they are of the N -> their summed loss, a scalar."""
@@ -35,7 +35,7 @@ def linear_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss
     powers of two or inside the loss, since they multiply gradients that are rounded already.
     Raises ValueError for operands of different types or shapes, or of a type other than bfloat16, float32, float64.
     """
-    pieces = Pieces(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=reference,
+    pieces = ChunkedLogits(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=reference,
                     chunk_rows=chunk_rows, scale=LogitScale(temperature=temperature, softcap=softcap))
     if len(hidden_ND) == 0:
         return nothing(hidden_ND, head_VD).sum()
@@ -59,7 +59,7 @@ def linear_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, w
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, pieces: Pieces, loss: Loss) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, pieces: ChunkedLogits, loss: Loss) -> Tensor:
         wants = ctx.needs_input_grad[:2]
         gradients = _swept if wants[1] and head_VD.dtype == torch.bfloat16 else _accumulated
         loss_sum, *ctx.grads = gradients(pieces, loss, wants)
@@ -79,7 +79,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         return *grads, None, None
 
 
-def _accumulated(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _accumulated(pieces: ChunkedLogits, loss: Loss, wants: tuple[bool, bool]
+                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Logits made once; the head's gradient is added up chunk by chunk in its own type."""
     grad_ND = torch.empty_like(pieces.hidden_ND) if wants[0] else None
     grad_VD = torch.empty_like(pieces.head_VD) if wants[1] else None
@@ -99,7 +100,7 @@ def _accumulated(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[
     return loss_sum, grad_ND, grad_VD
 
 
-def _swept(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _swept(pieces: ChunkedLogits, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Logits made twice, once for the statistics and once in blocks of the vocabulary for the gradients.
 
     For a trained bfloat16 head: adding its gradient up would need V * D float32 beside it, or round every addition; and
@@ -115,17 +116,17 @@ def _swept(pieces: Pieces, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor
     return loss_sum, *pieces.sweep(joined(parts), joined(slopes), wants)
 
 
-def _zero(pieces: Pieces) -> Tensor:
+def _zero(pieces: ChunkedLogits) -> Tensor:
     """What losses are added to, of the type of their statistics."""
     return pieces.hidden_ND.new_zeros((), dtype=ACCUMULATED[pieces.hidden_ND.dtype])
 
 
-def _statistics(pieces: Pieces, rows: slice) -> RowStats:
+def _statistics(pieces: ChunkedLogits, rows: slice) -> RowStats:
     z_CV, reference = pieces.logits(*pieces.operands(rows))
     return pieces.row_ops.statistics(z_CV, pieces.target_N[rows], pieces.scale, reference)
 
 
-def _derivatives(loss: Loss, stats: RowStats, rows: slice) -> tuple[Tensor, Slope]:
+def _derivatives(loss: Loss, stats: RowStats, rows: slice) -> tuple[Tensor, LogitGradient]:
     """The loss of a chunk, and its derivatives with respect to the statistics as slopes of the logits."""
     with torch.enable_grad():
         leaves = stats.leaves(requires_grad=True)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from frpo.kernels.rows import ReferenceLogits
-from frpo.kernels.stats import LogitScale, RowStats, Slope
+from frpo.kernels.stats import LogitGradient, LogitScale, RowStats
 
 _BLOCK = 4096
 _WARPS = 8
@@ -36,7 +36,7 @@ def statistics(z_CV: Tensor, target_C: Tensor, scale: LogitScale, reference: Ref
     return RowStats(**dict(zip(names, out_KC, strict=True)), z_argmax_N=argmax_2C[0], u_argmax_N=argmax_2C[1])
 
 
-def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope: Slope, scale: LogitScale,
+def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope: LogitGradient, scale: LogitScale,
               reference: ReferenceLogits | None, dtype: torch.dtype) -> Tensor:
     """As rows.gradient_, for contiguous logits and without a soft margin."""
     C, B = z_CB.shape

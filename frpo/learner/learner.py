@@ -158,11 +158,11 @@ class Learner:
         tokens. Collective.
 
         For samples of the policy at temperature 1 it is an unbiased estimate of the KL of whole sequences.
-        to: "reference", or "start", the model that `remember_start` has put beside the policy.
+        to: "reference", or "start", the model that `keep_initial_policy` has put beside the policy.
         """
         found: dict[SampleId, float] = {}
         other = self._known_reference if to == "reference" else self.start
-        assert other is not None, "remember_start comes first"
+        assert other is not None, "keep_initial_policy comes first"
         with torch.no_grad():
             for samples in micro_batches:
                 batch = self._collate(samples)
@@ -245,7 +245,7 @@ class Learner:
         """(got a gradient on this rank, its fp32 master moved) of every trainable tensor, after a watched step."""
         return self._watched.report()
 
-    def remember_start(self, path: str | None = None) -> None:
+    def keep_initial_policy(self, path: str | None = None) -> None:
         """Put the policy as it was before its first update, or the model at `path`, beside it, for `kl`. Collective."""
         if path is None and isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None:
             self.start = self.reference

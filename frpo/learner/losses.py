@@ -144,6 +144,6 @@ def loss_arrays(samples: Sequence[TrainingSample], batch: TokenBatch, device: to
     lengths = [int(sample.loss_mask.sum()) for sample in samples]
     advantage = np.repeat([sample.advantage for sample in samples], lengths)
     named = {f"{name}_N": loss_positions(samples, name, device) for name in (
-        "policy_weight", "kl_weight", "kl_share", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
+        "policy_weight", "kl_weight", "kl_metric_weight", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
     return named | {"advantage_N": torch.as_tensor(advantage, dtype=torch.float32, device=device),
                     "sequence_N": batch.sequence_N}

@@ -17,7 +17,7 @@ from typing import Any
 
 from frpo.data.selection import save_selection
 from frpo.loops.collect import collect
-from frpo.run.build import Parts
+from frpo.run.build import RunParts
 from frpo.run.traces import scored_group, scored_row
 from frpo.telemetry.progress import ProgressBar
 from frpo.telemetry.timer import PhaseTimer
@@ -43,7 +43,7 @@ class Ahead:
     engine has died, have the weights pushed to a new one.
     """
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: RunParts):
         self.parts, self.limit = parts, parts.recipe.rollout.max_staleness
         self.changed = threading.Condition()
         self.queue: deque[Collected] = deque()
@@ -61,7 +61,7 @@ class Ahead:
         cursor = state.data_cursor + sum(collected.batch.positions for collected in self.queue)
         first = replace(state, step=state.step + len(self.queue), data_cursor=cursor)
         self.newest = state
-        self.parts.engines.learner_turn.acquire()
+        self.parts.engines.learner_lock.acquire()
         self.bar: ProgressBar  # by `next`, which starts the thread
         self.thread = threading.Thread(target=self._fill, args=(first,), name="rollouts ahead", daemon=True)
 
@@ -73,12 +73,12 @@ class Ahead:
             self.changed.notify_all()
         if self.thread.ident is None:
             self.thread.start()
-        self.parts.engines.learner_turn.release()
+        self.parts.engines.learner_lock.release()
         try:
             with self.parts.timer.phase("wait"), self.changed:
                 self.changed.wait_for(lambda: self.queue or self.failure)
         finally:
-            self.parts.engines.learner_turn.acquire()
+            self.parts.engines.learner_lock.acquire()
         if not self.queue:
             assert self.failure is not None  # one of the two was waited for
             raise self.failure
@@ -108,7 +108,7 @@ class Ahead:
             self.thread.join(timeout=JOIN_S)
         if self.thread.is_alive():
             self.parts.engines.give_up()
-        self.parts.engines.learner_turn.release()
+        self.parts.engines.learner_lock.release()
 
     def _fill(self, state: RunState) -> None:
         try:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Protocol
 
 from frpo.data.selection import save_selection
-from frpo.loops.ahead import Ahead
+from frpo.loops.ahead import AsyncBatches
 from frpo.loops.collect import collect
-from frpo.loops.replay import Replayed
-from frpo.run.build import Parts
+from frpo.loops.replay import ReplayBatches
+from frpo.run.build import RunParts
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState, ScoredBatch
 
@@ -29,17 +29,17 @@ class BatchSource(Protocol):
     def close(self) -> None: ...
 
 
-def batch_source(parts: Parts) -> BatchSource:
+def batch_source(parts: RunParts) -> BatchSource:
     """The one that the recipe asks for."""
     if parts.recipe.rollout.replay is not None:
-        return Replayed(parts, Path(parts.recipe.rollout.replay))
-    return Ahead(parts) if parts.recipe.rollout.max_staleness > 0 else Drawn(parts)
+        return ReplayBatches(parts, Path(parts.recipe.rollout.replay))
+    return AsyncBatches(parts) if parts.recipe.rollout.max_staleness > 0 else SyncBatches(parts)
 
 
-class Drawn:
+class SyncBatches:
     """Batches sampled by the policy that learns from them, while the learner waits."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: RunParts):
         self.parts = parts
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 from frpo.objectives.base import AdvantageEstimator
 from frpo.rewards import ScoreReport, ScoreStream, shuffled
 from frpo.rollout.engine import Sampling
-from frpo.run.build import Parts, Serving
+from frpo.run.build import RunParts, SamplingParts
 from frpo.telemetry.progress import ProgressBar, counted
 from frpo.types import GroupId, Prompt, RunState, ScoredBatch, ScoredGroup
 
 
-def collect(parts: Parts | Serving, state: RunState, bar: ProgressBar) -> ScoredBatch:
+def collect(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBatch:
     """`rollout.prompts_per_step` scored groups.
 
     With `rollout.dynamic`, groups that teach nothing are replaced by those of the next prompts, as many as are missing
@@ -28,31 +28,31 @@ def collect(parts: Parts | Serving, state: RunState, bar: ProgressBar) -> Scored
     size, dynamic = parts.recipe.rollout.prompts_per_step, parts.recipe.rollout.dynamic
     limit = size if dynamic is None else size * dynamic.max_draws
     drawn: list[ScoredGroup] = []
-    telling: set[GroupId] = set()
+    informative: set[GroupId] = set()
     counts: Counter[str] = Counter()
     positions = 0
-    while len(telling) < size and len(drawn) < limit:
-        choice = parts.stream.choose(state.data_cursor + positions, min(size - len(telling), limit - len(drawn)))
+    while len(informative) < size and len(drawn) < limit:
+        choice = parts.stream.choose(state.data_cursor + positions, min(size - len(informative), limit - len(drawn)))
         report = rollouts(parts, state, bar, choice.prompts, first=len(drawn), cursor=state.data_cursor + positions)
         parts.stream.record(report.groups)
         drawn += report.groups
         positions += choice.positions_used
-        telling |= {scored.group.group_id for scored in report.groups
+        informative |= {scored.group.group_id for scored in report.groups
                     if dynamic is None or teaches(scored, parts.recipe.objective.advantage, dynamic.epsilon)}
         counts.update(report.counts)
         if parts.recipe.data.selection is not None:
             counts.update({"rollout/passed_over": choice.positions_used - len(choice.prompts),
                            "rollout/revisited": choice.revisited, "rollout/forced": choice.forced})
-    counts.update({"rollout/drawn": len(drawn), "rollout/telling": len(telling)})
-    silent = [scored.group.group_id for scored in drawn if scored.group.group_id not in telling]
-    chosen = telling.union(silent[:size - len(telling)])
+    counts.update({"rollout/drawn": len(drawn), "rollout/telling": len(informative)})
+    uninformative = [scored.group.group_id for scored in drawn if scored.group.group_id not in informative]
+    chosen = informative.union(uninformative[:size - len(informative)])
     return ScoredBatch(chosen=tuple(s for s in drawn if s.group.group_id in chosen), positions=positions,
                        replaced=tuple(s for s in drawn if s.group.group_id not in chosen), counts=counts,
                        selection=parts.stream.state)
 
 
-def rollouts(parts: Parts | Serving, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *, first: int,
-             cursor: int) -> ScoreReport:
+def rollouts(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *,
+             first: int, cursor: int) -> ScoreReport:
     """Scored groups of these prompts, sampled by the state's policy version.
 
     first: prompts that this step has drawn before. cursor: where in the stream they come from; seeds follow from it.

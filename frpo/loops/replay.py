@@ -10,16 +10,16 @@ from itertools import groupby
 from pathlib import Path
 
 from frpo.errors import DataError
-from frpo.run.build import Parts
+from frpo.run.build import RunParts
 from frpo.run.traces import Traced, read_groups
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState, ScoredBatch, ScoredGroup
 
 
-class Replayed:
+class ReplayBatches:
     """A batch source that samples nothing. Raises DataError where the traces end too early or do not fit the recipe."""
 
-    def __init__(self, parts: Parts, path: Path):
+    def __init__(self, parts: RunParts, path: Path):
         self.path, self.size = path, parts.recipe.rollout.prompts_per_step
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:

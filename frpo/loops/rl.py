@@ -16,9 +16,9 @@ from frpo.evaluation.heldout import evaluate_heldout
 from frpo.loops.batches import batch_source
 from frpo.loops.update import Updater
 from frpo.objectives import kl_control
-from frpo.objectives.stage import References, advantaged
+from frpo.objectives.stage import GroupLogprobs, compute_advantages
 from frpo.run import checks
-from frpo.run.build import Parts
+from frpo.run.build import RunParts
 from frpo.run.traces import trace_rows
 from frpo.telemetry.progress import ProgressBar, phase, remark
 from frpo.telemetry.step import rollout_metrics, staleness_metrics
@@ -37,7 +37,7 @@ class Step:
 class Trainer:
     """Drives one run from its first or restored step to its last."""
 
-    def __init__(self, parts: Parts, probe: Probe | None = None):
+    def __init__(self, parts: RunParts, probe: Probe | None = None):
         """probe: asked before the first and after every step for what else is measured then."""
         self.probe = probe
         self.parts, self.recipe = parts, parts.recipe
@@ -45,7 +45,7 @@ class Trainer:
         self.unchecked = checks.CHECKED_PUSHES if self.samples else 0
         self.batches = batch_source(parts)
         self.updater = Updater(parts)
-        self.told_idle = False
+        self.noted_idle = False
         best = self.recipe.evaluate.best
         self.best = BestCheckpoint(best, parts.run_dir) if best else None
 
@@ -93,13 +93,13 @@ class Trainer:
         batch = self.batches.next(state, bar)
         with timed("score"):
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
-        weighed = advantaged(batch.chosen, objective.advantage, references, objective.kl_in_reward(kl_coef))
+        weighed = compute_advantages(batch.chosen, objective.advantage, references, objective.kl_in_reward(kl_coef))
         self.note_where_nothing_teaches(weighed, state.step)
         with timed("learn"):
             learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef)
         with timed("sync"):
             parts.engines.push(stepped.policy_version)
-        replaced = advantaged(batch.replaced, objective.advantage, [None] * len(batch.replaced))
+        replaced = compute_advantages(batch.replaced, objective.advantage, [None] * len(batch.replaced))
         self.trace(weighed, replaced)
         metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds.get("generate", 0.0))
         metrics |= {**batch.counts} | learned.result() | staleness_metrics(weighed, state.policy_version)
@@ -114,13 +114,13 @@ class Trainer:
 
     def note_where_nothing_teaches(self, weighed: Sequence[AdvantagedGroup], step: int) -> None:
         """Say, once, that a step had no group with two different rewards."""
-        if self.told_idle or any(group.advantages_G.any() for group in weighed):
+        if self.noted_idle or any(group.advantages_G.any() for group in weighed):
             return
-        self.told_idle = True
+        self.noted_idle = True
         remark([f"note: in step {step + 1} all completions of a group have the same reward, in every group, so that "
                 "rewards teach nothing; look at the samples, make the task easier, or raise rollout.group_size"])
 
-    def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> References:
+    def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> GroupLogprobs:
         """Log-probabilities under the frozen reference where a KL term asks; before it, at first, the parity check."""
         if self.unchecked:
             checks.check_logprob_gap(self.recipe, self.parts.learner, self.parts.pool, groups, state.policy_version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from frpo.cluster.team import follow, follows, sized
+from frpo.cluster.team import follow, follows, with_launcher_ranks
 from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
 from frpo.learner.lora import adapter_summary
@@ -14,16 +14,16 @@ from frpo.plan.command import note_misfits
 from frpo.report.curve import draw_loss_curve, draw_reward_curve
 from frpo.run.build import build
 from frpo.run.build_finetune import build_finetune
-from frpo.run.restart import outlive
+from frpo.run.restart import run_with_restarts
 from frpo.telemetry.progress import remark, say
 
 
 def run_training(recipe: AnyRecipe) -> None:
     """Train to the last step, from the newest checkpoint on if there is one, and say where everything is.
 
-    A launcher's other ranks follow its first. Raises what `restart.outlive` raises.
+    A launcher's other ranks follow its first. Raises what `restart.run_with_restarts` raises.
     """
-    recipe = sized(recipe)
+    recipe = with_launcher_ranks(recipe)
     if follows():
         follow(recipe)
         return
@@ -35,7 +35,7 @@ def run_training(recipe: AnyRecipe) -> None:
         remark(adapters(recipe))
         return loop(parts).fit()
 
-    state, folder = outlive(recipe, parts_of, fit), Path(recipe.run.dir)
+    state, folder = run_with_restarts(recipe, parts_of, fit), Path(recipe.run.dir)
     draw, name = (draw_reward_curve, "reward.png") if by_reward else (draw_loss_curve, "loss.png")
     picture = draw({recipe.run.name: folder / "metrics.jsonl"}, folder / name)
     unit = "step" if by_reward else "update"

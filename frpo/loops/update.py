@@ -14,7 +14,7 @@ from frpo.objectives.base import Reweightable
 from frpo.objectives.stage import Scores, reweighted, sequence_log_ratios
 from frpo.objectives.supervised import Progress
 from frpo.run import checks
-from frpo.run.build import Parts
+from frpo.run.build import RunParts
 from frpo.telemetry.step import reweight_metrics
 from frpo.telemetry.sums import MetricSums
 from frpo.types import AdvantagedGroup, OptimStepOutput
@@ -23,7 +23,7 @@ from frpo.types import AdvantagedGroup, OptimStepOutput
 class Updater:
     """Drives the learner through the updates of a step, for a whole run."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: RunParts):
         self.parts, self.recipe = parts, parts.recipe
         self.movement = checks.MovementWatch(self.recipe)
         self.auxiliary: ExampleStream | None = None

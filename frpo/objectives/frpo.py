@@ -124,7 +124,7 @@ class FRPO:
         return {"exact": lam, "unit": 1.0, "max1": max(lam, 1.0)}[self.scale]
 
     def _stats(self, tilted: TiltedGroup, c_K: np.ndarray) -> dict[str, float]:
-        rewards_K, p_K, worth = tilted.rewards_K, tilted.p_K, float(tilted.worth)
+        rewards_K, p_K, equivalent = tilted.rewards_K, tilted.p_K, float(tilted.certainty_equivalent)
         stats = {
             "lam": float(tilted.lam),
             "ess": effective_size(p_K),
@@ -132,8 +132,8 @@ class FRPO:
             "negative_share": np.count_nonzero(c_K < 0) / c_K.size,
             "tilt_kl": radius(p_K),
             "worst_reward": float(rewards_K.min()),
-            "certainty_equivalent": worth,
-            "gap": float(rewards_K.mean()) - worth,
+            "certainty_equivalent": equivalent,
+            "gap": float(rewards_K.mean()) - equivalent,
         }
         if self.estimator == "jackknife":
             stats["certainty_equivalent_jackknife"] = tilted.jackknife_worth()
@@ -144,29 +144,30 @@ class FRPO:
 class TiltedGroup:
     """The K rewards of a group tilted to the worse, and each group that lacks one of them; computed once for all uses.
 
-    p_K: softmax(-r / lam). worth: -lam log mean exp(-r / lam), the certainty equivalent.
-    left_out_KK, left_out_worth_K: the same without sample j in row j (weight 0 at j); None unless asked for or K = 1.
+    p_K: softmax(-r / lam). certainty_equivalent: -lam log mean exp(-r / lam).
+    left_out_KK, left_out_equivalent_K: the same without sample j in row j (weight 0 at j); None unless asked for, or if
+    K = 1.
     """
 
     rewards_K: np.ndarray
     lam: float
     p_K: np.ndarray
-    worth: float
+    certainty_equivalent: float
     left_out_KK: np.ndarray | None
-    left_out_worth_K: np.ndarray | None
+    left_out_equivalent_K: np.ndarray | None
 
     @classmethod
     def of(cls, rewards_K: np.ndarray, lam: float, leave_one_out: bool) -> TiltedGroup:
         if not leave_one_out or rewards_K.size == 1:
-            p_K, worth = tilt(rewards_K, lam)
-            return cls(rewards_K=rewards_K, lam=lam, p_K=p_K, worth=float(worth), left_out_KK=None,
-                       left_out_worth_K=None)
+            p_K, equivalent = tilt(rewards_K, lam)
+            return cls(rewards_K=rewards_K, lam=lam, p_K=p_K, certainty_equivalent=float(equivalent), left_out_KK=None,
+                       left_out_equivalent_K=None)
         # Row 0 is the whole group; in row 1 + j sample j has the reward +inf, and so a weight of exactly 0. One softmax
         # per row: the O(k) forms subtract weights and turn into inf where one sample dominates.
         left_out = np.eye(rewards_K.size + 1, rewards_K.size, k=-1, dtype=bool)
-        p, worth = tilt(np.where(left_out, np.inf, rewards_K), lam)
-        return cls(rewards_K=rewards_K, lam=lam, p_K=p[0], worth=worth[0], left_out_KK=p[1:],
-                   left_out_worth_K=worth[1:])
+        p, equivalent = tilt(np.where(left_out, np.inf, rewards_K), lam)
+        return cls(rewards_K=rewards_K, lam=lam, p_K=p[0], certainty_equivalent=equivalent[0], left_out_KK=p[1:],
+                   left_out_equivalent_K=equivalent[1:])
 
     def coefficients(self) -> np.ndarray:
         """p, or with the left-out groups c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i: may be negative, sums to 1."""
@@ -177,10 +178,10 @@ class TiltedGroup:
 
     def jackknife_worth(self) -> float:
         """k r* - (k - 1)/k * sum_j r*(-j), whose gradient the jackknife coefficients are; r* itself for k = 1."""
-        if self.left_out_worth_K is None:
-            return float(self.worth)
+        if self.left_out_equivalent_K is None:
+            return float(self.certainty_equivalent)
         k = self.p_K.size
-        return float(k * self.worth - (k - 1) / k * self.left_out_worth_K.sum())
+        return float(k * self.certainty_equivalent - (k - 1) / k * self.left_out_equivalent_K.sum())
 
 
 def tilt(rewards_K: np.ndarray, lam: float) -> tuple[np.ndarray, np.ndarray]:
@@ -197,11 +198,11 @@ def tilt(rewards_K: np.ndarray, lam: float) -> tuple[np.ndarray, np.ndarray]:
             weights_K = np.exp(-gaps_K / lam)
     total = weights_K.sum(axis=-1, keepdims=True)
     if math.isinf(lam):
-        worth = np.mean(rewards_K, axis=-1, where=np.isfinite(rewards_K))
+        equivalent = np.mean(rewards_K, axis=-1, where=np.isfinite(rewards_K))
     else:
         counted = np.isfinite(rewards_K).sum(axis=-1)
-        worth = worst[..., 0] - lam * np.log(total[..., 0] / counted)
-    return weights_K / total, worth
+        equivalent = worst[..., 0] - lam * np.log(total[..., 0] / counted)
+    return weights_K / total, equivalent
 
 
 def effective_size(p_K: np.ndarray) -> float:

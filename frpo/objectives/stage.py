@@ -15,14 +15,14 @@ from frpo.objectives.base import AdvantageEstimator, Reweightable
 from frpo.objectives.reduction import token_weights
 from frpo.types import AdvantagedGroup, ScoredGroup
 
-References = Sequence[tuple[np.ndarray, ...] | None]
+GroupLogprobs = Sequence[tuple[np.ndarray, ...] | None]
 """Per group, per completion: T log-probabilities under the reference; None where no reference pass was made."""
 
 Scores = Sequence[tuple[np.ndarray, ...]]
 """Per group, per completion: T log-probabilities under a policy."""
 
 
-def advantaged(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, references: References,
+def compute_advantages(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, references: GroupLogprobs,
                kl_in_reward: float = 0.0) -> list[AdvantagedGroup]:
     """Advantages of every group.
 
@@ -31,7 +31,7 @@ def advantaged(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, ref
     """
     result = []
     for scored, reference in zip(groups, references, strict=True):
-        outcome = estimator.advantages(_taxed(scored, reference, kl_in_reward))
+        outcome = estimator.advantages(_kl_penalised(scored, reference, kl_in_reward))
         result.append(AdvantagedGroup(
             scored=scored, advantages_G=outcome.advantages_G, stats=outcome.stats, ref_logprobs=reference))
     return result
@@ -42,11 +42,11 @@ def reweighted(groups: Sequence[AdvantagedGroup], estimator: Reweightable, log_r
     """The same groups with the advantages at the current policy, for an estimator that passes `require_reweightable`.
 
     log_ratios: per group (G,), as `sequence_log_ratios` gives them for the whole groups of one update. kl_in_reward:
-    as for `advantaged`, the tax at the policy that sampled.
+    as for `compute_advantages`, the tax at the policy that sampled.
     """
     result = []
     for group, log_ratio_G in zip(groups, log_ratios, strict=True):
-        outcome = estimator.reweighted(_taxed(group.scored, group.ref_logprobs, kl_in_reward), log_ratio_G)
+        outcome = estimator.reweighted(_kl_penalised(group.scored, group.ref_logprobs, kl_in_reward), log_ratio_G)
         result.append(replace(group, advantages_G=outcome.advantages_G, stats=outcome.stats))
     return result
 
@@ -87,7 +87,7 @@ def sequence_kl(scored: ScoredGroup, reference: Sequence[np.ndarray]) -> np.ndar
     return np.array(differences)
 
 
-def _taxed(scored: ScoredGroup, reference: tuple[np.ndarray, ...] | None, kl_in_reward: float) -> np.ndarray:
+def _kl_penalised(scored: ScoredGroup, reference: tuple[np.ndarray, ...] | None, kl_in_reward: float) -> np.ndarray:
     if kl_in_reward > 0:
         assert reference is not None, "KL in the reward needs log-probabilities under the reference"
         return scored.rewards_G - kl_in_reward * sequence_kl(scored, reference)

@@ -58,7 +58,7 @@ from frpo.types import Prompt, RunState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class RunParts:
     """Everything a training run is made of."""
 
     recipe: Recipe
@@ -79,9 +79,8 @@ class Parts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack:
-    """Running processes in which one run may follow the other: rollout engines, and ranks that any learner of their
-    number can be built in."""
+class Processes:
+    """Running engines and empty learner ranks. Several runs can use them, one after another."""
 
     pool: EnginePool
     ranks: Ranks
@@ -89,8 +88,8 @@ class Stack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serving:
-    """What it takes to sample a model that is only served, and to score what it says; as in `Parts`, but no learner."""
+class SamplingParts:
+    """What sampling and scoring need where nothing is learned: `RunParts` without a learner."""
 
     recipe: Recipe
     prompts: PromptSet
@@ -102,7 +101,7 @@ class Serving:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class Preflight:
     """What is known of a run before anything is made or started."""
 
     prompts: PromptSet
@@ -111,7 +110,7 @@ class Checked:
     resume: tuple[Path, RunState] | None
 
 
-def check(recipe: Recipe) -> Checked:
+def check(recipe: Recipe) -> Preflight:
     """Everything that can fail without a model, an engine or a reward process; writes nothing.
 
     Raises the FrpoError that says what to change.
@@ -125,7 +124,7 @@ def check(recipe: Recipe) -> Checked:
     resume = checkpoints.select()
     tokenizer = tokenizer_of(recipe.model)
     check_export(recipe.model, tokenizer, Path(recipe.run.dir))
-    return Checked(prompts=_prompts(recipe, tokenizer), auxiliary=_auxiliary(recipe, tokenizer),
+    return Preflight(prompts=_prompts(recipe, tokenizer), auxiliary=_auxiliary(recipe, tokenizer),
                    checkpoints=checkpoints, resume=resume)
 
 
@@ -173,7 +172,7 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def build(recipe: Recipe) -> Iterator[Parts]:
+def build(recipe: Recipe) -> Iterator[RunParts]:
     """Hold the run's folder, start rewards, Ray, engines and learner ranks; end all with the context, also after an
     error.
     """
@@ -192,7 +191,7 @@ def build(recipe: Recipe) -> Iterator[Parts]:
 
 
 @contextmanager
-def build_stack(recipe: Recipe, model_path: str) -> Iterator[Stack]:
+def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
     """Start Ray, engines that begin to load the model, and empty ranks; end them with the context."""
     with ExitStack() as stack:
         stack.enter_context(ray_session())
@@ -215,11 +214,12 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Stack]:
         else:  # engines take longer, and load meanwhile
             pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
             ranks = stack.enter_context(learner_ranks(recipe, device, places))
-        yield Stack(pool=pool, ranks=ranks, device=device)
+        yield Processes(pool=pool, ranks=ranks, device=device)
 
 
 @contextmanager
-def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuite, model_path: str) -> Iterator[Parts]:
+def parts_on(stack: Processes, recipe: Recipe, checked: Preflight, rewards: RewardSuite, model_path: str
+             ) -> Iterator[RunParts]:
     """A learner of this recipe in the stack's ranks, and a journal that is closed with the context."""
     run_dir, pool = Path(recipe.run.dir), stack.pool
     write_manifest(run_dir, recipe, checked.prompts.digest, stack.device)
@@ -234,7 +234,7 @@ def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuit
     engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
     names = ("metrics", "samples", "traces") if recipe.telemetry.traces else ("metrics", "samples")
     with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
-        yield Parts(
+        yield RunParts(
             recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
             learner=learner, stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
             sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
@@ -242,7 +242,7 @@ def parts_on(stack: Stack, recipe: Recipe, checked: Checked, rewards: RewardSuit
 
 
 @contextmanager
-def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
+def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[SamplingParts]:
     """Start rewards, Ray and engines on the recipe's model; end them with the context.
 
     The engines serve the weights that lie there, as version 0. Without a learner nothing is replayed to it and nothing
@@ -263,7 +263,7 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[Serving]:
         with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
             pool.wait_until_ready()
         pool.serve_loaded(version=0)
-        yield Serving(
+        yield SamplingParts(
             recipe=recipe, prompts=prompts, rewards=rewards, pool=pool, stream=prompt_stream(recipe, prompts, None),
             sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
             timer=PhaseTimer())

@@ -46,7 +46,7 @@ class FinetuneParts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckedFinetune:
+class FinetunePreflight:
     """What is known of a run before anything is made or started. per_epoch, updates: optimizer updates of a pass over
     the examples, and of the whole run.
     """
@@ -58,7 +58,7 @@ class CheckedFinetune:
     resume: tuple[Path, RunState] | None
 
 
-def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
+def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
     """Everything that can fail without a model; writes nothing. Raises the FrpoError that says what to change."""
     check_packages(recipe)
     check_login(recipe)
@@ -75,7 +75,7 @@ def check_finetune(recipe: FinetuneRecipe) -> CheckedFinetune:
     if endless:
         logger.warning("%s, and to that of the export", endless)
     per_epoch = updates_of_epoch(len(examples.train), recipe.data.batch_size)
-    return CheckedFinetune(examples=examples, per_epoch=per_epoch, updates=recipe.run.updates(per_epoch),
+    return FinetunePreflight(examples=examples, per_epoch=per_epoch, updates=recipe.run.updates(per_epoch),
                            checkpoints=checkpoints, resume=resume)
 
 
@@ -105,7 +105,7 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
 
 
 @contextmanager
-def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: CheckedFinetune, model_path: str,
+def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: FinetunePreflight, model_path: str,
                 samples: bool = False) -> Iterator[FinetuneParts]:
     """A learner of this recipe in running ranks, and a journal that is closed with the context.
 

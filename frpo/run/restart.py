@@ -29,7 +29,7 @@ class LiveRun(Protocol):
     def journal(self) -> Journal: ...
 
 
-def outlive(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[LiveRun]],
+def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[LiveRun]],
             fit: Callable[[Any], RunState]) -> RunState:
     """Fit to the last step, from the newest checkpoint of the run again where a rank dies: `run.max_restarts` times.
 

@@ -178,7 +178,7 @@ class RunningLoop:
 
     def update_of(self, prompts: list[Prompt]) -> tuple[tuple[MicroBatch, ...], ...]:
         """The micro-batches, by rank, of one update on fresh samples; advantages alternate +1, -1."""
-        return pack([advantaged(group) for group in self.sample(prompts)], self.learner.layout,
+        return pack([compute_advantages(group) for group in self.sample(prompts)], self.learner.layout,
                     reduction="seq-mean-token-mean", max_length=self.recipe.rollout.max_new_tokens)
 
     def update(self, prompts: list[Prompt], *, watch_movement: bool = False) -> None:
@@ -229,7 +229,7 @@ def hand_made_groups(seed: int = 0) -> list[AdvantagedGroup]:
     return groups
 
 
-def advantaged(group: RolloutGroup) -> AdvantagedGroup:
+def compute_advantages(group: RolloutGroup) -> AdvantagedGroup:
     """The group with advantages +1, -1, +1, ..."""
     signs = np.where(np.arange(len(group.completions)) % 2 == 0, 1.0, -1.0)
     return AdvantagedGroup(scored=ScoredGroup(group=group, rewards_G=signs, terms={}), advantages_G=signs, stats={})

@@ -87,7 +87,7 @@ def test_full_kl_and_its_gradient(learner_of, tmp_path, ranks, stage, packed):
     values["data"]["max_prompt_tokens"], values["rollout"]["max_new_tokens"] = 5, 9
     values["objective"] |= {"kl_coef": 1.0, "kl_estimator": "full", "correction": None}
     learner = learner_of(recipe_from_dict(values), path)
-    learner.remember_start()
+    learner.keep_initial_policy()
     groups = hand_made_groups()
     networks = {"start": AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)}
     for name, advantage, coef in (("moved", 3.0, 0.0), ("held", 0.0, KL_COEF)):

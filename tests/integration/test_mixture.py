@@ -27,7 +27,7 @@ from frpo.errors import EngineError, InvariantError
 from frpo.learner.model import load_tokenizer
 from frpo.loops.rl import Trainer
 from frpo.loops.sft import FineTuner
-from frpo.run.build import Stack, check, parts_on, reward_suite
+from frpo.run.build import Processes, check, parts_on, reward_suite
 from frpo.run.build_finetune import check_finetune, finetune_on
 from frpo.run.checks import check_logprob_gap, check_movement
 from frpo.telemetry.timer import PhaseTimer
@@ -234,7 +234,7 @@ def test_a_probe_of_a_fork_refuses_engines_that_serve_other_weights(mixture, tmp
     loop = mixture("qwen3_moe")
     recipe = training_recipe(loop, tmp_path)
     prompts = check(recipe).prompts
-    loop.learner.remember_start()
+    loop.learner.keep_initial_policy()
     state = RunState(step=0, policy_version=loop.version + 1, data_cursor=0, recipe_digest="", file_offsets={})
     with reward_suite(recipe, prompts) as rewards:
         task = Task(name="kept", recipe=recipe, prompts=prompts, rewards=rewards)
@@ -255,7 +255,7 @@ def test_training_with_the_auxiliary_loss(mixture, tmp_path):
     loop = mixture("qwen3_moe", coefficient=0.05)
     recipe = training_recipe(loop, tmp_path)
     checked = check(recipe)
-    stack = Stack(pool=loop.pool, ranks=loop.learner.ranks, device="cpu")
+    stack = Processes(pool=loop.pool, ranks=loop.learner.ranks, device="cpu")
     with reward_suite(recipe, checked.prompts) as rewards, parts_on(
             stack, recipe, checked, rewards, loop.model_path) as parts:
         Trainer(parts).fit()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from frpo.kernels import ReferenceHead, chunks, linear_logprobs, linear_token_loss, rows
-from frpo.kernels.chunks import Pieces
+from frpo.kernels.chunks import ChunkedLogits
 from frpo.kernels.reference import naive_stats, naive_token_loss
 from frpo.kernels.rows import ReferenceLogits
 from frpo.kernels.stats import LogitScale, slope
@@ -136,7 +136,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("scale", [{}, {"temperature": 0.7, "softcap": 2.5}], ids=str)
     def test_whole_losses_run_on_them(scale, monkeypatch):
-        monkeypatch.setattr(Pieces, "row_ops", triton_rows)
+        monkeypatch.setattr(ChunkedLogits, "row_ops", triton_rows)
         monkeypatch.setattr(chunks, "_MIN_COLUMNS", 5)
         generator = torch.Generator().manual_seed(1)
         hidden_ND, head_VD = (torch.randn(n, 4, generator=generator).double().requires_grad_() for n in (7, V))

@@ -18,7 +18,7 @@ from frpo.objectives.frpo import FRPO
 from frpo.objectives.gspo import GSPO
 from frpo.objectives.reduction import token_weights
 from frpo.objectives.reinforce import Reinforce
-from frpo.objectives.stage import advantaged, reweighted, sequence_log_ratios
+from frpo.objectives.stage import compute_advantages, reweighted, sequence_log_ratios
 from frpo.objectives.surrogate import PolicyLoss
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
@@ -165,7 +165,7 @@ class Batch:
 def test_updates_with_reweighted_advantages_are_gradient_steps_on_the_loss_form(estimator, lam, reduction, mean):
     batch = Batch(seed=3)
     robust, loss, rate = FRPO(lam=lam, estimator=estimator, scale="exact"), PolicyLoss(surrogate=Reinforce()), 1.5
-    groups = frozen = advantaged(batch.scored, robust, [None, None])
+    groups = frozen = compute_advantages(batch.scored, robust, [None, None])
     ours, judged = batch.theta_SV.clone(), batch.theta_SV.clone()
     for update in range(3):
         ours.requires_grad_()
@@ -199,7 +199,7 @@ def test_frozen_advantages_stay_a_lower_bound_along_the_updates(lam):
     batch = Batch(seed=4, sizes=(7,))
     robust = FRPO(lam=lam, estimator="plugin", scale="exact")
     scored, = batch.scored
-    group, = advantaged([scored], robust, [None])
+    group, = compute_advantages([scored], robust, [None])
     theta, gaps = batch.theta_SV.clone(), []
     for _ in range(4):
         theta.requires_grad_()

@@ -10,7 +10,7 @@ import pytest
 from frpo.data.selection import read_selection
 from frpo.errors import EngineError
 from frpo.loops import ahead
-from frpo.loops.ahead import Ahead
+from frpo.loops.ahead import AsyncBatches
 from frpo.telemetry.timer import PhaseTimer
 from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredBatch, ScoredGroup, VersionSpan
 
@@ -49,7 +49,7 @@ class Collector:
                            positions=len(groups), selection={"p": [0.5, state.step]})
 
 
-class Parts(SimpleNamespace):
+class RunParts(SimpleNamespace):
     @property
     def timer(self):
         return self.journal.timer
@@ -57,7 +57,7 @@ class Parts(SimpleNamespace):
 
 class Engines:
     def __init__(self):
-        self.learner_turn, self.gave_up = threading.RLock(), False
+        self.learner_lock, self.gave_up = threading.RLock(), False
 
     def give_up(self):
         self.gave_up = True
@@ -75,7 +75,7 @@ def source(monkeypatch):
                                  run=SimpleNamespace(num_steps=STEPS))
         stream = SimpleNamespace(state={}, record=lambda groups: collector.recorded.append(len(groups)))
         journal = SimpleNamespace(timer=PhaseTimer())
-        batches = Ahead(Parts(recipe=recipe, engines=Engines(), journal=journal, stream=stream))
+        batches = AsyncBatches(RunParts(recipe=recipe, engines=Engines(), journal=journal, stream=stream))
         batches.start(state or state_at(0), checkpoint)
         made.append(batches)
         return batches, collector
@@ -86,7 +86,7 @@ def source(monkeypatch):
 
 
 def replaced(record, **changes):
-    """dataclasses.replace, for the stand-in of Parts too."""
+    """dataclasses.replace, for the stand-in of RunParts too."""
     if isinstance(record, SimpleNamespace):
         return type(record)(**{**vars(record), **changes})
     return dataclasses.replace(record, **changes)
@@ -148,7 +148,7 @@ def test_an_error_of_collecting_is_raised_where_the_batch_is_asked_for(source):
 
 def test_while_it_waits_for_a_batch_another_thread_may_command_the_learner_and_not_otherwise(source):
     batches, collector = source(1)
-    turn, taken = batches.parts.engines.learner_turn, []
+    turn, taken = batches.parts.engines.learner_lock, []
     collector.gate.clear()
 
     def heal():
@@ -182,5 +182,5 @@ def test_a_run_that_ends_early_heals_no_engine_for_what_is_under_way(source, mon
         time.sleep(0.01)
     batches.close()
     assert batches.parts.engines.gave_up
-    batches.parts.engines.learner_turn.acquire()  # for the fixture
+    batches.parts.engines.learner_lock.acquire()  # for the fixture
     collector.gate.set()

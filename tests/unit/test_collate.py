@@ -14,7 +14,7 @@ def sample(index, token_ids, mask, logprobs):
     return TrainingSample(
         sample_id=(0, 0, index), token_ids=np.array(token_ids), loss_mask=np.array(mask, dtype=bool), advantage=0.0,
         policy_weight=np.zeros(len(token_ids)), kl_weight=np.zeros(len(token_ids)),
-        kl_share=np.zeros(len(token_ids)),
+        kl_metric_weight=np.zeros(len(token_ids)),
         rollout_logprobs=np.array(logprobs, dtype=np.float32))
 
 

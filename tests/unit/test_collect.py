@@ -8,7 +8,7 @@ from frpo.config.rollout import DynamicSection
 from frpo.config.sections import SelectionSection
 from frpo.data.prompts import PromptSet, PromptStream
 from frpo.data.selection import PromptSelector
-from frpo.loops.batches import Drawn
+from frpo.loops.batches import SyncBatches
 from frpo.loops.collect import collect, teaches
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import GRPO
@@ -189,7 +189,7 @@ def test_a_resumed_run_draws_the_prompts_that_the_one_left_alone_draws(tmp_path)
     def source(checkpoint):
         parts = parts_of({1, 3, 6, 11}, selection=SELECTION)
         prompts = PromptSet(train=PROMPTS, heldout=(), digest="", skipped={})
-        return Drawn(replace_stream(parts, prompt_stream(parts.recipe, prompts, checkpoint)))
+        return SyncBatches(replace_stream(parts, prompt_stream(parts.recipe, prompts, checkpoint)))
 
     def steps(batches, cursor, count):
         for _ in range(count):

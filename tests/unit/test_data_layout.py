@@ -9,7 +9,7 @@ from frpo.types import TrainingSample
 def samples(*lengths):
     return [TrainingSample(
         sample_id=(3, 0, index), token_ids=np.arange(length), loss_mask=np.arange(length) > 0, advantage=1.0,
-        policy_weight=np.ones(length), kl_weight=np.ones(length), kl_share=np.ones(length),
+        policy_weight=np.ones(length), kl_weight=np.ones(length), kl_metric_weight=np.ones(length),
         rollout_logprobs=np.zeros(length, dtype=np.float32))
         for index, length in enumerate(lengths)]
 

@@ -117,7 +117,7 @@ def test_an_engine_that_two_threads_find_dead_is_started_once():
 
     pool.stream = meets
     threads = [threading.Thread(target=sample, args=(name,)) for name in ("run", "evaluation")]
-    with engines.learner_turn:
+    with engines.learner_lock:
         threads[0].start()
         while 1 not in pool.gone:
             time.sleep(0.001)

@@ -13,7 +13,7 @@ def update(advantage, weight=1.0):
     """One rank, one micro-batch, one sample."""
     return (((TrainingSample(
         sample_id=(0, 0, 0), token_ids=np.arange(3), loss_mask=np.arange(3) > 0, advantage=advantage,
-        policy_weight=np.array([0.0, weight, weight]), kl_weight=np.zeros(3), kl_share=np.zeros(3),
+        policy_weight=np.array([0.0, weight, weight]), kl_weight=np.zeros(3), kl_metric_weight=np.zeros(3),
         rollout_logprobs=np.zeros(3, dtype=np.float32)),),),)
 
 

@@ -10,7 +10,7 @@ from frpo.__main__ import main
 from frpo.commands.rescore import SUM, Comparison, shortened
 from frpo.commands.rollout import Rollouts, summary
 from frpo.objectives.group import DrGRPO
-from frpo.objectives.stage import advantaged
+from frpo.objectives.stage import compute_advantages
 from frpo.run.traces import scored_row, trace_rows
 from frpo.telemetry.step import mishaps
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
@@ -54,7 +54,7 @@ GROUPS = [group(0, ["a", "ab", "abc"], [2.0, 4.0, 6.0], length=[1, 2, 3]),
 
 
 def rows(groups, trained=True):
-    return list(trace_rows(advantaged(groups, DrGRPO(), [None] * len(groups)), trained=trained))
+    return list(trace_rows(compute_advantages(groups, DrGRPO(), [None] * len(groups)), trained=trained))
 
 
 def write(path, rows):
@@ -278,7 +278,7 @@ def test_a_number_of_steps_is_a_whole_number_from_one_on(place, capsys, steps):
 def test_the_table_of_a_rollout_by_hand():
     """Prompt means of the reward 4, 10/3 and 2; the last group is flat; 6 + 5 + 3 tokens in 2 s, all of it cut off."""
     flat = group(2, ["b", "b", "b"], [2.0, 2.0, 2.0], finish="length", length=[1, 1, 1])
-    weighed = advantaged([*GROUPS, flat], DrGRPO(), [None] * 3)
+    weighed = compute_advantages([*GROUPS, flat], DrGRPO(), [None] * 3)
     counts = {"rollout/drawn": 3, "rollout/telling": 2, "rollout/passed_over": 4, "reward/length/abstained": 0}
     table = {name: (value, interval) for name, value, interval in
              summary(Rollouts(groups=weighed, counts=counts, seconds=2.0))}

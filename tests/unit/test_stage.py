@@ -5,7 +5,7 @@ import pytest
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import DrGRPO
 from frpo.objectives.stage import (
-    advantaged,
+    compute_advantages,
     require_reweightable,
     reweighted,
     sequence_kl,
@@ -37,8 +37,8 @@ def test_k1_is_subtracted_before_the_estimator_sees_the_rewards():
     """Rewards 1, 0 less 0.4 x (2.5, -0.5) are 0, 0.2; centred -0.1, 0.1."""
     group = scored([1, 0], [[-1.0, -2.0], [-1.0]])
     reference = (np.array([-3.0, -2.5]), np.array([-0.5]))
-    plain, = advantaged([group], DrGRPO(), [reference])
-    taxed, = advantaged([group], DrGRPO(), [reference], kl_in_reward=0.4)
+    plain, = compute_advantages([group], DrGRPO(), [reference])
+    taxed, = compute_advantages([group], DrGRPO(), [reference], kl_in_reward=0.4)
     np.testing.assert_allclose(plain.advantages_G, [0.5, -0.5])
     np.testing.assert_allclose(taxed.advantages_G, [-0.1, 0.1])
     np.testing.assert_array_equal(taxed.scored.rewards_G, [1, 0])  # logged rewards stay what was scored
@@ -47,21 +47,21 @@ def test_k1_is_subtracted_before_the_estimator_sees_the_rewards():
 
 def test_an_abstained_sample_stays_out():
     group = scored([1, np.nan, 0], [[-1.0], [-1.0], [-1.0]])
-    result, = advantaged([group], DrGRPO(), [(np.array([-1.0]),) * 3], kl_in_reward=1.0)
+    result, = compute_advantages([group], DrGRPO(), [(np.array([-1.0]),) * 3], kl_in_reward=1.0)
     np.testing.assert_allclose(result.advantages_G, [0.5, 0, -0.5])
     assert result.stats["abstained"] == 1
 
 
 def test_groups_keep_their_order_and_never_mix():
     groups = [scored([0, 4], [[0.0], [0.0]], draw=0), scored([10, 12], [[0.0], [0.0]], draw=1)]
-    results = advantaged(groups, DrGRPO(), [None, None])
+    results = compute_advantages(groups, DrGRPO(), [None, None])
     assert [result.scored.group.group_id for result in results] == [(0, 0), (0, 1)]
     np.testing.assert_allclose([result.advantages_G for result in results], [[-2, 2], [-1, 1]])
 
 
 def test_a_missing_reference_is_an_error():
     with pytest.raises(ValueError, match="zip\\(\\) argument 2 is shorter"):
-        advantaged([scored([0, 1], [[0.0], [0.0]])], DrGRPO(), [])
+        compute_advantages([scored([0, 1], [[0.0], [0.0]])], DrGRPO(), [])
 
 
 # --- reweighting ------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def two_groups(**keys):
               scored([1, 0], [[], [0.0, 0.0, 0.0]], draw=1)]
     old = [(np.zeros(2), np.zeros(2)), (np.zeros(0), np.zeros(3))]
     now = [(np.full(2, 0.5), np.array([0.5, 9.0])), (np.zeros(0), np.full(3, 0.5))]
-    return advantaged(groups, FRPO(), [None, None]), now, old
+    return compute_advantages(groups, FRPO(), [None, None]), now, old
 
 
 @pytest.mark.parametrize("reduction, expected", [
@@ -107,7 +107,7 @@ def test_reweighting_keeps_everything_but_advantages_and_stats():
 def test_reweighting_taxes_the_rewards_as_before():
     """Rewards 1, 0 less 0.4 x (2.5, -0.5) are 0, 0.2: at ratio 1 the advantages of before."""
     group = scored([1, 0], [[-1.0, -2.0], [-1.0]])
-    before = advantaged([group], FRPO(), [(np.array([-3.0, -2.5]), np.array([-0.5]))], kl_in_reward=0.4)
+    before = compute_advantages([group], FRPO(), [(np.array([-3.0, -2.5]), np.array([-0.5]))], kl_in_reward=0.4)
     after, = reweighted(before, FRPO(), [np.zeros(2)], kl_in_reward=0.4)
     assert after.advantages_G.tolist() == before[0].advantages_G.tolist() and after.advantages_G[0] < 0
 

@@ -6,7 +6,7 @@ import pytest
 
 from frpo.config.loader import recipe_from_dict
 from frpo.errors import EngineError
-from frpo.run.restart import outlive
+from frpo.run.restart import run_with_restarts
 
 
 @pytest.mark.parametrize("resume, saved, again", [
@@ -29,5 +29,5 @@ def test_a_restart_goes_on_from_the_newest_checkpoint_as_the_run_was_allowed_to(
     recipe = recipe_from_dict({"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}],
                                "run": {"resume": resume, "max_restarts": 1}})
     with pytest.raises(EngineError):
-        outlive(recipe, build, fit)
+        run_with_restarts(recipe, build, fit)
     assert asked == [resume, again]

@@ -58,7 +58,7 @@ class Result:
     def history(self) -> list[dict[str, float]]:
         """What was measured, a dictionary a step, from step 0 (before the first update) on.
 
-        The metrics are described in docs/architecture.md.
+        The metrics are described in docs/reference/metrics.md.
         """
         return read_rows(self.folder / "metrics.jsonl")
 

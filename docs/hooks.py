@@ -55,14 +55,16 @@ def _table(command: str, found: list[Key]) -> str:
     for key in found:
         values = ", ".join(f"`{value}`" for value in key.values)
         default = "a section" if key.default is None else _code(_as_yaml(key.default))
-        rows.append(f'| <code id="{command}.{key.name}">{key.name}</code> | {default} | {values} '
+        shown = re.sub(r"([._\]])(?=\w)", r"\1<wbr>", key.name)
+        rows.append(f'| <code id="{command}.{key.name}">{shown}</code> | {default} | {values} '
                     f"| {_escaped(key.meaning)} |")
     return "\n".join(rows)
 
 
 def _as_yaml(default: str) -> str:
     """A default as a recipe has it."""
-    return {"None": "null", "True": "true", "False": "false"}.get(default, default)
+    text = re.fullmatch(r"'([\w./-]+)'", default)
+    return text[1] if text else {"None": "null", "True": "true", "False": "false"}.get(default, default)
 
 
 def name_tables() -> str:

@@ -9,7 +9,7 @@ from frpo.objectives.base import GroupAdvantages, valid_rewards
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """A_i = sign(z_i) |z_i|^power, z_i the rank of r_i among the valid rewards, from -1 (worst) to 1; ties share."""
+    """A_i = b_i - mean b, b_i = sign(z_i) |z_i|^power, z_i the rank of r_i in the group from -1 to 1; ties share it."""
 
     power: float = 1.0
 
@@ -18,7 +18,8 @@ class Ranks:
 
     def _of_valid(self, rewards_K: np.ndarray) -> np.ndarray:
         z_K = np.sign(rewards_K[:, None] - rewards_K[None, :]).mean(axis=1)
-        return np.sign(z_K) * np.abs(z_K) ** self.power
+        b_K = np.sign(z_K) * np.abs(z_K) ** self.power
+        return b_K - b_K.mean()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 from frpo.__main__ import COMMANDS
@@ -42,27 +42,55 @@ def _of_kind(kind: type) -> Iterator[str]:
     alone = [found[0] for found in sections.values() if len(found) == 1]
     if alone:
         yield f"### Keys without a section {{ #{command}-alone }}"
-        yield _table(command, alone)
+        yield _table(kind, alone)
     for name, found in sections.items():
         if len(found) > 1:
             yield f"### {name} {{ #{command}-{name} }}"
-            yield f"{_escaped(found[0].meaning).capitalize()}."
-            yield _table(command, found[1:])
+            yield f"{_escaped(found[0].meaning[:1].upper() + found[0].meaning[1:])}."
+            yield _table(kind, found[1:])
 
 
-def _table(command: str, found: list[Key]) -> str:
+def _table(kind: type, found: list[Key]) -> str:
+    command = kind.COMMAND
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for key in found:
         values = ", ".join(f"`{value}`" for value in key.values)
-        default = "a section" if key.default is None else _code(_as_yaml(key.default))
+        default = _code(_default(key)) if key.default is not None else _section_default(kind, key.name)
         shown = re.sub(r"([._\]])(?=\w)", r"\1<wbr>", key.name)
         rows.append(f'| <code id="{command}.{key.name}">{shown}</code> | {default} | {values} '
                     f"| {_escaped(key.meaning)} |")
     return "\n".join(rows)
 
 
+def _default(key: Key) -> str:
+    """A key's default as a recipe has it."""
+    for name, cls in REGISTRIES[key.name].classes().items() if key.name in REGISTRIES else ():
+        if key.default.startswith(f"{cls.__name__}("):
+            own = "".join(f", {field.name}: {_as_yaml(repr(field.default))}" for field in dataclasses.fields(cls))
+            return f"{{name: {name}{own}}}"
+    return _as_yaml(key.default)
+
+
+def _section_default(kind: type, name: str) -> str:
+    """Whether a section within another one is there if a recipe says nothing."""
+    section = kind
+    *outer, last = re.sub(r"\[\]|\.NAME", "", name).split(".")
+    for part in outer:
+        annotation = section.model_fields[part].annotation
+        section = next(found for found in _classes(annotation) if hasattr(found, "model_fields"))
+    field = section.model_fields[last]
+    return "required" if field.is_required() else "`null`" if field.default is None else "its keys' own"
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _classes(part)
+
+
 def _as_yaml(default: str) -> str:
-    """A default as a recipe has it."""
+    """A value's repr as a recipe has it."""
     text = re.fullmatch(r"'([\w./-]+)'", default)
     return text[1] if text else {"None": "null", "True": "true", "False": "false"}.get(default, default)
 

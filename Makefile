@@ -37,6 +37,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(READY): frpo/locks/$(LOCK).txt setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"frpo needs Python 3.11 or newer, this is {sys.version}"'
 	$(PYTHON) -m venv --clear $(VENV)

@@ -10,10 +10,10 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from frpo.api import set_accelerator
 from frpo.commands.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe, load_training
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parse(arguments, COMMANDS)
         _hear_signals()
-        _name_the_accelerator()
+        set_accelerator()
         return parsed.command(parsed) or 0
     except BrokenPipeError:  # piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed an error
@@ -166,12 +166,6 @@ def doctor(parsed: argparse.Namespace) -> int:
     from frpo.commands.doctor import diagnose
 
     return diagnose()
-
-
-def _name_the_accelerator() -> None:
-    """Tell DeepSpeed what a torch without CUDA runs on: it would search, and warn that it has found nothing else."""
-    if version("torch").endswith("+cpu"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _what_is_left(parsed: argparse.Namespace | None) -> str:

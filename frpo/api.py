@@ -13,10 +13,12 @@ that the command prints, raises what the command would print as an error (`FrpoE
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,7 @@ class Result:
     def history(self) -> list[dict[str, float]]:
         """What was measured, a dictionary a step, from step 0 (before the first update) on.
 
-        The metrics are described in docs/architecture.md.
+        The metrics are described in docs/reference/metrics.md.
         """
         return read_rows(self.folder / "metrics.jsonl")
 
@@ -213,8 +215,15 @@ def _trained(recipe: AnyRecipe) -> Result:
     return Result(recipe=recipe, folder=Path(recipe.run.dir))
 
 
+def set_accelerator() -> None:
+    """Tell DeepSpeed what a torch without CUDA runs on: it would search, and warn that it has found nothing else."""
+    if version("torch").endswith("+cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _prepare() -> None:
-    """Refuse to train while another process, or this one, loads a function from the script that calls."""
+    """Set the process up, unless it only loads a function from the script that calls. Raises ConfigError then."""
     if file := file_being_loaded():
         raise ConfigError(f"{file} starts a training while one of its functions is being loaded; put what it runs "
                           "under `if __name__ == \"__main__\":`")
+    set_accelerator()

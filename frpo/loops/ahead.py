@@ -36,7 +36,7 @@ class Collected:
     seconds: Mapping[str, float]
 
 
-class Ahead:
+class AsyncBatches:
     """A queue of batches and the thread that fills it.
 
     The main thread commands the learner all the time but while it waits here: only then may the other thread, whose

@@ -93,20 +93,24 @@ def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, pool: EnginePool, g
                       version: int) -> float:
     """Mean |log-prob difference| between every engine and the learner on sampled completions, in nats.
 
-    Both score the given tokens at temperature 1 without truncation, so that sampling settings do not show.
+    Both score the given tokens at temperature 1 without truncation, so that sampling settings do not show. Tokens that
+    the policy did not choose do not count: the learner gives them no log-probability.
     Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the coarser of the precisions that
     `recipe`, which is sampled with, and the learner's own have).
     """
     probe = groups[:PROBED_GROUPS]
     learned = learner.score_groups(probe, "policy", temperature=1.0)
     expected = np.concatenate([logprobs for group in learned for logprobs in group])
+    chosen = np.concatenate([completion.loss_mask for group in probe for completion in group.completions])
+    if not chosen.any():
+        return 0.0
     sequences = [((*group.prompt.token_ids, *completion.token_ids.tolist()), len(group.prompt.token_ids))
                  for group in probe for completion in group.completions]
     limit = recipe.checks.max_logprob_gap or max(
         DEFAULT_GAP[each.model.dtype] for each in (recipe, learner.recipe))
     worst = 0.0
     for index, scores in enumerate(pool.score(sequences, version)):
-        gap = float(np.abs(np.concatenate(scores) - expected).mean())
+        gap = float(np.abs(np.concatenate(scores) - expected)[chosen].mean())
         worst = max(worst, gap)
         if not gap <= limit:
             raise InvariantError(

@@ -8,6 +8,7 @@ from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.errors import RolloutHookError
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
+from frpo.run.checks import check_logprob_gap
 from frpo.types import RolloutGroup
 from loop import RunningLoop, flat, inside, random_prompts, set_hook
 from parity_matrix import LIMIT
@@ -73,6 +74,14 @@ def test_tokens_of_a_tool_are_holes_and_the_rest_is_what_the_learner_says(loop, 
     assert not engine[~chosen].any() and not learner[~chosen].any()
     spans = [sum(span.end - span.start for span in c.version_spans) for c in completions]
     assert spans == [sum(c.loss_mask) for c in completions]
+
+
+@pytest.mark.timeout(120)
+def test_the_parity_check_of_a_run_leaves_tokens_of_a_tool_out(loop, sampled):
+    groups = [group for group in sampled("frpo.rollout.calculator:rollout")
+              if not all(all(completion.loss_mask) for completion in group.completions)]
+    assert groups, "a random policy writes an expression and = now and then"
+    assert check_logprob_gap(loop.recipe, loop.learner, loop.pool, groups, loop.version) <= LIMIT["fp32"]
 
 
 def test_the_same_call_draws_the_same_episodes(sampled):

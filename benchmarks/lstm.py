@@ -63,7 +63,7 @@ Curve = list[dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class CEPA:
-    """ce * cross-entropy + pa * PA, with PA as in `CSFTPALoss`."""
+    """ce * cross-entropy + pa * PA, with PA as in `pa_loss`."""
 
     name: ClassVar[str] = "ce_pa"
     needs_reference: ClassVar[bool] = True

@@ -36,7 +36,8 @@ from frpo.kernels import ReferenceHead, TokenStats, linear_cross_entropy, linear
 from frpo.kernels import rows as torch_rows
 from frpo.kernels.chunks import ChunkedLogits
 from frpo.kernels.reference import stats_of_logits
-from frpo.objectives.csft import CSFTInputs, CSFTLoss, CSFTPALoss
+from frpo.objectives.csft import CSFT, CSFTPA
+from frpo.objectives.supervised import Progress, SupervisedInputs
 
 Pass = Callable[[], Tensor]
 LOSSES = ("log-probs + entropy", "policy + k3", "cross-entropy", "CSFT", "CSFT + PA")
@@ -103,13 +104,14 @@ def policy(problem: Problem) -> Callable[[TokenStats, slice], Tensor]:
     return loss
 
 
-def csft(problem: Problem, loss: CSFTLoss | CSFTPALoss) -> Callable[[TokenStats, slice], Tensor]:
+def csft(problem: Problem, loss: CSFT) -> Callable[[TokenStats, slice], Tensor]:
     def callback(stats: TokenStats, rows: slice) -> Tensor:
         cached_N = stats.logprobs_N.detach() + problem.noise_N[rows]
-        return loss(CSFTInputs(
+        given = SupervisedInputs(
             logprobs_N=stats.logprobs_N, ref_logprobs_N=cached_N if stats.kl_N is None else stats.ref_logprobs_N,
-            beta_N=torch.full_like(cached_N, 0.1), weight_N=problem.weight_N[rows], kl_N=stats.kl_N,
-            margin_N=stats.margin_N, agree_N=stats.agree_N)).loss_sum
+            weight_N=problem.weight_N[rows], position_N=torch.zeros_like(cached_N), kl_N=stats.kl_N,
+            margin_N=stats.margin_N, agree_N=stats.agree_N)
+        return loss.loss(given, Progress(epochs_done=0, num_epochs=1)).loss_sum
     return callback
 
 
@@ -117,8 +119,8 @@ def passes(problem: Problem) -> dict[str, tuple[Pass, Pass]]:
     """Loss -> (plain, ours), forward only."""
     p, everything = problem, slice(0, len(problem.hidden_ND))
     operands, chunk = (p.hidden_ND, p.head_VD, p.target_N), {"chunk_rows": p.chunk_rows}
-    policy_loss, csft_loss = policy(p), csft(p, CSFTLoss())
-    pa_loss = csft(p, CSFTPALoss(delta=0.2))
+    policy_loss, csft_loss = policy(p), csft(p, CSFT(beta_first=0.1))
+    pa_loss = csft(p, CSFTPA(beta_first=0.1, delta_start=0.2, delta_end=0.2))
 
     def with_entropy(logprobs_N: Tensor, entropy_N: Tensor) -> Tensor:
         return -(p.weight_N * (logprobs_N + 0.01 * entropy_N)).sum()

@@ -19,7 +19,7 @@ from frpo.kernels.stats import known
 from frpo.learner.collate import TokenBatch, loss_positions
 from frpo.learner.reference import ReferenceStates
 from frpo.objectives.base import LossInputs
-from frpo.objectives.supervised import Progress, SupervisedInputs, SupervisedLoss, supervised_metrics
+from frpo.objectives.supervised import Margin, Progress, SupervisedInputs, SupervisedLoss, supervised_metrics
 from frpo.objectives.surrogate import PolicyLoss
 from frpo.types import Metrics, MicroBatch, TrainingSample
 
@@ -87,8 +87,9 @@ class SupervisedMicroBatch:
     def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, scale: LogitScale
                 ) -> torch.Tensor:
         """The summed loss, chunk by chunk."""
+        margin = getattr(self.loss, "margin", Margin())
         reference = None if self.reference is None else reference_head(
-            self.reference, head_VD, margin=getattr(self.loss, "argmax", "hard"), tau=getattr(self.loss, "tau", 1.0))
+            self.reference, head_VD, margin=margin.argmax, tau=margin.tau)
         return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **head_options(scale),
                                  reference=reference)
 

@@ -95,12 +95,6 @@ class LossOutput:
     metrics: Metrics
 
 
-class TokenLoss(Protocol):
-    """Flat token tensors -> their summed loss. Works on one rank and communicates with no other."""
-
-    def __call__(self, inputs: LossInputs) -> LossOutput: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class PolicyTokens:
     """N tokens as a surrogate sees them, bad numbers of tokens that do not count already replaced by 0.

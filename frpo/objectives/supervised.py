@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 from frpo.objectives.base import LossOutput
 from frpo.objectives.ops import keep
@@ -48,6 +48,18 @@ class SupervisedInputs:
         return self.weight_N != 0
 
 
+Argmax = Literal["hard", "soft"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """Which margin a loss needs. argmax: hard compares the likeliest tokens, soft the distributions at temperature tau.
+    """
+
+    argmax: Argmax = "hard"
+    tau: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a training has come, and its whole length; a loss may move with it. Fractions of an epoch count."""
@@ -61,6 +73,7 @@ class SupervisedLoss(Protocol):
     """Sum over tokens of weight * loss; a token whose weight is 0 adds exactly 0, even if it is NaN.
 
     Rebuilt from `name` and its dataclass fields. needs_reference: whether the inputs' reference statistics are needed.
+    A loss may also have a `margin`: the `Margin` that it needs, if it is not the hard one.
     """
 
     name: ClassVar[str]

@@ -19,7 +19,8 @@ from frpo.kernels import (
     token_loss,
 )
 from frpo.kernels.reference import naive_logits, naive_stats, naive_token_loss
-from frpo.objectives.csft import CSFTInputs, CSFTLoss, CSFTPALoss
+from frpo.objectives.csft import CSFT, CSFTPA
+from frpo.objectives.supervised import Progress, SupervisedInputs
 
 N, V, D, E = 11, 37, 6, 5
 SCALES = [{}, {"temperature": 0.7}, {"temperature": 1.3, "softcap": 2.5}]
@@ -74,25 +75,29 @@ def policy(stats, where):
 def csft(loss):
     def of_stats(stats, where):
         cached_n = stats.logprobs_N.detach() + NOISE_N[where] if stats.kl_N is None else stats.ref_logprobs_N
-        beta_n = torch.full_like(WEIGHT_N[where], 0.5)
-        return loss(CSFTInputs(logprobs_N=stats.logprobs_N, ref_logprobs_N=cached_n, beta_N=beta_n,
-                               weight_N=WEIGHT_N[where], kl_N=stats.kl_N, margin_N=stats.margin_N,
-                               agree_N=stats.agree_N)).loss_sum
+        given = SupervisedInputs(
+            logprobs_N=stats.logprobs_N, ref_logprobs_N=cached_n, weight_N=WEIGHT_N[where], kl_N=stats.kl_N,
+            margin_N=stats.margin_N, agree_N=stats.agree_N, position_N=torch.zeros_like(stats.logprobs_N))
+        return loss.loss(given, Progress(epochs_done=0, num_epochs=1)).loss_sum
     return of_stats
+
+
+def with_pa(delta, **options):
+    return csft(CSFTPA(beta_first=0.5, delta_start=delta, delta_end=delta, **options))
 
 
 LOSSES = {
     "anything": (anything, None),
     "policy": (policy, None),
     "cross-entropy": (lambda stats, where: -(WEIGHT_N[where] * stats.logprobs_N).sum(), None),
-    "csft": (csft(CSFTLoss()), None),
+    "csft": (csft(CSFT(beta_first=0.5)), None),
     "anything, reference": (anything, "hard"),
     "anything, soft": (anything, "soft"),
-    "csft+pa": (csft(CSFTPALoss(delta=0.3)), "hard"),
-    "csft+pa soft": (csft(CSFTPALoss(delta=0.3)), "soft"),
-    "csft+pa detached": (csft(CSFTPALoss(delta=0.3, mu_detach=True)), "hard"),
-    "csft+pa clipped": (csft(CSFTPALoss(delta=0.3, mu_max=0.5)), "hard"),
-    "csft+pa soft detached": (csft(CSFTPALoss(delta=0.3, mu_detach=True)), "soft"),
+    "csft+pa": (with_pa(0.3), "hard"),
+    "csft+pa soft": (with_pa(0.3), "soft"),
+    "csft+pa detached": (with_pa(0.3, mu_detach=True), "hard"),
+    "csft+pa clipped": (with_pa(0.3, mu_max=0.5), "hard"),
+    "csft+pa soft detached": (with_pa(0.3, mu_detach=True), "soft"),
 }
 
 
@@ -199,7 +204,7 @@ def test_the_gradient_of_logits_is_the_closed_form(margin, mu_detach):
         w * (p - e[target_N]) - delta * torch.sigmoid(-mu * gap) * (mu * d + (0 if mu_detach else 1) * gap * g_kl))
     z.requires_grad_()
     reference = ReferenceHead(hidden_NE=u, head_VE=identity, margin=margin, tau=tau)
-    linear_token_loss(z, identity, target_N, csft(CSFTPALoss(delta=delta, mu_detach=mu_detach)), reference=reference,
+    linear_token_loss(z, identity, target_N, with_pa(delta, mu_detach=mu_detach), reference=reference,
                       chunk_rows=4).backward()
     assert_near([z.grad], [expected])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from frpo.objectives.csft import CSFTInputs, CSFTLoss, CSFTPALoss
+from frpo.objectives.csft import CSFT, pa_loss
 from frpo.objectives.supervised import Progress, SupervisedInputs
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "lstm.py"
@@ -60,15 +60,15 @@ def test_metrics_are_means_over_tokens():
 
 @pytest.mark.parametrize("ce, pa", [(1.0, 0.3), (0.0, 1.0)])
 def test_ce_and_pa_are_the_parts_of_the_project_loss(ce, pa):
-    """CSFT with beta 0 has weight 1 and is cross-entropy."""
+    """CSFT at the reference has weight 1 and is cross-entropy."""
     generator = torch.Generator().manual_seed(0)
     logprobs_N, kl_N, margin_N = (-torch.rand(6, generator=generator, dtype=torch.float64) for _ in range(3))
-    kl_N, zero_N = -kl_N, torch.zeros_like(kl_N)
+    kl_N = -kl_N
     weight_N, agree_N = torch.full_like(kl_N, 1 / 6), torch.zeros(6, dtype=torch.bool)
-    given = CSFTInputs(logprobs_N=logprobs_N, ref_logprobs_N=logprobs_N, beta_N=zero_N, weight_N=weight_N, kl_N=kl_N,
-                       margin_N=margin_N, agree_N=agree_N)
-    entropy = CSFTLoss()(given).loss_sum
-    alignment = CSFTPALoss(delta=1.0)(given).loss_sum - entropy
+    given = SupervisedInputs(logprobs_N=logprobs_N, ref_logprobs_N=logprobs_N, weight_N=weight_N, kl_N=kl_N,
+                             position_N=torch.arange(6), margin_N=margin_N, agree_N=agree_N)
+    entropy = CSFT().loss(given, Progress(epochs_done=0.0, num_epochs=1)).loss_sum
+    alignment = pa_loss(given).loss_sum
     assert entropy.item() == pytest.approx(-logprobs_N.mean().item(), rel=1e-12)
     found = bench.CEPA(ce=ce, pa=pa).loss(
         SupervisedInputs(logprobs_N=logprobs_N, weight_N=weight_N, position_N=torch.arange(6), kl_N=kl_N,

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from frpo.objectives.csft import CSFT, CSFTPA, CSFTInputs, CSFTLoss, CSFTPALoss, csft_weights
+from frpo.objectives.csft import CSFT, CSFTPA, csft_loss, csft_weights, pa_loss
 from frpo.objectives.supervised import KLSFT, SFT, Progress, SupervisedInputs, build_supervised
 
 LOG2, LOG3 = math.log(2), math.log(3)
@@ -16,15 +16,25 @@ def column(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def inputs(logprobs, ref, beta=1.0, weight=1.0, kl=None, margin=None, agree=None):
+ONE = {"beta_first": 1.0, "beta_early": 1.0, "beta_base": 1.0}
+"""Beta at every position."""
+
+
+def with_pa(given, delta, **options):
+    """CSFT with beta 1 and this much of PA."""
+    loss = CSFTPA(**ONE, delta_start=delta, delta_end=delta, **options)
+    return loss.loss(given, Progress(epochs_done=0.5, num_epochs=1))
+
+
+def inputs(logprobs, ref, weight=1.0, kl=None, margin=None, agree=None):
     n = len(logprobs)
 
     def full(value):
         return column(value if isinstance(value, list) else [value] * n)
 
-    return CSFTInputs(
-        logprobs_N=column(logprobs).requires_grad_(), ref_logprobs_N=full(ref), beta_N=full(beta),
-        weight_N=full(weight),
+    return SupervisedInputs(
+        logprobs_N=column(logprobs).requires_grad_(), ref_logprobs_N=full(ref), weight_N=full(weight),
+        position_N=torch.arange(n),
         kl_N=None if kl is None else full(kl).requires_grad_(),
         margin_N=None if margin is None else full(margin).requires_grad_(),
         agree_N=None if margin is None else full(margin) == 0 if agree is None else torch.tensor(agree))
@@ -56,7 +66,7 @@ def test_weights(gap, beta, w):
 
 def test_csft_is_a_weighted_cross_entropy_with_a_constant_weight():
     given = inputs([-2.0, -1.0], ref=[-2 - LOG3, -1.0], weight=[0.5, 2.0])
-    output = CSFTLoss()(given)
+    output = CSFT(**ONE).loss(given, Progress(epochs_done=0, num_epochs=1))
     output.loss_sum.backward()
     assert output.loss_sum.item() == pytest.approx(0.5 * 0.5 * 2 + 2 * 1 * 1)
     assert given.logprobs_N.grad.tolist() == pytest.approx([-0.5 * 0.5, -2.0])
@@ -66,10 +76,10 @@ def test_csft_is_a_weighted_cross_entropy_with_a_constant_weight():
 
 def test_csft_has_the_gradient_of_the_papers_objective():
     """-(2 / beta) log sigmoid(beta (log pi - log pi_ref)), above the floor."""
-    given = inputs([-2.0, -0.3, -5.0], ref=[-1.0, -0.9, -3.0], beta=[0.5, 2.0, 0.1])
-    CSFTLoss()(given).loss_sum.backward()
+    given, beta_N = inputs([-2.0, -0.3, -5.0], ref=[-1.0, -0.9, -3.0]), column([0.5, 2.0, 0.1])
+    csft_loss(given, beta_N).loss_sum.backward()
     logprobs_N = given.logprobs_N.detach().requires_grad_()
-    objective_N = -2 / given.beta_N * torch.nn.functional.logsigmoid(given.beta_N * (logprobs_N - given.ref_logprobs_N))
+    objective_N = -2 / beta_N * torch.nn.functional.logsigmoid(beta_N * (logprobs_N - given.ref_logprobs_N))
     objective_N.sum().backward()
     torch.testing.assert_close(given.logprobs_N.grad, logprobs_N.grad, rtol=1e-13, atol=0)
 
@@ -83,7 +93,7 @@ def test_csft_has_the_gradient_of_the_papers_objective():
 def test_pa_and_its_gradient(options, mu, kl_gradient):
     """Margin -log 3, KL 1, token weight 2, delta 1/4; w = 1."""
     given = inputs([-1.0], ref=-1.0, weight=2.0, kl=1.0, margin=-LOG3)
-    output = CSFTPALoss(delta=0.25, **options)(given)
+    output = with_pa(given, 0.25, **options)
     output.loss_sum.backward()
     pa = math.log1p(3**mu)
     assert output.loss_sum.item() == pytest.approx(2 * (1 + 0.25 * pa), rel=1e-14)
@@ -97,7 +107,7 @@ def test_pa_and_its_gradient(options, mu, kl_gradient):
 
 def test_pa_of_agreeing_tokens_is_log_2_without_gradient():
     given = inputs([-1.0], ref=-1.0, kl=0.7, margin=0.0)
-    output = CSFTPALoss(delta=1.0)(given)
+    output = with_pa(given, 1.0)
     output.loss_sum.backward()
     assert output.loss_sum.item() == pytest.approx(1 + LOG2)
     assert given.kl_N.grad.item() == 0 and mean(output.metrics["pa/disagree"]) == 0
@@ -108,24 +118,25 @@ def test_pa_of_agreeing_tokens_is_log_2_without_gradient():
 def test_pa_is_exact_far_out(margin):
     """torch's softplus is a straight line above 20: there 1 - sigmoid(30) = 9e-14 is lost. And nothing overflows."""
     given = inputs([0.0], ref=0.0, kl=1.0, margin=margin)
-    CSFTPALoss(delta=1.0)(given).loss_sum.backward()
+    with_pa(given, 1.0).loss_sum.backward()
     assert given.margin_N.grad.item() == pytest.approx(-1 / (1 + math.exp(margin)), abs=1e-15)
 
 
 def test_pa_metrics_count_disagreeing_tokens_with_a_weight():
     given = inputs([-1.0] * 4, ref=-1.0, weight=[1.0, 0.5, 1.0, 0.0], kl=[1.0, 2.0, 3.0, 99.0],
                    margin=[-LOG3, 0.0, -LOG3, -9.0])
-    metrics = CSFTPALoss(delta=1.0)(given).metrics
+    metrics = with_pa(given, 1.0).metrics
     assert mean(metrics["pa/loss"]) == pytest.approx((math.log(4) + math.log(28)) / 2 - LOG2)
     assert mean(metrics["pa/disagree"]) == pytest.approx(2 / 3)
     assert mean(metrics["pa/mu"]) == 2
     assert mean(metrics["csft/loss"]) == 1
-    assert set(metrics) == {"csft/loss", "csft/weight", "pa/loss", "pa/mu", "pa/disagree"}
+    assert set(metrics) == {"csft/loss", "csft/weight", "pa/loss", "pa/mu", "pa/disagree", "pa/delta"}
+    assert metrics["pa/delta"] == (1.0, 1.0, "max")
 
 
 def test_disagreement_is_told_by_the_tokens_not_by_a_soft_margin():
     given = inputs([-1.0] * 2, ref=-1.0, kl=1.0, margin=[-0.1, 0.2], agree=[True, False])
-    metrics = CSFTPALoss(delta=1.0)(given).metrics
+    metrics = with_pa(given, 1.0).metrics
     assert mean(metrics["pa/disagree"]) == 0.5
     assert mean(metrics["pa/loss"]) == pytest.approx(math.log1p(math.exp(-0.2)) - LOG2)
 
@@ -133,11 +144,11 @@ def test_disagreement_is_told_by_the_tokens_not_by_a_soft_margin():
 def test_a_token_without_weight_contributes_nothing_even_if_it_is_nan():
     nan = math.nan
     given = inputs([-1.0, nan], ref=[-1.0, nan], weight=[1.0, 0.0], kl=[1.0, nan], margin=[-LOG3, nan])
-    output = CSFTPALoss(delta=1.0)(given)
+    output = with_pa(given, 1.0)
     output.loss_sum.backward()
     assert output.loss_sum.item() == pytest.approx(1 + math.log(4))
     assert [t.grad[1].item() for t in (given.logprobs_N, given.kl_N, given.margin_N)] == [0, 0, 0]
-    assert all(math.isfinite(mean(metric)) for metric in output.metrics.values())
+    assert all(math.isfinite(mean(metric)) for name, metric in output.metrics.items() if name != "pa/delta")
 
 
 @pytest.mark.parametrize("index, done, delta", [
@@ -170,9 +181,8 @@ def test_delta_where_the_last_epoch_is_half_a_one(index, done, delta):
     (lambda: CSFTPA(tau=0.0), "tau must be > 0, given 0.0"),
     (lambda: CSFTPA().delta(Progress(epochs_done=3.5, num_epochs=3)), r"epochs_done must be in \[0, 3\], given 3.5"),
     (lambda: KLSFT(kl_coef=-1.0), "kl_coef must be >= 0, given -1.0"),
-    (lambda: CSFTPALoss(delta=-1.0), "delta must be >= 0, given -1.0"),
-    (lambda: CSFTPALoss(delta=0.1, mu_max=0.0), "mu_max must be > 0 or None, given 0.0"),
-    (lambda: CSFTPALoss(delta=0.1)(inputs([-1.0], ref=-1.0)), "PA needs kl_N, margin_N and agree_N"),
+    (lambda: CSFTPA(delta_end=-1.0), "delta_end must be >= 0, given -1.0"),
+    (lambda: pa_loss(inputs([-1.0], ref=-1.0)), "PA needs kl_N, margin_N and agree_N"),
 ])
 def test_values_that_make_no_sense_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
@@ -182,7 +192,7 @@ def test_values_that_make_no_sense_are_refused(build, message):
 def test_inputs_never_broadcast():
     two_N = column([1, 2])
     with pytest.raises(AssertionError, match="would broadcast"):
-        CSFTInputs(logprobs_N=two_N, ref_logprobs_N=column([1]), beta_N=two_N, weight_N=two_N)
+        SupervisedInputs(logprobs_N=two_N, ref_logprobs_N=column([1]), position_N=two_N, weight_N=two_N)
 
 
 def supervised_inputs(nan=math.nan):

@@ -59,9 +59,9 @@ class LossInputs:
     first update, `ref_logprobs_N` where no reference was run, `rollout_logprobs_N` (of the engine that sampled) where
     nothing asks for them. `mask_N` is True where a loss exists. The weights are divided already (by length, by the
     global number of sequences), so a loss only sums. `kl_N`, where the reference was run beside the policy, is
-    KL(pi || pi_ref) over the whole vocabulary; `kl_share_N` is 1 / T at the tokens of sequences whose KL counts in the
-    mean of a sequence. `sequence_N` (int64) says whose token it is: an index within the
-    micro-batch; the tokens of a sequence follow each other.
+    KL(pi || pi_ref) over the whole vocabulary; `kl_metric_weight_N` is 1 / T at the tokens of sequences whose KL
+    counts in the mean of a sequence. `sequence_N` (int64) says whose token it is: an index within the micro-batch;
+    the tokens of a sequence follow each other.
     """
 
     logprobs_N: Tensor
@@ -74,7 +74,7 @@ class LossInputs:
     mask_N: Tensor
     sequence_N: Tensor
     kl_N: Tensor | None = None
-    kl_share_N: Tensor | None = None
+    kl_metric_weight_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         tensors = [getattr(self, f.name) for f in dataclasses.fields(self)]

@@ -123,7 +123,7 @@ def _metrics(inputs: LossInputs, objective: TokenObjective) -> Metrics:
         kl_N = k3(logprobs_N, keep(live_N, inputs.ref_logprobs_N))
     if kl_N is not None:
         metrics["policy/kl_ref"] = (kl_N.sum(), count, "mean")
-        if inputs.kl_share_N is not None:
-            watched_N = live_N & (inputs.kl_share_N != 0)
-            metrics["policy/kl_sequence"] = (keep(watched_N, kl_N).sum(), inputs.kl_share_N.sum(), "mean")
+        if inputs.kl_metric_weight_N is not None:
+            watched_N = live_N & (inputs.kl_metric_weight_N != 0)
+            metrics["policy/kl_sequence"] = (keep(watched_N, kl_N).sum(), inputs.kl_metric_weight_N.sum(), "mean")
     return metrics

@@ -43,7 +43,7 @@ def inputs(logprobs, old=0.0, ref=None, rollout=None, advantage=1.0, policy_weig
         logprobs_N=column(logprobs, n).requires_grad_(), **optional, advantage_N=column(advantage, n),
         policy_weight_N=column(policy_weight, n), kl_weight_N=column(kl_weight, n), mask_N=column(mask, n).bool(),
         sequence_N=column(sequence, n).long(), kl_N=None if kl is None else column(kl, n).requires_grad_(),
-        kl_share_N=None if share is None else column(share, n))
+        kl_metric_weight_N=None if share is None else column(share, n))
 
 
 def loss_and_gradient(loss, given):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from frpo.config.base import Section
-from frpo.objectives.base import AdvantageEstimator, Surrogate, build_estimator, build_surrogate
+from frpo.objectives.base import ADVANTAGES, SURROGATES, AdvantageEstimator, Surrogate, build_estimator, build_surrogate
 from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.kl_control import KLControl
 from frpo.objectives.stage import require_reweightable
@@ -40,8 +40,8 @@ class ObjectiveSection(Section):
     @field_validator("advantage", mode="plain")
     @classmethod
     def _build_estimator(cls, value: Any) -> AdvantageEstimator:
-        if isinstance(value, AdvantageEstimator):
-            return value
+        if (given := ADVANTAGES.given(value)) is not None:
+            return given
         if not isinstance(value, dict):
             raise ValueError(f"a mapping such as {{name: frpo, lam: 1.0}} is needed, given {value!r}")
         return build_estimator(value)
@@ -49,8 +49,8 @@ class ObjectiveSection(Section):
     @field_validator("surrogate", mode="plain")
     @classmethod
     def _build_surrogate(cls, value: Any) -> Surrogate:
-        if isinstance(value, Surrogate):
-            return value
+        if (given := SURROGATES.given(value)) is not None:
+            return given
         if not isinstance(value, dict):
             raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
         return build_surrogate(value)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from frpo.config.base import RowsPath, Section
-from frpo.objectives.supervised import SupervisedLoss, build_supervised
+from frpo.objectives.supervised import SUPERVISED, SupervisedLoss, build_supervised
 
 SOURCES = ("file (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz; .parquet), folder (of Dataset.save_to_disk, or of "
            "such files), HF data set id, or generated: arithmetic, constraints")
@@ -16,8 +16,8 @@ Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-sum"]
 
 def supervised_loss(value: Any) -> SupervisedLoss:
     """The loss that a recipe describes by its name, or by a mapping with one. Raises ValueError for anything else."""
-    if isinstance(value, SupervisedLoss):
-        return value
+    if (given := SUPERVISED.given(value)) is not None:
+        return given
     value = {"name": value} if isinstance(value, str) else value
     if not isinstance(value, dict):
         raise ValueError(f"a name such as csft_pa or a mapping such as {{name: csft}} is needed, given {value!r}")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from frpo.inputs import name_of
 from frpo.loading import did_you_mean, load_function
 
 Class = TypeVar("Class", bound=type)
@@ -69,21 +70,36 @@ class Registry:
         if not isinstance(name, str):
             allowed = f"{', '.join(self.classes())}, {FORMS}"
             raise ValueError(f"{self.kind} needs a name, one of {allowed}; given {dict(values)}")
-        cls = self._load(name) if ":" in name else self.classes().get(name)
+        cls = self._load(name) if ":" in name or name.endswith(".pkl") else self.classes().get(name)
         if cls is None:
             raise ValueError(unknown(self.kind, name, self.classes()) + f", {FORMS}")
         return cls(**_checked(cls, f"{self.kind} {name!r}", parameters))
 
+    def given(self, value: Any) -> Any | None:
+        """An object that stands in a recipe itself; None if the value describes one instead.
+
+        A class outside the package gets the name by which a recipe finds it. Raises ValueError for one of another kind.
+        """
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return None
+        cls = self._checked(type(value), type(value).__qualname__)
+        if not hasattr(cls, "name"):
+            cls.name = name_of(cls)
+        return value
+
     def _load(self, path: str) -> type:
-        cls = load_function(path, self.kind, ValueError)
+        cls = self._checked(load_function(path, self.kind, ValueError), path)
+        if cls.__module__.partition(".")[0] != str(__package__).partition(".")[0]:
+            cls.name = path  # a saved recipe must find the class again in a process that never imported it
+        return cls
+
+    def _checked(self, cls: Any, path: str) -> Any:
         method = getattr(cls, self.method.partition("(")[0], None)
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and callable(method)):
             raise ValueError(f"{self.kind} {path!r} must be a dataclass with a method {self.method}")
         for flag in self.flags:
             if not hasattr(cls, flag):
                 raise ValueError(f"{self.kind} {path!r} must say {flag}: ClassVar[bool] = True or False")
-        if cls.__module__.partition(".")[0] != __package__.partition(".")[0]:
-            cast(Any, cls).name = path  # a saved recipe must find the class again in a process that never imported it
         return cls
 
 

@@ -106,6 +106,46 @@ def test_a_recipe_of_another_kind_is_refused():
         to_recipe(tuned, (), frpo.Recipe)
 
 
+MINE = """
+from dataclasses import dataclass
+import numpy as np
+from frpo.objectives.base import GroupAdvantages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    scale: float = 1.0
+
+    def advantages(self, rewards_G):
+        return GroupAdvantages(advantages_G=self.scale * (rewards_G - rewards_G.mean()), stats={})
+
+
+class Plain:
+    def advantages(self, rewards_G):
+        return None
+"""
+
+
+def test_an_objective_of_a_session_stands_in_a_recipe_as_an_object(place):
+    """Of a file by its name, of a cell by value; both are found again where nothing of them was imported."""
+    (place / "mine.py").write_text(MINE)
+    of_file = load_function("mine.py:Mine")
+    cell = {"__name__": "__main__"}
+    exec(compile(MINE, "<cell>", "exec"), cell)
+    for cls, name in ((of_file, "mine.py:Mine"), (cell["Mine"], "runs/inputs/Mine-")):
+        made = recipe(objective=frpo.Objective(advantage=cls(scale=3.0)))
+        assert made.objective.advantage.name.startswith(name)
+        (place / "made.yaml").write_text(made.to_yaml())
+        script = ("import numpy as np, frpo; a = frpo.Recipe.load('made.yaml').objective.advantage; "
+                  "print(a.scale, a.advantages(np.array([0.0, 1.0])).advantages_G.tolist())")
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "3.0 [-1.5, 1.5]\n"
+    with pytest.raises(ConfigError, match="surrogate 'GRPO' must be a dataclass with a method objective"):
+        recipe(objective={"surrogate": frpo.GRPO()})
+    with pytest.raises(ConfigError, match=r"a mapping such as \{name: frpo, lam: 1.0\} is needed, given <"):
+        recipe(objective={"advantage": cell["Plain"]()})
+
+
 # --- functions --------------------------------------------------------------------------------------------------------
 
 def called_elsewhere(name, **arguments):

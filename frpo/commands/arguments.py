@@ -23,7 +23,7 @@ RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
 """Commands whose recipes are of another kind than those of train."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",
             "rollout": "smoke", "config": "smoke", "evaluate": "runs/smoke/export smoke",
-            "rescore": "runs/smoke/traces.jsonl smoke", "plan": "smoke --gpus 2 --memory 80",
+            "rescore": "runs/smoke/traces.jsonl smoke", "plan": "smoke --gpus 3 --memory 80",
             "sweep": "smoke --over learner.lr=[1e-5,1e-4]"}
 MODEL = "a folder with a Hugging Face model, such as a run's export, or a hub id"
 

@@ -41,6 +41,7 @@ from frpo.run.build import Processes, RunParts, build
 from frpo.run.checkpoint import CheckpointStore
 from frpo.run.journal import open_journal
 from frpo.telemetry.progress import say
+from frpo.telemetry.timer import PhaseTimer
 
 Answers = list[tuple[str, str]]
 """Pairs of a question and the answer to it."""
@@ -237,7 +238,7 @@ def _control_parts(parts: RunParts) -> Iterator[RunParts]:
     recipe = _with_run(parts.recipe, dir=str(run_dir), name="control", save_every=0)
     recipe = recipe.model_copy(update={"shuffle_rewards": True})
     with open_journal(recipe, CheckpointStore(run_dir, recipe), None, tuple(parts.journal.files)) as journal:
-        yield replace(parts, recipe=recipe, run_dir=run_dir, journal=journal)
+        yield replace(parts, recipe=recipe, run_dir=run_dir, journal=journal, timer=PhaseTimer())
 
 
 def _ends(metrics: Path) -> Ends:

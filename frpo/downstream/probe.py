@@ -21,6 +21,7 @@ from frpo.rewards import RewardSuite
 from frpo.rollout.sampler import Sampler
 from frpo.run.checks import CHECKED_PUSHES, check_logprob_gap
 from frpo.run.journal import Journal
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import RunState, ScoredGroup
 
 WORST = 0.1
@@ -52,9 +53,9 @@ class TaskProbe:
     """A `frpo.types.Probe` of one fine-tuning."""
 
     def __init__(self, *, schedule: ProbeSchedule, tasks: Sequence[Task], exact: Exact | None,
-                 engines: RecoveringEngines, learner: LearnerGroup, journal: Journal):
+                 engines: RecoveringEngines, learner: LearnerGroup, journal: Journal, timer: PhaseTimer):
         self.schedule, self.tasks, self.exact = schedule, tasks, exact
-        self.engines, self.learner, self.journal, self.timer = engines, learner, journal, journal.timer
+        self.engines, self.learner, self.journal, self.timer = engines, learner, journal, timer
         self.unchecked = CHECKED_PUSHES
 
     def __call__(self, state: RunState, total: int) -> dict[str, float]:

@@ -34,9 +34,8 @@ from frpo.loading import load_function
 from frpo.loops.rl import Trainer
 from frpo.loops.sft import FineTuner
 from frpo.report.curve import read_metrics
-from frpo.run.build import Processes, build_stack, check, parts_on, tried_rewards
-from frpo.run.build_finetune import check_finetune, finetune_on
-from frpo.run.journal import Journal
+from frpo.run.build import Processes, RunParts, build_stack, check, parts_on, tried_rewards
+from frpo.run.build_finetune import FinetuneParts, check_finetune, finetune_on
 from frpo.telemetry.jsonl import JsonlFile
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState
@@ -144,7 +143,7 @@ class Matrix:
         checked = check(recipe)
         with tried_rewards(recipe, checked.prompts) as rewards, \
                 parts_on(stack, recipe, checked, rewards, model) as parts:
-            probe = self.probe(stage, tasks, parts.learner, parts.engines, parts.journal) if stage.regime else None
+            probe = self.probe(stage, tasks, parts.engines, parts) if stage.regime else None
             return Trainer(parts, probe).fit()
 
     def finetune(self, stage: Stage, recipe: FinetuneRecipe, tasks: Sequence[Task], stack: Processes, model: str
@@ -154,16 +153,17 @@ class Matrix:
             probe = None
             if stage.regime:
                 engines = self.connected(parts.learner, tasks[0].recipe)
-                probe = self.probe(stage, tasks, parts.learner, engines, parts.journal)
+                probe = self.probe(stage, tasks, engines, parts)
             return FineTuner(parts, probe).fit()
 
-    def probe(self, stage: Stage, tasks: Sequence[Task], learner: LearnerGroup, engines: RecoveringEngines,
-              journal: Journal) -> TaskProbe:
-        learner.keep_initial_policy()
+    def probe(self, stage: Stage, tasks: Sequence[Task], engines: RecoveringEngines, parts: RunParts | FinetuneParts
+              ) -> TaskProbe:
+        """What measures the tasks after some updates of a stage. parts: of its training."""
+        parts.learner.keep_initial_policy()
         measure = self.recipe.measure
         schedule = ProbeSchedule(measure.at, measure.pictured_kl, partial(probed_kl, stage))
         return TaskProbe(schedule=schedule, tasks=tasks, exact=self.exact(stage.seed), engines=engines,
-                         learner=learner, journal=journal)
+                         learner=parts.learner, journal=parts.journal, timer=parts.timer)
 
     def exact(self, seed: int) -> Exact | None:
         measure = self.recipe.measure

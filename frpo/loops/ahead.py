@@ -116,7 +116,7 @@ class AsyncBatches:
                 assert self.newest is not None  # by `start`
                 timer = PhaseTimer()
                 least = replace(state, policy_version=self.newest.policy_version)
-                batch = collect(replace(self.parts, journal=replace(self.parts.journal, timer=timer)), least, self.bar)
+                batch = collect(replace(self.parts, timer=timer), least, self.bar)
                 with self.changed:
                     self.queue.append(Collected(step=state.step, batch=batch, seconds=timer.seconds))
                     self.changed.notify_all()

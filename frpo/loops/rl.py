@@ -68,10 +68,11 @@ class Trainer:
         self.batches.start(state, journal.resume and journal.resume[0])
         with closing(self.batches), ProgressBar(run.num_steps, state.step, run.name) as bar:
             if state.step == 0:
-                journal.write(0, self.evaluate(state), bar)
+                journal.write(0, self.evaluate(state) | self.parts.timer.collect(), bar)
             while state.step < run.num_steps:
                 state, metrics, groups = self.step(state, bar)
-                metrics = journal.write(state.step, metrics | self.evaluate(state), bar)
+                metrics |= self.evaluate(state) | self.parts.timer.collect()
+                journal.write(state.step, metrics, bar)
                 self.state = state
                 bar.advance()
                 if state.step == run.num_steps or (run.save_every and state.step % run.save_every == 0):

@@ -49,10 +49,10 @@ class FineTuner:
             checks.check_same_function(self.learner, self.recipe, self.parts.examples)
         with ProgressBar(self.total, state.step, run.name) as bar:
             if state.step == 0:
-                journal.write(0, self.evaluate(state), bar)
+                journal.write(0, self.evaluate(state) | self.parts.timer.collect(), bar)
             while state.step < self.total:
                 state, metrics = self.update(state)
-                journal.write(state.step, metrics | self.evaluate(state), bar)
+                journal.write(state.step, metrics | self.evaluate(state) | self.parts.timer.collect(), bar)
                 bar.advance()
                 if state.step == self.total or (run.save_every and state.step % run.save_every == 0):
                     bar.note("save")
@@ -67,7 +67,7 @@ class FineTuner:
         batch = self.stream.batch(state.step)
         packed = self.packed(batch)
         watch = self.movement.due(packed)
-        with self.parts.journal.timer.phase("learn"):
+        with self.parts.timer.phase("learn"):
             learned = self.learner.supervise(packed, self.progress(state.step), watch_movement=watch)
             stepped = self.learner.optim_step(self.total, watch_movement=watch)
         checks.check_gradient(stepped.grad_norm, stepped.policy_version)
@@ -97,7 +97,7 @@ class FineTuner:
 
     def heldout_metrics(self, state: RunState) -> dict[str, float]:
         numbered = list(enumerate(self.heldout, start=len(self.train)))
-        with self.parts.journal.timer.phase("evaluate"):
+        with self.parts.timer.phase("evaluate"):
             found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()
         return {f"eval/{name.partition('/')[2]}" if name.startswith("sft/") else f"eval/{name.replace('/', '_')}": value
                 for name, value in found.items() if name in EVALUATED}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -72,10 +72,7 @@ class RunParts:
     learner: LearnerGroup
     auxiliary: ExampleSet | None
     journal: Journal
-
-    @property
-    def timer(self) -> PhaseTimer:
-        return self.journal.timer
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from frpo.cluster.device import check_packages
@@ -27,6 +27,7 @@ from frpo.run.journal import Journal, open_journal
 from frpo.run.manifest import write_manifest
 from frpo.run.sinks import check_login
 from frpo.telemetry.progress import phase, remark
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class FinetuneParts:
     examples: ExampleSet
     learner: LearnerGroup
     journal: Journal
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frpo.cluster.learner_group import LearnerGroup
@@ -17,7 +17,6 @@ from frpo.run.sinks import EVENTS, Sink, open_sinks
 from frpo.run.traces import plain
 from frpo.telemetry.jsonl import JsonlFile
 from frpo.telemetry.progress import ProgressBar, phase, say
-from frpo.telemetry.timer import PhaseTimer
 from frpo.types import RunState, ScoredGroup
 
 SAMPLES = 8
@@ -37,7 +36,6 @@ class Journal:
     resume: tuple[Path, RunState] | None
     files: Mapping[str, JsonlFile]
     sinks: tuple[Sink, ...]
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def restore(self, learner: LearnerGroup) -> RunState:
         """The state to start from, the learner put into it and the files cut back to what it remembers."""
@@ -68,14 +66,12 @@ class Journal:
         """Remember that nothing is left to do."""
         write_finished(self.recipe, state.step)
 
-    def write(self, step: int, metrics: dict[str, float], bar: ProgressBar) -> dict[str, float]:
-        """Write a step's metrics to every sink, and its log line. Returns them with the seconds of each phase."""
-        metrics = metrics | self.timer.collect()
+    def write(self, step: int, metrics: Mapping[str, float], bar: ProgressBar) -> None:
+        """Write a step's metrics to every sink, and its log line."""
         self.files["metrics"].append({"step": step, **metrics})
         for sink in self.sinks:
             sink.write(step, metrics)
         bar.step(step, metrics)
-        return metrics
 
     def keep_samples(self, step: int, scored: Sequence[ScoredGroup], task: str = "eval") -> None:
         """The first completions of a task's first held-out prompts, for whoever reads what the policy says."""

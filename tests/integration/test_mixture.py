@@ -241,9 +241,9 @@ def test_a_probe_of_a_fork_refuses_engines_that_serve_other_weights(mixture, tmp
 
         def probe():
             engines = RecoveringEngines(loop.pool, loop.learner, 0)
-            journal = SimpleNamespace(timer=PhaseTimer(), keep_samples=lambda *given: None)
+            journal = SimpleNamespace(keep_samples=lambda *given: None)
             return TaskProbe(schedule=ProbeSchedule([], 4.0, dict), tasks=[task], exact=None, engines=engines,
-                             learner=loop.learner, journal=journal)(state, 1)
+                             learner=loop.learner, journal=journal, timer=PhaseTimer())(state, 1)
 
         with kept_kernels(loop), pytest.raises(InvariantError, match="rollout engine 0 and learner disagree"):
             probe()

@@ -49,12 +49,6 @@ class Collector:
                            positions=len(groups), selection={"p": [0.5, state.step]})
 
 
-class RunParts(SimpleNamespace):
-    @property
-    def timer(self):
-        return self.journal.timer
-
-
 class Engines:
     def __init__(self):
         self.learner_lock, self.gave_up = threading.RLock(), False
@@ -74,8 +68,7 @@ def source(monkeypatch):
         recipe = SimpleNamespace(rollout=SimpleNamespace(max_staleness=max_staleness),
                                  run=SimpleNamespace(num_steps=STEPS))
         stream = SimpleNamespace(state={}, record=lambda groups: collector.recorded.append(len(groups)))
-        journal = SimpleNamespace(timer=PhaseTimer())
-        batches = AsyncBatches(RunParts(recipe=recipe, engines=Engines(), journal=journal, stream=stream))
+        batches = AsyncBatches(SimpleNamespace(recipe=recipe, engines=Engines(), timer=PhaseTimer(), stream=stream))
         batches.start(state or state_at(0), checkpoint)
         made.append(batches)
         return batches, collector

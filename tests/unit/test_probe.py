@@ -52,7 +52,7 @@ def test_it_asks_when_the_schedule_says_so_and_pushes_what_engines_lack():
     engines = SimpleNamespace(pushed=None, push=pushed.append)
     schedule = SimpleNamespace(due=lambda step, total: (step, total) in ((0, 8), (3, 8), (8, 8)))
     probe = TaskProbe(schedule=schedule, tasks=[], exact=None, engines=engines, learner=None,
-                      journal=SimpleNamespace(timer=PhaseTimer()))
+                      journal=SimpleNamespace(), timer=PhaseTimer())
     for step in range(9):
         state = RunState(step=step, policy_version=10 + step, data_cursor=0, recipe_digest="", file_offsets={})
         assert probe(state, 8) == {}
@@ -68,10 +68,11 @@ def test_the_schedule_learns_the_kl_that_was_measured(monkeypatch):
     monkeypatch.setattr("frpo.downstream.probe.check_agreement", lambda *args: checked.append(args[-1]))
     learner = SimpleNamespace(kl_groups=lambda groups, to: [np.array([0.2, 0.4]), np.array([0.5, 0.7])])
     schedule, checked, kept = ProbeSchedule([1], 4.0, dict), [], []
-    journal = SimpleNamespace(timer=PhaseTimer(), keep_samples=lambda *given: kept.append(given))
+    journal = SimpleNamespace(keep_samples=lambda *given: kept.append(given))
     probe = TaskProbe(schedule=schedule, tasks=[Task(name="kept", recipe=load_recipe("lab_policy"), prompts=None,
                                                      rewards=None)],
-                      exact=None, engines=SimpleNamespace(pushed=1), learner=learner, journal=journal)
+                      exact=None, engines=SimpleNamespace(pushed=1), learner=learner, journal=journal,
+                      timer=PhaseTimer())
     found = probe(RunState(step=1, policy_version=1, data_cursor=0, recipe_digest="", file_offsets={}), 8)
     assert schedule.probed == {1: pytest.approx(0.45)} == {1: found["kept/kl"]}
     for _ in range(2):

@@ -3,8 +3,8 @@ from own_reward import even
 
 import frpo
 
-by_name = frpo.Recipe.load("smoke", "run.num_steps=8")
-by_path = frpo.Recipe.load("examples/own_reward.yaml")
+by_name = frpo.load_recipe("smoke", "run.num_steps=8")
+by_path = frpo.load_recipe("examples/own_reward.yaml")
 of_objects = frpo.Recipe(
     run=frpo.Run(name="objects", dir="runs/objects", num_steps=8, device="cpu"),
     model=frpo.Model(tiny=frpo.TinyModel(), dtype="fp32", max_length=64),

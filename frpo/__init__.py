@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frpo.api import Result, Steps, evaluate, finetune, retention, steps, train
+    from frpo.api import Result, Steps, evaluate, finetune, load_recipe, retention, steps, train
     from frpo.config.finetune import FinetuneEvaluateSection as FinetuneEvaluate
     from frpo.config.finetune import FinetuneRecipe
     from frpo.config.finetune import FinetuneRunSection as FinetuneRun
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from frpo.objectives.supervised import KLSFT, SFT
 
 _PLACES = {
-    "frpo.api": ("Result", "Steps", "evaluate", "finetune", "retention", "steps", "train"),
+    "frpo.api": ("Result", "Steps", "evaluate", "finetune", "load_recipe", "retention", "steps", "train"),
     "frpo.config.finetune": (
         "FinetuneRecipe", "FinetuneRunSection", "FinetuneEvaluateSection", "ReferenceSection"),
     "frpo.config.model": ("LoraSection", "ModelSection", "TinyModelSection"),

@@ -16,9 +16,10 @@ from typing import NoReturn
 from frpo.api import set_accelerator
 from frpo.commands.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, load_any_recipe, load_recipe, load_training
+from frpo.config.loader import AnyRecipe, dump_recipe, load_any_recipe, load_recipe, load_training
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
+from frpo.config.text import as_yaml
 from frpo.errors import ConfigError, FrpoError
 from frpo.run.checkpoint import CheckpointStore, finished_line
 

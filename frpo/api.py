@@ -22,8 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frpo.config.base import WholeRecipe
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import AnyRecipe, Source, to_recipe
+from frpo.config.loader import AnyRecipe, Source, load_any_recipe, to_recipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
@@ -93,6 +94,12 @@ class Result:
                  if name in self.metrics}
         figures = "".join(f", {name} {value:.4g}" for name, value in shown.items())
         return f"<{type(self).__name__} {self.recipe.run.name}: step {self.metrics['step']}{figures}, in {self.folder}>"
+
+
+def load_recipe(path: str | Path, *overrides: str) -> WholeRecipe:
+    """A recipe file, or the name of one in recipes/, as an object. overrides: "section.key=value". Raises ConfigError.
+    """
+    return load_any_recipe(path, overrides)
 
 
 def train(recipe: Source, *overrides: str) -> Result:

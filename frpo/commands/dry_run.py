@@ -11,8 +11,9 @@ import torch
 
 from frpo.cluster.device import check_backend, lacking_packages, settled
 from frpo.config.finetune import FinetuneRecipe
-from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe
+from frpo.config.loader import AnyRecipe, dump_recipe
 from frpo.config.sections import Recipe
+from frpo.config.text import as_yaml
 from frpo.learner.model import lacking_weights
 from frpo.loops.training import adapters
 from frpo.rewards.trial import report_lines

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from frpo.config.text import as_yaml, plain
 from frpo.errors import FrpoError
 from frpo.inputs import name_of, path_of
 
@@ -45,15 +45,6 @@ class WholeRecipe(Section):
     COMMAND: ClassVar[str]
     NAMED: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
-    @classmethod
-    def load(cls, path: str | Path, *overrides: str) -> Self:
-        """Read a recipe file, or the name of one in recipes/. overrides: "section.key=value". Raises ConfigError."""
-        from frpo.config.loader import load_recipe
-
-        return load_recipe(path, overrides, cls)
-
     def to_yaml(self) -> str:
         """The recipe as the text of a recipe file, with every key, defaults included."""
-        from frpo.config.loader import as_yaml, dump_recipe
-
-        return as_yaml(dump_recipe(self))
+        return as_yaml(plain(self))

@@ -5,15 +5,13 @@ It does not know what the keys mean: that is `sections`.
 from __future__ import annotations
 
 import copyreg
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, overload
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from frpo.config.base import Section, WholeRecipe
@@ -22,6 +20,7 @@ from frpo.config.keys import keys
 from frpo.config.other_names import translate
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file, repository_files
+from frpo.config.text import as_yaml, parse_yaml, plain
 from frpo.errors import ConfigError
 from frpo.loading import nearest
 
@@ -68,44 +67,6 @@ NAMED = ("advantage", "surrogate", "objective")
 
 SHORT = {**dict.fromkeys(NAMED, "name"), "placement": "mode"}
 """Keys whose mapping may be written as one value -> the key of it that the value is."""
-
-
-class _RecipeYaml(yaml.SafeLoader):
-    """YAML without its traps: 1e-6 is a number, a date is text; a key given twice and a lone surrogate are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        value = super().construct_scalar(node)
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{value[error.start]!r} is a lone surrogate, half a character", node.start_mark) from None
-        return value
-
-
-_RecipeYaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":float", ":timestamp"))]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_RecipeYaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"))
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """Quotes what `_RecipeYaml` would take for something else than text."""
-
-
-_RecipeDumper.yaml_implicit_resolvers = _RecipeYaml.yaml_implicit_resolvers
 
 
 @overload
@@ -178,11 +139,6 @@ def recipe_text(path: str | Path) -> str:
     return as_yaml(_read_with_bases(_find_recipe(str(path)), seen=()))
 
 
-def as_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as the text of a recipe."""
-    return yaml.dump(values, Dumper=_RecipeDumper, sort_keys=False)
-
-
 def _read_overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     return _overridden(_read_with_bases(_find_recipe(str(path)), seen=()), overrides)
 
@@ -228,7 +184,7 @@ def recipe_from_dict(values: dict[str, Any], kind: type[WholeRecipe] = Recipe) -
 
 def dump_recipe(recipe: WholeRecipe) -> dict[str, Any]:
     """The resolved recipe as plain values: every key, defaults included; `recipe_from_dict` reads it back."""
-    return _plain(recipe)
+    return plain(recipe)
 
 
 def _by_values(recipe: WholeRecipe) -> tuple[Any, ...]:
@@ -273,19 +229,6 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     return {name: leaf for key, item in value.items()
             for name, leaf in _leaves(item, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
-    if dataclasses.is_dataclass(value):
-        chosen = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return {"name": cast(Any, value).name, **chosen}
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _find_recipe(name: str) -> Path:
@@ -347,18 +290,6 @@ def _parse_override(override: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """A value as recipes have it. Raises ConfigError, naming `where`."""
-    try:
-        return yaml.load(text, Loader=_RecipeYaml)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{place}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
 def _validated(values: dict[str, Any], kind: type[Kind], source: str) -> Kind:

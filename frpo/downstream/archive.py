@@ -9,8 +9,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from frpo.config.loader import as_yaml, dump_recipe, load_recipe, recipe_text
+from frpo.config.loader import dump_recipe, load_recipe, recipe_text
 from frpo.config.retention import RetentionRecipe
+from frpo.config.text import as_yaml
 
 RECIPE, COPIES = "retention.yaml", "recipes"
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from frpo.config.loader import as_yaml, dump_recipe
+from frpo.config.loader import dump_recipe
 from frpo.config.sections import Recipe
+from frpo.config.text import as_yaml
 from frpo.downstream.charts import kept_charts
 from frpo.downstream.choice import choice
 from frpo.downstream.pictures import draw_all

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from frpo.config.loader import parse_yaml, recipe_from_dict
+from frpo.config.loader import recipe_from_dict
 from frpo.config.retention import RetentionRecipe
+from frpo.config.text import parse_yaml
 from frpo.errors import ConfigError
 
 GIVEN = {"run.dir": "every policy has its own in the folder of --dir", "run.seed": "give the seeds as --seeds 0 1 2",

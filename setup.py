@@ -48,7 +48,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb>=0.20"],
-        "docs": ["mkdocs-material>=9.6"],
+        "docs": ["mkdocs-material>=9.6", "pymdown-extensions<13"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil",
                  "nbclient", "ipykernel", "tensorboard", "wandb"],
     },

@@ -87,6 +87,8 @@ def meanings(found: Results) -> TableText:
                  ("over updates", "mean along a fork's updates: how soon it is lost"),
                  ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy: how much is lost by a "
                              "fine-tuning that goes so far")]
+    if recipe.compare or recipe.controls:
+        rows.append(("[2/3]", "of a difference: it is above 0 on two of three seeds"))
     rows.append(("KL to the reference", "nats a sequence that a policy has moved from the model that it began with, or "
                                         f"from its `reference`{', before any fork' if recipe.regimes else ''}"))
     return TableText(title="What the names mean", note="", columns=("name", "meaning"), rows=tuple(rows), laid_out=True)

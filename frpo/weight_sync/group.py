@@ -25,9 +25,9 @@ LOOK_S = 0.5
 
 
 class Transport(Protocol):
-    """Way in which bytes travel from the sender to all members. Transports are made and used in the group's own
-    threads.
+    """Way in which bytes travel from the sender to all members.
 
+    Transports are made and used in the group's own threads.
     device: where the bytes lie. Construction waits until all `size` members have come.
     """
 
@@ -69,8 +69,9 @@ class BroadcastGroup:
             begin(transport, store, rank, size, timeout_s, (host, port), self.device))
 
     def send(self, data: torch.Tensor) -> None:
-        """Begin to send (N,) uint8 to all members, which `receive` as many bytes. Leave `data` unchanged until `sent`
-        returns.
+        """Begin to send (N,) uint8 to all members, which `receive` as many bytes.
+
+        `data` must stay unchanged until `sent` returns.
         """
         self._sending = self._broadcast(data)
 
@@ -139,8 +140,9 @@ def _join(gpu: int | None, transport: type[Transport], host: str, port: int, siz
 
 
 def begin(function: Callable[..., Any], *arguments: Any) -> Future:
-    """Start a call in a thread and return its future result. A process that ends does not wait for this thread, as it
-    would for an executor's threads.
+    """Start a call in a thread and return its future result.
+
+    A process that ends does not wait for this thread, as it would for an executor's threads.
     """
     future: Future = Future()
 

@@ -1,7 +1,8 @@
 """The LM head and the loss of its tokens as one operation, so that logits over the whole batch never exist.
 
-Hidden states and head weights go in; losses, log-probs, entropies and gradients come out. No model, no batch and no
-collective is known here. `reference` holds the plain computation that tests and benchmarks compare with.
+Hidden states and head weights are the input. Losses, log-probs, entropies and gradients are the output. This package
+handles no model, no batch and no collective. `reference` holds the plain computation for comparison in tests and
+benchmarks.
 """
 from frpo.kernels.logprobs import linear_logprobs
 from frpo.kernels.stats import LogitScale, ReferenceHead, TokenStats

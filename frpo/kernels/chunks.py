@@ -1,7 +1,7 @@
 """Logits in pieces: chunks of rows for statistics, blocks of the vocabulary for gradients of recomputed logits.
 
-A piece has about chunk_rows * V logits per model, and [N, V] never exists. Losses are elsewhere: what comes in here is
-a slope per token.
+A piece has about chunk_rows * V logits per model, and [N, V] never exists. Losses are in other modules: this module
+receives a slope per token.
 
 Shape suffixes: N tokens, C tokens of a chunk, V vocabulary, B columns of it, D hidden width, E the reference's.
 """
@@ -22,11 +22,13 @@ from frpo.kernels.rows import ReferenceLogits
 from frpo.kernels.stats import LogitGradient, LogitScale, ReferenceHead, RowStats
 
 CHUNK_ROWS = 768
-"""Rows of a chunk, where a caller says nothing else."""
+"""Default number of rows of a chunk."""
 
 _MIN_COLUMNS = 256
-"""Blocks of the vocabulary are multiples of this. Narrower ones would starve the matrix products. Others would begin in
-the middle of what a GPU reads at once, which makes some products many times slower."""
+"""Number of columns that divides the width of a block of the vocabulary. Narrower blocks would slow the matrix
+products. Other widths would start a block in the middle of a GPU's unit of memory access, which makes some products
+many times slower.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class ChunkedLogits:
 
     @cached_property
     def row_ops(self) -> ModuleType:
-        """`triton_rows` where it can run, `rows` elsewhere; both have statistics and gradient_."""
+        """Return `triton_rows` where it can run, `rows` elsewhere. Both modules have `statistics` and `gradient_`."""
         soft = self.reference is not None and self.reference.margin == "soft"
         if not self.hidden_ND.is_cuda or soft or find_spec("triton") is None:
             return torch_rows
@@ -57,13 +59,15 @@ class ChunkedLogits:
         return (slice(first, min(first + self.chunk_rows, N)) for first in range(0, N, self.chunk_rows))
 
     def operands(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of policy and reference, ready to be multiplied."""
+        """Return hidden states of policy and reference, ready to be multiplied."""
         reference = self.reference
         return operand(self.hidden_ND[rows]), None if reference is None else operand(reference.hidden_NE[rows])
 
     def logits(self, hidden_CD: Tensor, hidden_CE: Tensor | None,
                columns: slice = slice(None)) -> tuple[Tensor, ReferenceLogits | None]:
-        """Raw logits of a piece, which the next call overwrites; the reference's only if its operand is given."""
+        """Compute raw logits of a piece; the reference's logits only if `hidden_CE` is given. The next call overwrites
+        them.
+        """
         z_CB = _filled(self._buffers[0], hidden_CD, self.head_VD[columns])
         if hidden_CE is None:
             return z_CB, None
@@ -75,9 +79,11 @@ class ChunkedLogits:
 
     def sweep(self, stats: RowStats, slope: LogitGradient, wants: tuple[bool, bool]
               ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of hidden states and head (where wanted) from logits recomputed in blocks of the vocabulary.
+        """Compute gradients of hidden states and head (where wanted) from logits recomputed in blocks of the
+        vocabulary.
 
-        Every row of the head's gradient is formed once, so that it needs no wider accumulator and is rounded once.
+        Each row of the head's gradient is formed only once. The row therefore needs no wider accumulator and is rounded
+        once.
         """
         hidden_ND, hidden_NE = self.operands(slice(None))
         if wants[1]:
@@ -104,30 +110,32 @@ class ChunkedLogits:
 
     @cached_property
     def _buffers(self) -> list[Tensor]:
-        """Room for the largest piece of each model, made once: a CPU is slow to hand out fresh memory."""
+        """Allocate space for the largest piece of each model, once: a CPU allocates fresh memory slowly."""
         size = piece_size(len(self.hidden_ND), len(self.head_VD), self.chunk_rows)
         return [self.hidden_ND.new_empty(size, dtype=ACCUMULATED[self.head_VD.dtype])
                 for _ in range(1 if self.reference is None else 2)]
 
 
 def block_columns(N: int, V: int, chunk_rows: int) -> int:
-    """Columns of a block of the vocabulary, so that N rows of it are about as many logits as a chunk's."""
+    """Return the width of a block of the vocabulary, so that N rows of a block have about as many logits as a chunk."""
     columns = V * min(chunk_rows, N) // N
     return min(V, max(_MIN_COLUMNS, columns - columns % _MIN_COLUMNS))
 
 
 def piece_size(N: int, V: int, chunk_rows: int = CHUNK_ROWS) -> int:
-    """Most logits of one model that exist at a time, for N >= 1 tokens."""
+    """Return the largest number of logits of one model that exist at a time, for N >= 1 tokens."""
     return max(min(chunk_rows, N) * V, N * block_columns(N, V, chunk_rows))
 
 
 def live_rows(hidden_CD: Tensor, slope: LogitGradient) -> Tensor:
-    """Hidden states with 0 for tokens that are not live: their dz of 0 would still make NaN of a NaN."""
+    """Return hidden states with 0 for tokens that are not live: 0 (their dz) times NaN would still be NaN."""
     return torch.where(slope.live_N[:, None], hidden_CD, 0)
 
 
 def nothing(hidden_0D: Tensor, head_VD: Tensor) -> Tensor:
-    """Per-token values of no token, of shape (0,), whose backward gives hidden states and head gradients of zero."""
+    """Return per-token values of no token, of shape (0,). Their backward gives hidden states and head gradients of
+    zero.
+    """
     return (hidden_0D.sum(1) + head_VD[:0].sum()).to(ACCUMULATED[head_VD.dtype])
 
 

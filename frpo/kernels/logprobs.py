@@ -1,7 +1,7 @@
 """Log-probs and entropies of target tokens from hidden states and the LM head, both differentiable.
 
-For losses that are not a sum over tokens, or whose other inputs are not known in the forward pass. A sum over tokens
-is cheaper through `token_loss`, which need not make the logits twice.
+Use this module for losses that are not a sum over tokens, or that need inputs unknown in the forward pass. For a sum
+over tokens `token_loss` is cheaper, since it need not make the logits twice.
 """
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from frpo.kernels.stats import LogitScale, RowStats, joined, slope
 
 def linear_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, temperature: float = 1.0,
                     softcap: float | None = None, chunk_rows: int = CHUNK_ROWS) -> tuple[Tensor, Tensor]:
-    """Log-probs (N,) of the targets and entropies (N,) in nats under softmax(cap tanh(h W^T / cap) / temperature).
+    """Compute log-probs (N,) of the targets and entropies (N,) in nats.
 
-    Both are float32 (float64 for float64 operands). About chunk_rows * V logits exist at a time. Backward recomputes
-    them in blocks of the vocabulary and reads the head again: under ZeRO-3 it must be gathered in both passes. A frozen
-    head gets no gradient and costs none.
+    The distribution is softmax(cap tanh(h W^T / cap) / temperature). Both results are float32 (float64 for float64
+    operands). About chunk_rows * V logits exist at a time. Backward recomputes the logits in blocks of the vocabulary
+    and reads the head again: under ZeRO-3 the head must be gathered in both passes. A frozen head gets no gradient and
+    adds no cost.
     Raises ValueError for operands of different types or shapes, or of a type other than bfloat16, float32, float64.
     """
     pieces = ChunkedLogits(
@@ -33,7 +34,7 @@ def linear_logprobs(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, tem
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Four matrix products with gradients, against the three of keeping the logits."""
+    """Autograd function of four matrix products with gradients; a function that keeps the logits needs three."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, scale: LogitScale,

@@ -1,6 +1,7 @@
-"""The plain computation: all logits at once, gradients by autograd. For tests and benchmarks only, nothing imports it.
+"""The plain computation: all logits at once, gradients by autograd. For tests and benchmarks only; no module imports
+it.
 
-It shares no formula with the rest of this package, so that agreement means something.
+It shares no formula with the rest of this package, so that agreement of the two is evidence.
 
 Shape suffixes: N tokens, V vocabulary, D hidden width.
 """
@@ -17,14 +18,14 @@ from frpo.kernels.stats import ReferenceHead, TokenStats
 def naive_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss: Callable[[TokenStats, slice], Tensor],
                      *, temperature: float = 1.0, softcap: float | None = None,
                      reference: ReferenceHead | None = None) -> Tensor:
-    """As linear_token_loss, in one chunk."""
+    """Compute the same as linear_token_loss, in one chunk."""
     stats = naive_stats(hidden_ND, head_VD, target_N, temperature=temperature, softcap=softcap, reference=reference)
     return loss(stats, slice(0, len(hidden_ND)))
 
 
 def naive_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, temperature: float = 1.0,
                 softcap: float | None = None, reference: ReferenceHead | None = None) -> TokenStats:
-    """The statistics of linear_token_loss, in the operands' type or float32, whichever is wider."""
+    """Compute the statistics of linear_token_loss, in the operands' type or float32, whichever is wider."""
     z_NV = naive_logits(hidden_ND, head_VD, temperature, softcap)
     if reference is None:
         return stats_of_logits(z_NV, target_N)
@@ -36,7 +37,7 @@ def naive_stats(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, *, tempera
 
 def stats_of_logits(z_NV: Tensor, target_N: Tensor, u_NV: Tensor | None = None, *, tau: float | None = None,
                     entropy: bool = True) -> TokenStats:
-    """Statistics of final logits; tau is None for a hard margin. entropy=False: zeros, and no cost."""
+    """Compute statistics of final logits. tau: None for a hard margin. entropy: False gives zeros at no cost."""
     log_p_NV = torch.log_softmax(z_NV, dim=-1)
     logprobs_N = _at(log_p_NV, target_N)
     entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1) if entropy else torch.zeros_like(logprobs_N)
@@ -54,7 +55,7 @@ def stats_of_logits(z_NV: Tensor, target_N: Tensor, u_NV: Tensor | None = None, 
 
 
 def naive_logits(hidden_ND: Tensor, head_VD: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
-    """Logits (N, V) of float32 or wider; bfloat16 operands are widened first, so that no logit is rounded."""
+    """Compute logits (N, V) in float32 or wider. bfloat16 operands are widened first, so that no logit is rounded."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     logits_NV = hidden_ND.to(wide) @ head_VD.to(wide).t()
     if softcap is not None:

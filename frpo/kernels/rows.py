@@ -1,10 +1,10 @@
 """Row operations on a block of logits in plain PyTorch: statistics of whole rows, and their gradient in place.
 
-The logits are worked through a few rows at a time, small enough to stay in a CPU's cache from one pass to the next, so
-that memory is read once for the statistics and once for the gradient, and temporaries are a few rows. Matrix products
-and losses are elsewhere; `triton_rows` offers the same two functions.
+A few rows of logits are processed at a time, so that they stay in a CPU's cache from one pass to the next. Memory is
+then read once for the statistics and once for the gradient, and temporaries have only a few rows. Matrix products and
+losses are in other modules; `triton_rows` offers the same two functions.
 
-Shape suffixes: C rows (tokens) of a chunk, V vocabulary, B columns (a block of it), R rows worked on at once.
+Shape suffixes: C rows (tokens) of a chunk, V vocabulary, B columns (a block of it), R rows processed at once.
 """
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from torch import Tensor
 from frpo.kernels.stats import LogitGradient, LogitScale, RowStats, joined, known, of_rows
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Logits worked on at once: a CPU's cache holds them, a GPU is kept busy by them."""
+"""Number of logits processed at once: few enough for a CPU's cache, enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLogits:
-    """The reference's raw logits, of the same rows and columns as the policy's; tau is None for a hard margin."""
+    """The reference's raw logits, of the same rows and columns as the policy's. tau is None for a hard margin."""
 
     u_CB: Tensor
     scale: LogitScale
     tau: float | None = None
 
     def of_rows(self, rows: slice) -> ReferenceLogits:
-        """Those of some of the rows, not copied."""
+        """Return the logits of some of the rows, without a copy."""
         return replace(self, u_CB=self.u_CB[rows])
 
 
 def statistics(z_CV: Tensor, target_C: Tensor, scale: LogitScale, reference: ReferenceLogits | None) -> RowStats:
-    """Statistics of every row from raw logits over the whole vocabulary, which are left as they are. C > 0."""
+    """Compute statistics of every row from raw logits over the whole vocabulary. The logits stay unchanged. C > 0."""
     return joined([_single(z_CV[rows], target_C[rows, None], scale) if reference is None else
                    _pair(z_CV[rows], target_C[rows, None], scale, reference.of_rows(rows))
                    for rows in _row_blocks(z_CV)])
@@ -42,9 +42,10 @@ def statistics(z_CV: Tensor, target_C: Tensor, scale: LogitScale, reference: Ref
 
 def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope: LogitGradient, scale: LogitScale,
               reference: ReferenceLogits | None, dtype: torch.dtype) -> Tensor:
-    """dl/draw of raw logits, which are the vocabulary's columns from `start` on, in place or as another dtype.
+    """Compute dl/draw of raw logits, in place or as another dtype. The logits are the vocabulary's columns from `start`
+    on.
 
-    Rows that are not live are exactly 0 whatever the logits were. The logits of both models are spoilt.
+    Rows that are not live are exactly 0, whatever the logits were. The logits of both models are overwritten.
     """
     for rows in _row_blocks(z_CB):
         _block_gradient(z_CB[rows], start, target_C[rows], of_rows(stats, rows), of_rows(slope, rows), scale,
@@ -59,14 +60,16 @@ def _row_blocks(z_CB: Tensor) -> Iterator[slice]:
 
 
 def _scaled(raw_RB: Tensor, scale: LogitScale) -> Tensor:
-    """Capped and tempered logits; the given tensor itself where there is nothing to do."""
+    """Return capped and tempered logits; the given tensor itself where there is nothing to do."""
     if scale.softcap is not None:
         return (raw_RB / scale.softcap).tanh_().mul_(scale.softcap / scale.temperature)
     return raw_RB if scale.temperature == 1 else raw_RB / scale.temperature
 
 
 def _expectation(weights_RV: Tensor, total_R1: Tensor, values_RV: Tensor) -> Tensor:
-    """sum weights * values / total; the weights are spoilt. A dot product would follow the matmul precision set."""
+    """Compute sum weights * values / total; the weights are overwritten. A dot product would depend on the matmul
+    precision set.
+    """
     return weights_RV.mul_(values_RV).sum(1, keepdim=True).div_(total_R1)
 
 
@@ -151,7 +154,7 @@ def _block_gradient(z_RB: Tensor, start: int, target_R: Tensor, stats: RowStats,
 
 
 def _soft_gradient(z_RB: Tensor, u_RB: Tensor, stats: RowStats, slope: LogitGradient, tau: float) -> Tensor:
-    """dl/dmargin (alpha - gamma (1 + (z - sum gamma z) / tau))."""
+    """Compute dl/dmargin (alpha - gamma (1 + (z - sum gamma z) / tau))."""
     gamma_RB = (z_RB / tau).sub_(known(stats.gamma_log_sum_N)[:, None]).exp_()
     gamma_RB.mul_((z_RB - known(stats.gamma_mean_N)[:, None]).div_(tau).add_(1))
     alpha_RB = (u_RB / tau).sub_(known(stats.alpha_log_sum_N)[:, None]).exp_()
@@ -159,7 +162,7 @@ def _soft_gradient(z_RB: Tensor, u_RB: Tensor, stats: RowStats, slope: LogitGrad
 
 
 def _add_entries_(z_RB: Tensor, start: int, index_R: Tensor, values_R: Tensor) -> None:
-    """Add one value per row at its vocabulary index, where that lies within these columns."""
+    """Add one value per row at its vocabulary index, where the index lies within these columns."""
     column_R = index_R - start
     inside_R = (column_R >= 0) & (column_R < z_RB.shape[1])
     column_R = column_R.clamp(0, z_RB.shape[1] - 1)

@@ -1,8 +1,8 @@
-"""What a token loss may depend on, what is kept per token, and the closed form of every token loss's gradient.
+"""Inputs of a token loss, values kept per token, and the closed form of every token loss's gradient.
 
-With z the policy's logits, u the reference's (both capped and tempered already), p, q their softmax, H the entropy,
-y the target, a = argmax u, b = argmax z, the statistics of one token are log p_y, H, KL = sum p (log p - log q) and
-a margin. A loss l of them has, for every v of the vocabulary,
+Notation: z the policy's logits, u the reference's (both capped and tempered already), p, q their softmax, H the
+entropy, y the target, a = argmax u, b = argmax z. The statistics of one token are log p_y, H, KL = sum p (log p - log
+q) and a margin. A loss l of these statistics has, for every v of the vocabulary,
 
     dl/dz_v = dl/dlog p_y (e_y - p)_v - dl/dH p_v (log p_v + H) + dl/dKL p_v (log p_v - log q_v - KL)
               + dl/dmargin d_v
@@ -10,8 +10,8 @@ a margin. A loss l of them has, for every v of the vocabulary,
     soft: margin = sum (alpha - gamma) log p,       d_v = alpha_v - gamma_v - gamma_v (z_v - sum gamma z) / tau
           alpha = softmax(u / tau), gamma = softmax(z / tau)
 
-which is p_v times something affine in (z_v, u_v), plus a few single entries: `LogitGradient` holds those coefficients,
-and the row kernels know nothing else of losses. No tensor with a vocabulary dimension is made here.
+This gradient is p_v times an affine function of (z_v, u_v), plus a few single entries. `LogitGradient` holds the
+coefficients, and the row kernels need nothing else of a loss. No tensor with a vocabulary dimension is made here.
 
 Shape suffixes: N tokens, V vocabulary, E hidden width of the reference.
 """
@@ -32,7 +32,7 @@ Margin = Literal["hard", "soft"]
 class TokenStats:
     """Statistics of the N tokens of one chunk in nats; None where there is no reference.
 
-    logprobs, entropy, kl (>= 0) and margin (<= 0 if hard) may require grad; ref_logprobs are log q of the targets,
+    logprobs, entropy, kl (>= 0) and margin (<= 0 if hard) may require grad. ref_logprobs are log q of the targets.
     agree_N is True where policy and reference have the same most likely token (ties: the lowest index).
     """
 
@@ -48,7 +48,7 @@ class TokenStats:
 class ReferenceHead:
     """A frozen reference: its final hidden states (N, E) and head (V, E) over the policy's vocabulary.
 
-    It has a soft-cap of its own. temperature: of its logits; None: the policy's.
+    softcap: the reference's own soft-cap. temperature: divides the reference's logits; None: the policy's temperature.
     Raises ValueError for an unknown margin or tau <= 0.
     """
 
@@ -68,9 +68,9 @@ class ReferenceHead:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitScale:
-    """logits = cap * tanh(raw / cap) / temperature, without the tanh where softcap is None.
+    """Scale of logits: logits = cap * tanh(raw / cap) / temperature, without the tanh where softcap is None.
 
-    Some models multiply their logits by a number m: that is a temperature of 1 / m, and a cap of cap / m.
+    Some models multiply their logits by a number m. This equals a temperature of 1 / m, and a cap of cap / m.
     Raises ValueError unless both are > 0.
     """
 
@@ -84,15 +84,15 @@ class LogitScale:
             raise ValueError(f"softcap must be > 0 or None, given {self.softcap}")
 
     def at(self, temperature: float) -> LogitScale:
-        """These logits divided by a sampling temperature."""
+        """Return the scale of these logits divided by a sampling temperature."""
         return dataclasses.replace(self, temperature=self.temperature * temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowStats:
-    """All that a gradient needs to be formed later from recomputed logits, block by block: some scalars per token.
+    """Scalars per token from which a gradient is formed later, with logits recomputed block by block.
 
-    log p_v = (z_v - z_max) - z_log_sum. The two are kept apart because their sum would round p at large logits.
+    log p_v = (z_v - z_max) - z_log_sum. The two terms are kept apart because their sum would round p at large logits.
     alpha and gamma exist for a soft margin only: log alpha_v = (u_v - u_max) / tau - alpha_log_sum, likewise gamma;
     gamma_mean = sum gamma (z - z_max).
     """
@@ -113,7 +113,7 @@ class RowStats:
     gamma_mean_N: Tensor | None = None
 
     def leaves(self, requires_grad: bool) -> TokenStats:
-        """What the loss sees: detached, so that its graph ends at the statistics."""
+        """Return the input of the loss: detached statistics, so that the loss's graph ends at them."""
         def leaf(values_N: Tensor) -> Tensor:
             return values_N.detach().requires_grad_(requires_grad)
 
@@ -126,10 +126,11 @@ class RowStats:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitGradient:
-    """dl/dz = e^(z - z_max) (one + z (z - z_max) + u (u - u_max)) + target e_y + margin d, per token; 0 if not live.
+    """Coefficients, per token, of dl/dz = e^(z - z_max) (one + z (z - z_max) + u (u - u_max)) + target e_y + margin d.
 
-    z, u and margin are None where the loss does not need them. A token is live if any derivative of its loss is not
-    exactly 0 (NaN counts as live): the others are left out by selection, since 0 * NaN is NaN.
+    dl/dz is 0 if the token is not live. z, u and margin are None where the loss does not need them. A token is live if
+    any derivative of its loss is not exactly 0 (NaN counts as live). Other tokens are left out by selection, since 0 *
+    NaN is NaN.
     """
 
     one_N: Tensor
@@ -144,26 +145,27 @@ Record = TypeVar("Record", RowStats, LogitGradient)
 
 
 def known(values_N: Tensor | None) -> Tensor:
-    """Values that must be there, since a KL has a reference and a soft margin has alpha and gamma."""
+    """Return values that must exist, and assert so: a KL has a reference, and a soft margin has alpha and gamma."""
     assert values_N is not None
     return values_N
 
 
 def of_rows(record: Record, rows: slice) -> Record:
-    """The same record of some of its tokens."""
+    """Return the same record for some of its tokens."""
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return dataclasses.replace(record, **{name: value[rows] for name, value in values.items() if value is not None})
 
 
 def joined(parts: Sequence[Record]) -> Record:
-    """One record of the tokens of several, in order."""
+    """Join the records of several groups of tokens into one, in order."""
     values = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(parts[0])}
     return dataclasses.replace(parts[0], **{name: torch.cat(v) for name, v in values.items() if v[0] is not None})
 
 
 def slope(stats: RowStats, d_logprobs_N: Tensor | None = None, d_entropy_N: Tensor | None = None,
           d_kl_N: Tensor | None = None, d_margin_N: Tensor | None = None) -> LogitGradient:
-    """The coefficients of dl/dz from the derivatives of a loss; None is a derivative that is 0 for every token."""
+    """Compute the coefficients of dl/dz from the derivatives of a loss. None: a derivative that is 0 for every token.
+    """
     zero_N = torch.zeros_like(stats.logprobs_N)
     derivatives = [d_N for d_N in (d_logprobs_N, d_entropy_N, d_kl_N, d_margin_N) if d_N is not None]
     live_N = torch.stack([d_N != 0 for d_N in derivatives]).any(0) if derivatives else zero_N.bool()

@@ -1,6 +1,6 @@
 """Sums of per-token losses from hidden states and the LM head, with the gradient formed in the forward pass.
 
-Only valid where the loss is a sum over tokens: the loss sees one chunk of rows at a time, and its derivatives there are
+Valid only where the loss is a sum over tokens: the loss gets one chunk of rows at a time, and its derivatives there are
 final. Backward then multiplies by the upstream scalar, and reads neither the head nor the reference.
 """
 from __future__ import annotations
@@ -17,22 +17,25 @@ from frpo.kernels.projection import ACCUMULATED, hidden_gradient_, weight_gradie
 from frpo.kernels.stats import LogitGradient, LogitScale, ReferenceHead, RowStats, TokenStats, joined, slope
 
 Loss = Callable[[TokenStats, slice], Tensor]
-"""Statistics of the tokens of a chunk, and which rows they are of the N -> their summed loss, a scalar."""
+"""Function from (statistics of the tokens of a chunk, slice of these tokens among the N) to their summed loss, a
+scalar.
+"""
 
 
 def linear_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss: Loss, *, temperature: float = 1.0,
                       softcap: float | None = None, reference: ReferenceHead | None = None,
                       chunk_rows: int = CHUNK_ROWS) -> Tensor:
-    """The sum of `loss` over all chunks: a scalar to call backward on once, with gradients of hidden states and head.
+    """Sum `loss` over all chunks. The result is a scalar with gradients of hidden states and head; call backward on it
+    once.
 
-    loss: called once per chunk with statistics that require grad (without gradients: that do not). It must be a sum of
-    terms of one token each, and must give exactly 0 for a token that does not count, by selection; such a token then
-    adds exactly nothing to any gradient, even if its logits are NaN.
+    loss: called once per chunk with statistics that require grad (without gradients: that do not). The loss must be a
+    sum of terms of one token each. For a token that does not count, the loss must give exactly 0, by selection. Such a
+    token then adds exactly nothing to any gradient, even if its logits are NaN.
     chunk_rows: about chunk_rows * V logits of each model exist at a time.
 
     Without grad mode, or where nothing requires grad, there is no gradient work. Without tokens the result is a zero
-    with zero gradients. A trained bfloat16 head makes the logits twice (see `_swept`). Upstream factors should be
-    powers of two or inside the loss, since they multiply gradients that are rounded already.
+    with zero gradients. A trained bfloat16 head makes the logits twice (see `_swept`). Upstream factors multiply
+    gradients that are rounded already. Such factors should therefore be powers of two, or inside the loss.
     Raises ValueError for operands of different types or shapes, or of a type other than bfloat16, float32, float64.
     """
     pieces = ChunkedLogits(hidden_ND=hidden_ND, head_VD=head_VD, target_N=target_N, reference=reference,
@@ -49,7 +52,9 @@ def linear_token_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, loss
 def linear_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, *,
                          temperature: float = 1.0, softcap: float | None = None,
                          chunk_rows: int = CHUNK_ROWS) -> Tensor:
-    """sum weight * -log p(target), with weights divided already; a weight of 0 leaves its token out altogether."""
+    """Compute sum weight * -log p(target). The weights are divided already; a weight of 0 leaves its token out
+    altogether.
+    """
     def loss(stats: TokenStats, rows: slice) -> Tensor:
         return -(weight_N[rows] * torch.where(weight_N[rows] != 0, stats.logprobs_N, 0)).sum()
 
@@ -81,7 +86,7 @@ class _LinearTokenLoss(torch.autograd.Function):
 
 def _accumulated(pieces: ChunkedLogits, loss: Loss, wants: tuple[bool, bool]
                  ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Logits made once; the head's gradient is added up chunk by chunk in its own type."""
+    """Make the logits once, and add up the head's gradient chunk by chunk in its own type."""
     grad_ND = torch.empty_like(pieces.hidden_ND) if wants[0] else None
     grad_VD = torch.empty_like(pieces.head_VD) if wants[1] else None
     loss_sum = _zero(pieces)
@@ -101,10 +106,11 @@ def _accumulated(pieces: ChunkedLogits, loss: Loss, wants: tuple[bool, bool]
 
 
 def _swept(pieces: ChunkedLogits, loss: Loss, wants: tuple[bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Logits made twice, once for the statistics and once in blocks of the vocabulary for the gradients.
+    """Make the logits twice: once for the statistics, once in blocks of the vocabulary for the gradients.
 
-    For a trained bfloat16 head: adding its gradient up would need V * D float32 beside it, or round every addition; and
-    by a GPU's data sheet reading and writing those for every chunk takes as long as the extra product.
+    Used for a trained bfloat16 head. Adding up its gradient would need V * D float32 values beside it, or would round
+    every addition. By a GPU's data sheet, reading and writing these float32 values for every chunk takes as long as the
+    extra product.
     """
     parts, slopes, loss_sum = [], [], _zero(pieces)
     for rows in pieces.row_chunks():
@@ -117,7 +123,7 @@ def _swept(pieces: ChunkedLogits, loss: Loss, wants: tuple[bool, bool]) -> tuple
 
 
 def _zero(pieces: ChunkedLogits) -> Tensor:
-    """What losses are added to, of the type of their statistics."""
+    """Return a zero to which losses are added, of the type of their statistics."""
     return pieces.hidden_ND.new_zeros((), dtype=ACCUMULATED[pieces.hidden_ND.dtype])
 
 
@@ -127,7 +133,7 @@ def _statistics(pieces: ChunkedLogits, rows: slice) -> RowStats:
 
 
 def _derivatives(loss: Loss, stats: RowStats, rows: slice) -> tuple[Tensor, LogitGradient]:
-    """The loss of a chunk, and its derivatives with respect to the statistics as slopes of the logits."""
+    """Return the loss of a chunk, and its derivatives with respect to the statistics as slopes of the logits."""
     with torch.enable_grad():
         leaves = stats.leaves(requires_grad=True)
         value = loss(leaves, rows)

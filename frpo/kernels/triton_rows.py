@@ -1,8 +1,9 @@
-"""Row operations on a block of logits as Triton kernels: what `rows` does, in one read and one read-write of memory.
+"""Row operations on a block of logits as Triton kernels: the work of `rows`, in one read and one read-write of memory.
 
-These kernels have run in Triton's interpreter only (TRITON_INTERPRET=1) and been compiled for a GPU, but never run on
-one: their results are tested, their speed and launch sizes are not. A soft margin is left to `rows`. Statistics are
-online: a row's running maximum, and sums that are rescaled whenever it grows, for both models in the same pass.
+These kernels have been compiled for a GPU, but never run on a GPU; they have run only in Triton's interpreter
+(TRITON_INTERPRET=1). Their results are tested, their speed and launch sizes are not. `rows` handles a soft margin.
+Statistics are online: a row's running maximum, and sums that are rescaled whenever the maximum grows, for both models
+in the same pass.
 
 Shape suffixes: C rows (tokens) of a chunk, V vocabulary, B columns (a block of it), K statistics.
 """
@@ -21,7 +22,7 @@ _WARPS = 8
 
 
 def statistics(z_CV: Tensor, target_C: Tensor, scale: LogitScale, reference: ReferenceLogits | None) -> RowStats:
-    """As rows.statistics, for contiguous logits."""
+    """Compute the same as rows.statistics, for contiguous logits."""
     C, V = z_CV.shape
     out_KC = z_CV.new_empty(4 if reference is None else 9, C)
     settings = {"T": scale.temperature, "CAP": scale.softcap, "BLOCK": _block(V), "num_warps": _WARPS}
@@ -38,7 +39,7 @@ def statistics(z_CV: Tensor, target_C: Tensor, scale: LogitScale, reference: Ref
 
 def gradient_(z_CB: Tensor, start: int, target_C: Tensor, stats: RowStats, slope: LogitGradient, scale: LogitScale,
               reference: ReferenceLogits | None, dtype: torch.dtype) -> Tensor:
-    """As rows.gradient_, for contiguous logits and without a soft margin."""
+    """Compute the same as rows.gradient_, for contiguous logits and without a soft margin."""
     C, B = z_CB.shape
     dz_CB = z_CB if dtype == z_CB.dtype else torch.empty_like(z_CB, dtype=dtype)
     with_u, with_margin = slope.u_N is not None, slope.margin_N is not None
@@ -72,13 +73,13 @@ def _scaled(raw, T: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def _first_of(values, largest, columns, V):
-    """The lowest column that holds the largest value; V in a row of NaN."""
+    """Return the lowest column that holds the largest value; V in a row of NaN."""
     return tl.min(tl.where(values == largest, columns, V), 0)
 
 
 @triton.jit
 def _at(row_ptr, index, V):
-    """One raw logit of a row, NaN for an index that the vocabulary does not have."""
+    """Return one raw logit of a row, NaN for an index outside the vocabulary."""
     return tl.load(row_ptr + index, mask=(index >= 0) & (index < V), other=float("nan"))
 
 

@@ -1,1 +1,4 @@
-"""The learner: one DeepSpeed ZeRO rank with the verbs that the loops call. Knows nothing of Ray, vLLM or rewards."""
+"""The learner: one DeepSpeed ZeRO rank with the operations that the loops call.
+
+This package does not import Ray, vLLM or rewards.
+"""

@@ -1,12 +1,13 @@
-"""Attention over packed sequences: each token meets its own sequence only, as if that were alone.
+"""Attention over packed sequences: each token attends to its own sequence only, as if the sequence were alone.
 
 Registered with transformers as `packed_sdpa`, `packed_eager` and in place of its `flash_attention_2`. On a GPU in bf16
 one kernel of torch computes the whole pack. Elsewhere sequences are regrouped by length inside attention, so that
-padding stays below a factor of two. The mask is the model's own for one sequence (causal, sliding window, chunks). What
-SDPA does not compute (a cap on scores, sinks) is left to the model's own eager function.
+padding stays below a factor of two. The mask is the model's own for one sequence (causal, sliding window, chunks). The
+model's own eager function handles the features that SDPA does not compute (a cap on scores, sinks).
 
-Where sequences begin is not handed from layer to layer, since some families drop it on the way: `arrange` says it once
-for each forward pass, and it holds until the next, so that a backward pass that recomputes layers finds it too.
+The places where sequences begin are not handed from layer to layer, since some families drop them on the way. `arrange`
+sets them once for each forward pass. They stay valid until the next forward pass, so that a backward pass that
+recomputes layers finds them too.
 """
 from __future__ import annotations
 
@@ -32,19 +33,21 @@ HARMLESS = frozenset({
     "attentions", "cu_seq_lens_k", "cu_seq_lens_q", "dropout", "layer_idx", "layer_type", "max_length_k",
     "max_length_q", "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
     "position_embeddings", "position_ids", "return_dict", "shared_kv_states", "sliding_window", "use_cache"})
-"""Arguments of an attention function that need no attention here: dropout is 0, a window is in the mask."""
+"""Arguments of an attention function that can be ignored here: dropout is 0, a window is in the mask."""
 
 BY_HEAD = frozenset({"s_aux", "softcap"})
-"""Arguments that only the model's eager function applies, and that know no positions: a pack can take them."""
+"""Arguments that only the model's eager function applies. They do not depend on positions, so a pack can take them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
     """Sequences of the micro-batch that is computed now. lengths: tokens of each, in order.
 
-    bounds: int32, where each begins in a pack, and the pack's length; None where each has a row of its own.
+    bounds: int32, where each sequence begins in a pack, and the pack's length; None where each sequence has its own
+    row.
     layers: attention modules that have kept the sequences of this pack apart.
-    windows: what `_window` found of each mask, by its id, and the mask, so that no other takes its id.
+    windows: the result of `_window` for each mask, by the mask's id. The mask is kept too, so that no other mask gets
+    its id.
     """
 
     lengths: tuple[int, ...]
@@ -57,24 +60,26 @@ _current: list[Arrangement | None] = [None]
 
 
 def arrange(arrangement: Arrangement | None) -> None:
-    """Say how the micro-batch that follows is laid out; None: one sequence or rows of one length, nothing packed.
+    """Set the layout of the micro-batch that follows. None: one sequence or rows of one length, nothing packed.
 
-    One value for the process and no context variable: autograd recomputes layers in threads of its own.
+    The layout is one value for the process and no context variable, since autograd recomputes layers in threads of its
+    own.
     """
     _current[0] = arrangement
 
 
 def arrangement() -> Arrangement | None:
-    """What `arrange` said last."""
+    """Return the layout that `arrange` set last."""
     return _current[0]
 
 
 def packed_sdpa(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
-    """Attention as transformers' layers call it: query (B, H, S, d), key and value (B, Hkv, S, d); (B, S, H, d).
+    """Compute attention as transformers' layers call it.
 
-    attention_mask: what `packed_mask` made. A pack has B = 1 and S tokens in all.
-    Raises ModelError where a layer hands attention something that a pack cannot take.
+    query (B, H, S, d), key and value (B, Hkv, S, d); returns (B, S, H, d).
+    attention_mask: the result of `packed_mask`. A pack has B = 1 and S tokens in all.
+    Raises ModelError where a layer gives attention an argument that a pack cannot take.
     """
     if _special(options):
         return packed_eager(module, query, key, value, attention_mask, **options)
@@ -95,7 +100,7 @@ def packed_sdpa(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
 
 def packed_eager(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                  attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
-    """The same by the model's own eager function, with all that it is given."""
+    """Compute the same by the model's own eager function, with all arguments that the layer gives."""
     eager, pack = _eager_function(module), _pack()
     if pack is None:
         mask = _additive(attention_mask, query.shape[2], query)
@@ -114,7 +119,7 @@ def packed_eager(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
 
 def packed_flash(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                  attention_mask: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
-    """transformers' flash attention, which computes a whole pack at once, told the boundaries. Never executed."""
+    """Call transformers' flash attention with the boundaries, to compute a whole pack at once. Never executed."""
     pack = _pack()
     if pack is not None:
         pack.layers.add(module)
@@ -125,19 +130,24 @@ def packed_flash(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
 
 
 def packed_mask(*args: Any, **options: Any) -> torch.Tensor | None:
-    """Boolean (B, 1, S, S), True where a token is met; None: plain causal. Of a pack: (1, 1, L, L), L its longest
-    sequence. A shorter sequence has the first rows and columns of it.
+    """Make a boolean mask (B, 1, S, S), True where a token is attended to; None: plain causal.
+
+    For a pack the mask is (1, 1, L, L), where L is the length of its longest sequence. A shorter sequence uses the
+    first rows and columns of the mask.
     """
     return sdpa_mask(*args, **options | _of_longest())
 
 
 def packed_eager_mask(*args: Any, **options: Any) -> torch.Tensor:
-    """The same as eager functions take it: what is added to scores. Never None, since some families add to it."""
+    """Make the mask in the form of eager functions: values to add to scores.
+
+    The mask is never None, since some families add to it.
+    """
     return eager_mask(*args, **options | _of_longest())
 
 
 def _of_longest() -> dict[str, Any]:
-    """Arguments of a mask for the longest sequence of a pack; of no pack none."""
+    """Return the arguments of a mask for the longest sequence of a pack; an empty dict without a pack."""
     pack = _pack()
     if pack is None:
         return {}
@@ -152,14 +162,14 @@ def _pack() -> Arrangement | None:
 
 
 def _special(options: dict[str, Any]) -> dict[str, Any]:
-    """What is given to attention that SDPA would drop."""
+    """Return the arguments of attention that SDPA would drop."""
     return {name: option for name, option in options.items()
             if option is not None and name not in HARMLESS and name != "scaling"
             and not (name == "is_causal" and option is True)}
 
 
 def _eager_function(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """The eager attention of the file that a family is written in."""
+    """Return the eager attention function from the file that defines the model's family."""
     found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if found is None:
         raise ModelError(f"{type(module).__name__} has no eager attention function, which its scores need; "
@@ -168,16 +178,17 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether flash attention, as torch has it, computes these heads."""
+    """Return whether torch's flash attention computes these heads."""
     width = query.shape[-1]
     return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width == value.shape[-1]
             and width <= 256 and width % 8 == 0)
 
 
 def _window(pack: Arrangement, mask: torch.Tensor | None) -> tuple[int, int] | None:
-    """(tokens that one meets to its left, 0), left -1 for all of them; None where the mask is no such band.
+    """Return the window of a causal mask: (number of tokens to the left that a token attends to, 0); -1 for all tokens.
 
-    Found once for each mask of a pass, since it has to wait for the GPU.
+    None where the mask is not causal with one window. Computed once for each mask of a pass, since the computation has
+    to wait for the GPU.
     """
     if mask is None:
         return -1, 0
@@ -196,8 +207,8 @@ def _window(pack: Arrangement, mask: torch.Tensor | None) -> tuple[int, int] | N
 
 def _whole_pack(pack: Arrangement, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
                 value: torch.Tensor, window: tuple[int, int], scaling: float | None) -> torch.Tensor:
-    """(1, S, H, d) by one kernel, which is told where sequences begin."""
-    assert pack.bounds is not None  # or it were none
+    """Compute (1, S, H, d) by one kernel that takes the places where sequences begin."""
+    assert pack.bounds is not None  # since this is a pack
     pack.layers.add(module)
     longest, (q, k, v) = max(pack.lengths), (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = varlen_attn(q, k, v, pack.bounds, pack.bounds, longest, longest, scale=scaling, window_size=window,
@@ -207,7 +218,7 @@ def _whole_pack(pack: Arrangement, module: torch.nn.Module, query: torch.Tensor,
 
 def _by_length(pack: Arrangement, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
                value: torch.Tensor, mask: torch.Tensor | None, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """`attend` on sequences of similar length at a time; (1, S, H, d)."""
+    """Call `attend` on groups of sequences of similar length; returns (1, S, H, d)."""
     longest = max(pack.lengths)
     if mask is not None and mask.shape[-2:] != (longest, longest):
         raise ModelError(f"{type(module).__name__} masks attention by a tensor of shape {tuple(mask.shape)} that is "
@@ -225,7 +236,7 @@ def _by_length(pack: Arrangement, module: torch.nn.Module, query: torch.Tensor, 
 
 
 def _buckets(lengths: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """(starts, lengths) of sequences whose lengths share their number of binary digits."""
+    """Group sequences whose lengths have the same number of binary digits. Returns (starts, lengths) of each group."""
     buckets: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     start = 0
     for length in lengths:
@@ -237,7 +248,10 @@ def _buckets(lengths: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
 
 
 def _grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places in the pack of B sequences padded to L, and which of them are real; the others repeat a last token."""
+    """Return the places in the pack of B sequences padded to L, and which places are real.
+
+    The other places repeat the last token of their sequence.
+    """
     starts_B, lengths_B = torch.tensor(starts, device=device), torch.tensor(lengths, device=device)
     column_L = torch.arange(max(lengths), device=device)
     real_BL = column_L < lengths_B[:, None]
@@ -245,7 +259,7 @@ def _grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[
 
 
 def _additive(mask: torch.Tensor | None, length: int, like: torch.Tensor) -> torch.Tensor:
-    """What eager functions add to scores; causal where there is no mask."""
+    """Return the values that eager functions add to scores; causal where there is no mask."""
     if mask is None:
         mask = torch.ones((length, length), dtype=torch.bool, device=like.device).tril()[None, None]
     if mask.dtype != torch.bool:

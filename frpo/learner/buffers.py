@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 
 def restore_buffers(network: PreTrainedModel) -> None:
-    """Compute non-persistent buffers below float32 anew, as transformers does after loading. In place.
+    """Compute non-persistent buffers below float32 again, as transformers does after loading. In place.
 
-    Only of modules without weights, which the same function would draw anew. What it does not compute is left alone.
+    Only modules without weights are changed, since the same function would draw weights at random again. Buffers that
+    this function does not compute stay as they are.
     """
     for module in network.modules():
         kept = {name: buffer for name, buffer in module.named_buffers(recurse=False)

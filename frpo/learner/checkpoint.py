@@ -1,11 +1,11 @@
-"""The learner's state on disk, and going on from it on another number of ranks.
+"""The learner's state on disk, and resuming from it on another number of ranks.
 
-    <folder>/learner/       DeepSpeed's own files, one set a rank
-    <folder>/learner.json   what wrote them: number of ranks, updates done, ZeRO settings
-    <folder>/universal/     the same state cut by tensors instead of ranks; made when another layout of ranks first asks
+    <folder>/learner/       DeepSpeed's own files, one set per rank
+    <folder>/learner.json   facts of the writer: number of ranks, updates done, ZeRO settings
+    <folder>/universal/     the same state cut by tensors instead of ranks; made at the first load by another layout
 
-Ranks laid out as those that wrote the files read their own ones, bit for bit. When a whole checkpoint is complete, and
-which recipes may go on from it, is not decided here.
+Ranks with the layout of the writers read their own files, bit for bit. Other modules decide when a whole checkpoint is
+complete, and which recipes may resume from it.
 """
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save_state(engine: DeepSpeedEngine, folder: str, updates_done: int) -> None:
     try:
         engine.save_checkpoint(folder, tag=TAG, client_state={"updates_done": updates_done}, save_latest=False,
                                exclude_frozen_parameters=True)
-    except (OSError, RuntimeError) as error:  # the latter of torch's own writer, which does not know why
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError without the cause
         free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 2**20
         raise CheckpointError(f"{folder} cannot be written ({error}); {free:.0f} MiB are free there. Make room, or "
                               "choose another run.dir") from error
@@ -51,7 +51,7 @@ def save_state(engine: DeepSpeedEngine, folder: str, updates_done: int) -> None:
 
 
 def load_state(engine: DeepSpeedEngine, folder: str) -> int:
-    """Restore what `save_state` wrote, from any number of ranks; returns the number of updates done. Collective.
+    """Restore a state of `save_state`, from any number of ranks; returns the number of updates done. Collective.
 
     Raises CheckpointError on every rank if the state is damaged, of another stage of ZeRO, or cannot be converted.
     """
@@ -65,9 +65,9 @@ def load_state(engine: DeepSpeedEngine, folder: str) -> int:
         with _inside(path):
             loaded, client_state = engine.load_checkpoint(
                 UNIVERSAL if universal else ".", tag=TAG,
-                # Frozen parameters are not in the files: they are as the model on disk has them.
+                # Frozen parameters are not in the files: their values come from the model on disk.
                 load_module_strict=all(parameter.requires_grad for parameter in engine.module.parameters()))
-    except Exception as error:  # whatever torch and DeepSpeed stumble over in files that are not as they wrote them
+    except Exception as error:  # any error of torch and DeepSpeed on files that were changed
         raise _damaged(path, error) from error
     finally:
         engine._config.load_universal_checkpoint = False
@@ -79,14 +79,16 @@ def load_state(engine: DeepSpeedEngine, folder: str) -> int:
 
 
 def _zero_settings(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """`zero_optimization` as it was given: together with the ranks, the layout of DeepSpeed's files."""
+    """Return `zero_optimization` as it was given. With the number of ranks it defines the layout of DeepSpeed's files.
+    """
     return engine.config["zero_optimization"]
 
 
 def _checked_record(path: Path, engine: DeepSpeedEngine) -> dict[str, Any]:
-    """What wrote the state under `path`, once its files are found whole and fit for `engine`.
+    """Return the record of the state under `path`, after a check that its files are whole and fit `engine`.
 
-    Looked at before any rank reads its own: otherwise the one whose file is damaged fails and the others wait for it.
+    This check comes before any rank reads its own files. Otherwise the rank whose file is damaged fails and the others
+    wait for it.
     """
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
@@ -96,7 +98,7 @@ def _checked_record(path: Path, engine: DeepSpeedEngine) -> dict[str, Any]:
         states = sum(file.name.endswith("_optim_states.pt") for file in files)
         if states != ranks:
             raise _damaged(path, f"{ranks} ranks wrote it, but {states} files hold optimizer state")
-        cut = [file.name for file in files if not zipfile.is_zipfile(file)]  # of which torch writes the end last
+        cut = [file.name for file in files if not zipfile.is_zipfile(file)]  # torch writes the end of a zip file last
         if cut:
             raise _damaged(path, f"{', '.join(cut)} cannot be read to the end")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -108,7 +110,10 @@ def _checked_record(path: Path, engine: DeepSpeedEngine) -> dict[str, Any]:
 
 
 def _convert(path: Path) -> None:
-    """DeepSpeed's files to its universal form, unless that was done before. A conversion cut short is never read."""
+    """Convert DeepSpeed's files to its universal form, unless this was done before.
+
+    An unfinished conversion is never read.
+    """
     partial = path / f"{UNIVERSAL}.partial"
     if (path / UNIVERSAL).exists():
         return
@@ -119,33 +124,37 @@ def _convert(path: Path) -> None:
         with held(path.absolute() / f"{UNIVERSAL}.lock"):
             if partial.exists():
                 shutil.rmtree(partial)
-            # Worker processes would be forks of this one, its threads and its GPU; hence none.
+            # No worker processes: they would be forks of this process with its threads and its GPU.
             with _inside(path), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 ds_to_universal.main(options)
             partial.rename(path / UNIVERSAL)
     except HeldByAnotherError as holder:
         raise CheckpointError(f"{path} is being converted for another number of ranks by another run ({holder}); start "
                               "again when that is done") from None
-    except Exception as error:  # whatever torch and DeepSpeed stumble over; the other ranks are waiting
+    except Exception as error:  # any error of torch and DeepSpeed; the other ranks are waiting
         raise CheckpointError(f"{path} cannot be converted for another number of ranks: {_message(error)}; resume with "
                               "the learner.num_ranks and learner.deepspeed that wrote it, or from another checkpoint"
                               ) from error
 
 
 def _inside(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Within it DeepSpeed need not be told `path`, which may look like a pattern: it matches paths as such."""
+    """Change to the folder `path` for the context, so that DeepSpeed gets no path. DeepSpeed treats paths as patterns.
+    """
     return contextlib.chdir(path)
 
 
 def _own_step_counts(engine: DeepSpeedEngine) -> None:
-    """DeepSpeed gives all sub-groups of ZeRO-3 one and the same counter, which each of them would then advance."""
+    """Give every sub-group of ZeRO-3 its own step counter.
+
+    DeepSpeed gives all sub-groups the same counter, which each of them would advance.
+    """
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
 
 
 def _on_rank_0(job: Callable[[], Any]) -> Any:
-    """On all ranks, the result of `job` done by rank 0 alone, or its CheckpointError. Collective."""
+    """Run `job` on rank 0 alone, and return its result, or raise its CheckpointError, on all ranks. Collective."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

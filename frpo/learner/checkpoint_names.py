@@ -1,8 +1,8 @@
-"""The tensors of a model's checkpoint, by name, which are not always the parameters that transformers has in memory.
+"""The tensors of a model's checkpoint, by name. They are not always the parameters that transformers has in memory.
 
-transformers renames, splits and fuses weights as it loads them (all experts of a layer become one tensor) and undoes
-that as it saves. Rollout engines read what a checkpoint holds, so a push needs the same, a few weights at a time.
-Nothing is gathered, sent or written here.
+transformers renames, splits and fuses weights when it loads them (all experts of a layer become one tensor), and undoes
+this when it saves. Rollout engines read the tensors of a checkpoint, so a push needs the same tensors, a few weights at
+a time. This module gathers, sends and writes nothing.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Layout = tuple[str, torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Tensors of a checkpoint and the weights that they come from; one and one, for most.
+    """Tensors of a checkpoint and the weights that they come from; one weight and one tensor in most cases.
 
     skeleton: the model without storage, whose conversions are undone; None where a weight is stored as it is.
     """
@@ -33,7 +33,7 @@ class Stored:
     skeleton: PreTrainedModel | None
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, tensor) in the order of `layout`. All parameters of `weights` must be whole."""
+        """Return (name, tensor) in the order of `layout`. All parameters of `weights` must be whole."""
         values = {weight.name: weight.value() for weight in self.weights}
         if self.skeleton is not None:
             values = revert_weight_conversion(self.skeleton, values)
@@ -41,15 +41,15 @@ class Stored:
 
 
 def as_they_are(weights: Sequence[Weight]) -> list[Stored]:
-    """Each weight as one tensor of its own name and shape."""
+    """Return each weight as one tensor of its own name and shape."""
     return [Stored(weights=(weight,), layout=((weight.name, weight.parameter.dtype, weight.shape),), skeleton=None)
             for weight in weights]
 
 
 class CheckpointForm:
-    """How a model's weights are laid out in the checkpoint it was loaded from.
+    """Layout of a model's weights in the checkpoint from which the model was loaded.
 
-    Construction takes a moment, needs no values, and raises ModelError where weights cannot be converted in parts.
+    Construction is short and needs no values. It raises ModelError where weights cannot be converted in parts.
     """
 
     def __init__(self, network: PreTrainedModel, weights: Sequence[Weight]):
@@ -62,7 +62,7 @@ class CheckpointForm:
         self.groups = _groups(self.skeleton, empty)
 
     def stored(self, weights: Sequence[Weight]) -> list[Stored]:
-        """The whole checkpoint, in a fixed order. weights: the same as those of construction."""
+        """Return the whole checkpoint, in a fixed order. weights: the same as those of construction."""
         by_name = {weight.name: weight for weight in weights}
         return [Stored(weights=tuple(by_name[name] for name in names), layout=layout,
                        skeleton=None if [name for name, _, _ in layout] == list(names) else self.skeleton)
@@ -71,7 +71,7 @@ class CheckpointForm:
 
 def _groups(skeleton: PreTrainedModel, empty: Mapping[str, torch.Tensor]
             ) -> list[tuple[tuple[str, ...], tuple[Layout, ...]]]:
-    """The smallest sets of weights that become tensors of the checkpoint together, and those tensors."""
+    """Find the smallest sets of weights that become tensors of the checkpoint together. Returns sets and tensors."""
     groups: list[tuple[list[str], set[str]]] = []
     for name, tensor in empty.items():
         names, made = [name], set(revert_weight_conversion(skeleton, {name: tensor}))

@@ -1,7 +1,7 @@
-"""Training samples into the tensors of one micro-batch, packed or padded.
+"""Conversion of training samples into the tensors of one micro-batch, packed or padded.
 
-Weights arrive divided already; nothing here normalises. Loss positions are picked out as flat indices, so neither
-padding nor a neighbour in the pack ever enters a loss.
+Weights arrive divided already; this module does not normalise. Loss positions are selected by flat indices. Padding and
+other sequences of the pack therefore never enter a loss.
 """
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from frpo.types import AnySample, MicroBatch
 class TokenBatch:
     """B rows of L tokens and the N loss positions among them.
 
-    Packed: one row without padding. Position ids restart at every sequence, and `bounds` holds where each starts (and
-    L): what variable-length attention needs. The mask is all ones, or transformers would look for sequences itself.
-    Padded: one row a sequence, padded on the right, with a mask.
+    Packed: one row without padding. Position ids restart at every sequence. `bounds` holds the start of each sequence,
+    and L, for variable-length attention. The mask is all ones; otherwise transformers would look for sequences itself.
+    Padded: one row per sequence, padded on the right, with a mask.
     lengths: tokens of each sequence.
     row_N, column_N: the hidden state at [row, column] predicts token target_N (the token at column + 1).
-    sequence_N: which sequence of the micro-batch a loss position belongs to.
+    sequence_N: the sequence of the micro-batch to which a loss position belongs.
     """
 
     token_ids_BL: torch.Tensor
@@ -38,7 +38,7 @@ class TokenBatch:
 
 
 def collate(samples: Sequence[AnySample], pad_id: int, device: torch.device, *, packed: bool) -> TokenBatch:
-    """Lay the token ids of `samples` out and index their loss positions, in order of sample, then position."""
+    """Lay out the token ids of `samples` and index their loss positions, in order of sample, then position."""
     lengths = np.array([len(sample.token_ids) for sample in samples])
     positions = [np.flatnonzero(sample.loss_mask) for sample in samples]
     assert all(sample.loss_mask[0] == 0 for sample in samples), "nothing predicts the first token of a sequence"
@@ -68,7 +68,7 @@ def collate(samples: Sequence[AnySample], pad_id: int, device: torch.device, *, 
 
 
 def loss_positions(samples: Sequence[AnySample], name: str, device: torch.device) -> torch.Tensor | None:
-    """float32 (N): the per-token array `name` of all samples at their loss positions, in the order of `collate`.
+    """Return float32 (N): the per-token array `name` of all samples at their loss positions, in the order of `collate`.
 
     None where the samples have no such array.
     """
@@ -79,7 +79,10 @@ def loss_positions(samples: Sequence[AnySample], name: str, device: torch.device
 
 
 def per_sample(samples: MicroBatch, value: np.ndarray, dtype: type = np.float64) -> list[np.ndarray]:
-    """Scatter flat loss-position values back: one array over all tokens a sample, zero outside its loss positions."""
+    """Scatter flat values of loss positions back. Returns one array over all tokens per sample.
+
+    The arrays are zero outside the loss positions.
+    """
     result: list[np.ndarray] = []
     start = 0
     for sample in samples:

@@ -1,6 +1,6 @@
-"""A policy as a Hugging Face folder, and whether one can be written, asked before anything is trained.
+"""Export of a policy as a Hugging Face folder, and a check before training that the export can be written.
 
-It takes weights that are whole; gathering them is the learner's business.
+The weights must be whole; the learner gathers them.
 """
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from frpo.errors import ConfigError, ModelError
 
 def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shards: Iterator[dict[str, torch.Tensor]],
                 source: str, folder: Path) -> None:
-    """Write weights, one file a shard, the config of `network` and the tokenizer into `folder`, made if need be.
+    """Write the weights, one file per shard, the config of `network` and the tokenizer into `folder`.
 
-    shards: taken one after the other, so that only one need be in memory.
-    source: folder or hub id that the policy started from. Its generation config is copied to the byte: transformers
-    reads many that it refuses to write. Where there is none, none is written.
+    `folder` is made if needed.
+    shards: taken one after the other, so that only one shard need be in memory.
+    source: folder or hub id that the policy started from. Its generation config is copied byte by byte, since
+    transformers reads many generation configs that it refuses to write. Without a generation config in `source`, none
+    is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in (folder / SAFE_WEIGHTS_INDEX_NAME, *folder.glob("model-*.safetensors")):
-        file.unlink(missing_ok=True)  # of an earlier export, which vLLM would load too
+        file.unlink(missing_ok=True)  # file of an earlier export, which vLLM would load too
     shard, own = next(shards), network.generation_config
     places, sizes = [list(shard)], _size(shard)
     network.generation_config, network.config.use_cache = GenerationConfig(), True
-    network.save_pretrained(folder, state_dict=shard, save_original_format=False)  # it has that format
+    network.save_pretrained(folder, state_dict=shard, save_original_format=False)  # the shard has that format already
     network.generation_config, network.config.use_cache = own, False
     for shard in shards:
         places.append(list(shard))
@@ -49,7 +51,10 @@ def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sh
 
 
 def _name_shards(folder: Path, places: Sequence[Sequence[str]], size: int) -> None:
-    """Give each file the number of all, as transformers and vLLM expect, and say in which a weight lies."""
+    """Put the total number of files into each file name, as transformers and vLLM expect.
+
+    Also write an index of weights and files.
+    """
     index: dict[str, str] = {}
     (folder / SAFE_WEIGHTS_NAME).rename(folder / "model-00001.safetensors")
     for number, names in enumerate(places, start=1):
@@ -65,9 +70,10 @@ def _size(shard: Mapping[str, torch.Tensor]) -> int:
 
 
 def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
-    """Save all of an export but its weights into a folder that is thrown away, so that it cannot fail after training.
+    """Save an export without its weights into a temporary folder, so that the export cannot fail after training.
 
-    Raises ConfigError where the export could not be written into `run_dir`, ModelError naming what cannot be saved.
+    Raises ConfigError where the export could not be written into `run_dir`. Raises ModelError that names the part that
+    cannot be saved.
     """
     folder = run_dir / "export"
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
@@ -76,7 +82,7 @@ def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_di
                           "another run.dir")
     try:
         with TemporaryDirectory(dir=existing, prefix=".frpo-"):
-            pass  # some file systems say no only when they are asked
+            pass  # some file systems refuse only an actual write
     except OSError as error:
         raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written: {existing}: {error.strerror}; choose another "
                           "run.dir") from None
@@ -95,13 +101,16 @@ def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_di
 def _rehearse(path: str, what: str, work: Callable[[], object]) -> None:
     try:
         work()
-    except Exception as error:  # of any class of transformers or of the model's own code; each would end a trained run
+    except Exception as error:  # any error of transformers or of the model's code would end a trained run
         raise ModelError(f"model {path!r} could not be exported after training: {what} fails: {type(error).__name__}: "
                          f"{error}; correct that file") from error
 
 
 def _generation_config(source: str) -> Path | None:
-    """Of the model at `source`; None where it has none, or its hub cannot be asked and loading did without it."""
+    """Return the generation config of the model at `source`.
+
+    None where the model has none, or where its hub cannot be reached and loading succeeded without it.
+    """
     try:
         found = cached_file(source, GENERATION_CONFIG_NAME)
     except OSError:

@@ -1,7 +1,7 @@
-"""Whether a model computes in the learner what it computes in plain transformers: packed, padded, twice.
+"""Comparison of a model in the learner with the same model in plain transformers: packed, padded, repeated.
 
-"Plain" is the network's own logits of one sequence at a time, by its own eager attention. Choosing sequences and
-refusing a model is the controller's business (`frpo.run.checks`).
+"Plain" means the network's own logits of one sequence at a time, by its own eager attention. The controller chooses the
+sequences and refuses models (`frpo.run.checks`).
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from frpo.types import Comparison, Gap, SupervisedSample
 
 def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[int]],
             collate: Callable[[Sequence[SupervisedSample]], TokenBatch]) -> Comparison:
-    """Compare what `network`, a TokenModel or DeepSpeed's engine around one, says of `sequences`. Collective.
+    """Compare log-probs of `sequences` under `network`, a TokenModel or DeepSpeed's engine around one. Collective.
 
     sequences: token ids, at least two each. collate: lays samples out as in training.
     """
@@ -42,12 +42,12 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
             fails_alone = False
             together = _logprobs(network, model, batch)
             arranged = arrangement()
-            assert arranged is not None  # by the pass before
+            assert arranged is not None  # set by the pass before
             apart = len(arranged.layers)
             repeated = _logprobs(network, model, batch)
         except (FrpoError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of any class: the model's own code, on what it cannot take
+        except Exception as error:  # any error of the model's own code on inputs that it cannot take
             return Comparison(**facts, failure=f"{type(error).__name__}: {error}".splitlines()[0],
                               fails_alone=fails_alone)
     before = _gap(other[:-1], plain[-1][:-1])
@@ -57,14 +57,14 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
 
 
 def _sample(index: int, token_ids: Sequence[int]) -> SupervisedSample:
-    """All tokens but the first are predicted."""
+    """Make a sample in which all tokens but the first are predicted."""
     learned = np.arange(len(token_ids)) > 0
     return SupervisedSample(sample_id=(0, 0, index), token_ids=np.array(token_ids), loss_mask=learned,
                             weight=learned.astype(np.float64))
 
 
 def _with_another_end(model: TokenModel, token_ids: Sequence[int]) -> list[int]:
-    """A causal model says the same of all tokens but the last."""
+    """Change the last token. A causal model gives the same log-probs to all tokens but the last."""
     return [*token_ids[:-1], (token_ids[-1] + 1) % model.network.config.get_text_config().vocab_size]
 
 
@@ -76,14 +76,14 @@ def _logprobs(network: torch.nn.Module, model: TokenModel, batch: TokenBatch) ->
 
 
 def _plain_logprobs(network: torch.nn.Module, batch: TokenBatch) -> np.ndarray:
-    """Of a batch that holds one sequence."""
+    """Return log-probs of a batch that holds one sequence, from the network's own logits."""
     logits_LV = network(batch, None)[0, :-1].double()
     return logits_LV.log_softmax(-1).gather(1, batch.target_N[:, None])[:, 0].cpu().numpy()
 
 
 @contextmanager
 def _eager_attention(network: PreTrainedModel) -> Iterator[None]:
-    """Within it, the family's own eager attention, where it lets attention be chosen."""
+    """Use the family's own eager attention within the context, if the family lets attention be chosen."""
     if not network._can_set_attn_implementation():
         yield
         return
@@ -96,6 +96,6 @@ def _eager_attention(network: PreTrainedModel) -> Iterator[None]:
 
 
 def _gap(one: np.ndarray, other: np.ndarray) -> Gap:
-    """NaN counts as the largest difference there is."""
+    """Return mean and maximum of the absolute difference. NaN counts as an infinite difference."""
     difference = np.nan_to_num(np.abs(one - other), nan=np.inf)
     return (float(difference.mean()), float(difference.max())) if difference.size else (0.0, 0.0)

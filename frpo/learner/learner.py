@@ -1,9 +1,9 @@
-"""One rank of the learner: the verbs a loop calls on every rank in lockstep.
+"""One rank of the learner: the operations that a loop calls on every rank in lockstep.
 
     compare, score, kl, forward_backward, supervise, optim_step, push_weights, save, load, export
 
-It takes micro-batches whose weights are divided already and only sums; group logic, advantages and batching happen
-before, on the controller. A plain class: `cluster` puts it into Ray actors.
+The learner takes micro-batches whose weights are divided already, and only sums. The controller computes groups,
+advantages and batches before. `Learner` is a plain class; `cluster` puts it into Ray actors.
 """
 from __future__ import annotations
 
@@ -71,23 +71,23 @@ from frpo.weight_sync.protocol import WeightSender, drained
 
 OPTIMIZER_STATES = (OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params,
                     OffloadStateTypeEnum.lp_grads)
-"""What of DeepSpeed's state is not needed to gather weights."""
+"""Parts of DeepSpeed's state that are not needed to gather weights."""
 
 SHARD_BYTES = 5 * 2**30
-"""About the size of a file of an export."""
+"""Approximate size of one file of an export."""
 
 
 class Learner:
     """A ZeRO rank that holds the policy, its optimizer and, where a KL term needs one, the frozen reference.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment; construction is collective.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment. Construction is collective.
     """
 
     def __init__(self, recipe: Recipe | FinetuneRecipe, model_path: str, device: str):
         self.recipe, self.model_path = recipe, model_path
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.device = torch.device(device)
-        # Of a GPU's rank too: the optimizer may be offloaded, and Ray gives a process one thread.
+        # Needed on a GPU too: the optimizer may be offloaded, and Ray gives a process one thread.
         torch.set_num_threads(recipe.learner.threads)
         self.tokenizer = load_tokenizer(model_path, recipe.model.trust_remote_code)
         self.updates_done = 0
@@ -96,7 +96,7 @@ class Learner:
         self.engine = ds.build_policy(self._policy, recipe.learner, self.config, self.device)
         self.balance = balance_coefficient(recipe.model, self.network)
         self.form = CheckpointForm(self.network, merged_weights(self.network))
-        # Without its adapters the policy is a reference that costs nothing.
+        # Without its adapters the policy is a reference at no cost.
         free = recipe.model.lora is not None and recipe.reference_model is None
         self.reference: Reference | None = None
         if recipe.needs_reference or free:
@@ -113,7 +113,7 @@ class Learner:
         return TokenModel(network)
 
     def _frozen(self, path: str | None) -> FrozenModel:
-        """The model at `path`, or the policy before its first update."""
+        """Return the model at `path`, or the policy before its first update, as a frozen model."""
         if path is None and self.recipe.model.lora is not None:
             return FrozenModel(self.engine, is_policy=True)
         load = partial(load_model, self.recipe.model, path or self.model_path, packed=self.recipe.learner.packing)
@@ -121,16 +121,17 @@ class Learner:
 
     @property
     def network(self) -> PreTrainedModel:
-        """The policy as transformers knows it; its parameters may be partitioned."""
+        """Return the policy as a transformers model. Its parameters may be partitioned."""
         return self.engine.module.network
 
     # --- computing ------------------------------------------------------------------------------------------------
 
     def score(self, micro_batches: Sequence[MicroBatch], *, model: str = "policy",
               temperature: float | None = None) -> dict[SampleId, np.ndarray]:
-        """Log-probabilities (nats) of every sample's loss tokens under the "policy" or the frozen "reference".
+        """Compute log-probabilities (nats) of every sample's loss tokens. Collective.
 
-        temperature: divides the logits; None takes the recipe's sampling temperature. Collective.
+        model: the "policy" or the frozen "reference".
+        temperature: divides the logits; None takes the recipe's sampling temperature.
         Returns one float32 array over all tokens of each sample, zero outside its loss positions.
         """
         scores: dict[SampleId, np.ndarray] = {}
@@ -145,8 +146,9 @@ class Learner:
         return scores
 
     def compare(self, sequences: Sequence[Sequence[int]]) -> list[Comparison]:
-        """What policy, and reference where it is a model of its own, say of `sequences`, against plain transformers.
-        Collective.
+        """Compare log-probs of `sequences` under the policy with those of plain transformers. Collective.
+
+        The reference is compared too where it is a model of its own.
         """
         found = [compare("policy", self.engine, sequences, self._collate)]
         if isinstance(self.reference, FrozenModel) and not self.reference.is_policy:
@@ -154,10 +156,10 @@ class Learner:
         return found
 
     def kl(self, micro_batches: Sequence[MicroBatch], *, to: str = "reference") -> dict[SampleId, float]:
-        """KL(policy || other) in nats at temperature 1, over the whole vocabulary, summed over each sample's loss
-        tokens. Collective.
+        """Compute KL(policy || other) in nats at temperature 1, over the whole vocabulary. Collective.
 
-        For samples of the policy at temperature 1 it is an unbiased estimate of the KL of whole sequences.
+        Returns the sum over the loss tokens of each sample. For samples of the policy at temperature 1 this sum is an
+        unbiased estimate of the KL of whole sequences.
         to: "reference", or "start", the model that `keep_initial_policy` has put beside the policy.
         """
         found: dict[SampleId, float] = {}
@@ -201,14 +203,14 @@ class Learner:
                   coefficient: float = 1.0, learn: bool = True, watch_movement: bool = False) -> MetricSums:
         """Accumulate the gradient of coefficient times the summed supervised loss over given responses. Collective.
 
-        It adds to what `forward_backward` has accumulated for the same update. learn: False only measures.
+        The gradient is added to the gradient of `forward_backward` for the same update. learn: False only measures.
         """
         parts: list[Metrics] = []
         if watch_movement:
             self.movement = MovementCheck(self.network)
         use = self._expert_use(micro_batches) if learn else None
         supervised = self.recipe.supervised_loss
-        assert supervised is not None  # nobody asks otherwise
+        assert supervised is not None  # `supervise` is called only with a supervised loss
         with torch.set_grad_enabled(learn):
             for samples in micro_batches:
                 batch = self._collate(samples)
@@ -227,7 +229,7 @@ class Learner:
     def optim_step(self, total_updates: int, *, watch_movement: bool = False) -> OptimStepOutput:
         """Clip and apply the accumulated gradient. Collective.
 
-        With `watch_movement`, `self.movement` then knows the tensors without gradient and those that did not move.
+        With `watch_movement`, `self.movement` then holds the tensors without gradient and those that did not move.
         """
         lr = ds.learning_rate(self.updates_done, total_updates, self.recipe.learner)
         for group in self.engine.optimizer.param_groups:
@@ -242,11 +244,16 @@ class Learner:
         return OptimStepOutput(policy_version=self.updates_done, grad_norm=float(grad_norm), lr=lr)
 
     def movement_report(self) -> dict[str, tuple[bool, bool]]:
-        """(got a gradient on this rank, its fp32 master moved) of every trainable tensor, after a watched step."""
+        """Return (got a gradient on this rank, its fp32 master moved) of every trainable tensor. Call after a watched
+        step.
+        """
         return self._watched.report()
 
     def keep_initial_policy(self, path: str | None = None) -> None:
-        """Put the policy as it was before its first update, or the model at `path`, beside it, for `kl`. Collective."""
+        """Keep a frozen model beside the policy, for `kl`. Collective.
+
+        The model is the policy before its first update, or the model at `path`.
+        """
         if path is None and isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None:
             self.start = self.reference
         else:
@@ -255,7 +262,7 @@ class Learner:
     # --- the reference on disk ------------------------------------------------------------------------------------
 
     def begin_cache(self) -> None:
-        """Put the reference beside the policy for as long as `cache_reference` needs it. Collective."""
+        """Load the reference beside the policy for as long as `cache_reference` needs it. Collective."""
         self.reference = self._frozen(self.recipe.reference_model)
 
     def cache_reference(self, micro_batches: Sequence[MicroBatch], folder: str) -> None:
@@ -264,31 +271,35 @@ class Learner:
             fill_cache(self._model_of_reference, folder, samples, self._collate(samples))
 
     def end_cache(self, folder: str) -> None:
-        """Complete the cache and let go of the model that filled it. Collective."""
+        """Complete the cache and release the model that filled it. Collective."""
         finish_cache(self._model_of_reference, folder, self.rank)
         self.reference = None
         gc.collect()
 
     def use_cache(self, folder: str) -> None:
-        """Take the reference from a complete cache from now on."""
+        """Read the reference from a complete cache from now on."""
         self.reference = CachedStates(folder, self.device)
 
     # --- weights and checkpoints ----------------------------------------------------------------------------------
 
     def push_weights(self, version: int) -> None:
-        """Send the policy to the rollout engines under label `version`: whole weights, or its adapters alone where
-        weight_sync.adapters says so. Collective; rank 0 drives.
+        """Send the policy to the rollout engines under label `version`. Collective; rank 0 drives.
+
+        Sends whole weights, or only the adapters where weight_sync.adapters is set.
         """
         assert self.sender is not None  # by `connect`
         stored = as_they_are(adapter_weights(self.network)) if self.sender.section.adapters else self._checkpoint()
         self.sender.send(self._stream(stored), version)
 
     def connect(self, sender: WeightSender) -> None:
-        """Hand over the sender that `push_weights` uses from now on."""
+        """Set the sender that `push_weights` uses from now on."""
         self.sender = sender
 
     def make_room(self, offload: bool) -> None:
-        """Give free memory of the GPU back to others. offload: move the optimizer's state to the CPU. Collective."""
+        """Release free memory of the GPU to other processes. Collective.
+
+        offload: move the optimizer's state to the CPU.
+        """
         if offload:
             self.engine.offload_states(include=OPTIMIZER_STATES)
         gc.collect()
@@ -305,7 +316,7 @@ class Learner:
         save_state(self.engine, folder, self.updates_done)
 
     def load(self, folder: str) -> int:
-        """Restore what `save` wrote, on any number of ranks; returns the number of updates done. Collective.
+        """Restore a state of `save`, on any number of ranks; returns the number of updates done. Collective.
 
         Raises CheckpointError.
         """
@@ -315,7 +326,7 @@ class Learner:
     def export(self, folder: str) -> None:
         """Write a Hugging Face model (safetensors, config, tokenizer) from rank 0, in files of some GB. Collective.
 
-        With LoRA it is the merged model, and the folder `adapter` in it holds the adapters alone, for peft.
+        With LoRA this is the merged model, and its subfolder `adapter` holds only the adapters, for peft.
         """
         shards = self._shards(self._checkpoint())
         try:
@@ -329,14 +340,17 @@ class Learner:
                     write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
 
     def _checkpoint(self) -> list[Stored]:
-        """The policy in the form of the checkpoint that it was loaded from, adapters merged."""
+        """Return the policy in the form of the checkpoint from which it was loaded, adapters merged."""
         return self.form.stored(merged_weights(self.network))
 
     def _stream(self, stored: Sequence[Stored]) -> ds.GatheredWeights:
         return ds.GatheredWeights(stored, self.recipe.bucket_mb * 2**20)
 
     def _shards(self, stored: Sequence[Stored], limit: float = SHARD_BYTES) -> Iterator[dict[str, torch.Tensor]]:
-        """All of them in rank 0's memory, about `limit` bytes at a time; nothing on the other ranks. Collective."""
+        """Yield all tensors in rank 0's memory, about `limit` bytes at a time. Collective.
+
+        Other ranks yield nothing.
+        """
         shard: dict[str, torch.Tensor] = {}
         held = 0
         for bucket in self._stream(stored):
@@ -353,7 +367,7 @@ class Learner:
     # --- pieces ---------------------------------------------------------------------------------------------------
 
     def _scored(self, model: str) -> AbstractContextManager[torch.nn.Module]:
-        """The policy, or the reference: a frozen copy, or the policy without its adapters."""
+        """Return the context of the policy or of the reference: a frozen copy, or the policy without its adapters."""
         return nullcontext(self.engine) if model == "policy" else self._model_of_reference.active()
 
     @property
@@ -363,7 +377,7 @@ class Learner:
 
     @property
     def _model_of_reference(self) -> FrozenModel:
-        assert isinstance(self.reference, FrozenModel)  # only losses are asked of states on disk
+        assert isinstance(self.reference, FrozenModel)  # states on disk are used for losses only
         return self.reference
 
     @property
@@ -376,7 +390,10 @@ class Learner:
         return self._known_reference.states(samples, batch) if needed else nullcontext()
 
     def _expert_use(self, micro_batches: Sequence[MicroBatch]) -> ExpertUse | None:
-        """How often the update chooses each expert, on all ranks; None without a load-balancing loss. Collective."""
+        """Count how often the update chooses each expert, on all ranks. Collective.
+
+        None without a load-balancing loss.
+        """
         if self.balance == 0:
             return None
         counter = UseCounter(cast(int, self.network.num_experts_per_tok))
@@ -392,7 +409,7 @@ class Learner:
                                                    counted_M=counted_tokens(samples, batch))
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
-        # DeepSpeed averages gradients over ranks, ours are shares of one sum: this factor undoes the average.
+        # DeepSpeed averages gradients over ranks. Each rank has a share of one sum: this factor undoes the average.
         self.engine.backward(loss_sum * self.world_size)
 
     def _collate(self, samples: Sequence[AnySample]) -> TokenBatch:
@@ -406,11 +423,14 @@ class Learner:
 
 
 def _no_answer(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> None:
-    """Of the output head, where only the routers are looked at."""
+    """Return nothing for the output head, where only the routers' outputs are needed."""
 
 
 def _summed(parts: Sequence[Metrics]) -> MetricSums:
-    """Metrics of all micro-batches. Read at the end: every number taken from a GPU waits for all work queued on it."""
+    """Sum the metrics of all micro-batches.
+
+    Call this at the end: a number read from a GPU waits for all work queued on the GPU.
+    """
     metrics = MetricSums()
     for part in parts:
         metrics.update(part)

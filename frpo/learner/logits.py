@@ -1,8 +1,8 @@
-"""How a family makes logits of its decoder's hidden states, measured on its own code rather than read from its config.
+"""Measurement of how a model family makes logits from its decoder's hidden states: by its own code, not by its config.
 
-Some families multiply hidden states or logits by a number, some cap logits; each names it in its own way. Here decoder
-and output head are replaced by known values for one call of the network's `forward`, so that what it does around them
-shows. No weight is needed: the network may be partitioned or on the meta device.
+Some families multiply hidden states or logits by a number, and some cap logits. Each family has its own names for these
+in the config. Here decoder and output head are replaced by known values for one call of the network's `forward`. The
+result shows the computation around them. No weight is needed: the network may be partitioned or on the meta device.
 """
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from frpo.errors import ModelError
 from frpo.kernels import LogitScale
 
 SMALL, LARGE = 2.0**-20, 2.0**40
-"""Raw logits in whose answers a factor and a cap stand alone."""
+"""Raw logits that separate a factor (SMALL) from a cap (LARGE) in the answer."""
 
 PROBES = (SMALL, LARGE, -LARGE, 0.0, *(sign * 2.0**power for power in range(-6, 9) for sign in (1, -1)))
 
 TOLERANCE = 1e-5
-"""Relative; some families compute the last step in float32, in which a power of two is exact."""
+"""Relative tolerance. Some families compute the last step in float32, in which a power of two is exact."""
 
 
 class _Hidden(tuple):
-    """What a decoder returns, with nothing in it but hidden states."""
+    """Output of a decoder that holds only hidden states."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
 
 
 def logit_scale(network: PreTrainedModel) -> LogitScale:
-    """The scale and the cap of `network`'s logits: logits = cap tanh(hidden W^T / cap') / temperature.
+    """Measure the scale and the cap of `network`'s logits: logits = cap tanh(hidden W^T / cap') / temperature.
 
-    Raises ModelError where logits are anything else, so that hidden states and the head's weight do not tell them.
+    Raises ModelError for other logits, which cannot be computed from hidden states and the head's weight.
     """
     head, family = network.get_output_embeddings(), type(network).__name__
     if head is None or getattr(head, "weight", None) is None:
@@ -64,7 +64,7 @@ def logit_scale(network: PreTrainedModel) -> LogitScale:
 
 
 def decoder_of(network: PreTrainedModel) -> torch.nn.Module:
-    """The part of `network` that makes hidden states of token ids. Raises ModelError where there is none."""
+    """Return the part of `network` that makes hidden states from token ids. Raises ModelError where there is none."""
     found = network.get_decoder()
     if found is network:
         parts = [part for part in network.children() if isinstance(part, PreTrainedModel)]
@@ -77,7 +77,7 @@ def decoder_of(network: PreTrainedModel) -> torch.nn.Module:
 
 def _answers(network: PreTrainedModel, hidden_D: torch.Tensor, raw_V: torch.Tensor
              ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(D) what the head is given where the decoder says `hidden_D`; (V) logits where the head says `raw_V`."""
+    """Return (D) the head's input when the decoder returns `hidden_D`, and (V) logits when the head returns `raw_V`."""
     decoder, head = decoder_of(network), network.get_output_embeddings()
     given: list[torch.Tensor] = []
 
@@ -100,12 +100,12 @@ def _answers(network: PreTrainedModel, hidden_D: torch.Tensor, raw_V: torch.Tens
 
 
 def _rounded(value: torch.Tensor) -> float:
-    """Without what measuring has left behind the ninth digit."""
+    """Round to nine digits, which removes errors of the measurement."""
     return float(f"{float(value):.9g}")
 
 
 def _factor(of: torch.Tensor, is_: torch.Tensor) -> torch.Tensor | None:
-    """The number that `of` was multiplied by; None where there is no such number."""
+    """Return the factor between `of` and `is_`; None where there is no such number."""
     if is_.shape != of.shape:
         return None
     factor = is_[0] / of[0]

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) on a causal language model, by peft: W x + (alpha / r) B A x.
 
-The base stays frozen and the adapters sit inside the network, so that the same network without them is the reference.
-Outside the learner only merged weights are known: engines and exports get W + (alpha / r) B A under the name of W. The
-merge is out of place and per tensor; peft's own writes into the base, of which a ZeRO-3 rank holds a part only.
+The base stays frozen and the adapters are inside the network. The same network without them is therefore the reference.
+Other packages see only merged weights: engines and exports get W + (alpha / r) B A under the name of W. The merge is
+out of place and per tensor. peft's own merge writes into the base, of which a ZeRO-3 rank holds only a part.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ADAPTER = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One tensor of the model without adapters: a parameter or a buffer, and what an adapter adds to it."""
+    """One tensor of the model without adapters, a parameter or a buffer, and the factors that an adapter adds to it."""
 
     name: str
     parameter: torch.Tensor
@@ -45,11 +45,11 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor, partitioned or not."""
+        """Return the shape of the whole tensor, partitioned or not."""
         return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
 
     def value(self) -> torch.Tensor:
-        """The tensor itself, merged in fp32. All `parameters` must be whole."""
+        """Return the tensor itself, merged in fp32. All `parameters` must be whole."""
         if self.factors is None:
             return self.parameter.data
         down, up = (factor.data.float() for factor in self.factors)
@@ -59,9 +59,9 @@ class Weight:
 def add_adapters(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
     """Freeze `network` and put a trainable adapter, zero in effect, into its linear layers. In place.
 
-    The same on every rank: the random factor comes from `seed` alone. Works on partitioned parameters.
-    Raises ModelError where a target is none of the linear layers (the output head is none), and where peft adapts other
-    layers than those: it has rules of its own for some families.
+    The result is the same on every rank: the random factor comes from `seed` alone. Works on partitioned parameters.
+    Raises ModelError where a target is none of the linear layers (the output head does not count as one). Also raises
+    ModelError where peft adapts other layers than those, by its own rules for some families.
     """
     layers, family = _adapted_layers(network, section.targets), type(network).__name__
     config = LoraConfig(r=section.r, lora_alpha=section.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
@@ -88,7 +88,10 @@ def check_targets(model: ModelSection, path: str) -> None:
 
 
 def adapter_summary(model: ModelSection, path: str) -> str:
-    """In words, what adapters train of the model at `path` and which kinds of modules have none, the largest first."""
+    """Describe the parameters that adapters train in the model at `path`, and the kinds of modules without adapters.
+
+    The kinds with most parameters come first.
+    """
     assert model.lora is not None
     network = hollow_network(model, path)
     layers = _adapted_layers(network, model.lora.targets)
@@ -109,8 +112,9 @@ def adapter_summary(model: ModelSection, path: str) -> str:
 
 
 def adapted_widths(network: PreTrainedModel, targets: str | Sequence[str]) -> list[int]:
-    """Inputs and outputs together of each linear layer among `targets`; an adapter of rank r has r times as many
-    parameters. Raises ModelError where a target is none.
+    """Return inputs plus outputs of each linear layer among `targets`.
+
+    An adapter of rank r has r times as many parameters. Raises ModelError where a target is no linear layer.
     """
     layers = {cast(nn.Linear, network.get_submodule(name)) for name in _adapted_layers(network, targets)}
     return sorted(layer.in_features + layer.out_features for layer in layers)
@@ -118,9 +122,10 @@ def adapted_widths(network: PreTrainedModel, targets: str | Sequence[str]) -> li
 
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[None]:
-    """Within it, `network` computes what it did before `add_adapters`; for scoring, since nothing requires a gradient.
+    """Switch the adapters off within the context: `network` computes the same as before `add_adapters`.
 
-    Partitioned or not, parameters and their hooks stay as they are, so training goes on as if nothing had been scored.
+    For scoring only, since no parameter requires a gradient then. Partitioned or not, parameters and their hooks stay
+    as they are, so training goes on as if nothing had been scored.
     """
     layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -137,7 +142,7 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
 
 
 def merged_weights(network: nn.Module) -> list[Weight]:
-    """The parameters and saved buffers of `network` as it is without adapters; a tied one once."""
+    """Return the parameters and saved buffers of `network` without adapters; a tied parameter once."""
     adapted: dict[nn.Parameter, tuple[nn.Parameter, nn.Parameter, float]] = {}
     for module in network.modules():
         if isinstance(module, LoraLayer):
@@ -158,15 +163,16 @@ def merged_weights(network: nn.Module) -> list[Weight]:
 
 
 def adapter_weights(network: nn.Module) -> list[Weight]:
-    """The adapters alone, under the names of peft's adapter file."""
+    """Return only the adapters, under the names of peft's adapter file."""
     return [Weight(name=f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", parameter=parameter)
             for name, parameter in network.named_parameters() if f".{ADAPTER}." in name]
 
 
 def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Tensor], base: str) -> None:
-    """A folder for `PeftModel.from_pretrained(base model, folder)`: `state` is named as in `adapter_weights`.
+    """Write a folder for `PeftModel.from_pretrained(base model, folder)`. `state` is named as in `adapter_weights`.
 
-    base: the model under the adapters, a hub id or a folder, which peft has to find from wherever it is asked.
+    base: the model under the adapters, a hub id or a folder. The path of a folder is made absolute, so that peft finds
+    it from any working directory.
     """
     configs: Any = network.peft_config
     config = copy(configs[ADAPTER])
@@ -178,7 +184,7 @@ def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Te
 
 
 def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers among `targets`."""
+    """Return the names of the linear layers among `targets`."""
     head = network.get_output_embeddings()
     layers = [name for name, module in network.named_modules() if module is not head and _is_linear(module)]
     if not layers:
@@ -201,7 +207,10 @@ def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> l
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether `module` answers with what an adapter can add to. Some routers are an nn.Linear with more to say."""
+    """Return whether an adapter can add to the output of `module`.
+
+    Some routers are an nn.Linear with additional outputs, which an adapter cannot add to.
+    """
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
     hollow = {name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device="meta")
@@ -210,6 +219,6 @@ def _is_linear(module: nn.Module) -> bool:
         asked = torch.empty((1, module.in_features), dtype=module.weight.dtype, device="meta")
         try:
             answer = torch.func.functional_call(module, hollow, (asked,))
-        except Exception:  # of any class: it wants something else than one vector, such as a group of them
+        except Exception:  # any error: the module takes other input than one vector, such as a group of vectors
             return False
     return isinstance(answer, torch.Tensor) and answer.shape == (1, module.out_features)

@@ -1,7 +1,7 @@
-"""Between the hidden states of a micro-batch and the loss of its tokens: what the learner hands to the output head.
+"""Loss functions of one micro-batch, from hidden states to summed loss. The learner gives them to the output head.
 
-The formulas are `frpo.objectives`', the memory-bounded arithmetic over the vocabulary is `frpo.kernels`'; here a
-micro-batch becomes the flat tensors that both speak of.
+The formulas are in `frpo.objectives`; the memory-bounded arithmetic over the vocabulary is in `frpo.kernels`. This
+module turns a micro-batch into the flat tensors that both use.
 
 Legend: N loss positions, n of them in one chunk, D hidden width, V vocabulary.
 """
@@ -28,9 +28,9 @@ from frpo.types import Metrics, MicroBatch, TrainingSample
 class MicroBatchLoss:
     """The policy loss of one micro-batch, as a function of hidden states and head.
 
-    arrays: what a loss needs besides log-probs, flat over N; None where the batch has no such numbers.
+    arrays: inputs of a loss besides log-probs, flat over N; None where the batch has no such numbers.
     reference: None where its distribution is not needed.
-    metrics: receives one entry a chunk; its tensors stay on the device.
+    metrics: receives one entry per chunk; its tensors stay on the device.
     """
 
     loss: PolicyLoss
@@ -40,7 +40,7 @@ class MicroBatchLoss:
 
     def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, scale: LogitScale,
                 temperature: float) -> torch.Tensor:
-        """The summed loss. Chunk by chunk, unless the loss has to see a sequence whole: then logits are made twice.
+        """Compute the summed loss chunk by chunk. If the loss needs whole sequences, logits are made twice instead.
 
         scale: the policy's own. temperature: at which policy and reference are compared.
         """
@@ -52,7 +52,7 @@ class MicroBatchLoss:
         return linear_token_loss(hidden_ND, head_VD, target_N, self.of_tokens, **options, reference=reference)
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
-        """The summed loss of the tokens `rows`, whose statistics are given."""
+        """Compute the summed loss of the tokens `rows` from their statistics."""
         given: dict[str, Any] = {name: None if array is None else array[rows] for name, array in self.arrays.items()}
         current = stats.logprobs_N.detach()
         output = self.loss(LossInputs(
@@ -71,9 +71,9 @@ class MicroBatchLoss:
 class SupervisedMicroBatch:
     """The supervised loss of one micro-batch, as a function of hidden states and head.
 
-    coefficient: of the loss beside others. weight_N, position_N: as in SupervisedInputs. reference: None where nothing
-    asks for one.
-    metrics: receives one entry a chunk; its tensors stay on the device.
+    coefficient: factor of this loss beside other losses. weight_N, position_N: as in SupervisedInputs. reference: None
+    where no loss needs a reference.
+    metrics: receives one entry per chunk; its tensors stay on the device.
     """
 
     loss: SupervisedLoss
@@ -86,7 +86,7 @@ class SupervisedMicroBatch:
 
     def of_head(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, scale: LogitScale
                 ) -> torch.Tensor:
-        """The summed loss, chunk by chunk."""
+        """Compute the summed loss, chunk by chunk."""
         margin = getattr(self.loss, "margin", Margin())
         reference = None if self.reference is None else reference_head(
             self.reference, head_VD, margin=margin.argmax, tau=margin.tau)
@@ -94,7 +94,7 @@ class SupervisedMicroBatch:
                                  reference=reference)
 
     def of_tokens(self, stats: TokenStats, rows: slice) -> torch.Tensor:
-        """The summed loss of the tokens `rows`, whose statistics are given."""
+        """Compute the summed loss of the tokens `rows` from their statistics."""
         inputs = SupervisedInputs(
             logprobs_N=stats.logprobs_N, ref_logprobs_N=stats.ref_logprobs_N, kl_N=stats.kl_N, margin_N=stats.margin_N,
             agree_N=stats.agree_N, weight_N=self.weight_N[rows], position_N=self.position_N[rows])
@@ -105,14 +105,15 @@ class SupervisedMicroBatch:
 
 
 def head_options(scale: LogitScale) -> dict[str, Any]:
-    """The scale as the kernels' functions take it."""
+    """Return the scale as arguments of the kernels' functions."""
     return {"temperature": scale.temperature, "softcap": scale.softcap}
 
 
 def reference_head(states: ReferenceStates, head_VD: torch.Tensor, temperature: float = 1.0, **margin: Any
                    ) -> ReferenceHead:
-    """What the kernels know of the reference. head_VD: the policy's head, which may be the reference's too. margin: see
-    `ReferenceHead`.
+    """Build the kernels' record of the reference.
+
+    head_VD: the policy's head, used where the reference has no head of its own. margin: see `ReferenceHead`.
     """
     return ReferenceHead(hidden_NE=states.hidden_NE, **head_options(states.scale.at(temperature)), **margin,
                          head_VE=head_VD.detach() if states.head_VE is None else states.head_VE)
@@ -120,7 +121,7 @@ def reference_head(states: ReferenceStates, head_VD: torch.Tensor, temperature: 
 
 def token_kl(hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.Tensor, reference: ReferenceStates,
              scale: LogitScale) -> torch.Tensor:
-    """(N) KL(pi || pi_ref) over the vocabulary in nats, chunk by chunk and without gradients."""
+    """Compute (N) KL(pi || pi_ref) over the vocabulary in nats, chunk by chunk and without gradients."""
     parts: list[torch.Tensor] = []
 
     def collect(stats: TokenStats, rows: slice) -> torch.Tensor:
@@ -134,14 +135,14 @@ def token_kl(hidden_ND: torch.Tensor, head_VD: torch.Tensor, *, target_N: torch.
 
 
 def response_positions(samples: MicroBatch, device: torch.device) -> torch.Tensor:
-    """int64 (N): the place of every loss position among those of its example, from 0."""
+    """Return int64 (N): the index of every loss position among those of its example, from 0."""
     counts = [int(sample.loss_mask.sum()) for sample in samples]
     return torch.as_tensor(np.concatenate([np.arange(count) for count in counts]), dtype=torch.int64, device=device)
 
 
 def loss_arrays(samples: Sequence[TrainingSample], batch: TokenBatch, device: torch.device
                 ) -> dict[str, torch.Tensor | None]:
-    """`MicroBatchLoss.arrays` of `samples`, by the names that LossInputs has for them."""
+    """Return `MicroBatchLoss.arrays` of `samples`, by the field names of LossInputs."""
     lengths = [int(sample.loss_mask.sum()) for sample in samples]
     advantage = np.repeat([sample.advantage for sample in samples], lengths)
     named = {f"{name}_N": loss_positions(samples, name, device) for name in (

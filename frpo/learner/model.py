@@ -1,6 +1,7 @@
-"""Causal language models and tokenizers from a local folder or a hub id, ready for exact training.
+"""Loading of causal language models and tokenizers from a local folder or a hub id, ready for exact training.
 
-It does not shard: a `transformers` model built while an `HfDeepSpeedConfig` is alive comes out partitioned.
+This module does not shard: a `transformers` model built while an `HfDeepSpeedConfig` is alive is partitioned from the
+start.
 """
 from __future__ import annotations
 
@@ -47,29 +48,29 @@ from frpo.learner.logits import logit_scale
 from frpo.learner.rotary import follow_own_lengths, scale_within_sequences
 from frpo.types import Example
 
-transformers.utils.logging.disable_progress_bar()  # ours is the only bar of a run
+transformers.utils.logging.disable_progress_bar()  # frpo's own bar is the only bar of a run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, as it was saved. Raises ModelError naming the path where there is none."""
+    """Load the tokenizer beside a model, as it was saved. Raises ModelError that names the path where there is none."""
     try:
         if _saved_as_it_is(Path(path)):
             return PreTrainedTokenizerFast.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer at {path!r}: {_first_line(error)}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files of one
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes this where files are missing
         raise ModelError(f"no tokenizer at {path!r}: it would have no vocabulary; save the model's own beside it")
     return tokenizer
 
 
 def _saved_as_it_is(folder: Path) -> bool:
-    """Whether a local tokenizer.json is of no model's class.
+    """Return whether a local tokenizer.json belongs to no model's class.
 
-    transformers rebuilds such a tokenizer as the class of the model beside it, with that model's splitting of text: a
-    character-level one beside a Qwen2 config loses every space.
+    transformers rebuilds such a tokenizer as the class of the model beside it, with that model's splitting of text. For
+    example, a character-level tokenizer beside a Qwen2 config loses every space.
     """
     config = folder / "tokenizer_config.json"
     if not config.is_file() or not (folder / "tokenizer.json").is_file():
@@ -79,7 +80,7 @@ def _saved_as_it_is(folder: Path) -> bool:
 
 
 def check_model_path(model: ModelSection, path: str) -> None:
-    """Raise ModelError if no config can be read at `path`, or it contradicts the recipe's window or itself."""
+    """Raise ModelError if `path` has no readable config, or if the config contradicts the recipe's window or itself."""
     if not Path(path).is_dir():
         if looks_local(path):
             raise ModelError(f"model.path {path!r} is no folder ({here()}); give a folder with config.json and "
@@ -103,7 +104,7 @@ def check_model_path(model: ModelSection, path: str) -> None:
 
 
 def _what_it_is(folder: Path) -> str:
-    """What a folder without a model holds instead, and what to give."""
+    """Describe the content of a folder without a model, and the path to give instead."""
     if (folder / "adapter_config.json").is_file():
         merged = f", {str(folder.parent)!r}" if (folder.parent / "config.json").is_file() else ""
         return f": it is a LoRA adapter; give the merged model{merged}"
@@ -114,7 +115,7 @@ def _what_it_is(folder: Path) -> str:
 
 
 def lacking_weights(model: ModelSection) -> str | None:
-    """In words, that the folder of a local model has no weights; None where it has some, or is no folder."""
+    """Return a message if the folder of a local model has no weights. None where it has some, or is no folder."""
     folder = Path(model.path or "")
     if model.path is None or not folder.is_dir() or any(
             [*folder.glob(pattern)] for pattern in ("*.safetensors", "*.bin", "*.pt", SAFE_WEIGHTS_INDEX_NAME)):
@@ -141,10 +142,10 @@ def check_weights(path: str) -> None:
 
 
 def unstopped_turn(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """In words, that sampling goes on after the token with which the chat template ends a turn; None if it stops there.
+    """Return a message if sampling goes on after the token with which the chat template ends a turn; None otherwise.
 
-    It stops at the tokenizer's end of sequence and at `eos_token_id` of generation_config.json, else of config.json.
-    A tiny model's template and tokenizer fit together.
+    Sampling stops at the tokenizer's end of sequence and at `eos_token_id` of generation_config.json, else of
+    config.json. A tiny model's template and tokenizer fit together.
     """
     if model.path is None:
         return None
@@ -163,7 +164,7 @@ def unstopped_turn(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def check_reference(model: ModelSection, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError unless the model at `path` can be read and speaks in the same tokens as the policy."""
+    """Raise ModelError unless the model at `path` can be read and has the same tokens as the policy."""
     check_model_path(model, path)
     differing = vocabulary_difference(tokenizer, load_tokenizer(path, model.trust_remote_code))
     if differing:
@@ -177,7 +178,7 @@ def check_reference(model: ModelSection, path: str, tokenizer: PreTrainedTokeniz
 
 
 def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """In words, how the tokens of two tokenizers differ; None where they are the same."""
+    """Describe how the tokens of two tokenizers differ; None where they are the same."""
     known, others = ours.get_vocab(), theirs.get_vocab()
     if known == others:
         return None
@@ -186,7 +187,7 @@ def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedToken
 
 
 def cache_facts(model: ModelSection, path: str, examples: Sequence[Example]) -> dict[str, Any]:
-    """What a cache of the states of the model at `path` depends on; see `StateCache`."""
+    """Return all facts on which a cache of the states of the model at `path` depends; see `StateCache`."""
     network = hollow_network(model, path)
     content = hashlib.sha256()
     for example in examples:
@@ -197,7 +198,7 @@ def cache_facts(model: ModelSection, path: str, examples: Sequence[Example]) -> 
 
 
 def model_digest(path: str) -> str:
-    """Hash of a local model's configuration and weights; of a hub id, the id and the commit that is cached."""
+    """Return a hash of a local model's configuration and weights. For a hub id, return the id and the cached commit."""
     folder = Path(path)
     if not folder.is_dir():
         return f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
@@ -210,13 +211,16 @@ def model_digest(path: str) -> str:
 
 
 def hidden_size(model: ModelSection, path: str) -> int:
-    """Width D of the model at `path`."""
+    """Return the width D of the model at `path`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     return config.get_text_config().hidden_size
 
 
 def embedding_count(model: ModelSection) -> int | None:
-    """How many tokens the model has embeddings of; None for one made on the spot, whose tokenizer is of its size."""
+    """Return the number of tokens for which the model has embeddings.
+
+    None for a tiny model made by the run, whose tokenizer has the model's size.
+    """
     if model.path is None:
         return None
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
@@ -225,7 +229,7 @@ def embedding_count(model: ModelSection) -> int | None:
 
 def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient_checkpointing: bool = False
                ) -> PreTrainedModel:
-    """The model at `path` in the recipe's precision, with attention that keeps the sequences of a pack apart.
+    """Load the model at `path` in the recipe's precision, with attention that keeps the sequences of a pack apart.
 
     packed: sequences of at most `model.max_length` tokens will share a row.
     gradient_checkpointing: recompute every layer in the backward pass. Raises ModelError where the weights cannot be
@@ -237,9 +241,9 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
             loaded = AutoModelForCausalLM.from_pretrained(
                 path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
                 trust_remote_code=model.trust_remote_code, output_loading_info=True)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last of shapes that the config denies
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: shapes differ from the config
         raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}{partly}") from None
-    except (AttributeError, IndexError, KeyError, TypeError) as error:  # of a family's code on weights in parts
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # a family's code fails on weights in parts
         raise ModelError(f"model.path {path!r} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
                          f"{partly}") from error
     network, found = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
@@ -260,12 +264,12 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
 
 @contextmanager
 def _loaded_weights_kept() -> Iterator[None]:
-    """Within it, transformers draws nothing under ZeRO-3 for modules whose own weights a checkpoint has filled.
+    """Under ZeRO-3, stop transformers from drawing weights of modules that a checkpoint has filled, within the context.
 
-    It would not keep what it draws, but some families fail over weights in parts. Their buffers have been computed
-    already; without ZeRO-3 they have not.
+    transformers would not keep the drawn weights, but some families fail over weights in parts. The buffers of these
+    modules have been computed already; without ZeRO-3 they have not.
     """
-    family: Any = PreTrainedModel  # of which mypy lets no method be replaced
+    family: Any = PreTrainedModel  # Any, since mypy lets no method of the class be replaced
     own = family._initialize_weights
 
     def missing_only(network: PreTrainedModel, module: nn.Module, *args: Any) -> None:
@@ -281,7 +285,9 @@ def _loaded_weights_kept() -> Iterator[None]:
 
 
 def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
-    """The model at `path` without its weights, to look at what it is made of. Raises ModelError where it has no code.
+    """Build the model at `path` without its weights, for inspection.
+
+    Raises ModelError where transformers has no code for the model.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     try:
@@ -293,12 +299,12 @@ def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
 
 
 def check_family(model: ModelSection, path: str) -> None:
-    """Raise ModelError where frpo cannot compute the logits of the model at `path`, from its config and code alone."""
+    """Raise ModelError where frpo cannot compute the logits of the model at `path`. Reads only its config and code."""
     logit_scale(hollow_network(model, path))
 
 
 def _attention_of(model: ModelSection, path: str) -> str:
-    """What transformers is asked for: attention of ours, or the family's own classes where it has such."""
+    """Choose the attention to request from transformers: one of frpo's functions, or the family's own classes."""
     family = _family(model, path)
     if model.attn_implementation == "flash_attention_2":
         return attention.FLASH
@@ -311,18 +317,18 @@ def _attention_of(model: ModelSection, path: str) -> str:
 
 
 def _asks_for_sdpa(family: type[PreTrainedModel]) -> bool:
-    """Whether its code does something only under attention of the name "sdpa" (or "eager"), as sparse attention does.
+    """Return whether the family's code does some work only under attention named "sdpa" (or "eager").
 
-    Under a name of ours it would leave that out.
+    Sparse attention is an example. Under a name of frpo the family would leave this work out.
     """
     file = sys.modules[family.__module__].__file__
-    assert file is not None  # a family is written in one
+    assert file is not None  # a family is defined in a file
     code = Path(file).read_text(encoding="utf-8")
     return re.search(r"_attn_implementation\b[^\n:]*[\"']sdpa[\"']", code) is not None
 
 
 def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:
-    """The class of the model at `path`."""
+    """Return the class of the model at `path`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     if type(config) in AutoModelForCausalLM._model_mapping:
         return cast("type[PreTrainedModel]", AutoModelForCausalLM._model_mapping[type(config)])

@@ -1,7 +1,7 @@
-"""Did every trainable tensor get a gradient, and did its fp32 master move in the step?
+"""Check that every trainable tensor got a gradient, and that its fp32 master moved in the step.
 
-Catches a learner that silently freezes weights. It compares digests, so it costs one pass over the parameters and no
-copy of the model.
+The check finds a learner that silently freezes weights. It compares digests, so it costs one pass over the parameters
+and no copy of the model.
 """
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 CHUNK = 2**22
-"""Elements that are looked at in float64 at a time: 64 MiB, whatever the size of a parameter."""
+"""Number of elements converted to float64 at a time: 64 MiB, whatever the size of a parameter."""
 
 
 class MovementCheck:
-    """Watches one forward-backward and one optimizer step of a DeepSpeed module. Construction hooks the parameters."""
+    """Check of one forward-backward and one optimizer step of a DeepSpeed module. Construction hooks the parameters."""
 
     def __init__(self, module: torch.nn.Module):
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -21,11 +21,11 @@ class MovementCheck:
         self.hooks = [p.register_hook(self._recorder(name)) for name, p in self.parameters.items()]
 
     def before_step(self) -> None:
-        """Collective: digest the fp32 masters."""
+        """Digest the fp32 masters. Collective."""
         self.digest = {name: _digest(parameter) for name, parameter in self.parameters.items()}
 
     def after_step(self) -> None:
-        """Collective: compare, and let go of the parameters' hooks."""
+        """Compare the digests, and remove the parameters' hooks. Collective."""
         self.moved = {name: _digest(p) != self.digest[name] for name, p in self.parameters.items()}
         for hook in self.hooks:
             hook.remove()
@@ -41,7 +41,7 @@ class MovementCheck:
 
 
 def _digest(parameter: torch.nn.Parameter) -> tuple[float, float]:
-    """Two float64 sums that change when any element does (exact cancellation aside)."""
+    """Compute two float64 sums that change when any element changes (exact cancellation aside)."""
     master = safe_get_full_fp32_param(parameter)
     values = (parameter.data if master is None else master).flatten()
     found = torch.zeros(2, dtype=torch.float64, device=values.device)

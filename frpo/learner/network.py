@@ -1,7 +1,7 @@
-"""A causal language model that answers per token: logits exist for a chunk of loss positions, never for a batch.
+"""A causal language model with outputs per token: logits exist for a chunk of loss positions, never for a batch.
 
-It runs the decoder on a micro-batch, picks the hidden states at the loss positions and hands them, with the output
-head's weight, to a function of `frpo.kernels`. Which function, and what the numbers mean, is `learner`'s business.
+The model runs the decoder on a micro-batch and picks the hidden states at the loss positions. It gives them, with the
+output head's weight, to a function of `frpo.kernels`. `learner` chooses this function and interprets the numbers.
 """
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from frpo.learner.collate import TokenBatch
 from frpo.learner.logits import decoder_of, logit_scale
 
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], Any]
-"""(hidden_ND, weight_VD) -> a tensor or a tuple of tensors."""
+"""Function (hidden_ND, weight_VD) -> a tensor or a tuple of tensors."""
 
 RouterFunction = Callable[[Any, Sequence[torch.Tensor]], Any]
-"""(a HeadFunction's answer, router logits of every layer) -> another answer."""
+"""Function (a HeadFunction's answer, router logits of every layer) -> another answer."""
 
 
 class TokenHead(nn.Module):
     """The output head's weight, applied by a function that need not form logits.
 
-    A module of its own because ZeRO-3 gathers a partitioned weight around the forward and the backward of the module
-    that owns it. It shares the parameter with the network (and, where tied, with the embeddings).
+    The head is a module of its own because ZeRO-3 gathers a partitioned weight around the forward and the backward of
+    the module that owns it. The head shares the parameter with the network (and, where tied, with the embeddings).
     """
 
     def __init__(self, network: PreTrainedModel):
@@ -40,10 +40,10 @@ class TokenHead(nn.Module):
 
 
 class TokenModel(nn.Module):
-    """The network and its head behind one call, which is what DeepSpeed wraps.
+    """The network and its head behind one call, which DeepSpeed wraps.
 
-    It is never in training mode: the policy is the same function while it samples, learns and is measured, without
-    dropout, router jitter or any other noise.
+    The model is never in training mode. The policy is therefore the same function during sampling, learning and
+    measurement, without dropout, router jitter or any other noise.
     """
 
     def __init__(self, network: PreTrainedModel):
@@ -56,10 +56,10 @@ class TokenModel(nn.Module):
         return super().train(False)
 
     def forward(self, batch: TokenBatch, function: HeadFunction | None, router: RouterFunction | None = None) -> Any:
-        """`function` of the hidden states (N, D) that predict `batch.target_N`, and of the head's weight (V, D).
+        """Call `function` on the hidden states (N, D) that predict `batch.target_N`, and on the head's weight (V, D).
 
-        function: None for the network's own logits (B, L, V) of rows that are not packed. router: makes another answer
-        of that one and of what the routers of a mixture of experts say.
+        function: None for the network's own logits (B, L, V) of rows that are not packed.
+        router: makes another answer from the result of `function` and the router logits of a mixture of experts.
         """
         if function is None:
             arrange(None)
@@ -74,5 +74,5 @@ class TokenModel(nn.Module):
 
 
 def token_model(network: nn.Module) -> TokenModel:
-    """`network`, or what DeepSpeed's engine has wrapped."""
+    """Return `network`, or the TokenModel inside DeepSpeed's engine."""
     return cast(TokenModel, getattr(network, "module", network))

@@ -1,8 +1,8 @@
-"""Where the frozen reference's distribution comes from: a copy beside the policy, the policy without its adapters, or
-final hidden states on disk.
+"""Sources of the frozen reference's distribution.
 
-All of them give the reference's final hidden states at a micro-batch's loss positions, and the output head that makes
-logits of them. What is done with these is `losses`' business.
+The sources are a copy beside the policy, the policy without its adapters, or final hidden states on disk. All sources
+give the reference's final hidden states at a micro-batch's loss positions, and the output head that makes logits from
+them. `losses` uses these.
 
 Legend: N loss positions, V vocabulary, E the reference's hidden width.
 """
@@ -28,12 +28,12 @@ from frpo.learner.state_cache import HEAD, StateCache
 from frpo.types import MicroBatch
 
 BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
-"""How a type is handed to numpy, which has no bfloat16."""
+"""Type in which a tensor is handed to numpy, which has no bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceStates:
-    """hidden_NE and head_VE, of one type; head_VE is None where it is the policy's own head, which is frozen.
+    """hidden_NE and head_VE, of one type; head_VE is None where the head is the policy's own, which is frozen.
 
     scale: how their product becomes logits.
     """
@@ -44,22 +44,23 @@ class ReferenceStates:
 
 
 class Reference(Protocol):
-    """Anything that knows the reference's states of a micro-batch."""
+    """Interface of a source of the reference's states of a micro-batch."""
 
     def states(self, samples: MicroBatch, batch: TokenBatch) -> AbstractContextManager[ReferenceStates]:
-        """Valid within the context. Collective."""
+        """Give the states, valid within the context. Collective."""
         ...
 
 
 def head_of(network: torch.nn.Module) -> TokenHead:
-    """The head of a TokenModel, or of DeepSpeed's engine around one."""
+    """Return the head of a TokenModel, or of DeepSpeed's engine around one."""
     return token_model(network).head
 
 
 class FrozenModel:
-    """A model that computes them: a copy beside the policy, partitioned as it is, or the policy without its adapters.
+    """A model that computes the states: a copy, partitioned like the policy, or the policy without its adapters.
 
-    network: a TokenModel, or DeepSpeed's engine around one. is_policy: it is the policy's own, and has adapters.
+    network: a TokenModel, or DeepSpeed's engine around one. is_policy: the network is the policy's own, and has
+    adapters.
     """
 
     def __init__(self, network: torch.nn.Module, *, is_policy: bool):
@@ -68,7 +69,7 @@ class FrozenModel:
 
     @contextmanager
     def active(self) -> Iterator[torch.nn.Module]:
-        """The network as the reference, which it may be for the time of the context only."""
+        """Give the network in the role of the reference. The network may have this role only within the context."""
         if not self.is_policy:
             yield self.network
             return
@@ -87,7 +88,7 @@ class FrozenModel:
 
 
 class CachedStates:
-    """A complete `StateCache`. The head is whole on every rank."""
+    """States from a complete `StateCache`. The head is whole on every rank."""
 
     def __init__(self, folder: str, device: torch.device):
         self.cache, self.device = StateCache.complete(Path(folder)), device
@@ -124,7 +125,7 @@ def finish_cache(reference: FrozenModel, folder: str, rank: int) -> None:
 
 @contextmanager
 def whole(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
-    """The parameter as a plain tensor, gathered if it is partitioned. Collective."""
+    """Give the parameter as a plain tensor, gathered if it is partitioned. Collective."""
     with deepspeed.zero.GatheredParameters([parameter]):
         yield parameter.detach()
 

@@ -1,7 +1,8 @@
-"""What a family computes by place and length: LongRoPE, dynamic NTK scaling, scales of queries without positions.
+"""Computations of a model family that depend on position and length.
 
-transformers chooses them by the largest position of a whole micro-batch, and for dynamic NTK by what came before. Here
-every sequence gets those of its own length, as if it were alone.
+These are LongRoPE, dynamic NTK scaling, and scales of queries without positions. transformers chooses their values by
+the largest position of a whole micro-batch, and for dynamic NTK also by earlier batches. Here every sequence gets the
+values for its own length, as if it were alone.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ KINDS = ("dynamic", "longrope")
 
 
 def follow_own_lengths(network: nn.Module) -> None:
-    """Make every rotary embedding of `network` that scales by length do so sequence by sequence. In place."""
+    """Make every rotary embedding of `network` that scales by length scale sequence by sequence. In place."""
     for module in network.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
@@ -27,12 +28,13 @@ def follow_own_lengths(network: nn.Module) -> None:
 
 
 def scale_within_sequences(network: nn.Module, longest: int) -> None:
-    """Leave out a scale of queries that transformers takes from the place in a pack (Llama 4). In place.
+    """Switch off a scale of queries that transformers computes from the position in a pack (Llama 4). In place.
 
-    It begins at `floor_scale` tokens, so that sequences below that length have none. longest: tokens of the longest.
+    The scale begins at `floor_scale` tokens, so sequences below that length have none. longest: tokens of the longest
+    sequence.
     Raises ModelError where a sequence may be longer.
     """
-    module: Any  # with attributes of the family's own
+    module: Any  # Any, since its attributes are the family's own
     for module in network.modules():
         if not (getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")):
             continue
@@ -54,7 +56,7 @@ def _by_sequence(module: nn.Module, forward: Callable[..., Any]) -> Callable[...
         for length in sorted(set(current.lengths)):
             _forget(module)
             width = length if current.bounds is not None else longest
-            # Of a padded row the rest is never looked at.
+            # The padding of a row is never read.
             found[length] = _tuple(forward(x, position_L[:, :width].clamp(max=length - 1), *args, **kwargs))
         dim = 0 if current.bounds is None else 1
         parts = zip(*(found[length] for length in current.lengths))
@@ -65,7 +67,7 @@ def _by_sequence(module: nn.Module, forward: Callable[..., Any]) -> Callable[...
 
 
 def _forget(module: nn.Module) -> None:
-    """Put back the frequencies that a dynamic embedding began with."""
+    """Restore the initial frequencies of a dynamic embedding."""
     for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
         setattr(module, name, module.original_max_seq_len)
     buffers = dict(module.named_buffers(recurse=False))

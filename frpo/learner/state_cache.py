@@ -1,13 +1,14 @@
 """A frozen model's final hidden states of all examples, on disk: computed once, read memory-mapped by every rank.
 
-    <folder>/cache.json       what they are of: model, data, type, width
+    <folder>/cache.json       facts of the states: model, data, type, width, scale
     <folder>/offsets.npy      rows of example i are [offsets[i], offsets[i + 1])
     <folder>/hidden.bin       all rows, in the bits of the model's type
-    <folder>/done.bin         one byte an example, set once its rows are written
+    <folder>/done.bin         one byte per example, set once its rows are written
     <folder>/head.safetensors the model's output head
     <folder>/COMPLETE         written last; nothing is read before
 
-Interrupted, it goes on with the examples that are not done. What is computed, and by whom, is not decided here.
+After an interruption, filling resumes with the examples that are not done. Other modules decide what is computed, and
+by which process.
 """
 from __future__ import annotations
 
@@ -26,10 +27,10 @@ from frpo.held import held_folder
 FACTS, OFFSETS, HIDDEN, DONE, HEAD, MARKER = (
     "cache.json", "offsets.npy", "hidden.bin", "done.bin", "head.safetensors", "COMPLETE")
 BITS: Mapping[str, np.dtype] = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
-"""How rows of each type lie on disk; numpy has no bfloat16."""
+"""Type of the rows on disk for each precision; numpy has no bfloat16."""
 
 Mode = Literal["r", "r+"]
-"""How numpy maps a file."""
+"""Mode in which numpy maps a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,9 @@ class StateCache:
 
     @classmethod
     def begin(cls, folder: Path, facts: Mapping[str, Any], lengths: Sequence[int]) -> StateCache:
-        """The cache of these facts in `folder`, as far as it has come; a new one where there is none.
+        """Open the cache of these facts in `folder`, finished or not; make a new cache where there is none.
 
-        lengths: rows of every example. Raises ConfigError if another model's, or another data set's, lies there.
+        lengths: rows of every example. Raises ConfigError if `folder` holds the cache of another model or data set.
         """
         if (folder / FACTS).is_file():
             held = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -59,7 +60,7 @@ class StateCache:
                 raise ConfigError(f"reference.cache_dir: {folder} holds the states of another run: {'; '.join(wrong)}; "
                                   "delete it or give another folder")
             return cls.begun(folder)
-        folder.mkdir(parents=True, exist_ok=True)  # what lies there was being set up when the process ended
+        folder.mkdir(parents=True, exist_ok=True)  # an existing folder is the unfinished setup of an ended process
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         np.save(folder / OFFSETS, offsets)
         size = int(offsets[-1]) * facts["width"] * BITS[facts["dtype"]].itemsize
@@ -73,7 +74,7 @@ class StateCache:
 
     @classmethod
     def begun(cls, folder: Path) -> StateCache:
-        """A cache that `begin` has made, to be written to."""
+        """Open a cache that `begin` has made, for writing."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         offsets = np.load(folder / OFFSETS)
         mode: Mode = "r" if (folder / MARKER).is_file() else "r+"
@@ -82,7 +83,7 @@ class StateCache:
 
     @classmethod
     def complete(cls, folder: Path) -> StateCache:
-        """A cache to read from. Raises ConfigError unless it is complete."""
+        """Open a cache for reading. Raises ConfigError unless the cache is complete."""
         if not (folder / MARKER).is_file():
             raise ConfigError(f"reference.cache_dir: {folder} is not complete; the run that fills it goes on where it "
                               "was interrupted")
@@ -93,30 +94,34 @@ class StateCache:
         return (self.folder / MARKER).is_file()
 
     def missing(self) -> list[int]:
-        """Examples whose rows are not written yet."""
+        """Return the examples whose rows are not written yet."""
         return np.flatnonzero(self.done == 0).tolist()
 
     def read(self, example: int) -> np.ndarray:
         return self.hidden[self.offsets[example]:self.offsets[example + 1]]
 
     def write(self, example: int, rows: np.ndarray) -> None:
-        """All rows of an example (count, E), in the bits of its type."""
+        """Write all rows of an example (count, E), in the bits of their type."""
         assert rows.shape == (self.offsets[example + 1] - self.offsets[example], self.facts["width"]), rows.shape
         self.hidden[self.offsets[example]:self.offsets[example + 1]] = rows
         self.done[example] = 1
 
     def finish(self) -> None:
-        """Mark it complete. The head must be there, and every example done."""
+        """Mark the cache complete. The head must exist, and every example must be done."""
         assert not self.missing() and (self.folder / HEAD).is_file(), self.folder
         (self.folder / MARKER).touch()
 
 
 def being_filled(folder: Path) -> AbstractContextManager[None]:
-    """Within it no other run fills the cache, unless that is complete. Raises ConfigError if one does."""
+    """Keep other runs from filling the cache within the context, unless the cache is complete.
+
+    Raises ConfigError if another run is filling it.
+    """
     return nullcontext() if (folder / MARKER).is_file() else held_folder(folder, "reference.cache_dir")
 
 
 def _mapped(path: Path, dtype: Any, mode: Mode, columns: int) -> np.ndarray:
-    """The file as rows of `columns`, or flat for -1; an empty file cannot be mapped."""
+    """Map the file as rows of `columns`, or flat for -1. An empty file, which cannot be mapped, gives an empty array.
+    """
     flat = np.empty(0, dtype=dtype) if path.stat().st_size == 0 else np.memmap(path, dtype=dtype, mode=mode)
     return flat if columns == -1 else flat.reshape(-1, columns)

@@ -1,8 +1,8 @@
-"""A small causal language model made on the spot: configuration, tokenizer and a short supervised warm start.
+"""A small causal language model made by the run: configuration, tokenizer and a short supervised warm start.
 
-It exists so that the whole loop runs where no weights can be had. The warm start teaches arithmetic in the
-recipe's own prompt format, never a held-out prompt, and stops early on purpose, at its full learning rate:
-reinforcement learning has something left to do.
+The model exists so that the whole loop runs where no weights are available. The warm start teaches arithmetic in the
+recipe's own prompt format, and never uses a held-out prompt. It stops early on purpose, at its full learning rate, so
+that reinforcement learning can still improve the model.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 def tiny_model(recipe: AnyRecipe, folder: Path) -> str:
     """Make the recipe's tiny model in `folder`, or reuse the one made there before with the same settings."""
     tiny = recipe.model.tiny
-    assert tiny is not None  # asked for only where there is no model.path
+    assert tiny is not None  # called only where there is no model.path
     settings = json.loads(json.dumps({"tiny": tiny.model_dump(), "data": recipe.data.model_dump(),
                                       "max_length": recipe.model.max_length, "seed": recipe.run.seed}))
     record = folder / RECORD
@@ -54,7 +54,7 @@ def tiny_model(recipe: AnyRecipe, folder: Path) -> str:
 
 def new_network(tiny: TinyModelSection, tokenizer: PreTrainedTokenizerBase, max_length: int,
                 seed: int) -> PreTrainedModel:
-    """A Qwen2 of the section's shape with random weights."""
+    """Make a Qwen2 of the section's shape with random weights."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=tiny.hidden_size, intermediate_size=4 * tiny.hidden_size,
@@ -66,7 +66,10 @@ def new_network(tiny: TinyModelSection, tokenizer: PreTrainedTokenizerBase, max_
 
 def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: WarmStartSection, pad_id: int,
                seed: int) -> None:
-    """AdamW on the completions of `examples`, constant rate after a short warm-up; in place, one process."""
+    """Train with AdamW on the completions of `examples`, in place and in one process.
+
+    The rate is constant after a short warm-up.
+    """
     optimizer = torch.optim.AdamW(network.parameters(), lr=section.lr, betas=(0.9, 0.98), weight_decay=0.0)
     random = np.random.Generator(np.random.PCG64(seed))
     network.train()
@@ -83,9 +86,10 @@ def warm_start(network: PreTrainedModel, examples: Sequence[Example], section: W
 
 
 def _examples(recipe: AnyRecipe, section: WarmStartSection, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Prompts and answers to start from: generated problems, or the recipe's own; none that the recipe holds out.
+    """Return prompts and completions to start from, none of which the recipe holds out.
 
-    What is fine-tuned later starts from generated problems, whatever it will be shown.
+    They are generated problems, or the recipe's own prompts. A fine-tuning recipe starts from generated problems,
+    whatever its own data set.
     """
     prompts: PromptSet = Split(train=(), heldout=(), digest="", skipped={})
     if isinstance(recipe, Recipe):

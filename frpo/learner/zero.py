@@ -1,7 +1,7 @@
 """DeepSpeed for one rank: process group, engine, frozen reference, and gathering of partitioned parameters.
 
-The memory strategy comes from a ds_configs file; batch sizes, precision and clipping from the recipe. What is computed
-with the engine is `learner`'s business.
+The memory strategy comes from a ds_configs file; batch sizes, precision and clipping come from the recipe. `learner`
+decides what is computed with the engine.
 """
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 def deepspeed_config(learner: LearnerSection, model: ModelSection, device: torch.device) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of the policy. The learner owns the accumulation boundary."""
+    """Return the complete DeepSpeed configuration of the policy. The learner owns the accumulation boundary."""
     strategy = memory_strategy(learner.deepspeed)
-    if device.type == "cpu":  # which has no second stream to overlap in
+    if device.type == "cpu":  # a CPU has no second stream for overlap
         strategy["zero_optimization"]["overlap_comm"] = False
     return {
         **strategy,
@@ -37,7 +37,7 @@ def deepspeed_config(learner: LearnerSection, model: ModelSection, device: torch
         "managed_gradient_accumulation": False,
         "gradient_clipping": learner.grad_clip,
         "bf16": {"enabled": model.dtype == "bf16"},
-        # Both would be bf16 under bf16, where an update of many micro-batches loses the small gradients among them.
+        # Under bf16 both would be bf16. An update of many micro-batches would then lose small gradients.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
@@ -48,12 +48,12 @@ def deepspeed_config(learner: LearnerSection, model: ModelSection, device: torch
 
 def init_process_group(device: torch.device, timeout_s: float) -> None:
     """Join the ranks (RANK, WORLD_SIZE, MASTER_* are in the environment); a collective fails after `timeout_s`."""
-    # DeepSpeed still calls some of torch.distributed by names that are to go; nothing that a user could change.
+    # DeepSpeed still calls some deprecated names of torch.distributed, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if device.type == "cpu":
-        # DeepSpeed would compile an all-reduce through shared memory, for a minute at first use, which only tensor
-        # parallel inference calls. Its build waits for ever for a lock that a killed one left, its buffers take 67 MB a
-        # rank of /dev/shm and outlive a killed run.
+        # Do not let DeepSpeed compile an all-reduce through shared memory, which takes a minute at first use. Only
+        # tensor-parallel inference calls it. Its build waits for ever for the lock of a killed build. Its buffers take
+        # 67 MB of /dev/shm per rank and outlive a killed run.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
@@ -61,7 +61,7 @@ def init_process_group(device: torch.device, timeout_s: float) -> None:
 
 @contextmanager
 def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
-    """Within it, `from_pretrained` builds ZeRO-3 models partitioned from the start."""
+    """Make `from_pretrained` build ZeRO-3 models partitioned from the start, within the context."""
     keep_alive = HfDeepSpeedConfig(config) if stage_of(config) == 3 else None
     yield
     del keep_alive
@@ -72,18 +72,19 @@ def stage_of(config: dict[str, Any]) -> int:
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether the fp32 master weights, and so the optimizer's work, are the CPU's."""
+    """Return whether the fp32 master weights are on the CPU, and so is the optimizer's work."""
     return (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
 
 
 def build_policy(build: Callable[[], torch.nn.Module], learner: LearnerSection, config: dict[str, Any],
                  device: torch.device):
-    """The trainable engine: AdamW over all parameters with gradients, sharded as `config` says."""
+    """Build the trainable engine: AdamW over all parameters with gradients, sharded as in `config`."""
     with partitioned_loading(config):
         network = build()
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    # On a GPU and where it is offloaded, torch's fused kernel works in one pass over memory and needs none for itself.
-    # DeepSpeed's own CPU Adam does too, but is compiled at first use, which takes minutes and a compiler.
+    # On a GPU, and where the optimizer is offloaded, torch's fused kernel works in one pass over memory and needs no
+    # memory of its own. DeepSpeed's CPU Adam does the same, but its compilation at first use takes minutes and a
+    # compiler.
     optimizer = torch.optim.AdamW(
         trainable, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay,
         fused=device.type == "cuda" or offloads_optimizer(config) or None)
@@ -93,7 +94,7 @@ def build_policy(build: Callable[[], torch.nn.Module], learner: LearnerSection, 
 
 
 def build_reference(build: Callable[[], torch.nn.Module], config: dict[str, Any], device: torch.device):
-    """A frozen copy for KL terms: partitioned like the policy under ZeRO-3, a plain module otherwise."""
+    """Build a frozen copy for KL terms: partitioned like the policy under ZeRO-3, a plain module otherwise."""
     frozen = {**config, "managed_gradient_accumulation": True}
     with partitioned_loading(frozen):
         network = build()
@@ -110,10 +111,10 @@ def build_reference(build: Callable[[], torch.nn.Module], config: dict[str, Any]
 class GatheredWeights:
     """The tensors of a checkpoint, whole, in buckets of about `bucket_bytes` and in a fixed order.
 
-    Iterating is a collective under ZeRO-3: every rank must go to the end, whatever happens to one of them, or the
-    others hang. A tensor is valid until the next bucket is taken. A tied parameter appears once, under its first name;
-    one with an adapter appears merged, a copy. Weights that are stored together, as all experts of a layer, are
-    gathered together, however large.
+    Iterating is a collective under ZeRO-3: every rank must iterate to the end, even if a rank fails, or the others
+    hang. A tensor is valid until the next bucket is taken. A tied parameter appears once, under its first name. A
+    parameter with an adapter appears merged, as a copy. Weights that are stored together, as all experts of a layer,
+    are gathered together, however large.
     """
 
     def __init__(self, stored: Sequence[Stored], bucket_bytes: float):
@@ -134,12 +135,15 @@ class GatheredWeights:
 
 
 def full_size(parameter: torch.Tensor) -> int:
-    """Number of elements of the whole parameter, partitioned or not."""
+    """Return the number of elements of the whole parameter, partitioned or not."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def learning_rate(update: int, total_updates: int, learner: LearnerSection) -> float:
-    """Rate of optimizer update `update` (from 0): linear warm-up, then constant, or a linear or cosine fall."""
+    """Return the rate of optimizer update `update` (from 0).
+
+    The rate has a linear warm-up. It is then constant, or falls along a line or a cosine.
+    """
     if update < learner.warmup_steps:
         return learner.lr * (update + 1) / (learner.warmup_steps + 1)
     if learner.schedule == "constant":

@@ -1,1 +1,4 @@
-"""Learner to rollout engines: one backend a file, all behind `protocol`. A backend's module has a `Sender` class."""
+"""Transfer of weights from the learner to the rollout engines.
+
+Each backend is one file, whose module has a `Sender` class. All backends are used through `protocol`.
+"""

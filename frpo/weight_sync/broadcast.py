@@ -1,6 +1,6 @@
-"""What the backends that broadcast share: learner rank 0 sends every bucket to the workers of all engines at once.
+"""Shared code of the backends that broadcast: learner rank 0 sends every bucket to the workers of all engines at once.
 
-Any failure ends the group; the next push forms a new one with all engines. The receiving end is
+Any failure ends the group. The next push forms a new group with all engines. The receiving end is
 `frpo.rollout.broadcast_receiver`.
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from frpo.weight_sync.protocol import Bucket, WeightStream, WeightSyncClient, dr
 
 
 class BroadcastSender:
-    """Sends buckets from rank 0; the other ranks take part in the gathers and send nothing."""
+    """Sender of buckets from rank 0. The other ranks take part in the gathers and send nothing."""
 
     transport: type[Transport]
 
@@ -60,11 +60,13 @@ class BroadcastSender:
         pack(bucket, data)
         received = client.begin_update_weights({"layout": layout})
         group.send(data)
-        received()  # before `sent`: an engine that fails or dies is known here at once, and by its name
+        received()  # before `sent`: this call raises at once, with the engine's name, if an engine fails or dies
         group.sent()
 
     def _drop(self) -> None:
-        """Close the group first of all, so that engines that wait for a bucket fail now and can be called again."""
+        """Close the group before anything else: engines that wait for a bucket then fail at once and can be called
+        again.
+        """
         if self.group is not None:
             self.group.close()
             self.group = None

@@ -1,7 +1,7 @@
 """Weights through shared memory on one host: each bucket is a safetensors file that the engines map.
 
-Staged, engines only note the mapped buckets until the push finishes, so the files are the staging copy, one for all
-engines of the host. It does not cross hosts. The receiving end is `frpo.rollout.shm_receiver`.
+When staged, engines only note the mapped buckets until the push finishes. The files are then the staging copy, one copy
+for all engines of the host. This backend does not cross hosts. The receiving end is `frpo.rollout.shm_receiver`.
 
     /dev/shm/frpo-weights-PID-ID.lock             held by the sender while it pushes
     /dev/shm/frpo-weights-PID-ID-N.safetensors    bucket N
@@ -24,7 +24,7 @@ PREFIX = "frpo-weights-"
 
 
 class Sender:
-    """Writes buckets from rank 0; the other ranks take part in the gathers and write nothing."""
+    """Writer of buckets from rank 0. The other ranks take part in the gathers and write nothing."""
 
     def __init__(self, rank: int, client: WeightSyncClient | None, section: WeightSyncSection):
         self.rank, self.client, self.section = rank, client, section
@@ -55,22 +55,23 @@ class Sender:
 
 
 def own_lock() -> HeldFile:
-    """A lock that names the buckets of one push."""
+    """Create and hold a lock whose name gives the bucket files of one push their names."""
     while True:
         name = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}.lock"
-        with suppress(HeldByAnotherError):  # by someone who looks for leftovers at this very moment
+        with suppress(HeldByAnotherError):  # held for a moment by a process that looks for leftovers
             return HeldFile.take(SHARED_MEMORY / name)
 
 
 def remove_buckets(lock: HeldFile) -> None:
-    """Delete the buckets that a held lock names, then the lock."""
+    """Delete the buckets that belong to a held lock, then delete the lock."""
     for file in lock.path.parent.glob(f"{lock.path.stem}-*.safetensors"):
         file.unlink(missing_ok=True)
     lock.remove()
 
 
 def remove_leftovers() -> None:
-    """Delete the buckets of senders that were killed in the middle of a push: their locks can be taken."""
+    """Delete the buckets of senders that were killed in the middle of a push. Nobody holds the locks of such senders.
+    """
     for path in SHARED_MEMORY.glob(f"{PREFIX}*.lock"):
-        with suppress(HeldByAnotherError, OSError):  # a living sender's; another user's
+        with suppress(HeldByAnotherError, OSError):  # the lock of a living sender, or of another user
             remove_buckets(HeldFile.take(path))

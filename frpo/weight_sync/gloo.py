@@ -1,4 +1,4 @@
-"""Weights by gloo, over TCP and through the CPU's memory, to engines on any host."""
+"""Weights by gloo, over TCP and through CPU memory, to engines on any host."""
 from __future__ import annotations
 
 import os
@@ -14,12 +14,15 @@ from frpo.weight_sync.group import SENDER
 
 
 class Transport:
-    """A gloo process group. It tells a member of another's death only while nothing of a message has reached it."""
+    """A gloo process group.
+
+    gloo reports the death of another member only while no part of a message has reached this member.
+    """
 
     def __init__(self, store: TCPStore, rank: int, size: int, timeout_s: float, meeting: tuple[str, int],
                  device: torch.device):
         self.device = device
-        options = cast(Any, ProcessGroupGloo)._Options()  # torch's stubs lack it, and `broadcast`
+        options = cast(Any, ProcessGroupGloo)._Options()  # torch's stubs lack `_Options` and `broadcast`
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = _devices_towards(*meeting)
         self.group: Any = ProcessGroupGloo(store, rank, size, options)
@@ -32,7 +35,7 @@ class Transport:
         self.group.broadcast(data, root=SENDER).wait()
 
     def close(self) -> None:
-        """Nothing: work under way ends by itself once the connections of others are gone."""
+        """Do nothing: work in progress ends by itself once the connections of the other members are gone."""
 
 
 class Sender(BroadcastSender):
@@ -40,9 +43,9 @@ class Sender(BroadcastSender):
 
 
 def _devices_towards(host: str, port: int) -> list[Any]:
-    """The networks that GLOO_SOCKET_IFNAME names, or else the one on which `host` is reached.
+    """Return the networks that GLOO_SOCKET_IFNAME names, or else the network on which `host` is reached.
 
-    Gloo itself would take the address of this machine's name, which is often the loopback.
+    By default gloo would take the address of this machine's name, which is often the loopback.
     """
     if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
         return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]

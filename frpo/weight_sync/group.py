@@ -1,8 +1,12 @@
-"""A group of processes beside any default group, in which learner rank 0 sends and the engines' workers receive.
+"""A process group beside any default group, in which learner rank 0 sends and the engines' workers receive.
 
-Rank 0 holds the store at which all meet. A group lasts until the first failure; the sender then closes its end and
-forms another. A transport (`gloo`, `nccl`) tells a member of another's death late or never. So whoever waits watches
-the store too: the sender takes it away with its end. This knows nothing of weights; bytes go to everyone.
+Rank 0 holds the store at which all members meet. A group lasts until the first failure. The sender then closes its end
+and forms another group.
+
+A transport (`gloo`, `nccl`) reports the death of a member late or never. Every waiting member therefore also watches
+the store, which disappears when the sender closes its end.
+
+This module does not depend on what the bytes mean. All members get all bytes.
 """
 from __future__ import annotations
 
@@ -17,12 +21,13 @@ from torch.distributed import TCPStore
 
 SENDER = 0
 LOOK_S = 0.5
-"""How often a waiting member looks whether the store is still there."""
+"""Seconds between two checks of a waiting member that the store still exists."""
 
 
 class Transport(Protocol):
-    """How bytes travel from the sender to all members. Made and used in threads of the group's own.
+    """Way in which bytes travel from the sender to all members.
 
+    Transports are made and used in the group's own threads.
     device: where the bytes lie. Construction waits until all `size` members have come.
     """
 
@@ -33,27 +38,30 @@ class Transport(Protocol):
 
     @staticmethod
     def own_device() -> torch.device:
-        """Where the bytes of this process are to lie."""
+        """Return the device on which the bytes of this process are to lie."""
         ...
 
     def broadcast(self, data: torch.Tensor) -> None:
-        """Send (N,) uint8, or fill it with what is sent; returns when that has happened."""
+        """Send `data`, (N,) uint8, or fill `data` with the bytes that the sender sends. Return when this is done."""
         ...
 
     def close(self) -> None:
-        """Break off what is under way, as far as that can be done."""
+        """Abort the work in progress, as far as possible."""
         ...
 
 
 class BroadcastGroup:
-    """One member's end. Construction waits, `timeout_s` at most, until all `size` members have come to the store."""
+    """One member's end of the group.
+
+    Construction waits until all `size` members have come to the store, `timeout_s` at most.
+    """
 
     def __init__(self, transport: type[Transport], host: str, port: int, rank: int, size: int, timeout_s: float):
         limit = timedelta(seconds=timeout_s)
         self.server: TCPStore | None = None
         self._sending: Future | None = None
         self._watched: TCPStore | None
-        # Two connections: the one that is watched must not wait for what the other is asked.
+        # Two connections: a check on the watched connection must not wait for a request on the other.
         store, self._watched = (
             TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit) for _ in range(2))
         self.device = transport.own_device()
@@ -61,7 +69,9 @@ class BroadcastGroup:
             begin(transport, store, rank, size, timeout_s, (host, port), self.device))
 
     def send(self, data: torch.Tensor) -> None:
-        """Begin to send (N,) uint8, which stays as it is until `sent`, to all members, which `receive` as many bytes.
+        """Begin to send (N,) uint8 to all members, which `receive` as many bytes.
+
+        `data` must stay unchanged until `sent` returns.
         """
         self._sending = self._broadcast(data)
 
@@ -71,39 +81,41 @@ class BroadcastGroup:
         self._sending.result()
 
     def receive(self, size: int) -> torch.Tensor:
-        """Wait for what the sender sends, (size,) uint8. Raises RuntimeError if that fails, or the sender has closed
-        its end.
+        """Wait for the bytes of the sender, (size,) uint8.
+
+        Raises RuntimeError if the transfer fails or the sender has closed its end.
         """
         data = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._watching(self._broadcast(data))
         return data
 
     def close(self) -> None:
-        """Drop the connections: at once, or when work under way has ended, which is not waited for."""
+        """Drop the connections, at once or when work in progress has ended. Do not wait for that work."""
         if self._transport is not None:
             self._transport.close()
         self._transport = self._sending = self._watched = self.server = None
 
     def _broadcast(self, data: torch.Tensor) -> Future:
-        if data.is_cuda:  # the thread has a stream of its own, for which nothing must be left to do with this memory
+        if data.is_cuda:  # the thread uses another stream; finish all work on this memory before
             torch.cuda.current_stream(data.device).synchronize()
-        # The thread holds the transport, too: to let go of a gloo group in the middle of its work stops the whole
-        # process until the work's time limit.
+        # The thread keeps a reference to the transport, too: releasing a gloo group in the middle of its work blocks
+        # the whole process until the work's time limit.
         return begin(lambda transport: transport.broadcast(data), self._transport)
 
     def _watching(self, work: Future) -> Any:
         while not wait([work], timeout=LOOK_S).done:
-            assert self._watched is not None  # nobody closes what he waits for
+            assert self._watched is not None  # no caller closes a group while waiting for it
             self._watched.check(["any key"])
         return work.result()
 
 
 def form_as_sender(transport: type[Transport], host: str, size: int, timeout_s: float,
                    invite: Callable[[int], Callable[[], None]]) -> BroadcastGroup:
-    """A new group of `size` members with this process as its sender.
+    """Form a new group of `size` members with this process as its sender.
 
-    host: an address of this machine that the members reach. invite(port) asks them to join and returns what waits for
-    their answers; if that raises, so does this, and no member goes on waiting.
+    host: an address of this machine that the members reach.
+    invite: invite(port) asks the members to join and returns a function that waits for their answers. If that function
+    raises, this function raises the same error, and no member goes on waiting.
     """
     server = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
     joined = invite(server.port)
@@ -112,7 +124,7 @@ def form_as_sender(transport: type[Transport], host: str, size: int, timeout_s: 
     try:
         joined()
     except BaseException:
-        del server  # whoever waits there, our own thread too, fails now
+        del server  # every member that waits at the store fails now, and so does our own thread
         raise
     group = own.result()
     group.server = server
@@ -121,21 +133,24 @@ def form_as_sender(transport: type[Transport], host: str, size: int, timeout_s: 
 
 def _join(gpu: int | None, transport: type[Transport], host: str, port: int, size: int, timeout_s: float
           ) -> BroadcastGroup:
-    """The sender's end, in a thread, which begins without the GPU of the one that started it."""
+    """Join as the sender, in a thread. Set the GPU here, since a new thread does not inherit the GPU of its starter."""
     if gpu is not None:
         torch.cuda.set_device(gpu)
     return BroadcastGroup(transport, host, port, SENDER, size, timeout_s)
 
 
 def begin(function: Callable[..., Any], *arguments: Any) -> Future:
-    """The result of a call in a thread that no process waits for at its end, as an executor's threads are."""
+    """Start a call in a thread and return its future result.
+
+    A process that ends does not wait for this thread, as it would for an executor's threads.
+    """
     future: Future = Future()
 
     def run() -> None:
         try:
             future.set_result(function(*arguments))
         except BaseException as error:
-            # Without its traceback, which would keep the arguments alive as long as somebody holds the error.
+            # Drop the traceback, which would keep the arguments alive as long as the error is referenced.
             future.set_exception(error.with_traceback(None))
 
     threading.Thread(target=run, daemon=True).start()

@@ -1,7 +1,7 @@
 """Weights through the memory of a GPU that a learner rank and an engine's worker share. NEVER EXECUTED.
 
-Every rank has the whole bucket after its gather, and offers a copy to the worker on its own GPU. NCCL cannot join two
-processes on one GPU. The receiving end is `frpo.rollout.ipc_receiver`.
+Every rank has the whole bucket after its gather and offers a copy to the worker on its own GPU. This backend exists
+because NCCL cannot join two processes on one GPU. The receiving end is `frpo.rollout.ipc_receiver`.
 """
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from frpo.weight_sync.packing import layout_of, pack
 from frpo.weight_sync.protocol import Bucket, WeightStream, WeightSyncClient
 
 STORAGE_DEVICE = 6
-"""Which argument of `rebuild_cuda_tensor` is the number of the device, as the receiving process counts."""
+"""Index of the argument of `rebuild_cuda_tensor` that is the device number, as the receiving process counts devices."""
 
 
 class Sender:
-    """Each rank has one buffer, which lasts for one push; rank 0 tells the engines what lies in all of them."""
+    """Sender with one buffer per rank, which lasts for one push. Rank 0 sends the layout of all buffers to the engines.
+    """
 
     def __init__(self, rank: int, client: WeightSyncClient | None, section: WeightSyncSection):
         self.rank, self.client, self.section = rank, client, section
@@ -38,7 +39,7 @@ class Sender:
             torch.cuda.synchronize()
             failure = _shared(failure)  # from here on every buffer is whole
             failure = failure or self._tried(self._announce, bucket)
-            failure = _shared(failure)  # every worker has read its own
+            failure = _shared(failure)  # every worker has read its own buffer
         if failure is None and self.client is not None:
             self.client.finish_weight_update(str(version))
         if failure is not None:
@@ -46,7 +47,10 @@ class Sender:
 
     @staticmethod
     def _tried(step: Any, *arguments: Any) -> BaseException | None:
-        """What the step raises: the others wait in the next collective, so that this rank has to go on."""
+        """Run the step and return the error that it raises, or None.
+
+        This rank has to go on after an error, since the others wait in the next collective.
+        """
         try:
             step(*arguments)
         except BaseException as error:
@@ -67,31 +71,34 @@ class Sender:
 
 
 def _of_all(value: Any) -> list[Any]:
-    """Of every rank. Returns when all have come here."""
+    """Gather the value of every rank. Return when all ranks have called this function."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def _shared(failure: BaseException | None) -> BaseException | None:
-    """This rank's failure, or another's: no worker may take what only some ranks could offer."""
+    """Return this rank's failure, or else an error that lists the failures of other ranks; None if there is no failure.
+
+    No worker may take a bucket that only some ranks could offer.
+    """
     texts = _of_all(None if failure is None else repr(failure))
     others = [f"learner rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
     return failure or (RuntimeError("; ".join(others)) if others else None)
 
 
 def handle_of(buffer: torch.Tensor) -> tuple[str, tuple[Any, ...]]:
-    """(the GPU's UUID, what another process takes to `open_buffer`)."""
+    """Return the GPU's UUID and the arguments with which another process calls `open_buffer`."""
     _, arguments = reduce_tensor(buffer)
     return uuid_of(buffer.device), arguments
 
 
 def open_buffer(arguments: tuple[Any, ...], device: torch.device) -> torch.Tensor:
-    """The buffer of another process, whose GPU is `device` here."""
+    """Open the buffer of another process. `device` is that buffer's GPU as this process counts GPUs."""
     arguments = (*arguments[:STORAGE_DEVICE], device.index, *arguments[STORAGE_DEVICE + 1:])
     return rebuild_cuda_tensor(*arguments)
 
 
 def uuid_of(device: torch.device) -> str:
-    """By which processes that count GPUs differently know one."""
+    """Return the UUID of a GPU, which is the same in processes that count GPUs differently."""
     return str(torch.cuda.get_device_properties(device).uuid)

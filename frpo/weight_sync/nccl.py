@@ -1,6 +1,6 @@
 """Weights by NCCL, from GPU to GPU, to engines on any host that have GPUs of their own.
 
-NEVER EXECUTED on a GPU. Everything but `Transport` is what `gloo` runs on CPU, staged and in place.
+NEVER EXECUTED on a GPU. All code but `Transport` is shared with `gloo`, which runs on CPU, both staged and in place.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frpo.weight_sync.group import SENDER
 
 
 class Transport:
-    """vLLM's NCCL communicator, which needs no default group. It never tells of another member's death."""
+    """vLLM's NCCL communicator, which needs no default group. NCCL never reports the death of another member."""
 
     def __init__(self, store: TCPStore, rank: int, size: int, timeout_s: float, meeting: tuple[str, int],
                  device: torch.device):
@@ -38,7 +38,7 @@ class Transport:
             self.stream.synchronize()
 
     def close(self) -> None:
-        """Abort, which also ends a broadcast that waits for a member which is gone."""
+        """Abort. This also ends a broadcast that waits for a member that is gone."""
         self.communicator.destroy()
 
 

@@ -1,4 +1,7 @@
-"""A bucket of tensors as one run of bytes, so that one message carries it: packed by a sender, unpacked elsewhere."""
+"""Packing of a bucket of tensors into one run of bytes, so that one message carries the whole bucket.
+
+A sender packs the bucket; the receiving end unpacks it.
+"""
 from __future__ import annotations
 
 import math
@@ -9,14 +12,16 @@ import torch
 from frpo.weight_sync.protocol import Bucket
 
 ALIGNMENT = 16
-"""Bytes at a multiple of which every tensor begins, so that it can be viewed in any dtype."""
+"""Alignment in bytes: every tensor begins at a multiple of it, so that the tensor can be viewed in any dtype."""
 
 Layout = list[tuple[str, str, list[int]]]
-"""(name, dtype as in "bfloat16", shape) of every tensor, in the order of their bytes: plain values for a message."""
+"""(name, dtype as in "bfloat16", shape) of every tensor, in the order of their bytes. These are plain values for a
+message.
+"""
 
 
 def as_layout(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> Layout:
-    """Of (name, dtype, shape)."""
+    """Convert (name, dtype, shape) of every tensor to a Layout."""
     return [(name, str(dtype).removeprefix("torch."), list(shape)) for name, dtype, shape in tensors]
 
 
@@ -25,18 +30,18 @@ def layout_of(bucket: Bucket) -> Layout:
 
 
 def packed_size(layout: Layout) -> int:
-    """Bytes of the whole run."""
+    """Return the number of bytes of the whole run."""
     return sum(math.ceil(size / ALIGNMENT) * ALIGNMENT for size in map(_size, layout))
 
 
 def pack(bucket: Bucket, into: torch.Tensor) -> None:
-    """Copy the bucket's tensors into (N,) uint8, N >= packed_size, on whatever device that is."""
+    """Copy the bucket's tensors into (N,) uint8 on any device, N >= packed_size."""
     for (_, tensor), place in zip(bucket, _places(layout_of(bucket), into)):
         place.copy_(tensor.detach().reshape(place.shape))
 
 
 def unpack(packed: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """The tensors by name, as views of (N,) uint8."""
+    """Return the tensors by name, as views of (N,) uint8."""
     return {name: place for (name, _, _), place in zip(layout, _places(layout, packed))}
 
 

@@ -1,7 +1,7 @@
 """The supervised fine-tuning loop: pack examples into micro-batches, compute the loss, update, repeat.
 
 The code follows the algorithm step by step. The loss is in `objectives.supervised`. If the loss needs a reference, the
-learner runs the reference beside the policy, or reads its states from a cache that is filled here first.
+learner runs the reference beside the policy, or reads its states from a cache. This module fills the cache first.
 """
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ from frpo.types import Comparison, Gap, RankBatches, RolloutGroup
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 1e-1}
 """Largest mean |log-prob difference| in nats that rounding explains. Wrong weights give tenths of a nat and more.
 
-bf16: DeepSpeed and vLLM on GPUs differ by 0.032 (root of the mean square) with an fp32 head in the engine, as here, and
-by 0.041 with a bf16 head (Fast-LLM, pull request 525, Qwen2.5-0.5B). The difference is larger at high entropy.
+bf16: DeepSpeed and vLLM on GPUs differ by 0.032 (root of the mean square) with an fp32 head in the engine, as here.
+With a bf16 head they differ by 0.041. Source: Fast-LLM, pull request 525, Qwen2.5-0.5B. The difference is larger at
+high entropy.
 """
 PROBED_GROUPS = 4
 CHECKED_PUSHES = 2

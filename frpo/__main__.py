@@ -1,6 +1,6 @@
-"""The command line: `frpo COMMAND` or `python -m frpo COMMAND`. A command is one function; work happens elsewhere.
+"""The command line: `frpo COMMAND` or `python -m frpo COMMAND`.
 
-What a command can be told is `arguments`'s business.
+Each command is one function, which calls other modules for the work. `arguments` defines the arguments of each command.
 """
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from frpo.run.checkpoint import CheckpointStore, finished_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; an error of frpo's own is printed as one message, without traceback. Returns the exit code."""
+    """Parse the arguments and run the command. Returns the exit code.
+
+    An FrpoError is printed as one message, without traceback.
+    """
     parsed = None
     try:
         parsed = parse(arguments, COMMANDS)
         _hear_signals()
         set_accelerator()
         return parsed.command(parsed) or 0
-    except BrokenPipeError:  # piped into head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left to be flushed an error
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the final flush does not fail
         return 0
     except FrpoError as error:
         print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
@@ -170,7 +173,7 @@ def doctor(parsed: argparse.Namespace) -> int:
 
 
 def _what_is_left(parsed: argparse.Namespace | None) -> str:
-    """What the same command does after it was interrupted; nothing is said of commands that begin anew anyway."""
+    """Describe what the same command does after an interruption; empty for commands that always begin anew."""
     command = getattr(parsed, "command", None)
     if parsed is None or getattr(parsed, "dry_run", False):
         return ""
@@ -188,9 +191,10 @@ def _what_is_left(parsed: argparse.Namespace | None) -> str:
 
 
 def _hear_signals() -> None:
-    """End in order at SIGTERM, as batch systems send it, just as at SIGINT.
+    """End in order at SIGTERM, which batch systems send, as at SIGINT.
 
-    Ray stops a job by SIGINT, which one that was started in a script's background ignores, and its jobs with it.
+    Ray stops a job by SIGINT. A process that a script starts in the background ignores SIGINT, and so do the jobs that
+    such a process starts. So restore Python's handler of SIGINT in a Ray job.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -201,7 +205,7 @@ def _hear_signals() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what is open is being closed
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM must not disturb the cleanup
     raise KeyboardInterrupt
 
 

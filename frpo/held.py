@@ -1,7 +1,8 @@
-"""Files and folders that a process holds for as long as it lives, by a lock that the kernel drops at its death (flock).
+"""Files and folders that a process holds until its death, by a lock that the kernel then releases (flock).
 
-Whoever can take the lock therefore knows that the holder is gone: also one in another PID namespace (two containers),
-and one on another machine where the file system carries locks. Nothing here waits for a lock.
+A process that can take the lock can be sure that the earlier holder is gone. This also holds for a holder in another
+PID namespace (two containers), and on another machine if the file system supports locks there. No function here waits
+for a lock.
 """
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system answers that has no locks, such as some network file systems."""
+"""Error numbers of a file system without locks, such as some network file systems."""
 
 
 class HeldByAnotherError(Exception):
-    """Another process, which its text names, holds the file."""
+    """Another process holds the file. The text of the error names that process."""
 
 
 class HeldFile:
@@ -37,12 +38,12 @@ class HeldFile:
 
     @classmethod
     def take(cls, path: Path) -> HeldFile:
-        """Make the file, or take over one whose holder has died.
+        """Make the file, or take over a file whose holder has died.
 
-        Raises HeldByAnotherError, and OSError where the file cannot be made or locked.
+        Raises HeldByAnotherError. Raises OSError if the file cannot be made or locked.
         """
         while True:
-            # Not through a link: in /dev/shm anybody may have laid one, and what is taken is written to.
+            # Do not follow a link: in /dev/shm any user may have made one, and the held file is written to.
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,14 +53,14 @@ class HeldFile:
                 raise HeldByAnotherError(holder) if isinstance(error, BlockingIOError) else error from None
             if _is_at(file, path):
                 break
-            file.close()  # its holder has removed it since it was opened: it is no longer what others would open
+            file.close()  # the holder removed the file after this `open`: other processes would open a new file
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         return cls(path, file)
 
     def remove(self) -> None:
-        """Delete the file and let go of it. Where its folder was moved, another may by now hold the one at its path."""
+        """Delete the file and release the lock. Delete no other file at the path, in case the folder was moved."""
         if _is_at(self.file, self.path):
             self.path.unlink(missing_ok=True)
         self.file.close()
@@ -67,10 +68,10 @@ class HeldFile:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Within it this process holds the file, which is gone afterwards.
+    """Hold the file within the context; delete the file afterwards.
 
-    On a file system without locks it warns and holds nothing. Raises HeldByAnotherError, and OSError where the file
-    cannot be made.
+    On a file system without locks, log a warning and hold nothing. Raises HeldByAnotherError. Raises OSError if the
+    file cannot be made.
     """
     lock = None
     try:
@@ -89,9 +90,10 @@ def held(path: Path) -> Iterator[None]:
 
 @contextmanager
 def held_folder(folder: Path, key: str = "run.dir") -> Iterator[None]:
-    """Within it no other run writes into the folder, which is made if it is not there. key: what names it in a recipe.
+    """Hold the folder within the context, so that no other run writes into it. Make the folder if it does not exist.
 
-    Raises ConfigError if another run writes into it, or if nobody can.
+    key: the recipe key that names the folder. Raises ConfigError if another run is writing into the folder, or if the
+    folder cannot be written.
     """
     with ExitStack() as stack:
         if not folder.is_dir():
@@ -108,13 +110,13 @@ def held_folder(folder: Path, key: str = "run.dir") -> Iterator[None]:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """For the folder of a run that was refused before it wrote anything."""
+    """Remove the folder of a run that was refused before it wrote a file."""
     with suppress(OSError):
         folder.rmdir()
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether the open file is the one at the path."""
+    """Return whether the open file is the file at the path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

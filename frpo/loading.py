@@ -1,7 +1,7 @@
-"""Find what a recipe names: a function or class of a module or file, and the nearest of some names.
+"""Load the function or class that a recipe names, from a module or file, and find the nearest of some known names.
 
-Calls nothing that it finds. A `.py` file is loaded as a module of its own. Its folder comes to the end of `sys.path`:
-the file can import what lies beside it, and no library finds a user's file in the place of its own.
+No loaded function is called here. A `.py` file is loaded as a separate module. Its folder is put at the end of
+`sys.path`. So the file can import modules beside it, and a user's file never hides a library's own module.
 """
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ logger = logging.getLogger(__name__)
 FORMS = "'package.module:function' or 'path/file.py:function'"
 
 MOVED = {"frpo.quickstart": "frpo.commands.quickstart"}
-"""Modules that recipes of before name -> where they are now."""
+"""Old module names, which older recipes use -> their new names."""
 
 _being_loaded: list[str] = []
-"""Files of which this process runs the top level, the innermost last."""
+"""Files whose top-level code this process is running, the innermost file last."""
 
 _folders: list[str] = []
-"""Folders that this process has put at the end of `sys.path`, the one of the latest file first."""
+"""Folders that this process has put at the end of `sys.path`; the folder of the latest file comes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """The arguments of a function: all it names, those without a default, and whether it also has `**kwargs`.
+    """The parameters of a function.
 
-    nameless: those that it takes, but by position only.
+    named: all that can be given by name. required: the named ones without a default. open: whether the function has
+    `**kwargs`. nameless: parameters that must be given by position.
     """
 
     named: tuple[str, ...]
@@ -53,8 +54,9 @@ def load_function(function: str, what: str = "reward function", error: type[Exce
                   ) -> Callable[..., Any]:
     """Import the function or class that `function` names: 'package.module:function' or 'path/file.py:function'.
 
-    what: its name in messages. error: the class of the errors that are raised. One is raised if the form is wrong, the
-    module or file is missing or raises while it is imported, the name is not in it, or it cannot be called.
+    what: the kind of function, for messages. error: the class of the errors to raise. Raises such an error if the form
+    is wrong, if the module or file is missing or its import fails, if it has no such name, or if the object found
+    cannot be called.
     """
     try:
         return _load(function, what)
@@ -63,7 +65,7 @@ def load_function(function: str, what: str = "reward function", error: type[Exce
 
 
 class _NotFoundError(FrpoError):
-    """What `load_function` raises as the caller's error."""
+    """An error of loading, which `load_function` raises again as the caller's error class."""
 
 
 def _load(function: str, what: str) -> Callable[..., Any]:
@@ -82,12 +84,12 @@ def _load(function: str, what: str) -> Callable[..., Any]:
 
 
 def file_being_loaded() -> str | None:
-    """The file whose top level runs now because a recipe names something in it."""
+    """Return the file whose top-level code runs now because a recipe names a function in it; None if there is none."""
     return _being_loaded[-1] if _being_loaded else None
 
 
 def parameters_of(function: Callable[..., Any]) -> Parameters:
-    """Read the signature; one that Python cannot tell (some C functions) counts as taking everything."""
+    """Read the signature. A function whose signature Python cannot read (some C functions) counts as open."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
@@ -103,23 +105,23 @@ def parameters_of(function: Callable[..., Any]) -> Parameters:
 
 
 def path_without_siblings() -> list[str]:
-    """`sys.path` for another process, which loads files of its own and must not find those beside ours."""
+    """Return `sys.path` for another process. That process loads other files and must not find modules beside ours."""
     return [entry for entry in sys.path if entry not in _folders]
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of `known` that resembles `name` most; None if none does, by difflib's ratio and `cutoff`."""
+    """Return the name in `known` that is most similar to `name`; None if difflib's ratio is below `cutoff` for all."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """' (did you mean ...?)' with the nearest of `known`, or nothing if none resembles `name`."""
+    """Return ' (did you mean ...?)' with the nearest name in `known`, or an empty string if no name is similar."""
     near = nearest(name, known, cutoff)
     return f" (did you mean {near!r}?)" if near else ""
 
 
 def _suggestion(module: ModuleType, name: str) -> str:
-    # Functions that the module defines itself come first; what it imports is rarely meant.
+    # Suggest only functions that the module defines itself; users rarely mean an imported one.
     known = [key for key, value in vars(module).items()
              if callable(value) and not key.startswith("_") and getattr(value, "__module__", None) == module.__name__]
     return f"{did_you_mean(name, known)}; functions there: {', '.join(sorted(known)) or 'none'}"
@@ -143,7 +145,7 @@ def _load_file(path: str, what: str, function: str) -> ModuleType:
         beside = sorted(other.name for other in file.parent.glob("*.py"))
         raise _NotFoundError(
             f"{what} {function!r}: there is no file {file}{did_you_mean(file.name, beside)}")
-    # Registered, since dataclasses and pickle look their module up; the digest keeps equal file names apart.
+    # Register the module, since dataclasses and pickle look their module up; the digest keeps equal file names apart.
     name = f"frpo_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, f"a .py file has a loader: {file}"
@@ -167,10 +169,10 @@ def _load_file(path: str, what: str, function: str) -> ModuleType:
 
 
 def _let_import_siblings(folder: str) -> set[str]:
-    """Put `folder` at the end of `sys.path`, before the folders of earlier files. Returns the names that lie in it.
+    """Put `folder` at the end of `sys.path`, before the folders of earlier files. Returns the module names in `folder`.
 
-    Modules loaded from those are forgotten where `folder` has one of the same name, so that `helpers` is the file
-    beside the one that imports it. Whoever has imported the other keeps it.
+    If `folder` has a module of the same name as one loaded from an earlier folder, forget the earlier module. So
+    `helpers` is always the file beside the importing file. A file that imported the earlier module keeps that module.
     """
     path = path_without_siblings()
     earlier = [other for other in _folders if other != folder]
@@ -190,7 +192,7 @@ def _lies_in(module: ModuleType, folders: list[str]) -> bool:
 
 
 def _load_pickle(path: str, what: str) -> Callable[..., Any]:
-    """What `inputs.name_of` has written of a function that lives in no file."""
+    """Load a function that `inputs.name_of` has written as a pickle, because the function is in no file."""
     try:
         with open(path, "rb") as file:
             return pickle.load(file)

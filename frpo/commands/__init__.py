@@ -1,1 +1,1 @@
-"""The commands of `frpo`: one file each, with the arguments that they share."""
+"""The commands of `frpo`, each in a file of its own, and a file with the arguments of all commands."""

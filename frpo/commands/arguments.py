@@ -1,4 +1,4 @@
-"""What can be said on the command line: every command's arguments, and what they mean."""
+"""The command-line arguments of every command, and their meanings."""
 from __future__ import annotations
 
 import argparse
@@ -20,7 +20,7 @@ EXIT_CODES = """exit codes:
   130  interrupted (Ctrl-C); the same command goes on from the newest checkpoint
   143  the same, by SIGTERM"""
 RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
-"""Commands whose recipes are of another kind than those of train."""
+"""Commands whose recipes are of another kind than the recipes of train -> that kind."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",
             "rollout": "smoke", "config": "smoke", "evaluate": "runs/smoke/export smoke",
             "rescore": "runs/smoke/traces.jsonl smoke", "plan": "smoke --gpus 3 --memory 80",
@@ -29,17 +29,18 @@ MODEL = "a folder with a Hugging Face model, such as a run's export, or a hub id
 
 
 def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., object]]) -> argparse.Namespace:
-    """`parsed.command` is the function of `commands` that is asked for. Overrides may stand anywhere: argparse leaves
-    those behind an option over.
+    """Parse the command line. `parsed.command` is the requested function of `commands`.
+
+    Overrides may stand anywhere. argparse leaves overrides behind an option unparsed; they are added here.
     """
     parser = _Parser(prog="frpo", description="Post-training that survives the next fine-tuning.", epilog=EXIT_CODES,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"frpo {version('frpo')}")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; LOCAL_RANK says it too
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from the deepspeed launcher; equal to LOCAL_RANK
     listed = _Commands(parser, commands)
     for describe in (_trainings, _evaluations, _parts_alone, _several_trainings, _others):
         describe(listed)
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand here
+    if "_ARGCOMPLETE" in os.environ:  # a shell requests completions
         from frpo.commands.completion import complete
 
         complete(parser, RECIPE_COMMANDS)
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., obje
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says of a missing recipe which there are, and of a missing command which there are."""
+    """A parser that lists the known recipes if the recipe is missing, and the commands if the command is missing."""
 
     def error(self, message: str) -> NoReturn:
         missing = message.partition("the following arguments are required: ")[2].split(", ")
@@ -67,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
             command = self.prog.split()[-1]
             names = recipe_names(RECIPE_COMMANDS.get(command, "train"))
-            message = message.replace(", section.key=value", "")  # argparse counts what may be missing too
+            message = message.replace(", section.key=value", "")  # argparse also lists optional arguments as missing
             message += (f"\nGive a recipe: a YAML file, or the name of one: {', '.join(names)}."
                         f"\nFor example: {self.prog} {EXAMPLES.get(command, names[0])}")
         if "COMMAND" in missing:
@@ -79,7 +80,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _as_override(argument: str, parsed: argparse.Namespace) -> str:
-    """How to write an unknown option as an override, where it is a key of recipes or another framework's name of one.
+    """Describe how to write an unknown option as an override.
+
+    Name the key if the option is a recipe key or another framework's name of a key. Name an option of frpo if the
+    spelling differs only in hyphens or underscores.
     """
     if not hasattr(parsed, "overrides"):
         return ""
@@ -113,7 +117,10 @@ class _Commands:
 
     def add_with_recipe(self, name: str, description: str, before: tuple[str, str] | None = None, use: str = ""
                         ) -> argparse.ArgumentParser:
-        """before: name and meaning of what stands before the recipe. use: what of the recipe is used."""
+        """Add a command that takes a recipe.
+
+        before: name and meaning of an argument before the recipe. use: the parts of the recipe that the command uses.
+        """
         command = self.add(name, description)
         if before:
             command.add_argument(before[0], help=before[1])
@@ -160,7 +167,7 @@ def _several_trainings(commands: _Commands) -> None:
     command = commands.add_with_recipe(
         "retention", "train policies, fine-tune forks of them, measure and report what they keep")
     command.add_argument("--quick", action="store_true", help="the recipe's short form")
-    command.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # one of --jobs
+    command.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # set for each process of --jobs
     _many(command)
     command = commands.add_with_recipe(
         "sweep", "train a recipe over values of its keys: reward reached, KL spent, kept, and the best")

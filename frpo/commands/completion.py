@@ -1,4 +1,4 @@
-"""What a shell offers when Tab is pressed behind `frpo`: commands, options, recipes, keys and their values."""
+"""Shell completions of `frpo` for the Tab key: commands, options, recipes, keys and their values."""
 from __future__ import annotations
 
 import argparse
@@ -15,14 +15,14 @@ from frpo.config.sections import repository_files
 
 
 def script(shell: str) -> str:
-    """What a shell (bash, zsh, fish) has to evaluate to complete `frpo`."""
+    """Return the script that a shell (bash, zsh, fish) evaluates to complete `frpo`."""
     return argcomplete.shellcode(["frpo"], shell=shell)
 
 
 def complete(parser: argparse.ArgumentParser, kinds: Mapping[str, str]) -> None:
-    """Answer the shell that asks, and end the process. A process that no shell asks is left alone.
+    """Send completions to the shell and end the process. Do nothing if no shell has requested completions.
 
-    kinds: command -> the one whose recipes it takes, where that is not train.
+    kinds: command -> kind of its recipes, for commands whose kind is not train.
     """
     for command in _commands(parser):
         for argument in command._actions:
@@ -38,14 +38,14 @@ def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def _recipes(kinds: Mapping[str, str], prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    """Of the command's kind, from recipes/ and from the folder that has been typed."""
+    """List recipes of the command's kind: names in recipes/, and files that begin with the typed path."""
     files = [path for path in glob.glob(f"{glob.escape(prefix)}*") if path.endswith(".yaml") or Path(path).is_dir()]
     named = recipe_names(kinds.get(parsed_args.command.__name__, "train"))
     return named + [f"{file}/" if Path(file).is_dir() else file for file in files]
 
 
 def _overrides(prefix: str, **given: object) -> list[str]:
-    """Keys with their sign of equality; behind it the values, where they are few."""
+    """List keys, each followed by `=`. After `=`, list the values of the key if they are few."""
     known = {key.name: key for kind in KINDS for key in keys(kind)
              if key.default is not None and "[]" not in key.name and ".NAME" not in key.name}
     name, equals, _ = prefix.partition("=")
@@ -63,10 +63,10 @@ WORDS = {
     "learner.deepspeed": tuple(path.stem for path in repository_files("ds_configs", ".json")),
     "run.resume": ("auto", "force", "never", "overwrite"), "objective": ("sft", "kl_sft", "csft", "csft_pa"),
     "placement": ("split", "colocate")}
-"""Values of keys that take any text, but mostly one of a few."""
+"""Usual values of keys that take any text."""
 
 def _swept(prefix: str, **_: object) -> list[str]:
-    """Keys whose values may be swept over."""
+    """List keys whose values can be swept over."""
     return [] if "=" in prefix else _overrides(prefix)
 
 

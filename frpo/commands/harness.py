@@ -1,6 +1,6 @@
-"""`frpo harness`: tasks of EleutherAI's lm-evaluation-harness on an export, if that is installed.
+"""`frpo harness`: run tasks of EleutherAI's lm-evaluation-harness on an export, if the harness is installed.
 
-General abilities are its business; what a policy was trained for is `frpo evaluate`'s.
+The harness measures general abilities. `frpo evaluate` measures the task that a policy was trained for.
 """
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def run_harness(model: str, tasks: Sequence[str], *, backend: Literal["hf", "vll
                 dtype: Literal["fp32", "bf16"] = "bf16",
                 limit: int | None = None, chat: bool = False, include: str | None = None, output: str | None = None
                 ) -> int:
-    """Evaluate, print metrics, write them to `output` or harness.json in the model's folder.
+    """Evaluate, print the metrics, and write them to `output`, or to harness.json in the model's folder.
 
-    backend: transformers in this process, or vLLM. limit: only the first documents of a task. chat: apply the chat
-    template. include: folder with tasks of one's own. Raises ConfigError where the harness or a task is missing.
+    backend: transformers in this process, or vLLM. limit: number of documents of each task, from the first. chat: apply
+    the chat template. include: folder with your own tasks. Raises ConfigError if the harness or a task is missing, or
+    if the file cannot be written.
     """
     try:
         from lm_eval import simple_evaluate
@@ -55,8 +56,10 @@ def run_harness(model: str, tasks: Sequence[str], *, backend: Literal["hf", "vll
 
 
 def _loaded(model: str, backend: str, dtype: Literal["fp32", "bf16"]) -> Any:
-    """The model as the harness takes it. Through transformers it is loaded as everywhere here: the harness alone would
-    rebuild a tokenizer that was made on the spot as another class, which loses spaces.
+    """Load the model in the form that the harness takes.
+
+    For transformers, model and tokenizer are loaded with frpo's own functions. The harness would rebuild a tokenizer
+    that was made on the spot as another class, which loses spaces.
     """
     section = ModelSection(path=model, dtype=dtype, max_length=8)
     check_model_path(section, model)

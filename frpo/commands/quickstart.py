@@ -1,8 +1,8 @@
-"""The quick start: train a policy, then a control in which rewards are shuffled; fine-tune both, see what is left.
+"""The quick start: train a policy and a control with shuffled rewards, then fine-tune forks and measure what they keep.
 
-The control is what makes the gain believable: same data, same updates, rewards that belong to other completions. At the
-end forks go through the same fine-tuning for another task. All of it shares one set of started processes. The policy is
-a real small language model, or a tiny one that is made on the spot.
+The control makes the gain believable: same data and same number of updates, but rewards of other completions. At the
+end, forks of the policies go through the same fine-tuning for another task. All trainings share one set of started
+processes. The policy is a real small language model, or a tiny model that is made on the spot.
 """
 from __future__ import annotations
 
@@ -47,17 +47,18 @@ Answers = list[tuple[str, str]]
 """Pairs of a question and the answer to it."""
 
 Ends = tuple[Mapping[str, float], Mapping[str, float]]
-"""Metrics of a training's first and last held-out evaluation."""
+"""Metrics of the first and the last held-out evaluation of a training."""
 
 CONTROL, MATRIX = "control", "retention"
-"""Folders of the control and of the forks within the run's."""
+"""Folders of the control and of the forks within the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tour:
-    """recipe, matrix: names of recipes. downstream: the regime that forks go through; means: what it is.
+    """The settings of one quick start.
 
-    shown: held-out prompts whose likeliest answers are shown before and after.
+    recipe, matrix: names of recipes. downstream: the regime of fine-tuning that forks go through. means: a description
+    of that regime. shown: number of held-out prompts whose likeliest answers are shown before and after training.
     """
 
     recipe: str
@@ -72,7 +73,7 @@ TOURS = {
                  means="fine-tuning for another task: which of two numbers is larger"),
     "smollm2": Tour(recipe="quickstart_smollm2", matrix="quickstart_smollm2_retention", downstream="gsm8k", shown=4,
                     means="fine-tuning on solved problems of GSM8K, school mathematics")}
-"""Quick starts by the model that is trained."""
+"""Quick starts, by name of the trained model."""
 
 ABOUT = (
     "The control gets the same rewards, shuffled over the completions of a step. It is pushed as hard, in directions "
@@ -85,11 +86,10 @@ SAMPLE = Path(str(files("frpo.data.sets"))) / "gsm8k_sample.jsonl"
 
 
 def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
-    """Run everything, print tables, draw pictures. Returns 0 if the gain is real, the control has none and every
-    fork was fine-tuned, else 1.
+    """Run all trainings, print tables, draw pictures.
 
-    model: smollm2, or tiny, which is also taken where the real one cannot be had. overrides: section.key=value over its
-    recipe.
+    Returns 0 if the policy has a gain, the control has none, and every fork was fine-tuned; else 1. model: smollm2 or
+    tiny; tiny also replaces smollm2 if that model is not available. overrides: section.key=value over the recipe.
     """
     started = time.perf_counter()
     tour, recipe = _prepared(model, overrides)
@@ -105,7 +105,7 @@ def run_quickstart(overrides: Sequence[str], model: str = "smollm2") -> int:
 
 
 def prepare_downstream(folder: Path, seed: int) -> None:
-    """The setup of both matrices: what forks are fine-tuned on."""
+    """Write the data on which forks are fine-tuned. Both matrices name this function as their setup."""
     folder.mkdir(parents=True, exist_ok=True)
     solved = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     for name, pairs in (("larger", comparisons(480, seed)),
@@ -115,7 +115,9 @@ def prepare_downstream(folder: Path, seed: int) -> None:
 
 
 def _run(tour: Tour, recipe: Recipe, matrix: Plan) -> tuple[Answers, Answers]:
-    """Train the policy, then the control, then the forks, all on the same processes. Returns answers before and after.
+    """Train the policy, then the control, then the forks, all on the same processes.
+
+    Returns the policy's likeliest answers before and after training.
     """
     steps, first = recipe.run.num_steps, Path(recipe.run.dir) / "first_state"
     with build(recipe) as parts:
@@ -133,7 +135,7 @@ def _run(tour: Tour, recipe: Recipe, matrix: Plan) -> tuple[Answers, Answers]:
         say(f"--- 3 of 3: forks of the policies, {tour.means}")
         run_plan(matrix, Processes(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
     for folder in (first, control.run_dir / "checkpoints", *(Path(matrix.recipe.run.dir).rglob("checkpoints"))):
-        shutil.rmtree(folder)  # nobody goes on from them, and a real model's are large
+        shutil.rmtree(folder)  # no run continues from them, and they are large for a real model
     return before, after
 
 
@@ -143,13 +145,13 @@ def _verdict_line(gained: bool, lured: bool) -> str:
 
 
 def _folders(recipe: Recipe) -> dict[str, Path]:
-    """Names and folders of the two trainings; the policy is called as in the matrix."""
+    """Return names and folders of the two trainings. The policy has the same name as in the matrix."""
     run_dir = Path(recipe.run.dir)
     return {"frpo": run_dir, "control (rewards shuffled)": run_dir / CONTROL}
 
 
 def _report(tour: Tour, recipe: Recipe, kept: Results, ends: Mapping[str, Ends], answers: TableText) -> None:
-    """Print the tables, draw the pictures, write the page, and say where they are."""
+    """Print the tables, draw the pictures, write the page, and print the paths."""
     folders, run_dir = _folders(recipe), Path(recipe.run.dir)
     picture = draw_reward_curve({name: folder / "metrics.jsonl" for name, folder in folders.items()},
                                 run_dir / "reward.png")
@@ -167,16 +169,17 @@ def _report(tour: Tour, recipe: Recipe, kept: Results, ends: Mapping[str, Ends],
 
 
 def answers_table(before: Answers, after: Answers) -> TableText:
-    """The same questions, answered by the policy as it was and as it is."""
+    """Make a table of the same questions with the policy's answers before and after training."""
     return TableText(
         title="Likeliest answers to held-out prompts", note="temperature 0", columns=("asked", "before", "after"),
         rows=tuple((asked, was, now) for (asked, was), (_, now) in zip(before, after, strict=True)), laid_out=True)
 
 
 def _prepared(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
-    """The tour of `model` and its recipe, once that model is there; else those of the tiny one, saying why.
+    """Make the model of the quick start if needed, and return its tour and recipe.
 
-    Raises ConfigError where the overrides name another model, which the matrix would not fork.
+    If the model cannot be made, print the reason and return tour and recipe of the tiny model. Raises ConfigError if
+    the overrides name another model, because the matrix would not fork that model.
     """
     tour = TOURS[model]
     recipe, own = load_recipe(tour.recipe, overrides), load_recipe(tour.recipe).model.path
@@ -194,7 +197,7 @@ def _prepared(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
 
 
 def _likeliest(parts: RunParts, count: int, version: int) -> Answers:
-    """Greedy answers to the first held-out prompts, none longer than in training."""
+    """Sample greedy answers to the first held-out prompts, not longer than in training."""
     prompts = parts.prompts.heldout[:count]
     sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)
     groups = parts.sampler.sample(prompts, step=0, first_sample=0, group_size=1, sampling=sampling, version=version,
@@ -203,7 +206,7 @@ def _likeliest(parts: RunParts, count: int, version: int) -> Answers:
 
 
 def _matrix(tour: Tour, recipe: Recipe, overrides: Sequence[str]) -> Plan:
-    """Where a policy is trained and where it is measured, the quick start's own overrides hold too."""
+    """Plan the matrix, with the quick start's overrides for the training and the measurement of its policies too."""
     found = load_recipe(tour.matrix, [f"run.dir={Path(recipe.run.dir) / MATRIX}", f"seeds=[{recipe.run.seed}]"],
                         RetentionRecipe)
     extra = {"extra": [override.replace("$", "$$") for override in overrides]}
@@ -215,7 +218,7 @@ def _matrix(tour: Tour, recipe: Recipe, overrides: Sequence[str]) -> Plan:
 
 
 def _into_fresh_folder(recipe: Recipe) -> Recipe:
-    """The recipe itself, or with -2, -3, ... at the end of run.dir where an earlier quick start lies already."""
+    """Return the recipe; append -2, -3, ... to run.dir if the folder holds an earlier quick start."""
     number = 1
     folder = Path(recipe.run.dir)
     while (folder / "metrics.jsonl").is_file():
@@ -233,7 +236,7 @@ def _with_run(recipe: Recipe, **changes: Any) -> Recipe:
 
 @contextmanager
 def _control_parts(parts: RunParts) -> Iterator[RunParts]:
-    """The same live parts under a recipe that shuffles rewards and writes into its own folder."""
+    """Make parts for the control: the same live parts, with a recipe that shuffles rewards and has another run.dir."""
     run_dir = parts.run_dir / CONTROL
     recipe = _with_run(parts.recipe, dir=str(run_dir), name="control", save_every=0)
     recipe = recipe.model_copy(update={"shuffle_rewards": True})
@@ -242,13 +245,13 @@ def _control_parts(parts: RunParts) -> Iterator[RunParts]:
 
 
 def _ends(metrics: Path) -> Ends:
-    """First and last row with a held-out evaluation."""
+    """Return the first and the last row of metrics with a held-out evaluation."""
     rows = [row for row in read_metrics(metrics) if "eval/reward" in row]
     return rows[0], rows[-1]
 
 
 def _verdict(first: Mapping[str, float], last: Mapping[str, float]) -> bool:
-    """Whether the intervals before and after are apart, the later one above."""
+    """Return whether the interval after training lies wholly above the interval before training."""
     return last["eval/reward"] - last["eval/interval"] > first["eval/reward"] + first["eval/interval"]
 
 

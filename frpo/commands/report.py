@@ -1,7 +1,7 @@
-"""`frpo report`: one page about any folders that frpo has filled, whatever ran in them.
+"""`frpo report`: write one page about any folders that frpo has filled.
 
-A retention matrix tells what was kept, a training its curve and last metrics, and of a folder with pictures these and
-its texts are shown.
+The section of a retention matrix shows what was kept. The section of a training shows its curves and its first and last
+metrics. The section of another folder shows its pictures and texts.
 """
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ SIDE_BY_SIDE = "side_by_side.html"
 def run_report(runs: Sequence[str], output: str | None) -> int:
     """Write the page. runs: folders, or files in them.
 
-    Of one run it stands in its folder, of several in the first, unless `output` names a file. The run's own page has
-    its pictures beside it, every other page in a folder NAME_pictures.
+    The page of one run is written into the run's folder, a page of several runs into the first folder, unless `output`
+    names a file. The page in a run's own folder has its pictures beside it. Every other page has its pictures in a
+    folder NAME_pictures.
     """
     folders = [path.parent if (path := Path(run)).is_file() else path for run in runs]
     own = len(folders) == 1 and output is None
@@ -43,7 +44,7 @@ def run_report(runs: Sequence[str], output: str | None) -> int:
 
 
 def section(folder: Path, place: Path) -> Section:
-    """What can be told of a folder; new pictures are drawn into `place`. Raises ConfigError where that is nothing."""
+    """Make the section about a folder; draw new pictures into `place`. Raises ConfigError if nothing can be shown."""
     if not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is no folder; give the run.dir of runs, or folders with their pictures")
     if (folder / RECIPE).is_file():
@@ -59,7 +60,7 @@ def section(folder: Path, place: Path) -> Section:
 
 
 def _side_by_side(folders: Sequence[Path], place: Path) -> list[Section]:
-    """One section about all trainings among the folders, if there are several."""
+    """Make one section about all trainings among the folders, if there are several; else return an empty list."""
     trainings = [folder for folder in folders if (folder / METRICS).is_file() and not (folder / RECIPE).is_file()]
     if len(trainings) < 2:
         return []
@@ -69,7 +70,7 @@ def _side_by_side(folders: Sequence[Path], place: Path) -> list[Section]:
 
 
 def _curves(folders: Mapping[str, Path], picture: Path) -> dict[str, Any]:
-    """Pictures and charts of a section about these runs."""
+    """Draw pictures and charts for a section about these runs."""
     runs = read_runs(folders)
     picture.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw_runs(runs, picture)

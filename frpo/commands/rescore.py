@@ -1,8 +1,8 @@
-"""`frpo rescore`: groups of a trace file scored again by a recipe's rewards, to see what a change of a reward does.
+"""`frpo rescore`: score the groups of a trace file again by a recipe's rewards, to see the effect of a changed reward.
 
-Prompts and their columns come from the traces, rewards and advantage from the recipe; its model and data are not read,
-and no engine and no learner is started. `shuffle_rewards` is not applied, and without a reference neither is
-`objective.kl_in_reward`.
+Prompts and their columns come from the traces, rewards and advantage from the recipe. The recipe's model and data are
+not read. No engine and no learner is started. `shuffle_rewards` is not applied. `objective.kl_in_reward` is not applied
+either, because there is no reference.
 """
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from frpo.telemetry.step import mishaps
 from frpo.types import GroupId, Prompt, ScoredGroup
 
 SLICE = 64
-"""Most groups of one call of a reward."""
+"""Largest number of groups in one call of a reward."""
 
 SHOWN, WIDTH = 5, 60
-"""Changed completions that are printed, and how many characters of each."""
+"""Number of changed completions to print, and number of characters of each."""
 
 SUM = ""
-"""Stands for the summed reward beside the components, none of which can have this name."""
+"""Name of the summed reward beside the components. No component can have this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A completion of which values changed: component -> (before, now), NaN where there is none."""
+    """A completion with changed values: component -> (before, now), NaN if there is no value."""
 
     group_id: GroupId
     sample: int
@@ -52,14 +52,14 @@ class Change:
 
 
 class Comparison:
-    """Values before and now, by component; what only one of both sides has is NaN on the other."""
+    """Values before and now, by component. A component of only one side is NaN on the other side."""
 
     def __init__(self) -> None:
         self.pairs: dict[str, list[np.ndarray]] = {}
         self.first: list[Change] = []
 
     def add(self, before: ScoredGroup, now: ScoredGroup) -> None:
-        """Count one group in, scored twice."""
+        """Add one group with its scores before and now."""
         old, new = _values(before), _values(now)
         nothing = np.full(len(before.rewards_G), np.nan)
         both = {name: np.stack([old.get(name, nothing), new.get(name, nothing)]) for name in old | new}
@@ -69,9 +69,10 @@ class Comparison:
             self.first += list(_changes(before, both))[:SHOWN - len(self.first)]
 
     def rows(self) -> list[tuple[str, float, float, int, int, float]]:
-        """(component, mean before, mean now, changed, completions, largest change), the sum last.
+        """List (component, mean before, mean now, changed, completions, largest change), the sum last.
 
-        NaN stands for a mean or change of nothing; a value that came or went counts as changed but has no size.
+        A mean or change without any value is NaN. A value that exists on one side only counts as changed, but not for
+        the largest change.
         """
         rows = []
         for name in sorted(self.pairs, key=lambda name: name == SUM):
@@ -84,10 +85,11 @@ class Comparison:
 
 
 def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
-    """Score the groups of `traces` again, print what changed, write them with their new values into `output`.
+    """Score the groups of `traces` again, print the changes, and write the groups with new values into `output`.
 
-    Until all are scored that file is called <output>.unfinished. Raises ConfigError if `output` is there already,
-    DataError for traces that are missing, empty or none, RewardError naming the lines at which a reward failed.
+    The file is called <output>.unfinished until all groups are scored. Raises ConfigError if `output` exists already.
+    Raises DataError if the traces are missing, empty or not traces. Raises RewardError, with the line numbers in the
+    traces, if a reward fails.
     """
     path, target = Path(traces), None if output is None else new_file(Path(output))
     prompts, count = read_prompts(path)
@@ -99,7 +101,7 @@ def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
             unfinished.unlink(missing_ok=True)
             file = stack.enter_context(closing(JsonlFile(unfinished)))
         bar = stack.enter_context(ProgressBar(count, 0, "rescore"))
-        # No call is larger than a run's own may be, which the time limits are set for.
+        # No call is larger than a call in a run, because the time limits of rewards are set for that size.
         for part in slices(path, min(SLICE, recipe.rollout.prompts_per_step)):
             report = rescored(path, rewards, part)
             for traced, now in zip(part, report.groups, strict=True):
@@ -118,7 +120,10 @@ def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
 
 
 def read_prompts(path: Path) -> tuple[PromptSet, int]:
-    """All prompts of the traces, each once, and the number of groups: what is no trace is found before any scoring."""
+    """Read all prompts of the traces, each once, and count the groups.
+
+    Raises DataError, before any scoring, if a line is no trace or if the file has no group.
+    """
     prompts: dict[str, Prompt] = {}
     count = 0
     for traced in read_groups(path):
@@ -130,14 +135,14 @@ def read_prompts(path: Path) -> tuple[PromptSet, int]:
 
 
 def slices(path: Path, size: int) -> Iterator[list[Traced]]:
-    """The groups of the file, `size` at a time."""
+    """Yield the groups of the file, `size` at a time."""
     groups = read_groups(path)
     while part := list(islice(groups, size)):
         yield part
 
 
 def rescored(path: Path, rewards: RewardSuite, part: Sequence[Traced]) -> ScoreReport:
-    """New scores of these groups; an error says where in the traces they are."""
+    """Score these groups again. A RewardError names the lines of these groups in the traces."""
     try:
         return rewards.score([traced.scored.group for traced in part])
     except RewardError as error:
@@ -145,13 +150,13 @@ def rescored(path: Path, rewards: RewardSuite, part: Sequence[Traced]) -> ScoreR
 
 
 def new_row(traced: Traced, now: ScoredGroup, recipe: Recipe) -> dict[str, Any]:
-    """The trace row of a group with its new rewards, components, advantages and statistics."""
+    """Make the trace row of a group with its new rewards, components, advantages and statistics."""
     weighed = compute_advantages([now], recipe.objective.advantage, [None])
     return next(trace_rows(weighed, trained=traced.trained))
 
 
 def print_comparison(traces: str, groups: int, comparison: Comparison) -> None:
-    """What every component was and is, and the first completions that changed."""
+    """Print the values of every component before and now, and the first completions that changed."""
     table = Table(title=f"{traces}: {groups} group{'s' if groups > 1 else ''} scored again")
     for column in ("reward", "mean before", "mean now", "changed", "largest change"):
         table.add_column(column, justify="left" if column == "reward" else "right")
@@ -176,7 +181,7 @@ def _print_changes(changes: Sequence[Change]) -> None:
 
 
 def shortened(text: str) -> str:
-    """One line of it, without its middle if it is long: what is judged is mostly at an end."""
+    """Return the text in one line. Leave out the middle of a long text: the part that is judged is mostly at an end."""
     line = " ".join(text.split())
     return line if len(line) <= WIDTH else f"{line[:WIDTH // 2]} ... {line[-WIDTH // 2:]}"
 

@@ -1,8 +1,8 @@
-"""`frpo rollout`: the groups of a run's first steps, sampled and scored without a learner, to debug rewards with.
+"""`frpo rollout`: sample and score the groups of a run's first steps without a learner, to debug rewards.
 
-Prompts, seeds, group ids, dynamic sampling and selection are a run's; the first step's groups are its own to the bit.
-Nothing is learned, so later steps sample the same policy, version 0, once more. There is no reference either: what
-`objective.kl_in_reward` would subtract is not in the advantages. Rows are those of a run's traces.
+Prompts, seeds, group ids, dynamic sampling and selection are the same as in a run. The groups of the first step equal
+those of a run bit for bit. Later steps sample the same policy, version 0, because nothing is learned. There is no
+reference, so `objective.kl_in_reward` subtracts nothing from the advantages. Rows have the format of a run's traces.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FILE = "rollouts.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """All groups of some steps, what happened on the way by metric name, and the seconds spent generating."""
+    """All groups of some steps, counts of events by metric name, and the seconds spent on generating."""
 
     groups: Sequence[AdvantagedGroup]
     counts: Mapping[str, float]
@@ -45,7 +45,7 @@ class Rollouts:
 def run_rollout(recipe: Recipe, steps: int, output: str | None) -> int:
     """Sample steps 0 to `steps` - 1, write their trace rows into `output` or rollouts.jsonl of run.dir, print a table.
 
-    Raises ConfigError, before any work, if that file is there already or cannot be written, or if a run is under way in
+    Raises ConfigError, before any work, if the file exists already or cannot be written, or if a run is writing into
     run.dir.
     """
     with held_folder(Path(recipe.run.dir)):
@@ -58,7 +58,7 @@ def run_rollout(recipe: Recipe, steps: int, output: str | None) -> int:
 
 
 def sample_steps(serving: SamplingParts, steps: int, path: Path) -> Rollouts:
-    """Collect one step after the other; each is written before the next begins, so that an error keeps those before."""
+    """Collect the steps one by one. Write each step before the next begins, so that an error loses no finished step."""
     estimator, timer = serving.recipe.objective.advantage, serving.timer
     state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest=recipe_digest(serving.recipe),
                      file_offsets={})
@@ -84,7 +84,10 @@ def sample_steps(serving: SamplingParts, steps: int, path: Path) -> Rollouts:
 
 
 def print_summary(steps: int, rollouts: Rollouts) -> None:
-    """Value and, where there is one, half-width of its 95 % interval over groups; below it what rewards failed at."""
+    """Print each metric with its value and, if there is one, the half-width of its 95 % interval over groups.
+
+    Below the table, print the failures of rewards.
+    """
     table = Table(title=f"{steps} step{'s' if steps > 1 else ''}, 95 % interval")
     for column in ("metric", "value", "interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -96,12 +99,12 @@ def print_summary(steps: int, rollouts: Rollouts) -> None:
 
 
 def summary(rollouts: Rollouts) -> list[tuple[str, float, float | None]]:
-    """(metric, value, interval or None) of all groups, those that dynamic sampling replaced included."""
+    """List (metric, value, interval or None) over all groups, including groups that dynamic sampling replaced."""
     rows = table_rows(heldout_metrics([group.scored for group in rollouts.groups], EvaluateSection()))
     rows.append(("teach nothing", *mean_interval(group.stats["zero_advantage"] for group in rollouts.groups)))
     rows += [(name.removeprefix("rollout/").replace("_", " "), float(value), None)
              for name, value in rollouts.counts.items()
-             if name.startswith("rollout/") and name not in ("rollout/drawn", "rollout/telling")]  # told already
+             if name.startswith("rollout/") and name not in ("rollout/drawn", "rollout/telling")]  # shown already
     tokens = sum(len(completion.token_ids) for group in rollouts.groups
                  for completion in group.scored.group.completions)
     return [*rows, ("tokens per second", tokens / rollouts.seconds, None)]

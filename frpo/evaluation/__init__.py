@@ -1,1 +1,1 @@
-"""Measuring what a policy can do, on prompts it was never trained on."""
+"""Measure a policy on held-out prompts, which were not in its training."""

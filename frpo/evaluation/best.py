@@ -1,8 +1,9 @@
-"""The best policy of a run so far, by one held-out metric under bounds on others.
+"""Keep the best policy of a run so far, by one held-out metric under bounds on other metrics.
 
     <run.dir>/best/{a Hugging Face model, best.json}
 
-Both appear at once: the folder is written beside its place and renamed. It is an export, not something to resume from.
+Model and record appear at once: the folder is written under another name and then renamed. The folder is an export;
+no run resumes from it.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ RECORD = "best.json"
 
 
 class BestCheckpoint:
-    """Keeps `run.dir/best`. Its record holds all held-out metrics, so a resume may ask for another one of them."""
+    """The folder `run.dir/best`. Its record holds all held-out metrics, so a resumed run may choose another metric."""
 
     def __init__(self, section: BestSection, run_dir: Path):
         self.section = section
@@ -28,15 +29,15 @@ class BestCheckpoint:
         self.unfinished = run_dir / "best.unfinished"
         self.replaced = run_dir / "best.replaced"
         self.metrics: Mapping[str, float] | None = None
-        """Held-out metrics of what lies in the folder; None where nothing does."""
+        """Held-out metrics of the policy in the folder; None if the folder does not exist."""
 
     def restore(self, step: int | None) -> None:
-        """Take up what an earlier process left; `step`: where the run goes on, None: a run that starts anew.
+        """Restore the best policy of an earlier process. step: the step to continue from; None for a new run.
 
-        The best of a later step belongs to a continuation that the run has gone back behind and is deleted; that of
-        another run is moved aside. Raises CheckpointError where the record is damaged.
+        If the best policy is of a later step than `step`, the run went back behind it: the folder is deleted. A new run
+        moves the folder of another run aside. Raises CheckpointError if the record is damaged.
         """
-        if self.replaced.is_dir():  # the process ended between two renames, or before it cleared up
+        if self.replaced.is_dir():  # the process ended between two renames, or before the cleanup
             if self.folder.is_dir():
                 shutil.rmtree(self.replaced)
             else:
@@ -61,7 +62,7 @@ class BestCheckpoint:
     def offer(self, state: RunState, metrics: Mapping[str, float], export: Callable[[str], None]) -> bool:
         """Export the policy in `state` if its held-out `metrics` are within bounds and better than the best so far.
 
-        export: writes the policy into the folder it is given. Returns whether it was called.
+        export: a function that writes the policy into a given folder. Returns whether `export` was called.
         Raises ConfigError for a metric that evaluation does not give.
         """
         require_known(self.section, metrics)
@@ -82,7 +83,11 @@ class BestCheckpoint:
         return True
 
     def _beats_best(self, value: float) -> bool:
-        """A tie goes to the earlier one; NaN is never best, and a best that the bounds now forbid is no bar."""
+        """Return whether the value beats the best so far.
+
+        In a tie the earlier policy stays. NaN and infinity never win. A best policy outside the current bounds always
+        loses.
+        """
         if not math.isfinite(value):
             return False
         if self.metrics is None or not self._within_bounds(self.metrics):
@@ -91,14 +96,14 @@ class BestCheckpoint:
         return math.isnan(best) or (value > best if self.section.largest else value < best)
 
     def _within_bounds(self, metrics: Mapping[str, float]) -> bool:
-        """Whether every bounded metric is a number within its bounds."""
+        """Return whether every bounded metric is a number within its bounds."""
         return all(
             (-math.inf if low is None else low) <= metrics.get(name, math.nan) <= (math.inf if high is None else high)
             for name, (low, high) in self.section.bounds.items())
 
 
 def require_known(section: BestSection, metrics: Mapping[str, float]) -> None:
-    """Raise ConfigError where `evaluate.best` names a metric that is none of `metrics`."""
+    """Raise ConfigError if `evaluate.best` names a metric that is not in `metrics`."""
     unknown = [f"metric {section.metric!r}"] if section.metric not in metrics else []
     unknown += [f"bounds on {name!r}" for name in section.bounds if name not in metrics]
     if unknown:

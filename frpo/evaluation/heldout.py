@@ -1,6 +1,6 @@
-"""Held-out prompts, sampled through the same engines and scored by the same functions as in training, as metrics.
+"""Measure metrics on held-out prompts, with the same engines and reward functions as in training.
 
-The metrics are pure functions of scored groups. Which model is asked, and when, is the caller's business.
+The metrics are pure functions of scored groups. The caller decides which model to measure and when.
 """
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from frpo.telemetry.intervals import mean_interval
 from frpo.types import RunState, ScoredGroup
 
 ROUNDING = 1e-9
-"""Weights such as 0.7 + 0.2 + 0.1 add up to a little less than 1: that much below `evaluate.success` still passes."""
+"""Tolerance below `evaluate.success`: weights such as 0.7 + 0.2 + 0.1 add up to slightly less than 1."""
 
 
 def evaluate_heldout(parts: RunParts, state: RunState) -> dict[str, float]:
-    """`eval/...` metrics of the policy version in `state`; see `heldout_metrics`. Some completions are kept."""
+    """Measure the `eval/...` metrics of the policy version in `state`, and keep some completions in the journal.
+
+    `heldout_metrics` describes the metrics.
+    """
     scored = scored_heldout(parts, step=state.step, version=state.policy_version)
     kl = parts.learner.kl_groups([group.group for group in scored]) if measures_kl(parts.recipe) else None
     parts.journal.keep_samples(state.step, scored)
@@ -32,7 +35,7 @@ def evaluate_heldout(parts: RunParts, state: RunState) -> dict[str, float]:
 
 
 class Asked(Protocol):
-    """What it takes to sample the held-out prompts of a task and to score what is said."""
+    """The parts that are needed to sample the held-out prompts of a task and to score the completions."""
 
     @property
     def recipe(self) -> Recipe: ...
@@ -48,7 +51,7 @@ class Asked(Protocol):
 
 
 def scored_heldout(parts: Asked, *, step: int, version: int) -> list[ScoredGroup]:
-    """`evaluate.samples` completions of every held-out prompt, by the policy version that the engines hold, scored."""
+    """Sample and score `evaluate.samples` completions of every held-out prompt, with the engines' policy version."""
     section, prompts = parts.recipe.evaluate, parts.prompts.heldout
     sampling = Sampling(temperature=section.temperature, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)
     groups = parts.sampler.sample(
@@ -58,20 +61,20 @@ def scored_heldout(parts: Asked, *, step: int, version: int) -> list[ScoredGroup
 
 
 def measures_kl(recipe: Recipe) -> bool:
-    """Whether the learner has a reference, and held-out samples are drawn from the policy itself: at temperature 1."""
+    """Return whether the learner has a reference and held-out samples come from the policy itself (temperature 1)."""
     has_reference = recipe.objective.kl_coef > 0 or recipe.model.lora is not None
     return has_reference and recipe.evaluate.temperature == 1.0
 
 
 def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl: Sequence[np.ndarray] | None = None
                     ) -> dict[str, float]:
-    """Reward, every component, pass@k, lengths and, given `kl` (per group, G), the sequence KL, of P groups of equal
-    size.
+    """Compute reward, reward components, pass@k, lengths and, given `kl`, the sequence KL of P groups of equal size.
 
-    Intervals are half-widths at 95 % over prompts (completions of one prompt are averaged first), so they do not
-    shrink with samples. A completion passes if its reward is at least `section.success`; one on which every reward
-    abstained does not pass, though it is left out of the mean reward. The KL is unbiased for whole completions, as far
-    as `rollout.max_new_tokens` lets them go, if they were drawn at temperature 1 from all tokens.
+    kl: an array of shape G per group. Intervals are half-widths at 95 % over prompts. Completions of a prompt are
+    averaged first, so intervals do not shrink with more samples per prompt. A completion passes if its reward is at
+    least `section.success`. A completion on which every reward abstained does not pass, but is left out of the mean
+    reward. The KL is unbiased for completions up to `rollout.max_new_tokens` long, if they were drawn at temperature 1
+    from all tokens.
     """
     completions = [completion for group in scored for completion in group.group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
@@ -91,7 +94,7 @@ def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl:
 
 
 def interval_of(metric: str) -> str:
-    """Name of the metric that holds the half-width of the interval of another one: AREA/reward, AREA/NAME/mean, ..."""
+    """Return the name of the interval half-width that belongs to `metric` (AREA/reward, AREA/NAME/mean, ...)."""
     area, _, name = metric.partition("/")
     special = {"reward": f"{area}/interval", "kl": f"{area}/kl_interval"}
     return special.get(name, f"{metric.removesuffix('/mean')}/interval")

@@ -1,6 +1,6 @@
-"""`frpo evaluate`: a model folder on a recipe's held-out prompts, with its rewards, through rollout engines alone.
+"""`frpo evaluate`: measure a model folder on a recipe's held-out prompts, with the recipe's rewards, without a learner.
 
-No learner is started, so there is no KL to a reference. What is measured is `heldout`'s business.
+Only rollout engines are started, so there is no KL to a reference. `heldout` defines the metrics.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RESULT = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Metrics of one model, and the scored completions that they were computed from."""
+    """Metrics of one model, and the scored completions from which they were computed."""
 
     metrics: Mapping[str, float]
     scored: Sequence[ScoredGroup]
@@ -37,9 +37,9 @@ class Evaluation:
 
 
 def run_evaluate(recipe: Recipe, model: str, result: str | None) -> int:
-    """Evaluate, print the table, write the metrics: into `result`, or evaluation.json in the model's folder.
+    """Evaluate, print the table, and write the metrics into `result`, or into evaluation.json in the model's folder.
 
-    Beside them go the completions, as <name>.traces.jsonl, unless telemetry.traces is off.
+    Also write the completions beside the metrics, as <name>.traces.jsonl, unless telemetry.traces is off.
     """
     path = result_path(model, result)
     evaluation = evaluate_model(recipe, model)
@@ -57,7 +57,7 @@ def run_evaluate(recipe: Recipe, model: str, result: str | None) -> int:
 
 
 def write_traces(result: Path, scored: Sequence[ScoredGroup]) -> Path:
-    """One JSON object a held-out prompt, beside the metrics; replaces an earlier file."""
+    """Write one JSON object per held-out prompt into a file beside the metrics; replace an earlier file."""
     path = result.with_suffix(".traces.jsonl")
     path.unlink(missing_ok=True)
     file = JsonlFile(path)
@@ -70,7 +70,7 @@ def write_traces(result: Path, scored: Sequence[ScoredGroup]) -> Path:
 def evaluate_model(recipe: Recipe, model: str) -> Evaluation:
     """Sample and score every held-out prompt of `recipe` with the model at `model` instead of the recipe's.
 
-    Raises ConfigError where the recipe holds out nothing.
+    Raises ConfigError if the recipe has no held-out prompts.
     """
     recipe = of_model(recipe, model)
     prompts = check_prompts(recipe)
@@ -84,13 +84,13 @@ def evaluate_model(recipe: Recipe, model: str) -> Evaluation:
 
 
 def of_model(recipe: Recipe, model: str) -> Recipe:
-    """The recipe with whole weights at `model` in the place of its own model."""
+    """Return the recipe with its model replaced by the whole weights at `model`."""
     section = recipe.model.model_copy(update={"path": model, "tiny": None, "lora": None})
     return recipe.model_copy(update={"model": section})
 
 
 def result_path(model: str, result: str | None) -> Path:
-    """Where the metrics go. Raises ConfigError, before any work, if they could not be written there."""
+    """Return the file for the metrics. Raises ConfigError, before any work, if the file cannot be written."""
     if result is None and not Path(model).is_dir() and looks_local(model):
         raise ConfigError(f"model {model!r} is no folder ({here()}); give a run's export, another folder with a "
                           "Hugging Face model, or a hub id")
@@ -103,7 +103,7 @@ def result_path(model: str, result: str | None) -> Path:
 
 
 def print_table(model: str, metrics: Mapping[str, float]) -> None:
-    """Metric, value and, where there is one, the half-width of its 95 % interval."""
+    """Print each metric with its value and, if there is one, the half-width of its 95 % interval."""
     table = Table(title=f"{model} on {metrics['eval/prompts']:.0f} held-out prompts, 95 % interval")
     for column in ("metric", "value", "interval"):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -113,7 +113,7 @@ def print_table(model: str, metrics: Mapping[str, float]) -> None:
 
 
 def table_rows(metrics: Mapping[str, float]) -> list[tuple[str, float, float | None]]:
-    """(metric, value, interval or None), intervals beside what they belong to."""
+    """List (metric, value, interval or None), each interval in the row of its metric."""
     owners = {interval_of(name): name for name in metrics}
     return [(name.removeprefix("eval/"), value, metrics.get(interval_of(name)))
             for name, value in metrics.items() if owners.get(name) is None]

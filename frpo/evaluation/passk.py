@@ -1,6 +1,6 @@
-"""pass@k: the chance that at least one of k completions of a prompt passes, from n >= k of them.
+"""pass@k: the probability that at least one of k completions of a prompt passes, estimated from n >= k completions.
 
-It counts; what passes is the caller's decision, and so is the average over prompts.
+The caller decides which completions pass, and averages over prompts.
 """
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import math
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374, eq. 1): n completions, c of which pass.
+    """Compute 1 - C(n - c, k) / C(n, k) for n completions of which c pass.
 
-    It is the share of all k-subsets with a completion that passes, from whole numbers, so that nothing cancels.
+    The estimate is unbiased (Chen et al. 2021, arXiv:2107.03374, eq. 1). It is the share of all k-subsets that contain
+    a completion that passes, computed from whole numbers, so that no digits cancel.
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:

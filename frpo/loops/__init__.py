@@ -1,4 +1,4 @@
-"""The two training loops and where their batches come from.
+"""The two training loops and the sources of their batches.
 
     rl                      reinforcement learning: sample, score, weigh, update, push
     sft                     supervised fine-tuning: SFT, CSFT, CSFT+PA

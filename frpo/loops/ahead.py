@@ -1,9 +1,9 @@
-"""Batches sampled ahead: a thread collects the next steps' batches while the learner works on this one's.
+"""Sample batches ahead: a thread collects the batches of the next steps while the learner works on the current step.
 
-Batch j may be begun once step j - k is done, k = `rollout.max_staleness`, so that no token is older than k steps of the
-policy which learns from it. Weights that are pushed meanwhile serve the rest of a batch that is under way. The batches
-wait in a queue of at most k + 1, which a checkpoint keeps; one that is only begun is begun again, from the same prompts
-and seeds. Whether old samples are corrected for is the loss's business.
+Batch j may begin once step j - k is done, where k = `rollout.max_staleness`. So no token is more than k steps older
+than the policy that learns from it. Weights pushed while a batch is sampled serve the rest of that batch. Finished
+batches wait in a queue of at most k + 1, which a checkpoint keeps. An unfinished batch is not kept: a resumed run
+samples that batch again, from the same prompts and seeds. The loss decides whether to correct for old samples.
 """
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Collected:
 class AsyncBatches:
     """A queue of batches and the thread that fills it.
 
-    The main thread commands the learner all the time but while it waits here: only then may the other thread, whose
-    engine has died, have the weights pushed to a new one.
+    The main thread holds the lock of the learner, except while it waits in `next` for a batch. Only then may the
+    filling thread, if an engine has died, push the weights to a new engine.
     """
 
     def __init__(self, parts: RunParts):
@@ -62,11 +62,11 @@ class AsyncBatches:
         first = replace(state, step=state.step + len(self.queue), data_cursor=cursor)
         self.newest = state
         self.parts.engines.learner_lock.acquire()
-        self.bar: ProgressBar  # by `next`, which starts the thread
+        self.bar: ProgressBar  # set by `next`, which starts the thread
         self.thread = threading.Thread(target=self._fill, args=(first,), name="rollouts ahead", daemon=True)
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
-        """The batch of this step, waited for if need be. Raises what collecting it raised."""
+        """Return the batch of this step; wait for the batch if needed. Raises any error of collecting the batch."""
         self.bar = bar
         with self.changed:
             self.newest = state
@@ -80,7 +80,7 @@ class AsyncBatches:
         finally:
             self.parts.engines.learner_lock.acquire()
         if not self.queue:
-            assert self.failure is not None  # one of the two was waited for
+            assert self.failure is not None  # `wait_for` returns when there is a batch or a failure
             raise self.failure
         with self.changed:
             collected = self.queue.popleft()
@@ -100,7 +100,7 @@ class AsyncBatches:
         save_selection(checkpoint, self.selection)
 
     def close(self) -> None:
-        """Begin nothing more. What is under way ends with the engines, which the builder ends next."""
+        """Begin no further batch. A batch under way ends with the engines, which the builder ends next."""
         with self.changed:
             self.ending = True
             self.changed.notify_all()
@@ -121,18 +121,18 @@ class AsyncBatches:
                     self.queue.append(Collected(step=state.step, batch=batch, seconds=timer.seconds))
                     self.changed.notify_all()
                 state = replace(state, step=state.step + 1, data_cursor=state.data_cursor + batch.positions)
-        except BaseException as error:  # raised by whoever waits for the batch
+        except BaseException as error:  # `next` raises the error
             with self.changed:
                 self.failure = error
                 self.changed.notify_all()
 
     def _reached(self) -> int:
-        """Steps that are done."""
+        """Return the number of steps that are done."""
         assert self.newest is not None  # by `start`
         return self.newest.step
 
     def _may_begin(self, step: int) -> bool:
-        """Whether to begin this step's batch, once its policy would be young enough; False at the end of the run."""
+        """Wait until this step's batch may begin. Return True then, and False at the end of the run."""
         with self.changed:
             self.changed.wait_for(lambda: self.ending or self._reached() >= step - self.limit)
             return not self.ending and step < self.parts.recipe.run.num_steps

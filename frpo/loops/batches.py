@@ -1,4 +1,4 @@
-"""Where the learner's batches come from: drawn when asked for, sampled ahead while it works, or read from traces."""
+"""Sources of the learner's batches: sampled on request, sampled ahead while the learner works, or read from traces."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,14 +14,14 @@ from frpo.types import RunState, ScoredBatch
 
 
 class BatchSource(Protocol):
-    """One batch a step. A source that runs on by itself has its own share in a checkpoint."""
+    """A source of one batch per step. A source that samples ahead also saves its waiting batches in a checkpoint."""
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:
-        """The run begins at `state`; checkpoint: the folder that `save` once wrote to, if it goes on from one."""
+        """Start at `state`. checkpoint: the folder that `save` wrote to, if the run resumes from a checkpoint."""
         ...
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
-        """The batch of step `state.step`, whose policy the engines serve."""
+        """Return the batch of step `state.step`. The engines serve the policy of that step."""
         ...
 
     def save(self, checkpoint: Path) -> None: ...
@@ -30,7 +30,7 @@ class BatchSource(Protocol):
 
 
 def batch_source(parts: RunParts) -> BatchSource:
-    """The one that the recipe asks for."""
+    """Return the batch source that the recipe asks for."""
     if parts.recipe.rollout.replay is not None:
         return ReplayBatches(parts, Path(parts.recipe.rollout.replay))
     return AsyncBatches(parts) if parts.recipe.rollout.max_staleness > 0 else SyncBatches(parts)
@@ -43,7 +43,7 @@ class SyncBatches:
         self.parts = parts
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:
-        """Nothing is sampled before it is asked for."""
+        """Do nothing: a batch is sampled only when `next` is called."""
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
         return collect(self.parts, state, bar)
@@ -52,4 +52,4 @@ class SyncBatches:
         save_selection(checkpoint, self.parts.stream.state)
 
     def close(self) -> None:
-        """Nothing runs on."""
+        """Do nothing: no sampling is under way between two calls of `next`."""

@@ -1,6 +1,6 @@
-"""What one step learns from: groups sampled, scored while others are generated, replaced where they teach nothing.
+"""Collect the batch of one step: sample groups, score them while others are generated, replace uninformative groups.
 
-It draws whole groups and never looks at tokens or advantages other than whether there are any.
+This module draws whole groups. It does not read tokens, and uses advantages only to decide whether a group teaches.
 """
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from frpo.types import GroupId, Prompt, RunState, ScoredBatch, ScoredGroup
 
 
 def collect(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBatch:
-    """`rollout.prompts_per_step` scored groups.
+    """Collect `rollout.prompts_per_step` scored groups.
 
-    With `rollout.dynamic`, groups that teach nothing are replaced by those of the next prompts, as many as are missing
-    at a time, until all teach or the limit of draws is met; what is then missing is filled up with them, in the order
-    of drawing. No group that teaches is left out.
+    With `rollout.dynamic`, replace groups that teach nothing by groups of the next prompts. Each round draws as many
+    groups as are missing, until all groups teach or the limit of draws is reached. If groups are still missing then,
+    fill the batch with groups that teach nothing, in the order of drawing. No group that teaches is left out.
     """
     size, dynamic = parts.recipe.rollout.prompts_per_step, parts.recipe.rollout.dynamic
     limit = size if dynamic is None else size * dynamic.max_draws
@@ -53,10 +53,11 @@ def collect(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar) 
 
 def rollouts(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *,
              first: int, cursor: int) -> ScoreReport:
-    """Scored groups of these prompts, sampled by the state's policy version.
+    """Sample groups of these prompts with the state's policy version, and score them.
 
-    first: prompts that this step has drawn before. cursor: where in the stream they come from; seeds follow from it.
-    With `rollout.max_staleness` the version is the oldest which may serve: weights may be pushed meanwhile.
+    first: number of prompts that this step has drawn before. cursor: position of these prompts in the stream; the
+    seeds are computed from the cursor. With `rollout.max_staleness` the version is the oldest that may serve, because
+    weights may be pushed meanwhile.
     """
     section, phase = parts.recipe.rollout, parts.timer.phase
     stream = parts.sampler.stream(
@@ -69,7 +70,7 @@ def rollouts(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar,
             for done, group in enumerate(stream, start=1):
                 scoring.add(group)
                 counted("generate", done, len(prompts))
-        with phase("reward"):  # what is left of it once generation is over
+        with phase("reward"):  # scoring that is left after generation
             report = scoring.result()
     if parts.recipe.shuffle_rewards:
         seed = parts.recipe.run.seed * 1_000_003 + state.step + first * 2**32
@@ -78,5 +79,5 @@ def rollouts(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar,
 
 
 def teaches(scored: ScoredGroup, estimator: AdvantageEstimator, epsilon: float) -> bool:
-    """Whether the rewards of a group give any of its samples an advantage beyond `epsilon`, of either sign."""
+    """Return whether the rewards of a group give any sample an advantage beyond `epsilon`, of either sign."""
     return bool(np.abs(estimator.advantages(scored.rewards_G).advantages_G).max() > epsilon)

@@ -1,7 +1,7 @@
-"""Batches read from the traces of an earlier run, in place of engines and rewards: a learner alone, for debugging it.
+"""Read batches from the traces of an earlier run, without engines and rewards, to debug the learner alone.
 
-The learner sees what it saw then. With the recipe of that run it does the same again; with another it shows what the
-change does to one and the same data.
+The learner gets the same data as in the earlier run. With the same recipe the learner repeats that run. With another
+recipe the result shows the effect of the change on the same data.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ReplayBatches:
                         "give the traces of a longer run")
 
     def save(self, checkpoint: Path) -> None:
-        """The step in the run's state is all there is."""
+        """Do nothing: a resume needs only the step, which is in the run's state."""
 
     def close(self) -> None:
         self.steps = iter(())

@@ -1,8 +1,8 @@
-"""The RL loop: sample groups, score them, weigh them, update the policy, push its weights.
+"""The RL loop: sample groups, score them, compute advantages, update the policy, push its weights.
 
-It reads like the algorithm. Where batches come from is in `batches`, how they are learned from in `update`; live
+The code follows the algorithm step by step. `batches` supplies the batches, `update` runs the optimizer updates. Live
 objects come from `run.build`, metric arithmetic from `telemetry`, formulas from `objectives`. Nothing of Ray, vLLM or
-DeepSpeed is visible here.
+DeepSpeed is used here directly.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from frpo.types import AdvantagedGroup, Probe, RolloutGroup, RunState
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A finished step: its number, from 1 on, what was measured, and the groups that the policy learned from."""
+    """A finished step: its number (from 1), its metrics, and the groups that the policy learned from."""
 
     number: int
     metrics: Mapping[str, float]
@@ -35,10 +35,10 @@ class Step:
 
 
 class Trainer:
-    """Drives one run from its first or restored step to its last."""
+    """Drive one run from its first or restored step to its last."""
 
     def __init__(self, parts: RunParts, probe: Probe | None = None):
-        """probe: asked before the first and after every step for what else is measured then."""
+        """Set up the run. probe: a function that returns further metrics before the first and after every step."""
         self.probe = probe
         self.parts, self.recipe = parts, parts.recipe
         self.samples = self.recipe.rollout.replay is None
@@ -56,7 +56,7 @@ class Trainer:
         return self.state
 
     def steps(self) -> Generator[Step, None, None]:
-        """Train, and yield every step once it is done. After the last one the model is exported."""
+        """Train, and yield every step once that step is done. Export the model after the last step."""
         run, journal = self.recipe.run, self.parts.journal
         state = self.state = journal.restore(self.parts.learner)
         with phase("comparing the learner with plain transformers"):
@@ -88,7 +88,10 @@ class Trainer:
         self.parts.journal.save(self.state, self.parts.learner, self.batches.save)
 
     def step(self, state: RunState, bar: ProgressBar) -> tuple[RunState, dict[str, float], Sequence[AdvantagedGroup]]:
-        """One rollout batch, its optimizer updates, one weight push. Returns what it learned from too."""
+        """Run one rollout batch, its optimizer updates and one weight push.
+
+        Returns the new state, the metrics, and the groups that the policy learned from.
+        """
         parts, timed, objective = self.parts, self.parts.timer.phase, self.recipe.objective
         kl_coef = state.controllers.get(kl_control.COEF, objective.kl_coef)
         batch = self.batches.next(state, bar)
@@ -114,7 +117,7 @@ class Trainer:
         return state, metrics, weighed
 
     def note_where_nothing_teaches(self, weighed: Sequence[AdvantagedGroup], step: int) -> None:
-        """Say, once, that a step had no group with two different rewards."""
+        """Print one note if no group of a step has two different rewards."""
         if self.noted_idle or any(group.advantages_G.any() for group in weighed):
             return
         self.noted_idle = True
@@ -122,7 +125,10 @@ class Trainer:
                 "rewards teach nothing; look at the samples, make the task easier, or raise rollout.group_size"])
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> GroupLogprobs:
-        """Log-probabilities under the frozen reference where a KL term asks; before it, at first, the parity check."""
+        """Return log-probabilities under the frozen reference if a KL term needs them, else None for every group.
+
+        For the first sampled batches (`checks.CHECKED_PUSHES`), check first that engines and learner agree.
+        """
         if self.unchecked:
             checks.check_logprob_gap(self.recipe, self.parts.learner, self.parts.pool, groups, state.policy_version)
             self.unchecked -= 1
@@ -131,7 +137,7 @@ class Trainer:
         return self.parts.learner.score_groups(groups, "reference")
 
     def evaluate(self, state: RunState) -> dict[str, float]:
-        """Held-out metrics of the current policy where they are due, and what the probe finds."""
+        """Return held-out metrics of the current policy if they are due, and the metrics of the probe."""
         every, total = self.recipe.evaluate.every, self.recipe.run.num_steps
         due = state.step in (0, total) or (every and state.step % every == 0)
         metrics: dict[str, float] = {}
@@ -142,7 +148,7 @@ class Trainer:
         return metrics
 
     def heldout_metrics(self, state: RunState) -> dict[str, float]:
-        """Of the current policy, which is kept if it is the best."""
+        """Measure held-out metrics of the current policy. Keep the policy if it is the best so far."""
         with self.parts.timer.phase("evaluate"):
             metrics = evaluate_heldout(self.parts, state)
         if self.best:

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: examples to micro-batches, one loss, one optimizer update after the other.
+"""The supervised fine-tuning loop: pack examples into micro-batches, compute the loss, update, repeat.
 
-It reads like the algorithm. The loss is `objectives.supervised`'s, and where it holds on to a reference, the learner
-runs that beside the policy or reads it from a cache that is filled here first.
+The code follows the algorithm step by step. The loss is in `objectives.supervised`. If the loss needs a reference, the
+learner runs the reference beside the policy, or reads its states from a cache. This module fills the cache first.
 """
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from frpo.telemetry.progress import ProgressBar, phase
 from frpo.types import Example, Probe, RankBatches, RunState
 
 CACHED_AT_A_TIME = 64
-"""Examples between two looks at the progress of filling a cache."""
+"""Number of examples in one call of the learner while a cache is filled."""
 
 EVALUATED = ("sft/nll", "sft/kl", "csft/weight", "pa/loss", "pa/mu", "pa/disagree")
 """Metrics of held-out examples, reported as eval/..."""
 
 
 class FineTuner:
-    """Drives one run from its first or restored update to its last."""
+    """Drive one run from its first or restored update to its last."""
 
     def __init__(self, parts: FinetuneParts, probe: Probe | None = None):
-        """probe: asked before the first and after every update for what else is measured then."""
+        """Set up the run. probe: a function that returns further metrics before the first and after every update."""
         self.probe = probe
         self.parts, self.recipe, self.learner = parts, parts.recipe, parts.learner
         self.train, self.heldout = parts.examples.train, parts.examples.heldout
@@ -63,7 +63,7 @@ class FineTuner:
         return state
 
     def update(self, state: RunState) -> tuple[RunState, dict[str, float]]:
-        """One optimizer update on the next examples of the epoch."""
+        """Run one optimizer update on the next examples of the epoch. Returns the new state and the metrics."""
         batch = self.stream.batch(state.step)
         packed = self.packed(batch)
         watch = self.movement.due(packed)
@@ -82,14 +82,14 @@ class FineTuner:
                        data_cursor=state.data_cursor + len(batch)), metrics
 
     def progress(self, updates: int) -> Progress:
-        """After so many updates."""
+        """Return the progress, in epochs, after this number of updates."""
         return Progress(epochs_done=updates / self.stream.per_epoch, num_epochs=self.total / self.stream.per_epoch)
 
     def packed(self, batch: list[tuple[int, Example]]) -> RankBatches:
         return pack_examples(batch, self.learner.layout, reduction=self.recipe.reduction)
 
     def evaluate(self, state: RunState) -> dict[str, float]:
-        """Held-out metrics of the policy as it is, where they are due, and what the probe finds."""
+        """Return held-out metrics of the current policy if they are due, and the metrics of the probe."""
         every = self.recipe.evaluate.every
         due = state.step in (0, self.total) or (every and state.step % every == 0)
         metrics = self.heldout_metrics(state) if due and self.heldout else {}
@@ -103,7 +103,10 @@ class FineTuner:
                 for name, value in found.items() if name in EVALUATED}
 
     def provide_reference(self) -> None:
-        """Fill the cache of reference states as far as it lacks any, and let the learner read from it, if so asked."""
+        """Fill the cache of reference states and let the learner read from the cache.
+
+        Do nothing unless `reference.mode` is cache and the objective needs a reference.
+        """
         section, recipe = self.recipe.reference, self.recipe
         if section.mode != "cache" or not recipe.objective.needs_reference:
             return
@@ -117,7 +120,7 @@ class FineTuner:
         self.learner.use_cache(str(folder))
 
     def fill(self, cache: StateCache, examples: Sequence[Example]) -> None:
-        """Compute the states that the cache lacks."""
+        """Compute the states that are missing in the cache."""
         folder, missing = str(cache.folder), cache.missing()
         self.learner.begin_cache()
         checks.check_same_function(self.learner, self.recipe, self.parts.examples)

@@ -1,4 +1,4 @@
-"""One training, from a recipe to the exported model and the picture of its curve."""
+"""Run one training, from a recipe to the exported model and the picture of its reward or loss curve."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -19,9 +19,9 @@ from frpo.telemetry.progress import remark, say
 
 
 def run_training(recipe: AnyRecipe) -> None:
-    """Train to the last step, from the newest checkpoint on if there is one, and say where everything is.
+    """Train to the last step, from the newest checkpoint if there is one, and print the paths of all results.
 
-    A launcher's other ranks follow its first. Raises what `restart.run_with_restarts` raises.
+    Under a launcher, the other ranks follow the first rank. Raises the errors of `restart.run_with_restarts`.
     """
     recipe = with_launcher_ranks(recipe)
     if follows():
@@ -46,7 +46,10 @@ def run_training(recipe: AnyRecipe) -> None:
 
 
 def adapters(recipe: AnyRecipe) -> list[str]:
-    """What the recipe's adapters train and what they leave frozen, in words; nothing without adapters."""
+    """Describe in words what the recipe's adapters train and leave frozen.
+
+    Return an empty list without adapters or without model.path.
+    """
     if recipe.model.lora is None or recipe.model.path is None:
         return []
     return [adapter_summary(recipe.model, recipe.model.path)]

@@ -1,7 +1,8 @@
-"""What one step does with its batch: U optimizer updates on minibatches of whole groups, E times over.
+"""Learn from the batch of one step: U optimizer updates on minibatches of whole groups, repeated E times.
 
-The batch is weighed already, for the policy that sampled it. Later updates are off-policy: they get that policy's
-log-probs and, where the recipe says so, advantages at the current one.
+U is `learner.updates_per_step`, E is `learner.epochs_per_step`. The batch already has advantages, for the policy that
+sampled it. Later updates are off-policy. They use the log-probs of the policy before the first update and, if
+`objective.reweight` is current, advantages at the current policy.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from frpo.types import AdvantagedGroup, OptimStepOutput
 
 
 class Updater:
-    """Drives the learner through the updates of a step, for a whole run."""
+    """Run the learner's updates of every step, for a whole run."""
 
     def __init__(self, parts: RunParts):
         self.parts, self.recipe = parts, parts.recipe
@@ -34,7 +35,10 @@ class Updater:
 
     def learn(self, groups: Sequence[AdvantagedGroup], done: int, kl_coef: float
               ) -> tuple[MetricSums, OptimStepOutput]:
-        """All updates on one batch; metrics over all of them, and what the last one did. done: updates before it."""
+        """Run all updates on one batch. Returns metrics over all updates, and the output of the last update.
+
+        done: number of updates before this batch.
+        """
         section, learner, metrics = self.recipe.learner, self.parts.learner, MetricSums()
         updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
         old: Scores | None = None
@@ -50,7 +54,7 @@ class Updater:
                           **self.weighting)
             watch = self.movement.due(update)
             learned = learner.forward_backward(update, kl_coef=kl_coef, watch_movement=watch).parts
-            # From the second update on the policy is not the one that sampled: its gap to the engine means nothing.
+            # From the second update on the policy is not the one that sampled: the gap to the engine has no meaning.
             metrics.update({k: v for k, v in learned.items() if index == 0 or not k.startswith("rollout/")})
             total = self.recipe.run.num_steps * updates
             if self.auxiliary:
@@ -65,26 +69,26 @@ class Updater:
     def supervise(self, update: int, total: int) -> MetricSums:
         """Add the gradient of the supervised term to that of the policy loss, for update number `update` of `total`."""
         section = self.recipe.auxiliary
-        assert section is not None and self.auxiliary is not None  # `learn` asks only then
+        assert section is not None and self.auxiliary is not None  # `learn` calls only then
         packed = pack_examples(self.auxiliary.batch(update), self.parts.learner.layout, reduction=section.reduction)
         progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
         return self.parts.learner.supervise(packed, progress, coefficient=section.weight)
 
     def reweighted(self, groups: Sequence[AdvantagedGroup], old: Scores, metrics: MetricSums, kl_coef: float
                    ) -> list[AdvantagedGroup]:
-        """The groups of one update with the advantages at the current policy, for one more forward pass."""
+        """Return the groups of one update with advantages at the current policy. Costs one more forward pass."""
         objective = self.recipe.objective
         with self.parts.timer.phase("reweight"):
             current = self.parts.learner.score_groups([group.scored.group for group in groups], "policy")
         log_ratios = sequence_log_ratios(groups, current, old, **self.weighting)
-        assert isinstance(objective.advantage, Reweightable)  # as the recipe is checked for
+        assert isinstance(objective.advantage, Reweightable)  # the recipe is checked for this
         groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward(kl_coef))
         metrics.update(reweight_metrics(groups))
         return groups
 
     @property
     def weighting(self) -> dict[str, Any]:
-        """How token losses become one number."""
+        """Return the settings that define how token losses become one number."""
         objective = self.recipe.objective
         return {"reduction": objective.reduction, "max_length": self.recipe.rollout.max_new_tokens,
                 "train_truncated": objective.truncated == "train"}

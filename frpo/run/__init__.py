@@ -1,1 +1,1 @@
-"""One run: build its processes, check them, record what happens, save it, restore it, restart it."""
+"""One run: build its processes, check them, record metrics and samples, save, restore and restart the run."""

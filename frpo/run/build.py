@@ -1,6 +1,6 @@
-"""The only constructor of live objects: a recipe becomes everything that a loop drives, and is taken down again.
+"""Build all live objects of a run from its recipe, and end them again. No other module starts them.
 
-What can be known without an engine (recipe, model, tokenizer, data, rewards, checkpoint) is checked first.
+Everything that needs no engine (recipe, model, tokenizer, data, rewards, checkpoint) is checked first.
 """
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from frpo.types import Prompt, RunState
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """Everything a training run is made of."""
+    """All parts of a training run."""
 
     recipe: Recipe
     run_dir: Path
@@ -86,7 +86,7 @@ class Processes:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParts:
-    """What sampling and scoring need where nothing is learned: `RunParts` without a learner."""
+    """The parts that sampling and scoring need without training: `RunParts` without a learner."""
 
     recipe: Recipe
     prompts: PromptSet
@@ -99,7 +99,7 @@ class SamplingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """What is known of a run before anything is made or started."""
+    """Results of the checks before anything of a run is made or started."""
 
     prompts: PromptSet
     auxiliary: ExampleSet | None
@@ -108,9 +108,9 @@ class Preflight:
 
 
 def check(recipe: Recipe) -> Preflight:
-    """Everything that can fail without a model, an engine or a reward process; writes nothing.
+    """Check everything that can fail without a loaded model, an engine or a reward process. Writes nothing.
 
-    Raises the FrpoError that says what to change.
+    Raises an FrpoError whose message names the change that is needed.
     """
     check_packages(recipe)
     check_login(recipe)
@@ -126,7 +126,7 @@ def check(recipe: Recipe) -> Preflight:
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:
-    """The prompts, once model and tokenizer have been found to fit the recipe."""
+    """Check that model and tokenizer fit the recipe, then return the prompts."""
     return _prompts(recipe, tokenizer_of(recipe.model))
 
 
@@ -139,7 +139,7 @@ def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
 
 
 def _auxiliary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ExampleSet | None:
-    """The examples of the recipe's supervised term, if it has one."""
+    """Load the examples of the recipe's supervised term; None if the recipe has no such term."""
     if recipe.auxiliary is None:
         return None
     return load_examples(recipe.auxiliary.data, tokenizer, recipe.model.max_length, recipe.run.seed,
@@ -147,17 +147,17 @@ def _auxiliary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ExampleSet
 
 
 def check_whole(model: ModelSection) -> None:
-    """Raise ModelError where the model has no weights, which nobody needs who only checks a recipe."""
+    """Raise ModelError if the model has no weights. A check of the recipe alone does not need them."""
     if lacking := lacking_weights(model):
         raise ModelError(lacking)
 
 
 def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, once the model has been found to be there and to fit the recipe."""
+    """Check that the model exists and fits the recipe, then return its tokenizer."""
     if model.tiny is not None:
         return build_tokenizer()
     path = model.path
-    assert path is not None  # as there is no tiny one
+    assert path is not None  # required without a tiny model
     check_model_path(model, path)
     check_weights(path)
     check_family(model, path)
@@ -170,8 +170,9 @@ def tokenizer_of(model: ModelSection) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def build(recipe: Recipe) -> Iterator[RunParts]:
-    """Hold the run's folder, start rewards, Ray, engines and learner ranks; end all with the context, also after an
-    error.
+    """Hold the run's folder, start rewards, Ray, engines and learner ranks.
+
+    All of them end with the context, also after an error.
     """
     run_dir = Path(recipe.run.dir)
     with held_folder(run_dir):
@@ -189,7 +190,7 @@ def build(recipe: Recipe) -> Iterator[RunParts]:
 
 @contextmanager
 def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
-    """Start Ray, engines that begin to load the model, and empty ranks; end them with the context."""
+    """Start Ray, engines that begin to load the model, and learner ranks without a model; end all with the context."""
     with ExitStack() as stack:
         stack.enter_context(ray_session())
         team, samples = in_team(recipe), recipe.rollout.replay is None
@@ -208,7 +209,7 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
         if isinstance(places, SharedGpus):  # engines follow the ranks to their GPUs
             ranks = stack.enter_context(learner_ranks(recipe, device, places))
             pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
-        else:  # engines take longer, and load meanwhile
+        else:  # engines take longer to load, so they start first
             pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
             ranks = stack.enter_context(learner_ranks(recipe, device, places))
         yield Processes(pool=pool, ranks=ranks, device=device)
@@ -217,7 +218,7 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
 @contextmanager
 def parts_on(stack: Processes, recipe: Recipe, checked: Preflight, rewards: RewardSuite, model_path: str
              ) -> Iterator[RunParts]:
-    """A learner of this recipe in the stack's ranks, and a journal that is closed with the context."""
+    """Load a learner of this recipe in the stack's ranks and open a journal, which is closed with the context."""
     run_dir, pool = Path(recipe.run.dir), stack.pool
     write_manifest(run_dir, recipe, checked.prompts.digest, stack.device)
     pool.give_way()
@@ -242,8 +243,8 @@ def parts_on(stack: Processes, recipe: Recipe, checked: Preflight, rewards: Rewa
 def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[SamplingParts]:
     """Start rewards, Ray and engines on the recipe's model; end them with the context.
 
-    The engines serve the weights that lie there, as version 0. Without a learner nothing is replayed to it and nothing
-    sampled ahead of it, whatever the recipe says.
+    The engines serve the weights on disk as version 0. There is no learner, so `rollout.replay` and
+    `rollout.max_staleness` of the recipe are ignored.
     """
     if recipe.rollout.hook is not None:
         load_hook(recipe.rollout.hook)
@@ -268,7 +269,7 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[SamplingParts]
 
 @contextmanager
 def learner_ranks(recipe: AnyRecipe, device: str, places: Places) -> Iterator[Ranks]:
-    """Processes for a learner, which hold nothing yet, ended with the context: a team of them, or Ray actors."""
+    """Start processes for a learner, without a model yet: a team or Ray actors. They end with the context."""
     ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device, places)
     try:
         yield ranks
@@ -278,7 +279,7 @@ def learner_ranks(recipe: AnyRecipe, device: str, places: Places) -> Iterator[Ra
 
 @contextmanager
 def engine_pool(recipe: Recipe, model_path: str, device: str, places: Places) -> Iterator[EnginePool]:
-    """Rollout engines that have begun to load, none where traces are replayed; ended with the context."""
+    """Start rollout engines, which begin to load the model; none if traces are replayed. End them with the context."""
     pool = EnginePool(recipe, model_path, device, 0 if recipe.rollout.replay else recipe.rollout.num_engines, places)
     try:
         yield pool
@@ -287,7 +288,7 @@ def engine_pool(recipe: Recipe, model_path: str, device: str, places: Places) ->
 
 
 def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
-    """The recipe's reward functions, each in its own process."""
+    """Make the suite of the recipe's reward functions, each of which runs in its own process."""
     specs = [RewardSpec(**reward.model_dump()) for reward in recipe.rewards]
     columns = sorted({name for prompt in prompts.train + prompts.heldout for name in prompt.columns})
     return RewardSuite(specs, columns=columns)
@@ -295,16 +296,16 @@ def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
 
 @contextmanager
 def tried_rewards(recipe: Recipe, prompts: PromptSet) -> Iterator[RewardSuite]:
-    """Running reward functions, which were tried; ended with the context."""
+    """Start the reward functions and try them; end them with the context."""
     with reward_suite(recipe, prompts) as rewards:
         try_rewards(rewards, recipe, prompts)
         yield rewards
 
 
 def try_rewards(rewards: RewardSuite, recipe: Recipe, prompts: PromptSet) -> ScoreReport:
-    """Call the rewards on made-up groups of the run's size, no more at a time than it samples in a step.
+    """Call the rewards on made-up groups of the run's size, with at most one step's number of groups at a time.
 
-    Raises RewardError. Calls nothing where `checks.rewards` is false.
+    Raises RewardError. Calls nothing if `checks.rewards` is false.
     """
     if not recipe.checks.rewards:
         return ScoreReport(groups=[], counts={})
@@ -317,7 +318,7 @@ def try_rewards(rewards: RewardSuite, recipe: Recipe, prompts: PromptSet) -> Sco
 
 
 def _lacking_columns(rewards: RewardSuite, what: str, prompts: Sequence[Prompt]) -> Iterator[str]:
-    """A note for each column that a reward needs and some of the prompts lack. Raises RewardError where all do."""
+    """Yield a note for each column that a reward needs and some prompts lack. Raises RewardError if all lack it."""
     for (reward, column), without in rewards.lacking(prompts).items():
         where = without[0].origin or without[0].uid
         if len(without) == len(prompts):
@@ -329,7 +330,7 @@ def _lacking_columns(rewards: RewardSuite, what: str, prompts: Sequence[Prompt])
 
 
 def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -> PromptStream | PromptSelector:
-    """Where training prompts are drawn from; a selection goes on from what the checkpoint knows."""
+    """Return the source of training prompts. A selection continues from its state in the checkpoint."""
     stream = PromptStream(prompts.train, recipe.run.seed, recipe.data.shuffle)
     if recipe.data.selection is None:
         return stream

@@ -1,4 +1,4 @@
-"""Builds the live objects of a supervised fine-tuning, as `build` does for reinforcement learning."""
+"""Build the live objects of a supervised fine-tuning, as `build` does for reinforcement learning."""
 from __future__ import annotations
 
 import logging
@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneParts:
-    """Everything that a fine-tuning is made of. model_path: what is fine-tuned, and the reference if there is no other.
+    """All parts of a fine-tuning.
+
+    model_path: folder of the model to fine-tune. The same model is the reference if the recipe names no other.
     """
 
     recipe: FinetuneRecipe
@@ -49,8 +51,9 @@ class FinetuneParts:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetunePreflight:
-    """What is known of a run before anything is made or started. per_epoch, updates: optimizer updates of a pass over
-    the examples, and of the whole run.
+    """Results of the checks before anything of a run is made or started.
+
+    per_epoch: optimizer updates of one pass over the examples. updates: optimizer updates of the whole run.
     """
 
     examples: ExampleSet
@@ -61,7 +64,10 @@ class FinetunePreflight:
 
 
 def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
-    """Everything that can fail without a model; writes nothing. Raises the FrpoError that says what to change."""
+    """Check everything that can fail without a loaded model. Writes nothing.
+
+    Raises an FrpoError whose message names the change that is needed.
+    """
     check_packages(recipe)
     check_login(recipe)
     memory_strategy(recipe.learner.deepspeed)
@@ -83,10 +89,10 @@ def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
 
 @contextmanager
 def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
-    """Hold the run's folder, make the model if it is to be made, start the learner's ranks; end them with the context,
-    also after an error.
+    """Hold the run's folder, make the model if the recipe has no model.path, start the learner's ranks.
 
-    The ranks are the launcher's processes, or this one if one is enough, or Ray actors.
+    The ranks are the launcher's processes, or this process if one rank is enough, or Ray actors. They end with the
+    context, also after an error.
     """
     with ExitStack() as stack:
         stack.enter_context(held_folder(Path(recipe.run.dir)))
@@ -109,9 +115,9 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
 @contextmanager
 def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: FinetunePreflight, model_path: str,
                 samples: bool = False) -> Iterator[FinetuneParts]:
-    """A learner of this recipe in running ranks, and a journal that is closed with the context.
+    """Load a learner of this recipe in running ranks and open a journal, which is closed with the context.
 
-    samples: whether it keeps completions, which a probe will draw.
+    samples: whether the journal keeps completions, which a probe will draw.
     """
     run_dir = Path(recipe.run.dir)
     write_manifest(run_dir, recipe, checked.examples.digest, device)

@@ -1,10 +1,10 @@
-"""Where a run's resumable state lies on disk, and when it is complete.
+"""The resumable checkpoints of a run on disk.
 
     <run.dir>/checkpoints/step_000020/{learner/, state.json, recipe.json, COMPLETE}
-    <run.dir>/finished.json     steps and recipe of a run that came to its end
+    <run.dir>/finished.json     number of steps and recipe digest of a finished run
 
-The marker is written last and synced, so a folder without it is an interrupted save and is never read. What the learner
-writes inside `learner/` is its own business.
+The marker COMPLETE is written last and synced. A folder without the marker is an interrupted save and is never read.
+The learner alone decides which files it writes inside `learner/`.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from frpo.types import RunState
 
 MARKER, FINISHED = "COMPLETE", "finished.json"
 UNCHANGEABLE = "model."
-"""Keys of it are the shape of what a checkpoint holds."""
+"""Prefix of the recipe keys that fix the shape of a checkpoint's tensors; `force` cannot change them."""
 FOLDER = re.compile(r"step_(\d{6,})")
 
 
@@ -34,19 +34,19 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, recipe: AnyRecipe):
         self.folder = run_dir / "checkpoints"
         self.recipe = recipe
-        self.saved = False  # whether this process has finished one
+        self.saved = False  # whether this process has finished a checkpoint
 
     def begin(self, step: int) -> Path:
-        """An empty folder for the state at `step`, not complete yet."""
+        """Make an empty folder for the state at `step`. The checkpoint is not complete yet."""
         path = self.folder / f"step_{step:06d}"
         _remove(path)
         path.mkdir(parents=True)
         return path
 
     def finish(self, path: Path, state: RunState) -> None:
-        """Write the run's state, then the marker; then drop all but the newest `run.keep_last` complete checkpoints.
+        """Write the run's state, then the marker; then remove all but the newest `run.keep_last` complete checkpoints.
 
-        Interrupted saves go too, and what lies beyond this step: a continuation that the run has gone back behind.
+        Also remove interrupted saves and checkpoints of later steps. The run went back behind those steps.
         """
         _write(path / "recipe.json", dump_recipe(self.recipe))
         _write(path / "state.json", dataclasses.asdict(state))
@@ -59,13 +59,14 @@ class CheckpointStore:
                 _remove(other)
 
     def complete(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first."""
+        """Return the folders of complete checkpoints, oldest first."""
         return [path for path in self._all() if (path / MARKER).is_file()]
 
     def select(self) -> tuple[Path, RunState] | None:
-        """What `run.resume` asks for: None to start anew. From another run's checkpoint, files start anew in run.dir.
+        """Return the checkpoint that `run.resume` asks for, or None to start anew.
 
-        Raises CheckpointError if the checkpoint is missing, incomplete or of a recipe that differs in what was learned.
+        If the checkpoint is of another run, the append-only files in run.dir start anew. Raises CheckpointError if the
+        checkpoint is missing or incomplete, or if its recipe differs in a key that affects learning.
         """
         wish = self.recipe.run.resume
         if wish == "never":
@@ -90,7 +91,7 @@ class CheckpointStore:
         return self._read(path)
 
     def changes(self, path: Path) -> list[str]:
-        """'key: old -> new' for what the recipe decides otherwise than when the checkpoint was written."""
+        """List each recipe value that has changed since the checkpoint was written, as 'key: old -> new'."""
         saved = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
         return recipe_difference(saved, json.loads(json.dumps(dump_recipe(self.recipe))))
 
@@ -136,21 +137,22 @@ class CheckpointStore:
 
 
 def write_finished(recipe: AnyRecipe, steps: int) -> None:
-    """Remember that the run of this recipe has come to its end."""
+    """Write into run.dir that the run of this recipe is finished after `steps` steps."""
     _write(Path(recipe.run.dir) / FINISHED, {"steps": steps, "recipe_digest": recipe_digest(recipe)})
 
 
 def finished_steps(recipe: AnyRecipe) -> int | None:
-    """How many steps the run of this recipe took, if it has come to its end and nothing of it is to be done again.
+    """Return the number of steps of this recipe's run if the run is finished, else None.
 
-    Under `force` the recipe may be another: there is nothing to go on with where it asks for no more steps.
+    None also if steps are to be repeated or added. Under `force` the recipe may have changed; the run is then finished
+    if the recipe states its number of steps and asks for no more steps.
     """
     folder = Path(recipe.run.dir)
     if recipe.run.resume not in ("auto", "force") or not (folder / "export").is_dir():
         return None
     try:
         record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or the process ended while it was written
+    except (OSError, ValueError):  # no such file, or the process ended while writing it
         return None
     asked = recipe.run.num_steps if isinstance(recipe, Recipe) else recipe.run.max_steps
     if asked is not None and asked > record["steps"]:
@@ -160,7 +162,7 @@ def finished_steps(recipe: AnyRecipe) -> int | None:
 
 
 def finished_line(recipe: AnyRecipe) -> str | None:
-    """What to say instead of starting the recipe's run again, if it is finished."""
+    """Return the message to print in place of a new start if the recipe's run is finished, else None."""
     steps = finished_steps(recipe)
     if steps is None:
         return None
@@ -177,7 +179,7 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """The marker goes first, so that no half-removed folder looks complete."""
+    """Remove the folder, its marker first, so that no half-removed folder looks complete."""
     if path.exists():
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path)

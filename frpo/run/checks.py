@@ -1,5 +1,8 @@
-"""Fail-fast checks of a run: the learner is the model, engines and learner are one function, gradients are finite, and
-the first step moves every tensor."""
+"""Fail-fast checks of a run.
+
+The learner computes the same function as plain transformers. Engines and learner compute the same function. Gradients
+are finite. The first update moves every trainable tensor.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,25 +19,28 @@ from frpo.errors import InvariantError, ModelError
 from frpo.types import Comparison, Gap, RankBatches, RolloutGroup
 
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 1e-1}
-"""Mean |log-prob difference| in nats that rounding explains; wrong weights give tenths and more.
+"""Largest mean |log-prob difference| in nats that rounding explains. Wrong weights give tenths of a nat and more.
 
-bf16: DeepSpeed and vLLM on GPUs differ by 0.032 (root of the mean square) with an fp32 head in the engine, which it has
-here, and by 0.041 with one in bf16 (Fast-LLM, pull request 525, Qwen2.5-0.5B); more where the entropy is high.
+bf16: DeepSpeed and vLLM on GPUs differ by 0.032 (root of the mean square) with an fp32 head in the engine, as here.
+With a bf16 head they differ by 0.041. Source: Fast-LLM, pull request 525, Qwen2.5-0.5B. The difference is larger at
+high entropy.
 """
 PROBED_GROUPS = 4
 CHECKED_PUSHES = 2
-"""The first may bring what an engine has loaded anyway; only the second shows that all of it is replaced."""
+"""Number of weight pushes to check. The first push may carry the weights that the engine has loaded anyway. Only the
+second push shows that all weights are replaced."""
 
 
 SAME_FUNCTION: Mapping[str, Gap] = {"fp32": (2e-4, 1e-2), "bf16": (5e-2, 2.0)}
-"""|log-prob difference| in nats that rounding explains between two ways to compute one function: mean, largest."""
+"""Largest |log-prob difference| in nats that rounding explains between two ways to compute the same function: mean and
+largest over all tokens."""
 PROBED_SEQUENCES, PROBED_TOKENS = 3, 512
 
 
 def check_same_function(learner: LearnerGroup, recipe: AnyRecipe, items: Split[Any]) -> None:
     """Compare policy and reference on every rank with plain transformers, on a few sequences of different lengths.
 
-    Raises ModelError, naming the likely cause and the key to change, where they differ by more than rounding.
+    Raises ModelError if they differ by more than rounding. The message names the likely cause and the key to change.
     """
     if not recipe.checks.same_function:
         return
@@ -52,9 +58,9 @@ def check_same_function(learner: LearnerGroup, recipe: AnyRecipe, items: Split[A
 
 
 def probe_sequences(items: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
-    """Token ids of the shortest, a middle and the longest of `items`, and of some joined; at least two tokens each.
+    """Return token ids of the shortest, a middle and the longest of `items`, and of several items joined.
 
-    None is longer than `longest` or PROBED_TOKENS.
+    Each sequence has at least two tokens. No sequence is longer than `longest` or PROBED_TOKENS.
     """
     limit = min(longest, PROBED_TOKENS)
     ordered = sorted((list(item[:limit]) for item in items if len(item) > 1), key=len)
@@ -65,7 +71,7 @@ def probe_sequences(items: Sequence[Sequence[int]], longest: int) -> list[list[i
 
 
 def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None:
-    """What is wrong, and what to change; None where nothing is."""
+    """Describe the difference and the change that is needed; None if there is no difference."""
     separate = ("Set learner.packing to false." if found.packed else
                 "Sequences of a padded micro-batch change each other; frpo cannot train it in batches.")
     if found.fails_alone:
@@ -91,12 +97,12 @@ def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None
 
 def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, pool: EnginePool, groups: Sequence[RolloutGroup],
                       version: int) -> float:
-    """Mean |log-prob difference| between every engine and the learner on sampled completions, in nats.
+    """Compute the mean |log-prob difference| between each engine and the learner on sampled completions, in nats.
 
-    Both score the given tokens at temperature 1 without truncation, so that sampling settings do not show. Tokens that
-    the policy did not choose do not count: the learner gives them no log-probability.
-    Raises InvariantError where it exceeds checks.max_logprob_gap (or the default of the coarser of the precisions that
-    `recipe`, which is sampled with, and the learner's own have).
+    Returns the largest mean of all engines. Both sides score the given tokens at temperature 1 without truncation, so
+    that sampling settings have no effect. Tokens that the policy did not choose do not count: the learner gives them no
+    log-probability. Raises InvariantError if the mean of an engine exceeds checks.max_logprob_gap. Without that key the
+    limit is the default of the coarser of two precisions: of `recipe`, used for sampling, and of the learner's recipe.
     """
     probe = groups[:PROBED_GROUPS]
     learned = learner.score_groups(probe, "policy", temperature=1.0)
@@ -122,17 +128,17 @@ def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, pool: EnginePool, g
 
 
 class MovementWatch:
-    """When a run checks that every trainable tensor moves: once, in the first update that must move them all.
+    """Decide when a run checks that every trainable tensor moves: once, in the first update that must move them all.
 
-    That is the first update with a signal; with LoRA the second, since B starts at zero and while it is zero A has no
-    gradient.
+    That is the first update with a signal. With LoRA it is the second, because B starts at zero, and A has no gradient
+    while B is zero.
     """
 
     def __init__(self, recipe: AnyRecipe):
         self.signals_left = 0 if not recipe.checks.parameters_move else 1 if recipe.model.lora is None else 2
 
     def due(self, update: RankBatches) -> bool:
-        """Whether `update`, which comes next, is the one to watch."""
+        """Return whether to watch `update`, the next update."""
         if self.signals_left == 0 or not has_signal(update):
             return False
         self.signals_left -= 1
@@ -140,7 +146,7 @@ class MovementWatch:
 
 
 def has_signal(update: RankBatches) -> bool:
-    """Whether any sample of an update has a weight (and an advantage, if rewards decide), hence a gradient."""
+    """Return whether any sample of an update has a gradient: a weight and, in RL, an advantage that are not zero."""
     return any(getattr(sample, "advantage", 1.0) != 0 and getattr(sample, sample.WEIGHTS[0]).any()
                for rank in update for micro_batch in rank for sample in micro_batch)
 
@@ -148,7 +154,7 @@ def has_signal(update: RankBatches) -> bool:
 def check_gradient(norm: float, version: int) -> None:
     """Raise InvariantError if the gradient of the update to `version` has no finite norm.
 
-    Clipped, it would move nothing, or turn every weight into NaN.
+    After clipping, such a gradient would change no weight, or turn every weight into NaN.
     """
     if not np.isfinite(norm):
         raise InvariantError(f"the gradient of update {version} has the norm {norm}: a loss is not a number, or an "

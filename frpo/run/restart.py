@@ -1,7 +1,7 @@
-"""A training run that outlives the death of a learner rank: everything is taken down and goes on from a checkpoint.
+"""Restart a training run after the death of a learner rank: end everything, then continue from a checkpoint.
 
-The ranks of one learner share a collective, so that none can be replaced alone. Engines are healed without this
-(`cluster.recovery`).
+The ranks of one learner share a collective, so no rank can be replaced alone. Dead engines are replaced without a
+restart (`cluster.recovery`).
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class LiveRun(Protocol):
-    """What any run is made of."""
+    """The parts that every run has."""
 
     @property
     def learner(self) -> LearnerGroup: ...
@@ -31,10 +31,10 @@ class LiveRun(Protocol):
 
 def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[LiveRun]],
             fit: Callable[[Any], RunState]) -> RunState:
-    """Fit to the last step, from the newest checkpoint of the run again where a rank dies: `run.max_restarts` times.
+    """Fit to the last step. If a rank dies, start again from the newest checkpoint, up to `run.max_restarts` times.
 
-    A run that has saved nothing yet begins again as it began. build: live parts of a recipe. Raises the EngineError of
-    one death too many, and every other error at once.
+    A run without a saved checkpoint begins again from its start. build: makes the live parts of a recipe. fit: trains
+    with these parts. Raises the EngineError of a death when no restart is left. Raises every other error at once.
     """
     for left in reversed(range(recipe.run.max_restarts + 1)):
         with build(recipe) as parts:

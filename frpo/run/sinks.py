@@ -1,6 +1,6 @@
-"""Where metrics and sampled completions of a run go besides its own files: TensorBoard, Weights & Biases.
+"""Sinks for metrics and sampled completions of a run besides its own files: TensorBoard, Weights & Biases.
 
-A resumed run continues its log: each step is there once, in one run.
+A resumed run continues its log. Each step appears once, in one run.
 """
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from frpo.errors import ConfigError
 from frpo.telemetry.jsonl import read_rows
 
 Sample = Mapping[str, Any]
-"""One completion: step, task, prompt, completion, reward, and the rewards that it is made of."""
+"""One completion: step, task, prompt, completion, reward, and the components of the reward."""
 
 COLUMNS = ("step", "prompt", "completion", "reward")
 WANDB, SAMPLES, METRICS = "wandb.json", "samples.jsonl", "metrics.jsonl"
-"""In the run's folder: the id of its W&B run and the step at which it was closed; all samples; all metrics."""
+"""Files in the run's folder: id of the W&B run and the step at which it was closed; all samples; all metrics."""
 
 EVENTS = "tensorboard"
-"""Folder of TensorBoard's events within it."""
+"""Folder of TensorBoard's events in the run's folder."""
 
 WAYS = "run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline, or set telemetry.wandb to false"
 
 BLOCK, HEADER, WHOLE, LAST = 32768, struct.Struct("<IHB"), 1, 4
-"""Layout of a file of an offline run: bytes of a block, header of a record, types of records that end one."""
+"""Layout of a file of an offline run: bytes of a block, header of a part of a record, types of the part that ends a
+record."""
 
 
 class Sink(Protocol):
-    """Where a step's metrics go."""
+    """A destination of the metrics and samples of each step."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Completions of held-out prompts after this step."""
+        """Write completions of held-out prompts after this step."""
         ...
 
     def close(self) -> None: ...
 
 
 def open_sinks(recipe: AnyRecipe, run_dir: Path, last_step: int | None) -> tuple[Sink, ...]:
-    """Those that the recipe asks for. last_step: the step that the run goes on from; None where it begins."""
+    """Open the sinks that the recipe asks for. last_step: the step to continue from; None for a new run."""
     sinks: list[Sink] = []
     if recipe.telemetry.tensorboard:
         sinks.append(TensorBoardSink(run_dir / EVENTS, last_step))
@@ -62,7 +63,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path, last_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier process logged beyond the checkpoint is taken back, all of it where the run starts anew.
+        # Remove events that an earlier process logged after the checkpoint; for a new run, remove all events.
         self.writer = SummaryWriter(str(folder), purge_step=0 if last_step is None else last_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -80,7 +81,7 @@ class TensorBoardSink:
 
 
 def check_login(recipe: AnyRecipe, environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError where the recipe logs to W&B and nobody has logged in, or chosen to work offline."""
+    """Raise ConfigError if the recipe logs to W&B, but no user is logged in and no offline mode is set."""
     if not recipe.telemetry.wandb or environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return
     modes = [environ.get("WANDB_MODE")]
@@ -100,7 +101,7 @@ def check_login(recipe: AnyRecipe, environ: Mapping[str, str] = os.environ) -> N
 
 
 class WandbSink:
-    """Weights & Biases; credentials, and what the recipe leaves open, come from its own environment variables."""
+    """Weights & Biases. Credentials and settings that the recipe leaves open come from W&B's environment variables."""
 
     def __init__(self, recipe: AnyRecipe, run_dir: Path, last_step: int | None):
         import wandb
@@ -121,11 +122,11 @@ class WandbSink:
         self.shown: dict[str, list[list[Any]]] = {}
         for sample in _kept(run_dir / SAMPLES, last_step):
             self._show(sample)
-        for row in _kept(run_dir / METRICS, last_step):  # what an ended process had logged, but W&B not written
+        for row in _kept(run_dir / METRICS, last_step):  # rows that an ended process logged and W&B did not write
             self.write(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step > self.last:  # W&B takes nothing back
+        if step > self.last:  # W&B accepts no earlier step
             self.run.log({name: value for name, value in metrics.items() if value is not None}, step=step,
                          commit=True)  # a step's samples come before its metrics
             self.last = step
@@ -139,13 +140,13 @@ class WandbSink:
             self.run.log({name: wandb.Table(columns=list(COLUMNS), data=self.shown[name])}, step=step)
 
     def _show(self, sample: Sample) -> str:
-        """Add a row to the table of its task; returns the table's name."""
+        """Add the sample as a row to the table of its task. Returns the table's name."""
         name = f"{sample['task']}/samples"
         self.shown.setdefault(name, []).append([sample[column] for column in COLUMNS])
         return name
 
     def _written(self, run_dir: Path) -> int:
-        """The last step that W&B holds of a run that goes on, on its server or in its files; -1 without any."""
+        """Return the last step that W&B has of a resumed run, on its server or in its files; -1 if it has none."""
         if not self.run.offline:
             return self.run.starting_step - 1
         files = (run_dir / "wandb").glob(f"offline-run-*-{self.run.id}/*.wandb")
@@ -157,13 +158,14 @@ class WandbSink:
 
     def close(self) -> None:
         self.run.finish()
-        self._remember(closed=self.last)  # its files may be written later still
+        self._remember(closed=self.last)  # after `finish`, which may still write W&B's files
 
 
 def offline_records(file: Path) -> Iterator[Any]:
-    """W&B's own records in a file of an offline run; a last one that is not whole is left out.
+    """Yield W&B's own records from a file of an offline run. An incomplete last record is left out.
 
-    Records lie behind 7 bytes in blocks of LevelDB's log format: checksum, length, type (whole, first, middle, last).
+    The file starts with 7 bytes. Records follow in blocks of LevelDB's log format, each part with checksum, length and
+    type (whole, first, middle, last).
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -177,20 +179,20 @@ def offline_records(file: Path) -> Iterator[Any]:
         parts += data[place + HEADER.size:place + HEADER.size + length]
         place += HEADER.size + length
         if kind in (WHOLE, LAST) and place <= len(data):
-            record = cast(Any, wandb_internal_pb2).Record()  # made as the module is imported
+            record = cast(Any, wandb_internal_pb2).Record()  # the class is made when the module is imported
             record.ParseFromString(parts)
             yield record
             parts = b""
 
 
 def _kept(path: Path, last_step: int | None) -> list[dict[str, Any]]:
-    """Rows of a run's file up to the step that it goes on from."""
+    """Return the rows of a run's file up to the step that the run continues from."""
     if last_step is None or not path.is_file():
         return []
     return [row for row in read_rows(path) if row["step"] <= last_step]
 
 
 def _cell(value: Any) -> str:
-    """As a cell of a table in Markdown."""
+    """Format the value as a cell of a Markdown table."""
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

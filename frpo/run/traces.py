@@ -1,6 +1,6 @@
-"""Scored groups as rows of JSON and back: traces, and the batches that a checkpoint keeps.
+"""Write scored groups as JSON rows and read them back: for traces, and for the batches that a checkpoint keeps.
 
-Numbers come back to the bit. What JSON lacks, such as a date in a column, comes back as text.
+Numbers come back bit for bit. Values that JSON cannot hold, such as a date in a column, come back as text.
 """
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from frpo.errors import ConfigError, DataError
 from frpo.types import AdvantagedGroup, Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON writes half of a character beyond 16 bits: two in a row are one character, a lone one is none."""
+"""Pattern of a surrogate in JSON. Two surrogates in a row are one character beyond 16 bits; a lone one is invalid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """One group as it lies in the traces: its line, from 1 on, and whether a step learned from it."""
+    """One group in the traces: its line number (from 1), and whether a step learned from the group."""
 
     line: int
     trained: bool
@@ -38,9 +38,9 @@ class Traced:
 
 
 def trace_rows(groups: Sequence[AdvantagedGroup], *, trained: bool = True) -> Iterator[dict[str, Any]]:
-    """One JSON object a rollout group: all of its prompt and completions, reward components, advantages, statistics.
+    """Yield one JSON object per group: its whole prompt and completions, reward components, advantages, statistics.
 
-    trained: whether the step learned from these groups; dynamic sampling replaces some.
+    trained: whether the step learned from these groups. Dynamic sampling replaces some groups.
     """
     for group in groups:
         row = scored_row(group.scored) | {"trained": trained, "stats": dict(group.stats)}
@@ -50,7 +50,7 @@ def trace_rows(groups: Sequence[AdvantagedGroup], *, trained: bool = True) -> It
 
 
 def scored_row(scored: ScoredGroup) -> dict[str, Any]:
-    """A trace row of a group from which nothing is learned: prompt, completions, rewards and their components."""
+    """Return the trace row of a group without advantages: prompt, completions, rewards and their components."""
     rollout = scored.group
     return {
         "group_id": list(rollout.group_id), "prompt_uid": rollout.prompt.uid,
@@ -68,12 +68,15 @@ def scored_row(scored: ScoredGroup) -> dict[str, Any]:
 
 
 def read_groups(path: Path) -> Iterator[Traced]:
-    """Groups in the order of the file. Raises DataError if there is none, naming the line of what is no trace."""
+    """Yield the groups in the order of the file.
+
+    Raises DataError if there is no file, or if a line is no trace; the message names the line.
+    """
     if not path.is_file():
         raise DataError(f"no traces at {str(path)!r}; give the traces.jsonl of a run with telemetry.traces: true")
     for number, line in text_lines(path):
         row = json_object(line, f"{path}:{number}")
-        if SURROGATE.search(line):  # most lines have none, and thousands of numbers
+        if SURROGATE.search(line):  # most lines have none, and thousands of numbers to walk through
             row = plain_columns(row, f"{path}:{number}")
         try:
             yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
@@ -84,7 +87,7 @@ def read_groups(path: Path) -> Iterator[Traced]:
 
 
 def new_file(path: Path) -> Path:
-    """The path itself, if a file can be made there. Raises ConfigError saying what else to give if not."""
+    """Return the path if a new file can be made there. Raises ConfigError, with an alternative, if not."""
     if path.exists():
         raise ConfigError(f"{path} is there already and is not overwritten; move it away, or give --output PATH")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
@@ -94,7 +97,7 @@ def new_file(path: Path) -> Path:
 
 
 def scored_group(row: Mapping[str, Any]) -> ScoredGroup:
-    """The group of one row of `scored_row`. Raises KeyError for a key that the row lacks."""
+    """Read the group from a row that `scored_row` made. Raises KeyError for a key that the row lacks."""
     prompt = Prompt(uid=row["prompt_uid"], messages=tuple(row["messages"]), columns={**row["columns"]},
                     token_ids=tuple(row["prompt_token_ids"]))
     completions = row["completions"]
@@ -115,12 +118,12 @@ def _completion(row: Mapping[str, Any]) -> Completion:
 
 
 def _values(numbers: Iterable[float | None]) -> np.ndarray:
-    """What JSON holds of numbers: null stands for NaN."""
+    """Make an array of numbers from JSON, where null stands for NaN."""
     return np.array([math.nan if number is None else number for number in numbers], dtype=np.float64)
 
 
 def plain(columns: Any) -> Any:
-    """Columns of a data set as JSON has them; what it lacks (dates, say) by its text."""
+    """Convert columns of a data set to JSON values. Other values, such as dates, become text."""
     return json.loads(json.dumps(dict(columns), default=str))
 
 

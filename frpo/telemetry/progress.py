@@ -48,8 +48,7 @@ def remark(lines: Iterable[str]) -> None:
 
 @contextmanager
 def phase(text: str) -> Iterator[None]:
-    """Print `text` at the begin of a phase, with the seconds since the command began. A live bar shows `text` instead.
-    """
+    """Print `text` when a phase begins, with the seconds since the command began. A live bar shows `text` instead."""
     if ProgressBar.outermost is None or not ProgressBar.outermost.live:
         say(f"{_clock()}  {text}")
     with activity(text):

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each names what was given, what is allowed and what to change."""
+"""Define the errors that a user can meet. Each error names the given value, the allowed values and what to change."""
 from __future__ import annotations
 
 import os
@@ -9,41 +9,41 @@ class FrpoError(Exception):
 
 
 class ConfigError(FrpoError):
-    """A recipe, an override or a combination of settings is wrong."""
+    """Error: a recipe, an override or a combination of settings is wrong."""
 
 
 class DataError(FrpoError):
-    """A data file or row is missing, broken or does not fit the model's window."""
+    """Error: a data file or row is missing, broken or does not fit the model's window."""
 
 
 class UnknownTokenError(DataError):
-    """A text to learn has a character for which the tokenizer has no token."""
+    """Error: a text to learn has a character for which the tokenizer has no token."""
 
 
 class ModelError(FrpoError):
-    """A model or tokenizer is missing or lacks what training needs."""
+    """Error: a model or tokenizer is missing or lacks something that training needs."""
 
 
 class RewardError(FrpoError):
-    """A reward function raised, timed out, or returned something other than one number (or None) a completion."""
+    """Error: a reward function raised, timed out, or did not return one number (or None) for each completion."""
 
 
 class RolloutHookError(FrpoError):
-    """A rollout hook raised, timed out, or returned something other than one episode with log-probabilities."""
+    """Error: a rollout hook raised, timed out, or did not return one episode with log-probabilities."""
 
 
 class CheckpointError(FrpoError):
-    """A checkpoint is incomplete, of another recipe, or not where it was expected."""
+    """Error: a checkpoint is incomplete, of another recipe, or not at the expected place."""
 
 
 class EngineError(FrpoError):
-    """An engine or learner process died, timed out or was asked for weights it does not hold."""
+    """Error: an engine or learner process died, timed out, or got a request for weights that it does not hold."""
 
 
 class InvariantError(FrpoError):
-    """A fail-fast check of the run did not hold (log-prob gap, a tensor that never moved, ...)."""
+    """Error: a fail-fast check of the run failed (log-prob gap, a tensor that never moved, ...)."""
 
 
 def here() -> str:
-    """Where relative paths begin, in words for messages."""
+    """Name the folder where relative paths begin, in words for messages."""
     return f"from {os.getcwd()}, where relative paths begin"

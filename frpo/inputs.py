@@ -1,7 +1,7 @@
 """Give functions, classes and rows of a Python session a name that a recipe can hold.
 
-A recipe is text, so that it can be saved, compared, resumed and sent to other processes. What only lives in the session
-is written to `runs/inputs/`, under a name that depends on its content alone.
+A recipe is text, so that it can be saved, compared, resumed and sent to other processes. An object that exists only in
+the session is written to `runs/inputs/`. The name of its file depends on its content alone.
 """
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from typing import Any
 from frpo.errors import ConfigError, DataError
 
 FOLDER = Path("runs") / "inputs"
-"""Relative to the working directory, as all paths of a recipe."""
+"""Folder for written objects, relative to the working directory, like all paths of a recipe."""
 
 LARGEST = 16 * 2**20
-"""Bytes that a function may have, with everything that it holds on to."""
+"""Largest size of a pickled function in bytes, with all objects that the function refers to."""
 
 
 def name_of(thing: Callable[..., Any]) -> str:
-    """How a recipe names a function or class: what `loading.load_function` loads it by.
+    """Return the name of a function or class in a recipe. `loading.load_function` loads the function by this name.
 
-    'package.module:name' if it is at the top of a module of a package or of an installed one, 'path/file.py:name' if it
-    is at the top of another file, such as the script that runs. Anything else (a lambda, a nested function, a cell of a
-    notebook) is written to a file by cloudpickle, 'runs/inputs/name-digest.pkl'.
+    The name is 'package.module:name' at the top of a module that is installed or belongs to a package. At the top of
+    another file, such as the script that runs, the name is 'path/file.py:name'. Anything else (a lambda, a nested
+    function, a cell of a notebook) is written by cloudpickle to 'runs/inputs/name-digest.pkl', which is then the name.
 
-    Raises ConfigError if it cannot be called, or cannot be written.
+    Raises ConfigError if `thing` cannot be called, or cannot be written.
     """
     if not callable(thing):
         raise ConfigError(f"a function, or its name as text, is needed, given {thing!r:.80}")
@@ -50,10 +50,10 @@ def name_of(thing: Callable[..., Any]) -> str:
 
 
 def path_of(rows: Any) -> str:
-    """The path of rows that are given as objects: a list of mappings, or what has `to_parquet` (`datasets.Dataset`,
-    a pandas table). They are written to 'runs/inputs/digest.jsonl' or '.parquet'.
+    """Write rows that are given as objects to 'runs/inputs/digest.jsonl' or '.parquet', and return the path.
 
-    Raises DataError if they are something else, or hold what JSON has no form for.
+    rows: a list of mappings, or an object with `to_parquet` (`datasets.Dataset`, a pandas table).
+    Raises DataError if rows are something else, or hold values that JSON cannot represent.
     """
     if callable(getattr(rows, "to_parquet", None)):
         return _written("parquet", rows.to_parquet)
@@ -77,7 +77,7 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _written(suffix: str, write: Callable[[Path], object]) -> str:
-    """Write a file under a name made of its content, unless it is there."""
+    """Write a file into FOLDER under a name made from its content; return the path."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     unfinished = FOLDER / f".{os.getpid()}.{suffix}"
     try:
@@ -95,7 +95,7 @@ def _pickled(thing: Callable[..., Any]) -> str:
     label = re.sub(r"\W", "", getattr(thing, "__name__", type(thing).__name__))
     try:
         content, decisive = cloudpickle.dumps(thing), cloudpickle.dumps(_without_places(thing))
-    except Exception as error:  # pickling runs code of whatever the function holds on to
+    except Exception as error:  # pickling runs code of the objects that the function refers to
         raise ConfigError(f"the function {label!r} cannot be sent to other processes ({type(error).__name__}: "
                           f"{error}); put it at the top of a file") from None
     if len(content) > LARGEST:
@@ -108,7 +108,7 @@ def _pickled(thing: Callable[..., Any]) -> str:
 
 
 def _without_places(thing: Any) -> Any:
-    """The same function without the file and the line where it was written, which differ from session to session."""
+    """Copy a function without its file and its line number, which differ from session to session."""
     if not inspect.isfunction(thing):
         return thing
     copy = types.FunctionType(_nowhere(thing.__code__), thing.__globals__, thing.__name__, thing.__defaults__,
@@ -128,7 +128,7 @@ def _installed(file: str | None) -> bool:
 
 
 def _importable(module: types.ModuleType) -> bool:
-    """Whether its name leads to it in another process too."""
+    """Return whether another process can find the module by its name too."""
     try:
         return importlib.util.find_spec(module.__name__) is not None
     except (ImportError, ValueError):

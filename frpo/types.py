@@ -1,7 +1,7 @@
-"""The frozen records that cross a boundary, one per stage of a training step.
+"""Define the frozen records that cross a boundary, one per stage of a training step.
 
-A stage never fills in fields of an earlier record: it wraps it in its own. Nothing here computes, imports torch
-or knows an engine.
+A stage never fills in fields of an earlier record: it wraps the earlier record in its own. This module computes
+nothing. It does not import torch or an engine.
 """
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Metrics: TypeAlias = "dict[str, tuple[float | Tensor, float | Tensor, str]]"
-"""name -> (sum, count, "mean"), or (largest value, count, "max")."""
+"""Metrics by name: name -> (sum, count, "mean"), or (largest value, count, "max")."""
 
 GroupId = tuple[int, int]
-"""(step, draw index within the step): unique in a run even where prompt uids repeat over epochs."""
+"""Id of a group: (step, draw index within the step). Unique in a run even where prompt uids repeat over epochs."""
 
 SampleId = tuple[int, int, int]
-"""(step, draw index, sample index within the group)."""
+"""Id of a sample: (step, draw index, sample index within the group)."""
 
 LARGEST_REWARD = 1e150
-"""Largest size of a reward: with larger ones the squares in a standard deviation leave the range of float64."""
+"""Largest absolute value of a reward. With larger rewards the squares in a standard deviation overflow float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One row of a data set, rendered and tokenized. `columns` holds what rewards need (answer, task, ...).
+    """One row of a data set, rendered and tokenized. `columns` holds the values that rewards need (answer, task, ...).
 
-    messages: what was rendered; a prompt that is verbatim text is one message of the user. origin: "file:line", where
-    it is known, for whoever reads an error.
+    messages: the messages that were rendered. A prompt that is verbatim text is one message of the user.
+    origin: "file:line" for error messages, where the place is known.
     """
 
     uid: str
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class VersionSpan:
-    """Tokens `[start, end)` of a completion were sampled by the weights of `policy_version`."""
+    """Span of tokens `[start, end)` of a completion, sampled by the weights of `policy_version`."""
 
     policy_version: int
     start: int
@@ -58,7 +58,7 @@ class Completion:
 
     token_ids: int64, T ids, the end-of-sequence token included when `finish_reason` is "stop".
     logprobs: float64, T log-probabilities in nats under the *sampling* distribution (after temperature and top-p).
-    loss_mask: bool, T flags; a False hole is a token that the policy did not choose (a tool's output).
+    loss_mask: bool, T flags; False marks a token that the policy did not choose (a tool's output).
     finish_reason: "stop", or "length" for a truncated completion.
     """
 
@@ -75,7 +75,7 @@ class Completion:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
 
     def __eq__(self, other: object) -> bool:
-        """Whether all fields are equal, arrays number by number."""
+        """Return whether all fields are equal. Arrays are compared number by number."""
         if not isinstance(other, Completion):
             return NotImplemented
         mine, theirs = ([getattr(completion, each.name) for each in fields(Completion)] for completion in (self, other))
@@ -100,8 +100,8 @@ class RolloutGroup:
 class ScoredGroup:
     """A group and its rewards.
 
-    rewards_G: float64, at most LARGEST_REWARD in size; NaN marks a completion on which every reward abstained.
-    terms: every reward component by name, unweighted, NaN where it abstained.
+    rewards_G: float64, absolute values at most LARGEST_REWARD; NaN marks a completion on which every reward abstained.
+    terms: every reward component by name, unweighted, NaN where the component abstained.
     """
 
     group: RolloutGroup
@@ -111,10 +111,11 @@ class ScoredGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch:
-    """What one step sampled, by group id: the groups it learns from, and those that dynamic sampling replaced.
+    """Groups that one step sampled, by group id: the chosen groups to learn from, and those that dynamic sampling
+    replaced.
 
-    positions: how far the step went on in the stream of prompts. selection: what prompt selection knew after it.
-    counts: what happened on the way, by metric name.
+    positions: number of positions by which the step advanced in the stream of prompts.
+    selection: state of prompt selection after the step. counts: events during sampling, by metric name.
     """
 
     chosen: tuple[ScoredGroup, ...]
@@ -125,7 +126,7 @@ class ScoredBatch:
 
     @property
     def drawn(self) -> list[ScoredGroup]:
-        """All groups, by group id."""
+        """Return all groups, sorted by group id."""
         return sorted((*self.chosen, *self.replaced), key=lambda scored: scored.group.group_id)
 
 
@@ -133,7 +134,7 @@ class ScoredBatch:
 class AdvantagedGroup:
     """A scored group and its advantages (float64, sum zero, 0 where the reward abstained).
 
-    ref_logprobs: per completion, T log-probabilities under the frozen reference; None where no KL term needs them.
+    ref_logprobs: per completion, T log-probabilities under the frozen reference; None if no KL term needs them.
     """
 
     scored: ScoredGroup
@@ -144,13 +145,13 @@ class AdvantagedGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSample:
-    """One sequence as the learner sees it: prompt and completion, S tokens in all, of which T have a loss.
+    """One sequence in the learner's form: prompt and completion, S tokens in all, of which T have a loss.
 
     Arrays over S are aligned with `token_ids`: entry s belongs to the prediction *of* token s. Weights are divided
-    already (by the sequence's length, by the global number of sequences, ...), so the learner only ever sums:
+    already (by the sequence's length, by the global number of sequences, ...), so the learner only sums.
     policy_weight: S factors of the surrogate term; kl_weight: S factors of the KL term. Zero where nothing is learned.
-    kl_metric_weight: 1 / T at the tokens with a loss, from which the mean KL of a sequence is counted; zero where that
-    of this sequence is not.
+    kl_metric_weight: 1 / T at the tokens with a loss, for the metric of the mean KL of a sequence. All zero if the KL
+    of this sequence is not counted.
     """
 
     WEIGHTS: ClassVar = ("policy_weight", "kl_weight", "kl_metric_weight")
@@ -169,9 +170,9 @@ class TrainingSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row of supervised data: S tokens, of which those with a loss are the assistant's.
+    """One row of supervised data: S tokens. The tokens with a loss are the assistant's.
 
-    origin: where a user finds the row, such as "train.jsonl:17". loss_mask: S flags, never True at the first token.
+    origin: place of the row for a user, such as "train.jsonl:17". loss_mask: S flags, never True at the first token.
     """
 
     uid: str
@@ -182,11 +183,11 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedSample:
-    """One example as the learner sees it, S tokens.
+    """One example in the learner's form, S tokens.
 
     sample_id: (0, place within the update, index of the example in its data set).
     Arrays over S are aligned with `token_ids`: entry s belongs to the prediction *of* token s. weight is divided
-    already, so the learner only ever sums, and zero where nothing is learned.
+    already, so the learner only sums. weight is zero where nothing is learned.
     """
 
     WEIGHTS: ClassVar = ("weight",)
@@ -202,25 +203,27 @@ Sample = TypeVar("Sample", TrainingSample, SupervisedSample)
 AnySample = TrainingSample | SupervisedSample
 
 MicroBatch = tuple[AnySample, ...]
-"""Samples of one kind."""
+"""Micro-batch: samples of one kind."""
 
 RankBatches = tuple[tuple[MicroBatch, ...], ...]
-"""`[rank][i]`: micro-batch i of a rank, for one optimizer update or one scoring pass; every rank has equally many."""
+"""Micro-batches `[rank][i]` for one optimizer update or one scoring pass. Every rank has the same number of them."""
 
 
 Gap = tuple[float, float]
-"""|log-prob difference| in nats over all tokens: mean, largest."""
+"""Mean and largest |log-prob difference| over all tokens, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Log-probabilities of the same tokens, computed in several ways by the model named `model`.
+    """Differences between log-probabilities of the same tokens, computed in several ways by the model named `model`.
 
-    together: all sequences in one micro-batch, as in training, less plain. alone: one at a time by the learner's own
-    functions, less plain. repeated: the first once more, less itself.
-    before: the tokens of one sequence before its last, less themselves with another last token; plain.
-    layers_apart: attention layers that kept the sequences of a pack apart, of `layers`.
-    failure: why several sequences, or one if `fails_alone`, could not be computed; nothing else is known then.
+    "Plain" log-probabilities come from the network's own logits, one sequence at a time.
+    together: all sequences in one micro-batch, as in training, minus plain.
+    alone: one sequence at a time by the learner's own functions, minus plain.
+    repeated: a second computation of the same micro-batch, minus the first.
+    before: plain values of all tokens of one sequence but the last, minus the same values with another last token.
+    layers_apart: number of attention layers, of `layers`, that kept the sequences of a pack apart.
+    failure: why several sequences, or one if `fails_alone`, could not be computed; all other values are unknown then.
     """
 
     model: str
@@ -237,7 +240,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimStepOutput:
-    """What one optimizer step did: version after it, gradient norm before clipping, learning rate applied."""
+    """Result of one optimizer step: policy version after it, gradient norm before clipping, learning rate applied."""
 
     policy_version: int
     grad_norm: float
@@ -246,10 +249,10 @@ class OptimStepOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Everything that a resume restores besides the learner's own state (parameters, optimizer, schedule).
+    """State that a resume restores besides the learner's own state (parameters, optimizer, schedule).
 
-    file_offsets: bytes of each append-only file at the checkpoint; a resume truncates the file to them.
-    controllers: what moves with the run, such as the coefficient of the KL (`objectives.kl_control`).
+    file_offsets: size in bytes of each append-only file at the checkpoint; a resume truncates the file to this size.
+    controllers: values that change during the run, such as the coefficient of the KL (`objectives.kl_control`).
     """
 
     step: int
@@ -261,4 +264,4 @@ class RunState:
 
 
 Probe = Callable[[RunState, int], dict[str, float]]
-"""(state, updates or steps of the whole run) -> metrics of the policy as it is then, or none."""
+"""Function (state, updates or steps of the whole run) -> metrics of the policy at this state; empty without any."""

@@ -1,7 +1,7 @@
-"""A matrix's own copies of the recipes that it was made of, so that its folder can be told of wherever it is moved.
+"""Copy the recipes of a matrix into its folder. A moved folder can then still be reported.
 
-    <run.dir>/retention.yaml      the matrix, whose recipes are ...
-    <run.dir>/recipes/NAME.yaml   ... these, with what they extend
+    <run.dir>/retention.yaml      the matrix; it names the copies below
+    <run.dir>/recipes/NAME.yaml   copies of the recipes, with the recipes that they extend
 """
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ RECIPE, COPIES = "retention.yaml", "recipes"
 
 
 def write_archive(recipe: RetentionRecipe) -> Path:
-    """Write the matrix and copies of its recipes into its folder; returns the matrix's file."""
+    """Write the matrix and copies of its recipes into its folder; return the matrix's file."""
     folder = Path(recipe.run.dir)
     values = dump_recipe(recipe)
     copied: dict[str, str] = {}
     texts = {}
     for section in _sections(values):
         source = Template(section["recipe"]).safe_substitute(run=recipe.run.dir)
-        if "$" in source:  # another one for each seed
+        if "$" in source:  # a different recipe for each seed
             continue
         if source not in copied:
             stem, used = Path(source).stem, set(copied.values())
@@ -39,13 +39,13 @@ def write_archive(recipe: RetentionRecipe) -> Path:
 
 
 def read_archive(folder: Path) -> RetentionRecipe:
-    """The matrix that lies in a folder, wherever that was when it ran."""
+    """Load the matrix from a folder. The folder may have been moved after the run."""
     recipe = load_recipe(folder / RECIPE, (), RetentionRecipe)
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(folder)})})
 
 
 def _sections(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that name a recipe."""
+    """Return the sections that name a recipe."""
     measured = (values["measure"]["kept"], values["measure"]["utility"] or {})
     found = (*values["policies"].values(), *values["downstream"].values(), *measured)
     return [section for section in found if section.get("recipe") is not None]

@@ -1,10 +1,10 @@
-"""What is measured of a policy before any fork: samples for its certificate, its reward and KL to its reference.
+"""Store measurements of a policy before any fork: samples for its certificate, its reward and KL to its reference.
 
     <run.dir>/seed0/policies/NAME/certificate.npz     rewards_PN of many samples
     <run.dir>/seed0/policies/NAME/reference_kl.json   the reference, and the metrics kept/... of held-out samples; the
                                                       reference of a model that is only shown is that model itself
 
-It reads and writes files. Sampling is the business of `stages`.
+This module reads and writes files. `stages` does the sampling.
 """
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from frpo.types import ScoredGroup
 
 SAMPLES, DISTANCE = "certificate.npz", "reference_kl.json"
 START = "/start"
-"""In the place of a reference's name: the model that the policy's own training began with. No policy is called so."""
+"""Name that stands for the model with which the policy's own training began. No policy has this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """What is still to be measured. samples: completions a prompt for the certificate; 0: none. reference: the policy
-    to which the KL is measured, or START; the policy itself: only its reward is; None: nothing is.
+    """Measurements that are still to be made.
+
+    samples: completions per prompt for the certificate; 0: none.
+    reference: the policy to which the KL is measured, or START. The policy itself: measure only its reward. None:
+    measure nothing.
     """
 
     samples: int
@@ -40,7 +43,7 @@ class Missing:
 
 
 def missing(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> Missing:
-    """What the folder of a policy lacks."""
+    """List what is still to be measured of a policy."""
     wanted = recipe.certificate if policy in recipe.forked else None
     reference = reference_of(recipe, seed, policy)
     if wanted is not None and (seed.measured(policy) / SAMPLES).is_file():
@@ -50,14 +53,16 @@ def missing(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> Missing:
 
 
 def complete(recipe: RetentionRecipe, seed: SeedPlan) -> bool:
-    """Whether nothing of this seed is left to do."""
+    """Return whether all stages and all measurements of a seed are done."""
     return all(stage.done for stage in seed.stages) and not any(missing(recipe, seed, name) for name in recipe.shown)
 
 
 def reference_of(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> str | None:
-    """What the KL of a policy is measured to before any fork: its `reference`, or START where its own training has
-    measured none; itself, if it is given and not forked, so that nothing else measures its reward; None: it is not
-    measured again, or the policy is given and nobody knows what it began with.
+    """Return the reference to which the KL of a policy is measured before any fork.
+
+    The result is the policy's `reference`. Without one, a trained policy gets START if its own training has measured no
+    KL. A given policy without a `reference` that is not forked gets its own name: nothing else measures its reward.
+    None: the KL is not measured again, or the policy is given and its start is not known.
     """
     section, stage = recipe.policies[policy], seed.policies.get(policy)
     if section.reference is not None:
@@ -68,24 +73,26 @@ def reference_of(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> str | 
 
 
 def rows_of(stage: Stage) -> list[dict[str, float]]:
-    """Those of its metrics file."""
+    """Read the rows of a stage's metrics file; empty without the file."""
     path = stage.run_dir / "metrics.jsonl"
     return read_metrics(path) if path.is_file() else []
 
 
 def evaluation(stage: Stage) -> dict[str, float]:
-    """The metrics of the last row that has held-out ones, or of the last row; its own rewards count as those kept."""
+    """Return the metrics of the last row with held-out metrics, or of the last row. Rewards of its own evaluation are
+    also returned as kept/...
+    """
     rows = rows_of(stage)
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
     last = dict((evaluated or rows or [{}])[-1])
     if not isinstance(stage.recipe, Recipe):
-        last.pop("eval/kl", None)  # a fine-tuning's is per token, not of sequences
+        last.pop("eval/kl", None)  # the KL of a fine-tuning is per token, not per sequence
     kept = {name.replace("eval/", "kept/", 1): value for name, value in last.items() if name.startswith("eval/")}
     return last | {name: value for name, value in kept.items() if "kept/reward" in kept and "/kl" not in name}
 
 
 def write_samples(seed: SeedPlan, policy: str, scored: Sequence[ScoredGroup]) -> None:
-    """Keep the rewards of a policy's samples."""
+    """Write the rewards of a policy's samples into SAMPLES."""
     folder = seed.measured(policy)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"unfinished-{SAMPLES}"
@@ -94,7 +101,7 @@ def write_samples(seed: SeedPlan, policy: str, scored: Sequence[ScoredGroup]) ->
 
 
 def write_distance(seed: SeedPlan, policy: str, reference: str, metrics: Mapping[str, float]) -> None:
-    """Keep what held-out samples say of a policy. metrics: kept/reward, kept/kl (nats a sequence) and so on."""
+    """Write the metrics of a policy's held-out samples. metrics: kept/reward, kept/kl (nats per sequence) and so on."""
     folder = seed.measured(policy)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"unfinished-{DISTANCE}"
@@ -104,7 +111,7 @@ def write_distance(seed: SeedPlan, policy: str, reference: str, metrics: Mapping
 
 
 def read_distance(recipe: RetentionRecipe, seed: SeedPlan, policy: str) -> dict[str, float] | None:
-    """What was measured of a policy against the reference that the recipe names; None if that is still to do.
+    """Read the metrics of a policy against its reference (`reference_of`); None if they are still to be measured.
 
     The KL to the reference is called eval/kl, as in a training's metrics.
     """

@@ -1,6 +1,6 @@
-"""What a reader of a matrix has to know before its numbers: too few seeds, unmatched policies, values that are missing.
+"""List warnings for a reader of a matrix: too few seeds, unmatched policies, missing values.
 
-It says why a value is missing and what to change. Which values are missing was decided before.
+A warning gives the reason of a missing value and the setting to change. Other modules decide which values are missing.
 """
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from frpo.downstream.results import Results
 from frpo.downstream.retained import ForkPath, paired
 
 MATCHED = 0.1
-"""Share by which the mean KL to the reference of two policies may differ, and they still count as matched."""
+"""Largest relative difference in mean KL to the reference at which two policies still count as matched."""
 
 
 def caveats(found: Results) -> list[str]:
-    """Everything of this kind about a matrix, in sentences."""
+    """Return all warnings about a matrix, as sentences."""
     recipe, told = found.plan.recipe, []
     if found.single:
         told.append("one seed: intervals are over its held-out prompts; how much other seeds would differ is not known")
@@ -55,7 +55,7 @@ def caveats(found: Results) -> list[str]:
 
 
 def _no_gains(found: Results) -> list[str]:
-    """Name the policies that have less reward than before their training, and the chosen one unless it has more."""
+    """Name the policies with less reward than before their training. Name the chosen policy unless it has more."""
     gains = {name: gain for name in found.plan.recipe.shown if (gain := found.gain(name)).count}
     told = {name: f"{gain.mean:+.3f}" + ("" if math.isnan(gain.half_width) else f" ± {gain.half_width:.3f}")
             for name, gain in gains.items()}
@@ -69,7 +69,7 @@ def _no_gains(found: Results) -> list[str]:
 
 
 def _unknown_distances(found: Results) -> list[str]:
-    """Name the policies that have no KL to a reference, and the key that gives them one; and other references."""
+    """Name the policies without a KL to a reference, and how to get this KL. Warn about different references."""
     recipe, told = found.plan.recipe, []
     references = {name: recipe.policies[name].reference for name in recipe.shown if recipe.policies[name].reference}
     if len(set(references.values())) > 1:
@@ -96,7 +96,9 @@ def _unknown_distances(found: Results) -> list[str]:
 
 
 def _blanks(found: Results) -> list[str]:
-    """Say which values along the KL are blank, and why: a fork stays near, or its probes lie too far apart."""
+    """List the blank values along the KL with the reason: a fork stays near its policy, its probes lie too far apart,
+    or probes have no KL or no reward.
+    """
     recipe, told = found.plan.recipe, []
     every_gap: list[Gap] = []
     for regime in recipe.regimes:
@@ -126,7 +128,7 @@ def _blanks(found: Results) -> list[str]:
 
 
 def _unknown(path: ForkPath, reward: str) -> list[int]:
-    """Updates of probes without a KL, which at the start is 0 whatever was estimated, or without a reward."""
+    """Return the updates of probes without a KL or without a reward. The KL at the start counts as 0."""
     lacking_S = np.isnan(np.where(path.step_S == 0, 0.0, path.kl_S) + path.metrics[reward])
     return [int(step) for step in path.step_S[lacking_S]]
 
@@ -137,7 +139,7 @@ def _where(seed: int, gap: Gap) -> str:
 
 
 def _advice(recipe: RetentionRecipe, probed: Iterable[int], gaps: Sequence[Gap]) -> list[str]:
-    """Say how to fill gaps: by probes between two updates, or between consecutive updates by smaller ones."""
+    """Advise how to fill gaps: with probes between two updates, or with smaller updates if the two are consecutive."""
     told, at = [], recipe.measure.at
     more = sorted({update for gap in gaps for update in updates_within(gap)})
     if more:

@@ -1,8 +1,8 @@
-"""What a policy is sure to keep: a lower bound of the reward of every policy within a KL of it, before any fine-tuning.
+"""Compute the certificate of a policy: a lower bound of the reward of every policy within a KL, before any fine-tuning.
 
 For every policy q and every lambda > 0, E_q r >= J_lambda(pi) - lambda KL(q || pi) with the robust objective
 J_lambda = -lambda mean_x log E exp(-r / lambda) (Donsker and Varadhan). B(kappa) is the largest of these bounds over
-lambda. From samples J is optimistic where lambda is small: outcomes that were not drawn are not in it.
+lambda. For small lambda, J from samples is optimistic: J does not include outcomes that were not drawn.
 
 Shape suffixes: P prompts, N samples of a prompt, L lambdas, K values of KL.
 """
@@ -17,7 +17,10 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """robust_L: J of the judging half; error_L: its standard error over prompts; chosen_L: J of the choosing half."""
+    """Certificate of a policy. robust_L: J of the judging half; error_L: standard error of robust_L over prompts.
+
+    chosen_L: J of the choosing half.
+    """
 
     lambdas_L: np.ndarray
     robust_L: np.ndarray
@@ -26,7 +29,8 @@ class Certificate:
     confidence: float
 
     def bound(self, kl_K: np.ndarray) -> np.ndarray:
-        """(K) lower confidence limit of B at each KL in nats, lambda chosen on samples that have no other part in it.
+        """Return (K) lower confidence limits of B at each KL in nats. The samples that choose lambda are not used
+        otherwise.
         """
         kl_K = np.asarray(kl_K, dtype=np.float64)
         best_K = np.argmax(self.chosen_L[:, None] - self.lambdas_L[:, None] * kl_K, axis=0)
@@ -35,10 +39,10 @@ class Certificate:
 
 
 def certify(rewards_PN: np.ndarray, lambdas: Sequence[float], confidence: float) -> Certificate:
-    """The certificate of a policy from N >= 4 rewards of each of P >= 2 prompts: even samples choose, odd ones judge.
+    """Certify a policy from N >= 4 rewards of each of P >= 2 prompts. Even samples choose lambda, odd samples judge.
 
-    J of a prompt is the jackknife estimate, whose bias is of order 1 / N^2. The limit is a normal one over prompts, so
-    that it speaks of the task, not only of these prompts. Raises ValueError for fewer samples or prompts, and for
+    J of a prompt is the jackknife estimate, whose bias is of order 1 / N^2. The limit is a normal limit over prompts.
+    So the limit holds for the task, not only for these prompts. Raises ValueError for fewer samples or prompts, and for
     rewards that are not finite.
     """
     rewards_PN = np.asarray(rewards_PN, dtype=np.float64)
@@ -55,10 +59,10 @@ def certify(rewards_PN: np.ndarray, lambdas: Sequence[float], confidence: float)
 
 
 def robust_rewards(rewards_PN: np.ndarray, lam: float) -> np.ndarray:
-    """(P) jackknife estimates of -lambda log E exp(-r / lambda)."""
+    """Return (P) jackknife estimates of -lambda log E exp(-r / lambda)."""
     log_weight_PN, count = -rewards_PN / lam, rewards_PN.shape[1]
-    # Without one sample: what comes before it and what comes after it. Taking it off the sum would lose the others
-    # where it dominates.
+    # A sum without one sample adds the samples before it and the samples after it. Subtracting the sample from the
+    # whole sum would lose the others where this sample dominates.
     before_PN = np.logaddexp.accumulate(log_weight_PN, axis=1)
     after_PN = np.logaddexp.accumulate(log_weight_PN[:, ::-1], axis=1)[:, ::-1]
     none_P1 = np.full((len(rewards_PN), 1), -np.inf)

@@ -1,4 +1,4 @@
-"""What forks keep as curves that answer questions: as in `curves`, with every probe's values and completions."""
+"""Build interactive curves of the reward that forks keep: as in `curves`, with each probe's values and completions."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +14,15 @@ from frpo.report.chart import Chart, colored, line, panel, points
 from frpo.telemetry.jsonl import read_rows
 
 POINTS = 101
-"""Of a line along the KL, which breaks off where neighbouring probes lie too far apart."""
+"""Number of points of a line along the KL. The line breaks off where neighbouring probes lie too far apart."""
 
 TASK = "kept"
-"""Completions of the original task are shown."""
+"""Name of the original task, whose completions are shown."""
 
 
 def kept_charts(found: Results) -> dict[str, Chart]:
-    """By the titles that `pictures.draw_all` gives the same curves. A click on a probe shows what was said there."""
+    """Return charts by title, with the same titles as in `pictures.draw_all`. A click on a probe shows its completions.
+    """
     return {f"Kept {title}": _kept(found, title) for title in found.groups}
 
 
@@ -59,7 +60,7 @@ def _keys(fork: Fork, path: ForkPath) -> list[str]:
 
 
 def _told(found: Results, fork: Fork, path: ForkPath) -> list[str]:
-    """What stands under the pointer at each probe."""
+    """Return the text to show under the pointer at each probe."""
     lines = []
     for number, step in enumerate(path.step_S):
         values = {"reward": found.reward, "lowest decile": found.decile, "new task": "utility/reward"}
@@ -70,7 +71,7 @@ def _told(found: Results, fork: Fork, path: ForkPath) -> list[str]:
 
 
 def _samples(found: Results, fork: Fork, keys: list[str]) -> Mapping[str, list[Mapping[str, Any]]]:
-    """Completions of a fork's probes, by the keys of its points; those that were kept."""
+    """Return the kept completions of a fork's probes, by the keys of its points."""
     file = _stage(found, fork).run_dir / "samples.jsonl"
     if not file.is_file():
         return {}

@@ -1,7 +1,7 @@
-"""What is looked at before a seed of a matrix begins: models, data, rewards, and who trains on held-out prompts.
+"""Check a seed of a matrix before it begins: models, data, rewards, and stages that train on held-out prompts.
 
-A run makes these checks before its first engine, `--dry-run` makes them and stops. Every error names the policy, the
-stage or the measure that it is about.
+A run makes these checks before its first engine starts. `--dry-run` makes the checks and stops. Every error names the
+policy, the stage or the measure that it concerns.
 """
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ HELD_OUT = "heldout.json"
 KEPT = "measure.kept"
 MADE = tuple(f"{of}/{what}" for of in ("policies/*", "forks/*/*")
              for what in (DONE, SAMPLES, DISTANCE, f"checkpoints/*/{MARKER}"))
-"""Files in the folder of a seed that say that it has begun: a stage is done or goes on, or a policy was measured."""
+"""Files in the folder of a seed that show that the seed has begun: a stage is done or has a checkpoint, or a policy was
+measured.
+"""
 
 
 def check_plan(plan: Plan) -> list[str]:
-    """Make the checks of every seed that is not complete, writing nothing. Returns what cannot be checked before the
-    setup has run.
+    """Check every seed that is not complete, without writing anything. Returns the names of stages, policies and
+    measures that cannot be checked before the setup has run.
     """
     waiting: dict[str, None] = {}
     for seed in plan.seeds:
@@ -55,7 +57,9 @@ def check_plan(plan: Plan) -> list[str]:
 
 
 def check_seed(recipe: RetentionRecipe, seed: SeedPlan, unmade: Sequence[str] = ()) -> None:
-    """Models, references and rewards, but for what is `unmade`. Raises the FrpoError that says what to change."""
+    """Check setup and exact functions, models, references and rewards, except those that are `unmade`. Raises an
+    FrpoError that names what to change.
+    """
     setup = None if seed.setup_done.is_file() else recipe.setup
     for key, function in (("setup", setup), ("measure.exact", recipe.measure.exact)):
         if function is not None:
@@ -71,7 +75,7 @@ def check_seed(recipe: RetentionRecipe, seed: SeedPlan, unmade: Sequence[str] = 
 
 @contextmanager
 def tasks_of(seed: SeedPlan, unmade: Sequence[str] = ()) -> Iterator[list[Task]]:
-    """Held-out prompts of what is measured, and running rewards."""
+    """Yield the measured tasks, each with held-out prompts and running rewards."""
     with ExitStack() as stack:
         found = []
         for name, recipe in (("kept", seed.kept), ("utility", seed.utility)):
@@ -84,7 +88,7 @@ def tasks_of(seed: SeedPlan, unmade: Sequence[str] = ()) -> Iterator[list[Task]]
 
 
 def check_models(seed: SeedPlan) -> None:
-    """Raise ModelError where a policy's model is missing, or does not speak in the tokens of what is measured."""
+    """Raise ModelError if a policy's model is missing, or its tokenizer is not the one of measure.kept."""
     with about(f"{KEPT}, seed {seed.seed}"):
         measured = tokenizer_of(seed.kept.model)
     first = {name: _model_at(seed, path) for name, path in seed.given.items()}
@@ -98,7 +102,7 @@ def check_models(seed: SeedPlan) -> None:
 
 
 def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
-    """Raise ModelError where a policy and its reference both exist and their logits are not of one size."""
+    """Raise ModelError if a policy and its reference both exist and their logits differ in size."""
     for name, path in seed.given.items():
         reference = recipe.policies[name].reference
         if reference is not None and reference in seed.given:
@@ -108,7 +112,7 @@ def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
 
 
 def check_rewards(seed: SeedPlan) -> None:
-    """Try what the stages to come are rewarded by, equal ones once. Raises an error naming the stage."""
+    """Try the rewards of the stages that are still to run, equal rewards once. Raises an error that names the stage."""
     tried = set()
     for stage in seed.stages:
         recipe = stage.recipe
@@ -122,9 +126,9 @@ def check_rewards(seed: SeedPlan) -> None:
 
 
 def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
-    """Write down, before anything is trained, which prompts are held out and how many of them will be trained on.
+    """Record, before anything is trained, which prompts are held out and how many of them will be trained on.
 
-    Raises DataError if they were others when this matrix began, or if there is an overlap that is refused.
+    Raises DataError if the matrix began with other held-out prompts, or if there is an overlap that is refused.
     """
     record = _heldout_record(seed, prompts, _trained_on(seed), allowed)
     path = seed.folder / HELD_OUT
@@ -133,12 +137,12 @@ def record_heldout(seed: SeedPlan, prompts: PromptSet, allowed: str) -> None:
 
 
 def has_begun(matrix: Path) -> bool:
-    """Whether the folder of a matrix holds anything that depends on which prompts are held out."""
+    """Return whether the folder of a matrix holds any file that depends on the choice of held-out prompts."""
     return any(next(matrix.glob(f"seed*/{made}"), None) for made in MADE)
 
 
 def forget_heldout(matrix: Path) -> None:
-    """Remove the records of held-out prompts where nothing has begun, so that each seed writes its own anew."""
+    """Remove the records of held-out prompts if the matrix has not begun. Each seed then writes its record anew."""
     if not has_begun(matrix):
         for path in matrix.glob(f"seed*/{HELD_OUT}"):
             path.unlink()
@@ -146,7 +150,7 @@ def forget_heldout(matrix: Path) -> None:
 
 @contextmanager
 def about(name: str) -> Iterator[None]:
-    """Put what an error is about before its message."""
+    """Put `name`, the subject of an error, before its message."""
     try:
         yield
     except FrpoError as error:
@@ -154,7 +158,7 @@ def about(name: str) -> Iterator[None]:
 
 
 def _unmade(recipe: RetentionRecipe, seed: SeedPlan) -> list[str]:
-    """Names of stages, given policies and measures that need a file which the setup has still to make."""
+    """List the names of stages, given policies and measures that need a file which the setup has still to make."""
     if recipe.setup is None or seed.setup_done.is_file():
         return []
     needs: dict[str, Any] = {f"policies.{name}": path for name, path in seed.given.items()}
@@ -165,7 +169,10 @@ def _unmade(recipe: RetentionRecipe, seed: SeedPlan) -> list[str]:
 
 def _heldout_record(seed: SeedPlan, prompts: PromptSet, seen: dict[str, set[tuple[int, ...]]], allowed: str
                     ) -> dict[str, Any]:
-    """Raises DataError. seen: prompts by who trains on them. Other prompts may be held out until a matrix has begun."""
+    """Make the record of held-out prompts. seen: prompts by the stage that trains on them.
+
+    Raises DataError for fewer than two held-out prompts, for a refused overlap, or if the matrix has begun with others.
+    """
     heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
     if len(heldout) < 2:
         raise DataError(f"{KEPT} holds out {len(heldout)} prompt(s), too few for an interval; give more in "
@@ -186,7 +193,7 @@ def _heldout_record(seed: SeedPlan, prompts: PromptSet, seen: dict[str, set[tupl
 
 
 def _trained_on(seed: SeedPlan, unmade: Sequence[str] = ()) -> dict[str, set[tuple[int, ...]]]:
-    """Token ids of every prompt that a stage trains on, by POLICY or POLICY/REGIME."""
+    """Return the token ids of every prompt that a stage trains on, by POLICY or POLICY/REGIME."""
     found = {}
     for stage in seed.stages:
         if stage.name not in unmade:
@@ -208,5 +215,5 @@ def _prompt_of(example: Example) -> tuple[int, ...]:
 
 
 def _model_at(seed: SeedPlan, path: str) -> ModelSection:
-    """A model that exists, as it is measured."""
+    """Return the model section of measure.kept for a model that exists at `path`."""
     return seed.kept.model.model_copy(update={"path": path, "tiny": None})

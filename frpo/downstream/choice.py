@@ -1,4 +1,4 @@
-"""Which policy is best, in sentences: by how much, and whether that is more than chance or a tie."""
+"""Report in sentences which policy is best, by how much, and whether the lead is chance or a tie."""
 from __future__ import annotations
 
 import math
@@ -8,11 +8,11 @@ from frpo.downstream.results import Results
 from frpo.downstream.tables import level
 
 TOLD = ("kept", "eval", "exact", "utility")
-"""Areas of the metrics that are listed where the one that was asked for is missing."""
+"""Areas of the metrics that are listed if the requested metric is missing."""
 
 
 def choice(found: Results) -> list[str]:
-    """Nothing where the recipe chooses none."""
+    """Return sentences about the best policy; empty if the recipe has no `choose`."""
     section = found.plan.recipe.choose
     if section is None:
         return []
@@ -31,12 +31,12 @@ def choice(found: Results) -> list[str]:
 
 
 def is_lacking(found: Results) -> bool:
-    """Whether the recipe chooses by a measure that no policy has."""
+    """Return whether the recipe chooses by a measure that no policy has."""
     return bool(_missing(found))
 
 
 def _doubts(found: Results, best: str, others: list[str]) -> list[str]:
-    """Say from which policies the best cannot be told apart."""
+    """Name the policies from which the best policy cannot be distinguished."""
     measure = _section(found).measure
     leads = {name: found.lead(best, name, measure) for name in others}
     if unknown := [name for name, lead in leads.items() if math.isnan(lead.half_width)]:
@@ -64,7 +64,7 @@ def _lacking(found: Results) -> list[str]:
 
 
 def _missing(found: Results) -> list[str]:
-    """Measures of `choose` that no policy has."""
+    """List the measures of `choose` that no policy has."""
     section = found.plan.recipe.choose
     names = dict.fromkeys([section.measure, *section.bounds] if section else [])
     return [name for name in names if all(math.isnan(found.value(policy, name)) for policy in found.plan.recipe.forked)]

@@ -1,4 +1,4 @@
-"""`frpo retention`: run what is missing of a matrix, then tell what all of it says, in the terminal and as a page."""
+"""Implement `frpo retention`: run the missing stages of a matrix, then report all results in terminal and page."""
 from __future__ import annotations
 
 import time
@@ -26,21 +26,21 @@ REPORT = "report.html"
 FEW_PROBES = 4
 """Entries of `measure.at` below which a dry run warns."""
 WIDTH, LONG = 120, 40
-"""Columns of text that tables take at least, and from which on a cell is read as text."""
+"""Least width of tables in characters, and the cell length above which a column is aligned left as text."""
 
 
 def run_retention(plan: Plan, jobs: int = 1) -> int:
-    """Run what is missing and print what all of it says. Returns 0 if every stage is done, 1 if some failed or no
-    policy has the measure that decides.
+    """Run the missing stages and print all results. Returns 0 if no stage failed. Returns 1 if a stage failed, or if no
+    policy has a measure that `choose` needs.
     """
     found = run_matrix(plan, jobs)
     return 1 if found.failures or is_lacking(found) else 0
 
 
 def run_matrix(plan: Plan, jobs: int = 1) -> Results:
-    """Run what is missing of a matrix, print its tables, write its page.
+    """Run the missing stages of a matrix, print its tables, write its page.
 
-    jobs: processes over which the seeds are spread.
+    jobs: number of processes over which the seeds are spread.
     """
     started = time.perf_counter()
     plan.check_done()
@@ -60,20 +60,20 @@ def run_matrix(plan: Plan, jobs: int = 1) -> Results:
 
 
 def run_part(plan: Plan) -> int:
-    """The stages of some seeds, for another process that will tell of them."""
+    """Run the stages of some seeds; another process reports the results. Returns 0 if all stages are done, else 1."""
     run_plan(plan)
     return 0 if all(stage.done for stage in plan.stages) else 1
 
 
 def write_report(found: Results) -> Path:
-    """Results, pictures and page into the matrix's folder."""
+    """Write results, pictures and page into the matrix's folder; return the page's path."""
     folder = Path(found.plan.recipe.run.dir)
     write_results(found, folder / RESULTS)
     return write_page(page_title(found), [section_of(found, folder)], folder / REPORT)
 
 
 def show(tables: Sequence[TableText]) -> None:
-    """Print them."""
+    """Print the tables."""
     console = Console()
     console.width = max(console.width, WIDTH)
     for table in tables:
@@ -81,7 +81,7 @@ def show(tables: Sequence[TableText]) -> None:
 
 
 def check_and_show(plan: Plan) -> int:
-    """Check everything that needs no engine, then show the stages of a plan, without running any."""
+    """Check everything that needs no engine, then print the stages of a plan. Do not run any stage."""
     unmade = check_plan(plan)
     for stage in plan.stages:
         state = "done" if stage.done else f"failed: {stage.failure}" if stage.failure else "to be run"

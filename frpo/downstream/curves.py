@@ -1,7 +1,7 @@
-"""What forks keep as lines: against their updates, and against the KL that they spent.
+"""Draw the reward that forks keep as lines: against their updates, and against the KL that they spent.
 
-Lines are means over seeds, bands their 95 % intervals by Student's t, points the probes of each seed. A line breaks off
-where neighbouring probes of a seed lie too far apart in KL. Nothing is written here.
+Lines are means over seeds, bands are their 95 % intervals by Student's t, points are the probes of each seed. A line
+breaks off where neighbouring probes of a seed lie too far apart in KL. This module writes nothing.
 
 Shape suffix: K values of KL.
 """
@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 
 
 def kept(found: Results, title: str) -> Figure:
-    """Draw reward and lowest decile of a group's forks, against updates and against KL from the policy. A lowest decile
-    that is the same everywhere is left out.
+    """Draw reward and lowest decile of a group's forks, against updates and against KL from the policy. Leave out a
+    lowest decile that is the same everywhere.
     """
     group = found.groups[title]
     paths = [path for _, *fork in group for path in found.forks(*fork).values()]
@@ -55,8 +55,10 @@ def kept(found: Results, title: str) -> Figure:
 
 
 def differences(found: Results, regime: str) -> Figure:
-    """Draw, for each pair of policies, the reward of the first's forks less that of the second's, seed by seed, against
-    updates and against KL from the policy. Points lie where both were probed, and at the KL of a probe of either.
+    """Draw, for each pair of policies, the reward of the first policy's forks minus that of the second's, seed by seed.
+
+    One axis is against updates, the other against KL from the policy. Points lie at updates after which both forks were
+    probed, and at the KL of each probe of either fork.
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     by_pair = {pair: [[found.paths[policy, regime, seed] for policy in pair]
@@ -86,7 +88,7 @@ def differences(found: Results, regime: str) -> Figure:
 
 
 def tidy(figure: Figure, axes: Iterable[Axes], legend: Axes) -> Figure:
-    """Take the frames away and put a legend on one of the axes."""
+    """Remove the frames, draw a grid, and put a legend on one of the axes."""
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
@@ -95,7 +97,7 @@ def tidy(figure: Figure, axes: Iterable[Axes], legend: Axes) -> Figure:
 
 
 def band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label: str) -> None:
-    """Draw mean and interval where every curve has a value; the line breaks off elsewhere."""
+    """Draw mean and interval where every curve has a value. Elsewhere the line breaks off."""
     columns = [column if not np.isnan(column).any() else () for column in np.stack(curves).T]
     mean, half_width = np.array([mean_interval(column) for column in columns]).T
     axis.plot(x, mean, color=color, label=label, linewidth=1.5, linestyle=STYLES.get(color, "solid"))
@@ -104,25 +106,25 @@ def band(axis: Axes, x: np.ndarray, curves: list[np.ndarray], color: str, label:
 
 
 def _varies(values: np.ndarray) -> bool:
-    """Whether what is known of them differs."""
+    """Return whether the finite values differ."""
     known = values[np.isfinite(values)]
     return bool(len(known) and np.ptp(known) > 0)
 
 
 def _common_updates(paths: Sequence[ForkPath]) -> np.ndarray:
-    """Updates after which all forks were probed."""
+    """Return the updates after which all forks were probed."""
     return np.array(sorted(set.intersection(*(set(path.step_S) for path in paths))))
 
 
 def _at(path: ForkPath, metric: str, updates: np.ndarray) -> np.ndarray:
-    """The metric at the probes after these updates."""
+    """Return the metric at the probes after these updates."""
     return path.metrics[metric][np.isin(path.step_S, updates)]
 
 
 def _kl_axis(axis: Axes, paths: Sequence[ForkPath], until: float) -> np.ndarray:
-    """Label and limit an axis of KL; returns (K) the KLs at which lines are drawn.
+    """Label and limit an axis of KL; return (K) the KLs at which lines are drawn.
 
-    The axis ends at the last probe within `until` nats, and its label counts those beyond. If only the start lies
+    The axis ends at the last probe within `until` nats, and its label counts the probes beyond. If only the start lies
     within, all probes are shown.
     """
     kl = np.maximum(np.concatenate([path.kl_S for path in paths]), 0.0)
@@ -136,20 +138,20 @@ def _kl_axis(axis: Axes, paths: Sequence[ForkPath], until: float) -> np.ndarray:
 
 
 def sampling_interval(found: Results, path: ForkPath, metric: str) -> np.ndarray | None:
-    """(S) half-widths at 95 % over the prompts of a probe; None for what is not sampled, or is no mean reward."""
+    """Return (S) half-widths at 95 % over the prompts of a probe; None unless the metric is the sampled mean reward."""
     return path.metrics.get("kept/interval") if metric == found.reward == "kept/reward" else None
 
 
 def _points(axis: Axes, x: np.ndarray, y: np.ndarray, color: str, widths: np.ndarray | None = None) -> None:
-    """Draw the probes of one seed. widths: of their intervals, where there are no other seeds to tell the noise."""
+    """Draw the probes of one seed. widths: half-widths of their intervals, if no other seeds show the noise."""
     axis.scatter(x, y, s=14, color=color, alpha=0.7, linewidths=0, zorder=3)
     if widths is not None:
         axis.vlines(x, y - widths, y + widths, color=color, linewidth=0.8, alpha=0.5)
 
 
 def _fit_to_values(axis: Axes) -> None:
-    """Limit the rewards that are shown to lines, points and their own intervals; a band over few seeds may be wide
-    enough to hide them.
+    """Limit the axis of rewards to lines, points and the points' own intervals. A band over few seeds may be so wide
+    that it would hide them.
     """
     left, right = axis.get_xlim()
     probes = [offset for each in axis.collections if isinstance(each, PathCollection)

@@ -1,6 +1,6 @@
-"""The seeds of a matrix over several processes of this machine or cluster, each with engines and ranks of its own.
+"""Spread the seeds of a matrix over processes of this machine or cluster, each with engines and ranks of its own.
 
-Stages of different seeds share nothing but the folder that they lie in, so that no process waits for another.
+Stages of different seeds share only the folder of the matrix, so no process waits for another.
 """
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from frpo.telemetry.progress import ProgressBar
 
 POLL_S = 1.0
 ENDED = (0, 1)
-"""Exit codes of a process that has come to the end, 1 if stages have failed."""
+"""Exit codes of a process that reached its end: 0, or 1 if stages failed."""
 
 
 def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
-    """Deal the seeds out to processes and wait for them; what they print goes to job<N>.log in the matrix's folder.
+    """Distribute the seeds to processes and wait for them. Their output goes to job<N>.log in the matrix's folder.
 
-    recipe: the file of the matrix. Raises EngineError, once all have ended, naming the log of one that broke off.
+    recipe: the file of the matrix. If a process broke off, raises EngineError after all processes have ended; the error
+    names the log of such a process.
     """
     seeds = [seed.seed for seed in plan.seeds]
     shares = [seeds[job::jobs] for job in range(min(jobs, len(seeds)))]

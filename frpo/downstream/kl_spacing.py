@@ -1,7 +1,7 @@
-"""How far apart in KL two neighbouring probes of a fork may lie, and after which updates it is probed.
+"""Decide how far apart in KL two neighbouring probes of a fork may lie, and after which updates the fork is probed.
 
-Between two probes that lie close, a reward is read off the straight line through them. Between two others nothing is
-known, and nothing is told. Nothing is measured here.
+Between two close probes, a reward is read off the straight line through them. Between two probes that are not close,
+the reward is unknown and left blank. This module measures nothing.
 
 Shape suffix: R probes of a fork that reached a KL first.
 """
@@ -14,35 +14,36 @@ from dataclasses import dataclass
 import numpy as np
 
 CLOSE = 0.75
-"""Nats: the probe after one at k nats is close up to 2 k + CLOSE.
+"""Nats: the next probe after a probe at k nats is close if its KL is at most 2 k + CLOSE.
 
-Reward is expected to fall with the square root of the KL (Pinsker's inequality has that form). On such a curve the line
-from 0 to 0.75 nats is wrong by 18 % of the loss at 0.5 nats, and the line from k to 2 k nats by 1.5 % of it at most.
+Reward is expected to fall with the square root of the KL (Pinsker's inequality has that form). On such a curve, the
+line from 0 to 0.75 nats is wrong by 18 % of the loss at 0.5 nats. The line from k to 2 k nats is wrong by 1.5 % of the
+loss at most.
 """
 
 EVENLY = 8
-"""Times that a fork is probed at equal distances, the last update besides, where nobody says when."""
+"""Number of probes of a fork at equal distances if `at` is not given. The last update is always probed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """Two neighbouring probes that lie too far apart: their updates, and their KLs in nats."""
+    """Gap between two neighbouring probes that lie too far apart: their updates, and their KLs in nats."""
 
     updates: tuple[int, int]
     kl: tuple[float, float]
 
 
 def far_apart(kl_R: np.ndarray) -> np.ndarray:
-    """(R - 1) whether the next probe is not close; kl_R: nats, rising."""
+    """Return (R - 1) flags: True if the next probe is not close. kl_R: nats, rising."""
     return kl_R[1:] > 2 * kl_R[:-1] + CLOSE
 
 
 class ProbeSchedule:
-    """The updates of one fork after which it is probed; the first and the last always are."""
+    """Schedule of the updates after which one fork is probed. The start and the last update are always probed."""
 
     def __init__(self, at: Sequence[int] | None, until: float, earlier: Callable[[], Mapping[int, float]]):
-        """at: the updates. None: EVENLY times at equal distances, where forks can be compared, and between them as the
-        KL grows, up to `until` nats.
+        """Set the schedule. at: the updates. None: probe EVENLY times at equal distances, where forks can be compared.
+        Between these updates, probe as the KL grows, up to `until` nats.
 
         earlier: reads the KL (nats) of all probes before a resume, by update.
         """
@@ -50,7 +51,7 @@ class ProbeSchedule:
         self.probed: dict[int, float] | None = None
 
     def due(self, step: int, total: int) -> bool:
-        """Whether the fork is probed after this update. A resumed run decides as if it had never stopped."""
+        """Return whether to probe the fork after this update. A resumed run decides as if it had never stopped."""
         if step in (0, total):
             return True
         if self.at is not None:
@@ -58,22 +59,23 @@ class ProbeSchedule:
         return step % -(-total // EVENLY) == 0 or step >= next_update(self._before(step), self.until)
 
     def note(self, step: int, kl: float) -> None:
-        """Remember the KL that the probe after this update found."""
+        """Store the KL that the probe after this update found."""
         self.probed = {**(self._before(step) if step > 0 else {}), step: kl}
 
     def _before(self, step: int) -> dict[int, float]:
-        """Update -> KL of the probes so far; of a resumed run those that it made before it stopped."""
+        """Return update -> KL of the probes so far. A resumed run reads the probes that it made before it stopped."""
         if self.probed is None:
             self.probed = {update: kl for update, kl in self.earlier().items() if update < step}
         return self.probed
 
 
 def next_update(probed: Mapping[int, float], until: float) -> float:
-    """The update after which the next probe is due, so that it lies close to the last one; infinity from `until` nats.
+    """Return the update after which the next probe is due, close to the last probe; infinity from `until` nats on.
 
-    probed: update -> KL in nats of all probes so far, in order. It is aimed at half of how far a close probe may lie.
-    The KL is expected to grow with the square of the updates, as at first it does, or exponentially as between the last
-    two probes if that is faster. The probe is never later than at twice the updates of the last one.
+    probed: update -> KL in nats of all probes so far, in order. The aim is half the largest distance of a close probe.
+    The KL is expected to grow with the square of the updates, as in the beginning of a training. If exponential growth
+    at the rate between the last two probes is faster, that growth is expected instead. The next probe is due at twice
+    the updates of the last probe at the latest.
     """
     (step, kl), reached = list(probed.items())[-1], max((each for each in probed.values() if each > 0), default=0.0)
     if reached >= until:
@@ -89,8 +91,8 @@ def next_update(probed: Mapping[int, float], until: float) -> float:
 
 
 def updates_within(gap: Gap) -> list[int]:
-    """Updates at which probes would probably fill the gap: as many as it needs, in geometric sequence; none are left
-    between two consecutive updates.
+    """Return updates at which probes would probably fill the gap: as many as needed, in a geometric sequence. Between
+    two consecutive updates there are none.
     """
     (first, last), (kl, high) = gap.updates, gap.kl
     pieces = 1

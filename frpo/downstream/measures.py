@@ -1,4 +1,4 @@
-"""The measures by which a policy is chosen: which names there are, as far as that is known before anything has run."""
+"""Check the measures by which a policy is chosen: list their names, as far as known before anything has run."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,15 @@ from frpo.loading import nearest
 
 NUMBERS = ("start", "end", "end - start", "end KL", "over updates", "over KL", "at KL 0.5", "at KL 1", "at KL 2",
            "start decile", "end decile", "decile over updates", "decile over KL", "utility")
-"""Of a fork."""
+"""Names of the numbers of a fork."""
 SAMPLED = ("length", "length_p90", "truncated")
-"""Of the samples of any task, besides its rewards."""
+"""Names of the measures of any task's samples, besides its rewards."""
 
 
 def check_measures(recipe: RetentionRecipe, kept: Recipe, policies: Sequence[AnyRecipe]) -> None:
-    """Raise ConfigError where `choose` names what nothing will measure. kept: the recipe of measure.kept; policies:
-    those that policies are trained by, which have evaluations of their own.
+    """Raise ConfigError if `choose` names a measure that nothing will measure.
+
+    kept: the recipe of measure.kept. policies: the training recipes of policies, which have evaluations of their own.
     """
     section = recipe.choose
     known = [*dict.fromkeys(_known(recipe, kept))]
@@ -33,7 +34,7 @@ def check_measures(recipe: RetentionRecipe, kept: Recipe, policies: Sequence[Any
 
 
 def _known(recipe: RetentionRecipe, kept: Recipe) -> Iterator[str]:
-    """Names that can be told before, the usual ones first."""
+    """Yield the names that are known before the run, the usual ones first."""
     yield from ("kept/reward", "eval/kl", *(f"kept/{name}" for name in _sampled(kept)))
     if recipe.regimes or all(recipe.policies[name].reference for name in recipe.forked):
         yield "kept/decile"
@@ -47,7 +48,7 @@ def _sampled(recipe: Recipe) -> Iterator[str]:
 
 
 def _known_afterwards(name: str, recipe: RetentionRecipe, policies: Sequence[AnyRecipe]) -> bool:
-    """Whether it is of a kind of which only the run can tell the names."""
+    """Return whether `name` is of a kind whose names are known only after the run."""
     area, _, rest = name.partition("/")
     possible = {"": False, "kept": False, "exact": recipe.measure.exact is not None,
                 "utility": recipe.measure.utility is not None,

@@ -1,4 +1,4 @@
-"""The pictures of a matrix as files: its tables, what forks keep (`curves`), the certificates, and what it costs."""
+"""Write the pictures of a matrix as files: its tables, the rewards that forks keep (`curves`), certificates and KL."""
 from __future__ import annotations
 
 import math
@@ -21,11 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 LEAST_RANGE = 0.1
-"""Of reward on an axis, so that small differences look small."""
+"""Least range of an axis of reward, so that small differences look small."""
 
 
 def draw_all(found: Results, folder: Path) -> dict[str, Path]:
-    """Title -> picture, written into `folder`; those with nothing to show are left out."""
+    """Write the pictures into `folder`; return title -> picture. Pictures with nothing to show are left out."""
     pictures = {}
     for number, section in enumerate(found.plan.recipe.tables, 1):
         if any(found.forks(*fork) for row in section.rows for fork in row.forks):
@@ -50,7 +50,7 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
 
 
 def bars(found: Results, section: TableSection) -> Figure:
-    """A table of the recipe: a group of bars for each row, a diamond for what was published of the same measure."""
+    """Draw a table of the recipe: a group of bars for each row, a diamond for each published value of the measure."""
     rows = [row for row in section.rows if any(found.forks(*fork) for fork in row.forks)]
     scale = 100.0 if section.percent else 1.0
     figure, axis = plt.subplots(figsize=(max(7.0, 1.5 * len(rows)), 4.5), layout="constrained")
@@ -78,7 +78,7 @@ def bars(found: Results, section: TableSection) -> Figure:
 
 
 def certificates(found: Results) -> Figure:
-    """Of each policy the bound, and every measured point of its forks, over all seeds."""
+    """Draw for each policy the bound, and every measured point of its forks, over all seeds."""
     names = [name for name in found.plan.recipe.forked if any(policy == name for policy, _ in found.certified)]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
@@ -104,7 +104,7 @@ def certificates(found: Results) -> Figure:
 
 
 def spent(found: Results) -> Figure:
-    """Each policy's reward, and what forks keep of it on average, over the KL to its reference that it spent."""
+    """Draw each policy's reward, and the mean reward that its forks keep, over the policy's KL to its reference."""
     panels = [("reward reached", "kept/reward"), *((f"reward kept through {regime}, over updates",
                                                     f"{regime}/over updates") for regime in found.plan.recipe.regimes)]
     columns = min(3, len(panels))
@@ -134,14 +134,14 @@ def spent(found: Results) -> Figure:
 
 
 def _level_before_training(axis: Axes, reward: float, half_width: float) -> None:
-    """The reward that any training has to exceed, as a line over all KLs, with its interval if there is one."""
+    """Draw the reward before training, which any training has to exceed, as a line over all KLs, with its interval."""
     axis.axhline(reward, color="gray", linestyle="dashed", linewidth=1, label=BEFORE)
     if not math.isnan(half_width):
         axis.axhspan(reward - half_width, reward + half_width, color="gray", alpha=0.15, linewidth=0)
 
 
 def frontier(found: Results) -> Figure:
-    """Where each fork ends: what it keeps of the original task over what it has learned of the new one."""
+    """Draw the end of each fork: the reward of the original task over the reward of the new task."""
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     colors, places = dict(colored(found.plan.recipe.forked)), []
     for regime, marker in zip(found.plan.recipe.regimes, cycle("os^Dv<>P*X")):

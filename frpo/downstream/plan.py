@@ -1,11 +1,11 @@
-"""A retention recipe as stages: which trainings there are, in which order, from what, where, and which are done.
+"""Turn a retention recipe into stages: the trainings, their order, start models, folders and states.
 
-    <run.dir>/seed0/setup/                     what the setup made
-    <run.dir>/seed0/policies/NAME/             a policy's own run; export/ is what is forked
+    <run.dir>/seed0/setup/                     files made by the setup
+    <run.dir>/seed0/policies/NAME/             a policy's own run; forks start from export/
     <run.dir>/seed0/forks/NAME/REGIME/         a fork's own run; its metrics hold the probes
 
-Every recipe is loaded and checked here, before anything starts. A stage is done when its `done.json` says so, which
-names what it was made of; its own checkpoints are what an interrupted one goes on from.
+Every recipe is loaded and checked here, before anything starts. A stage is done if its folder has a `done.json`, which
+holds the digest of the stage's inputs. An interrupted stage continues from its own checkpoints.
 """
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DONE, FAILED = "done.json", "failed.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training. start: the model that it begins with; None: one that its recipe makes on the spot. origin: the
-    stage that makes that model, if one does.
+    """One training. start: the model that the training begins with; None: its recipe makes a model on the spot.
 
-    regime: of a fork; None for a policy. matrix: the folder of everything.
+    origin: the stage that makes the start model; None if no stage makes it.
+    regime: regime of a fork; None for a policy. matrix: the folder of the whole matrix.
     """
 
     policy: str
@@ -48,7 +48,7 @@ class Stage:
 
     @property
     def first(self) -> Stage:
-        """The stage that its model began with."""
+        """Return the first stage in the chain of origins that leads to this stage."""
         return self.origin.first if self.origin else self
 
     @property
@@ -57,12 +57,12 @@ class Stage:
 
     @property
     def model(self) -> str:
-        """What it makes."""
+        """Return the folder of the model that the stage makes."""
         return str(self.run_dir / "export")
 
     @property
     def digest(self) -> str:
-        """Of everything that its result depends on, as far as recipes say it; the matrix may be moved."""
+        """Return a digest of all recipe values that the result depends on. A moved matrix keeps its digests."""
         origin = self.origin.digest if self.origin else relative(self.start, self.matrix) or ""
         length = self.recipe.run.num_steps if isinstance(self.recipe, Recipe) else self.recipe.run.num_epochs
         decisive = f"{recipe_digest(self.recipe, self.matrix)} {length} {origin}"
@@ -70,7 +70,9 @@ class Stage:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """What was recorded at its end. Raises ConfigError where another recipe has left its result here."""
+        """Return the record of the stage's end; None if the stage is not done. Raises ConfigError if the folder holds
+        the result of another recipe.
+        """
         record = self._read(DONE)
         if record is not None and record["digest"] != self.digest:
             raise ConfigError(f"{self.run_dir} holds the result of another recipe than {self.name} has now; choose "
@@ -79,7 +81,7 @@ class Stage:
 
     @property
     def failure(self) -> str | None:
-        """Why it failed last time, if it did."""
+        """Return the error of the last failure; None without a failure."""
         record = self._read(FAILED)
         return None if record is None else record["error"]
 
@@ -97,9 +99,9 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedPlan:
-    """All stages of one seed, policies before what starts from them; and the recipes by which is measured.
+    """Plan of one seed: all its stages, each after the policy that it starts from, and the recipes of the measures.
 
-    given: model of every policy that exists already, by its name.
+    given: model of every policy that exists already, by the policy's name.
     """
 
     seed: int
@@ -116,24 +118,24 @@ class SeedPlan:
 
     @property
     def setup(self) -> Path:
-        """Folder of what the recipe's setup makes."""
+        """Return the folder of the files that the recipe's setup makes."""
         return self.folder / "setup"
 
     @property
     def setup_done(self) -> Path:
-        """File that is there once it has."""
+        """Return the path of the file that exists after the setup has run."""
         return self.folder / "setup.done"
 
     def model_of(self, policy: str) -> str:
-        """Folder of the policy's model, which may be still to make."""
+        """Return the folder of the policy's model, which may not exist yet."""
         return self.policies[policy].model if policy in self.policies else self.given[policy]
 
     def has(self, policy: str) -> bool:
-        """Whether the policy's model is made."""
+        """Return whether the policy's model exists."""
         return policy in self.given or self.policies[policy].done is not None
 
     def measured(self, policy: str) -> Path:
-        """Folder of what is measured of the policy before any fork."""
+        """Return the folder of the policy's measurements before any fork."""
         return self.folder / "policies" / policy
 
 
@@ -147,16 +149,16 @@ class Plan:
         return (stage for seed in self.seeds for stage in seed.stages)
 
     def model_of(self, policy: str) -> str:
-        """Folder of the policy's model, of the first seed."""
+        """Return the folder of the policy's model of the first seed."""
         return self.seeds[0].model_of(policy)
 
     def check_done(self) -> None:
-        """Raise ConfigError where another recipe has left its result."""
+        """Raise ConfigError if the folder of a stage holds the result of another recipe."""
         for stage in self.stages:
             stage.done  # noqa: B018
 
     def check(self) -> None:
-        """Raise ConfigError unless one set of processes can run all of it, and unless it measures what it chooses by.
+        """Raise ConfigError unless one set of processes can run all stages and the plan measures what `choose` names.
         """
         first = self.seeds[0]
         check_measures(self.recipe, first.kept, [stage.recipe for stage in first.policies.values()])
@@ -169,7 +171,7 @@ class Plan:
 
 SHARED = {"learner": ("num_ranks", "ranks", "threads"), "rollout": ("num_engines", "tensor_parallel_size", "hook"),
           "model": ("dtype",)}
-"""Keys that make up the processes, and so must be the same in all recipes that have the section."""
+"""Keys that define the processes. They must be equal in all recipes that have the section."""
 
 
 def _check_shared(name: str, recipe: AnyRecipe, kept: Recipe) -> None:
@@ -187,9 +189,9 @@ def _check_shared(name: str, recipe: AnyRecipe, kept: Recipe) -> None:
 
 
 def make_plan(recipe: RetentionRecipe, beside: Path = Path()) -> Plan:
-    """Load every recipe. beside: the folder of the matrix's own file, for messages about paths.
+    """Load every recipe and check the plan. beside: the folder of the matrix's own file, for messages about paths.
 
-    Raises ConfigError for a mistake in one, naming policy or regime.
+    Raises ConfigError for a mistake in a recipe; the error names the policy or the regime.
     """
     plan = Plan(recipe=recipe, seeds=tuple(_seed_plan(recipe, seed, beside) for seed in recipe.seeds))
     plan.check()
@@ -226,7 +228,10 @@ def _seed_plan(recipe: RetentionRecipe, seed: int, beside: Path) -> SeedPlan:
 
 def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str], run_dir: Path, beside: Path, *,
            policy: str, regime: str | None, start: str | None, origin: Stage | None) -> Stage:
-    """start, origin: the model that it begins with and what makes it; None, None: the recipe's own."""
+    """Load the recipe of a stage. start: a given model to begin with. origin: the stage that makes the start model.
+
+    If start and origin are None, the stage begins with the recipe's own model.
+    """
     model = origin.model if origin else start
     fixed = [f"run.dir={run_dir}", f"run.seed={words['seed']}", f"run.name={policy}"]
     if model is not None:
@@ -258,7 +263,7 @@ def _loaded(key: str, load: Callable[[str, Sequence[str]], Any], recipe: str, ov
 
 
 def _nearby(recipe: str, beside: Path) -> str:
-    """Say where a recipe lies that was not found by its name, if it lies here or beside the matrix's file."""
+    """Return a hint at a recipe's place if its name is unknown but a file lies here or beside the matrix's file."""
     try:
         repository_file("recipes", recipe, ".yaml")
         return ""
@@ -277,7 +282,7 @@ def _filled(text: str, words: Mapping[str, str], key: str) -> str:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """All of it or nothing."""
+    """Write a record as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(record, indent=1), encoding="utf-8")

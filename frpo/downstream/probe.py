@@ -1,7 +1,7 @@
-"""What is left of a task while a policy is being fine-tuned for another: asked of the running engines, step by step.
+"""Measure how much of a task is left while a policy is fine-tuned for another task, at some updates.
 
-The fine-tuning's weights are pushed into engines that run already, its learner gives the KL to the policy it began as.
-When to ask is `kl_spacing`'s business, and what the numbers mean together is for `retained`.
+The weights of the fine-tuning are pushed into engines that run already. Its learner computes the KL to the policy from
+which the fine-tuning began. `kl_spacing` decides when to probe; `retained` summarizes the numbers.
 """
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from frpo.telemetry.timer import PhaseTimer
 from frpo.types import RunState, ScoredGroup
 
 WORST = 0.1
-"""The share of completions that is the lowest decile."""
+"""Share of completions that form the lowest decile."""
 
 Exact = Callable[[str, Sequence[str]], dict[str, float]]
-"""(folder of a model, held-out prompts) -> metrics that need no samples, since every outcome can be enumerated."""
+"""Function (folder of a model, held-out prompts) -> metrics without samples, because all outcomes can be enumerated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Held-out prompts and what completions of them are worth. name: the area of its metrics."""
+    """Task to measure: held-out prompts and the rewards of their completions. name: the area of the task's metrics."""
 
     name: str
     recipe: Recipe
@@ -50,7 +50,7 @@ class _Asked:
 
 
 class TaskProbe:
-    """A `frpo.types.Probe` of one fine-tuning."""
+    """Probe (`frpo.types.Probe`) of one fine-tuning."""
 
     def __init__(self, *, schedule: ProbeSchedule, tasks: Sequence[Task], exact: Exact | None,
                  engines: RecoveringEngines, learner: LearnerGroup, journal: Journal, timer: PhaseTimer):
@@ -87,7 +87,10 @@ class TaskProbe:
 
 def sampled(task: Task, engines: RecoveringEngines, *, step: int, version: int, samples: int | None = None
             ) -> list[ScoredGroup]:
-    """Scored completions of the task's held-out prompts by the weights that the engines hold, `samples` a prompt."""
+    """Sample and score completions of the task's held-out prompts with the weights that the engines hold.
+
+    samples: completions per prompt; None: the number in the task's recipe.
+    """
     recipe = task.recipe
     if samples is not None:
         recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": samples})})
@@ -98,13 +101,16 @@ def sampled(task: Task, engines: RecoveringEngines, *, step: int, version: int, 
 
 def check_agreement(task: Task, engines: RecoveringEngines, learner: LearnerGroup, scored: Sequence[ScoredGroup],
                     version: int) -> None:
-    """Raise InvariantError where engines do not serve what the learner pushed: they would be measured, not the policy.
+    """Raise InvariantError if the engines do not serve the weights that the learner pushed. A probe would then measure
+    the engines' weights, not the policy.
     """
     check_logprob_gap(task.recipe, learner, engines.pool, [group.group for group in scored], version)
 
 
 def task_metrics(task: Task, scored: Sequence[ScoredGroup], kl: Sequence[np.ndarray] | None) -> dict[str, float]:
-    """`<task>/...`: mean reward and every component with intervals over prompts, lowest decile, KL and its interval."""
+    """Return `<task>/...`: mean reward and every component with intervals over prompts, lowest decile, and the KL with
+    its interval.
+    """
     rewards = np.concatenate([group.rewards_G for group in scored])
     found = {name.removeprefix("eval/"): value
              for name, value in heldout_metrics(scored, task.recipe.evaluate, kl).items()}
@@ -112,7 +118,9 @@ def task_metrics(task: Task, scored: Sequence[ScoredGroup], kl: Sequence[np.ndar
 
 
 def lowest_decile(rewards_N: np.ndarray) -> float:
-    """Mean of the lowest tenth of all rewards (their CVaR), the one on the border counted in part; NaN are left out."""
+    """Return the mean of the lowest tenth of all rewards (their CVaR). The reward on the border counts in part; NaN
+    rewards are left out.
+    """
     kept_N = np.sort(rewards_N[~np.isnan(rewards_N)])
     if len(kept_N) == 0:
         return float("nan")

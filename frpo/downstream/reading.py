@@ -1,6 +1,6 @@
-"""The files of finished stages become `Results`: metrics and samples are read and put together.
+"""Read the metrics and samples of finished stages from files and combine them into `Results`.
 
-What is missing is left out, and told by `caveats`. Nothing is drawn here.
+Missing values are left out; `caveats` reports them. This module draws nothing.
 """
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from frpo.errors import ConfigError
 from frpo.report.curve import read_metrics
 
 PROBED = {"kept/reward", "kept/decile", "kept/interval"}
-"""What every probe measures."""
+"""Metrics that every probe measures."""
 
 
 def collect(plan: Plan) -> Results:
-    """Everything that has been measured so far. Raises ConfigError where that is nothing."""
+    """Collect everything that has been measured so far. Raises ConfigError if no stage is done."""
     measured = [(seed, stage, path) for seed in plan.seeds for stage in seed.forks if stage.done
                 if (path := read_path(rows_of(stage), KL)).metrics.keys() >= PROBED]
     if not any(stage.done for stage in plan.stages):
@@ -63,24 +63,28 @@ def collect(plan: Plan) -> Results:
 
 
 def _with_distance(plan: Plan, seed: SeedPlan, policy: str, metrics: dict[str, float]) -> dict[str, float]:
-    """With what was measured against its reference; against the model that it began with, only what is not known."""
+    """Add the metrics that were measured against the policy's reference. Without a `reference` in the recipe, add only
+    metrics that are not known.
+    """
     measured = read_distance(plan.recipe, seed, policy) or {}
-    if plan.recipe.policies[policy].reference is not None:  # its training may have had another one
+    if plan.recipe.policies[policy].reference is not None:  # its training may have had another reference
         return {name: value for name, value in metrics.items() if not name.startswith("eval/kl")} | measured
     known = "kept/reward" in metrics
     return {name: value for name, value in measured.items() if not known or name.startswith("eval/kl")} | metrics
 
 
 def _given(plan: Plan, policy: str) -> dict[str, float]:
-    """A model that others begin with, or are measured against, is their reference: it is at no distance from it."""
+    """Return the known metrics of a given policy. A model from which other policies begin, or against which they are
+    measured, is their reference. Its KL to the reference is 0.
+    """
     others = [section for name, section in plan.recipe.policies.items() if name != policy]
     is_reference = any(policy in (section.start, section.reference) for section in others)
     return {"eval/kl": 0.0} if is_reference and plan.recipe.policies[policy].reference is None else {}
 
 
 def _untrained(plan: Plan, seed: SeedPlan, stage: Stage, paths: Mapping[Fork, ForkPath]) -> dict[str, float]:
-    """What its training found on held-out prompts before the first update; nothing where its reward of now is that of
-    another task.
+    """Return the metrics that a policy's training measured on held-out prompts before the first update. The result is
+    empty if the policy's current reward was measured on another task.
     """
     section = plan.recipe.policies[stage.policy]
     first = next((row for row in rows_of(stage) if row["step"] == 0 and "eval/reward" in row), None)
@@ -92,7 +96,7 @@ def _untrained(plan: Plan, seed: SeedPlan, stage: Stage, paths: Mapping[Fork, Fo
 
 
 def _same_task(stage: Stage, seed: SeedPlan) -> bool:
-    """Whether a training evaluates what `measure.kept` measures: the same completions of the same prompts."""
+    """Return whether a training evaluates the task of `measure.kept`: the same completions of the same prompts."""
     if not isinstance(stage.recipe, Recipe):
         return False
     own, kept = ((each.data, each.rewards, each.rollout.max_new_tokens, each.evaluate.temperature)
@@ -101,7 +105,7 @@ def _same_task(stage: Stage, seed: SeedPlan) -> bool:
 
 
 def _start(paths: Mapping[Fork, ForkPath], policy: str, seed: int) -> dict[str, float]:
-    """What the probes of any fork found before its first update."""
+    """Return the metrics of the first fork's probe before its first update; empty without a fork."""
     for (name, _, number), path in paths.items():
         if (name, number) == (policy, seed):
             return {metric: float(values[0]) for metric, values in path.metrics.items()

@@ -1,6 +1,6 @@
-"""A matrix as a person reads it: what can be said of it in sentences, then pictures, tables, and what it was made of.
+"""Report a matrix to a person: results in sentences, then pictures, tables, recipe and environment.
 
-The sentences are made from the comparisons and say what was measured, whichever way it went.
+The sentences are made from the comparisons. They report the measured result, whichever way it went.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOUND_AT = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def section_of(found: Results, folder: Path) -> Section:
-    """Of the page. Pictures are written into `folder`."""
+    """Make the section of the page. Pictures are written into `folder`."""
     recipe, (pictures, charts) = found.plan.recipe, _trainings(found, folder)
     return Section(
         title=recipe.run.name, text=tuple(sentences(found)), warnings=found.warnings,
@@ -43,7 +43,7 @@ def section_of(found: Results, folder: Path) -> Section:
 
 
 def _trainings(found: Results, folder: Path) -> tuple[dict[str, Path], dict[str, Chart]]:
-    """Curves of the policies' trainings side by side, as pictures and charts; none of a matrix with forks."""
+    """Draw the curves of the policies' trainings side by side, as pictures and charts; none for a matrix with forks."""
     seeds = found.plan.seeds if not found.plan.recipe.regimes else ()
     folders = {stage.policy if found.single else f"{stage.policy}, seed {stage.seed}": stage.run_dir
                for seed in seeds for stage in seed.policies.values() if stage.done}
@@ -54,7 +54,7 @@ def _trainings(found: Results, folder: Path) -> tuple[dict[str, Path], dict[str,
 
 
 def durations(found: Results) -> str:
-    """In a line: of all stages, of starts and of pushes."""
+    """Return the durations of all stages, of starts and of pushes in one line."""
     told = [f"{len(found.seconds)} stages took {sum(found.seconds.values()) / 60:.1f} minutes"]
     told += [f"a start of engines {np.median(found.starts):.0f} s"] if found.starts else []
     told += [f"a push of weights {np.median(found.pushes):.2f} s"] if found.pushes else []
@@ -62,13 +62,13 @@ def durations(found: Results) -> str:
 
 
 def page_title(found: Results) -> str:
-    """Without forks nothing is retained."""
+    """Return the title of the page: the run's name, after "Retention: " if the recipe has regimes."""
     name = found.plan.recipe.run.name
     return f"Retention: {name}" if found.plan.recipe.regimes else name[:1].upper() + name[1:]
 
 
 def meanings(found: Results) -> TableText:
-    """What regimes and measures are, each in a line."""
+    """Explain the regimes and the measures, each in a line."""
     recipe, first = found.plan.recipe, found.plan.seeds[0]
     measure, rows = recipe.measure, []
     for name, section in recipe.regimes.items():
@@ -95,7 +95,7 @@ def meanings(found: Results) -> TableText:
 
 
 def _training(found: Results, regime: str) -> str:
-    """The command and the objective of a regime."""
+    """Return the command and the objective of a regime."""
     recipe = next((stage.recipe for seed in found.plan.seeds for stage in seed.forks if stage.regime == regime), None)
     if recipe is None:
         return "no fork of this plan"
@@ -108,7 +108,7 @@ def _rewards(recipe: Recipe) -> str:
 
 
 def sentences(found: Results) -> list[str]:
-    """Each comparison in words, then certificates and which policy is best."""
+    """Return each comparison in words, then certificates, reward before training, and the best policy."""
     recipe, told = found.plan.recipe, []
     for regime in recipe.regimes:
         for pair in found.pairs:
@@ -144,8 +144,9 @@ def _compared(found: Results, pair: tuple[str, str], regime: str, measure: str, 
 
 
 def write_results(found: Results, path: Path) -> Path:
-    """All numbers behind tables and pictures as JSON; what is not finite is null. kl_gaps: [low, high] nats between
-    neighbouring probes too far apart, where nothing is told along the KL.
+    """Write all numbers behind tables and pictures as JSON. A number that is not finite becomes null.
+
+    kl_gaps: [low, high] nats between neighbouring probes too far apart, where values along the KL are left blank.
     """
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

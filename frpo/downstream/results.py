@@ -1,6 +1,6 @@
-"""What the finished stages of a plan say together: one record, from which tables, pictures and the page are made.
+"""Combine the results of a plan's finished stages in one record, from which tables, pictures and the page are made.
 
-It answers questions about what was measured. Reading it from files is `reading`'s business; nothing is drawn here.
+The record computes values from the measurements. `reading` reads it from files. This module draws nothing.
 """
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from frpo.telemetry.intervals import mean_interval
 
 UTILITY = "utility/reward"
 ROUNDING = 1e-9
-"""A reward that is always the same lies on its bound."""
+"""Tolerance of comparisons: a reward that is always the same lies on its bound."""
 
 Fork = tuple[str, str, int]
-"""(policy, regime, seed)."""
+"""Fork: (policy, regime, seed)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certified:
-    """A policy's certificate, and every measured (KL in nats, reward, half-width) of its forks beside it."""
+    """Certificate of a policy, and every measured point (KL in nats, reward, half-width) of the policy's forks."""
 
     certificate: Certificate
     points: tuple[tuple[float, float, float], ...]
 
     @property
     def slack(self) -> np.ndarray:
-        """How far each point lies above the bound."""
+        """Return how far each point lies above the bound."""
         if not self.points:
             return np.zeros(0)
         kl, reward, _ = np.array(self.points).T
@@ -42,23 +42,25 @@ class Certified:
 
     @property
     def violations(self) -> int:
-        """Points below the bound."""
+        """Count the points below the bound."""
         return int((self.slack < -ROUNDING).sum())
 
     @property
     def clear_violations(self) -> int:
-        """Those that are below it by more than the half-width of their own interval."""
+        """Count the points that lie below the bound by more than the half-width of their own interval."""
         return sum(gap < -point[2] for gap, point in zip(self.slack, self.points, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """paths, summaries: of finished forks. policies: what is known of each before any fork, {(policy, seed): metrics}.
-    untrained: the same of a policy's held-out samples before its own training, where they are of the same task.
+    """Results of a matrix. paths, summaries: of finished forks.
 
-    exact: whether reward and lowest decile are enumerated rather than sampled. warnings: what a reader has to know.
-    states: (policy, regime or None) -> seeds by state: done, failed, missing. failures: by stage. starts: seconds of
-    each start of engines and ranks; pushes: of each push of a fork's weights into running engines.
+    policies: known metrics of each policy before any fork, {(policy, seed): metrics}. untrained: the same for a
+    policy's held-out samples before its own training, if the samples are of the same task.
+    exact: whether reward and lowest decile are enumerated rather than sampled. warnings: facts a reader has to know.
+    states: (policy, regime or None) -> seeds by state: done, failed, missing. failures: error by stage.
+    starts: seconds of each start of engines and ranks. pushes: seconds of each push of a fork's weights into running
+    engines.
     """
 
     plan: Plan
@@ -82,15 +84,15 @@ class Results:
         return self.reward.startswith("exact/")
 
     def forks(self, policy: str, regime: str) -> dict[int, ForkPath]:
-        """By seed."""
+        """Return the forks of a policy through a regime, by seed."""
         return {seed: path for (p, r, seed), path in self.paths.items() if (p, r) == (policy, regime)}
 
     def common_seeds(self, pair: tuple[str, str], regime: str) -> list[int]:
-        """Those whose forks of both policies have gone through the regime."""
+        """Return the seeds for which forks of both policies have gone through the regime."""
         return sorted(self.forks(pair[0], regime).keys() & self.forks(pair[1], regime).keys())
 
     def by_seed(self, policy: str, regime: str, measure: str) -> dict[int, float]:
-        """A number of the summaries; NaN for a fork that has none."""
+        """Return a number of the summaries by seed; NaN for a fork without this number."""
         return {seed: values.get(measure, math.nan) for (p, r, seed), values in self.summaries.items()
                 if (p, r) == (policy, regime)}
 
@@ -99,18 +101,18 @@ class Results:
                 if p == policy and metric in values}
 
     def fork_value(self, fork: Fork, measure: str) -> float:
-        """A number of the summaries or a metric of the last probe; NaN where there is none."""
+        """Return a number of the fork's summary or a metric of its last probe; NaN without either."""
         if measure in self.summaries.get(fork, {}):
             return self.summaries[fork][measure]
         path = self.paths.get(fork)
         return float(path.metrics[measure][-1]) if path and measure in path.metrics else math.nan
 
     def measured(self, fork: tuple[str, str], measure: str) -> dict[int, float]:
-        """`fork_value` of (policy, regime) by seed."""
+        """Return `fork_value` of (policy, regime) by seed."""
         return {seed: self.fork_value((*fork, seed), measure) for seed in self.forks(*fork)}
 
     def before(self, forks: Sequence[tuple[str, str]], metric: str) -> dict[int, float]:
-        """By seed, a metric of the first probe of the first fork that has it."""
+        """Return, by seed, a metric of the first probe of the first fork that has this metric."""
         found: dict[int, float] = {}
         for fork in forks:
             for seed, path in self.forks(*fork).items():
@@ -120,8 +122,8 @@ class Results:
 
     @property
     def groups(self) -> dict[str, list[tuple[str, str, str]]]:
-        """Forks that are told together, title -> (name in the group, policy, regime): the policies of each regime, or,
-        where there is one policy only, its regimes.
+        """Return the forks that are shown together, title -> (name in the group, policy, regime). A group holds the
+        policies of a regime. With only one policy, the group holds its regimes.
         """
         known = {(policy, regime) for policy, regime, _ in self.paths}
         recipe = self.plan.recipe
@@ -134,27 +136,27 @@ class Results:
         return {title: group for title, group in found.items() if group}
 
     def of_policy(self, policy: str, measure: str) -> dict[int, float]:
-        """By seed, a policy's metric, or a number or a last metric of its forks as REGIME/number."""
+        """Return, by seed, a policy's metric. For REGIME/number, return a number or a last metric of its forks."""
         regime, _, number = measure.partition("/")
         if regime in self.plan.recipe.regimes:
             return self.measured((policy, regime), number)
         return self.policy_by_seed(policy, measure)
 
     def spread(self, policy: str, measure: str) -> tuple[float, float]:
-        """Mean over seeds of `of_policy` and half-width of its 95 % interval, of one seed over its held-out prompts;
-        NaN where there is none.
+        """Return the mean of `of_policy` over seeds and the half-width of its 95 % interval. With one seed, the
+        interval is over its held-out prompts. Missing values are NaN.
         """
         mean, half_width = mean_interval(self.of_policy(policy, measure).values())
         return mean, self._sampling_width(policy, measure) if self.single else half_width
 
     @property
     def single(self) -> bool:
-        """Whether there is one seed only, so that nothing tells how much seeds differ."""
+        """Return whether there is only one seed, so that the spread over seeds is not known."""
         return len(self.plan.recipe.seeds) == 1
 
     def _sampling_width(self, policy: str, measure: str) -> float:
-        """Of the only seed; NaN for what is enumerated or averaged along a fork. Of a difference as if both ends were
-        sampled from other prompts, which is wide.
+        """Return the half-width of the only seed; NaN for values that are enumerated or averaged along a fork. For a
+        difference, both ends count as sampled from different prompts, which makes the interval wide.
         """
         (seed,), (regime, _, number) = self.plan.recipe.seeds, measure.partition("/")
         if regime not in self.plan.recipe.regimes:
@@ -167,24 +169,26 @@ class Results:
         return math.nan if widths is None else float(widths[0 if number == "start" else -1])
 
     def value(self, policy: str, measure: str) -> float:
-        """The mean alone."""
+        """Return only the mean of `spread`."""
         return self.spread(policy, measure)[0]
 
     @property
     def components(self) -> list[str]:
-        """Names of the rewards that make up that of the original task, if there are several."""
+        """Return the names of the rewards that make up the original task's reward; empty unless there are several."""
         found = {name.split("/")[1] for path in self.paths.values() for name in path.metrics
                  if name.startswith("kept/") and name.endswith("/mean")}
         return sorted(found) if len(found) > 1 else []
 
     @property
     def chosen(self) -> str | None:
-        """The first of `ranked`; None if there is none."""
+        """Return the first policy of `ranked`; None if `ranked` is empty."""
         return next(iter(self.ranked), None)
 
     @property
     def ranked(self) -> list[str]:
-        """Policies within the bounds of `choose` by its measure, the largest first, of equal ones the first."""
+        """Return the policies within the bounds of `choose`, sorted by its measure, the largest first. Equal policies
+        keep the order of the recipe.
+        """
         section = self.plan.recipe.choose
         if section is None:
             return []
@@ -194,7 +198,9 @@ class Results:
         return sorted((name for name in values if not math.isnan(values[name])), key=lambda name: -values[name])
 
     def lead(self, policy: str, other: str, measure: str) -> Paired:
-        """How much more a policy has of a measure, seed by seed; of one seed with the interval of both samples."""
+        """Return how much more a policy has of a measure than another, seed by seed. With one seed, the half-width
+        combines the intervals of both samples.
+        """
         found = paired(self.of_policy(policy, measure), self.of_policy(other, measure))
         if not self.single:
             return found
@@ -202,8 +208,8 @@ class Results:
 
     @property
     def before_training(self) -> dict[int, Mapping[str, float]]:
-        """By seed, what held-out samples said before any training. Empty unless all policies that were trained for a
-        seed are known to have begun with the same reward.
+        """Return, by seed, the metrics of held-out samples before any training. The result is empty unless all trained
+        policies of each seed are known to have begun with the same reward.
         """
         found: dict[int, Mapping[str, float]] = {}
         for seed in self.plan.seeds:
@@ -219,14 +225,14 @@ class Results:
         return found
 
     def untrained_spread(self, metric: str) -> tuple[float, float]:
-        """As `spread`, before any training."""
+        """Return mean and half-width as `spread` does, before any training."""
         before = self.before_training.values()
         mean, half_width = mean_interval(each.get(metric, math.nan) for each in before)
         widths = [each.get(interval_of(metric), math.nan) for each in before] if self.single else [half_width]
         return mean, widths[0] if widths else math.nan
 
     def gain(self, policy: str) -> Paired:
-        """How much more reward a policy has than before its own training; intervals as in `lead`."""
+        """Return how much more reward a policy has than before its own training; intervals as in `lead`."""
         before = {seed: values for (name, seed), values in self.untrained.items() if name == policy}
         found = paired(self.policy_by_seed(policy, "kept/reward"),
                        {seed: values["kept/reward"] for seed, values in before.items()})
@@ -237,7 +243,7 @@ class Results:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Those to compare, then controls, of which both policies were forked."""
+        """Return the pairs to compare, then the controls. Both policies of a pair must have been forked."""
         recipe = self.plan.recipe
         return [pair for pair in (*recipe.compare, *recipe.controls) if set(pair) <= set(recipe.forked)]
 

@@ -1,10 +1,10 @@
-"""What a fork has kept, from the rows that its probe wrote: along the updates, and along the KL that they cost.
+"""Compute the reward that a fork has kept from the rows of its probe: along the updates, and along the KL.
 
-Both axes are reported: a policy may keep more at the same KL and yet travel further in as many updates. Along the KL
-nothing is told between probes that lie far apart (`kl_spacing`). Seeds are compared in pairs. Pure functions of rows;
-nothing is read, drawn or decided here.
+Both axes are reported: a policy may keep more at the same KL and yet travel further in as many updates. Values along
+the KL are left blank between probes that lie far apart (`kl_spacing`). Seeds are compared in pairs. All functions are
+pure functions of rows. This module reads, draws and decides nothing.
 
-Shape suffixes: S probes of a fork, R those of them that reached a KL first, K values of KL.
+Shape suffixes: S probes of a fork, R probes of these that reached a KL first, K values of KL.
 """
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from frpo.downstream.kl_spacing import Gap, far_apart
 from frpo.telemetry.intervals import mean_interval
 
 AT_KL = (0.5, 1.0, 2.0)
-"""Nats at which the reward is told."""
+"""KLs in nats at which the reward is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForkPath:
-    """The probes of one fork, in order. kl_S: to the policy that it began as, in nats a sequence.
+    """Probes of one fork, in order. kl_S: KL to the policy from which the fork began, in nats per sequence.
 
-    metrics: everything that was measured, by name, (S) each.
+    metrics: all measured values by name, (S) each.
     """
 
     step_S: np.ndarray
@@ -34,15 +34,15 @@ class ForkPath:
 
     @property
     def has_curve(self) -> bool:
-        """Whether there is a probe between start and end."""
+        """Return whether there is a probe between start and end."""
         return len(self.step_S) > 2
 
     def first_to_reach(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(R), (R), (R) update, KL and metric of the probes on the line along KL: those with a KL above all earlier
-        ones.
+        """Return (R), (R), (R): update, KL and metric of the probes on the line along KL. Each of these probes has a KL
+        above all earlier probes on the line.
 
-        A fork whose KL has fallen is another policy than the one that was first at that KL, and is left out. Probes
-        without the metric are left out too. At update 0 the KL is 0, whatever was estimated.
+        A fork whose KL has fallen is another policy than the fork that first had this KL. Its probe is left out. Probes
+        without the metric are left out too. At update 0 the KL is set to 0; the estimate there is ignored.
         """
         kl_S = np.where(self.step_S == 0, 0.0, np.maximum(self.kl_S, 0.0))
         kept, highest = [], -math.inf
@@ -53,7 +53,8 @@ class ForkPath:
         return self.step_S[kept], kl_S[kept], self.metrics[name][kept]
 
     def along_kl(self, name: str, kl_K: np.ndarray) -> np.ndarray:
-        """(K) the metric at these KLs, linear between probes that lie close; NaN elsewhere and beyond the largest KL.
+        """Return (K) values of the metric at these KLs, linear between probes that lie close. Elsewhere, and beyond the
+        largest KL, the values are NaN.
         """
         _, kl_R, value_R = self.first_to_reach(name)
         if len(kl_R) < 2:
@@ -64,18 +65,19 @@ class ForkPath:
         return np.where(unknown_K, math.nan, values_K)
 
     def largest_kl(self, name: str) -> float:
-        """Nats up to which the metric was measured."""
+        """Return the largest KL in nats at which the metric was measured."""
         return float(max(self.first_to_reach(name)[1], default=0.0))
 
     def gaps(self, name: str, until: float) -> list[Gap]:
-        """Where neighbouring probes with this metric lie too far apart, up to a KL."""
+        """Return the gaps that begin below `until` nats: neighbouring probes with this metric, too far apart in KL."""
         step_R, kl_R, _ = self.first_to_reach(name)
         return [Gap(updates=(int(step_R[r]), int(step_R[r + 1])), kl=(float(kl_R[r]), float(kl_R[r + 1])))
                 for r in np.flatnonzero(far_apart(kl_R)) if kl_R[r] < until]
 
 
 def read_path(rows: Sequence[Mapping[str, float]], kl: str) -> ForkPath:
-    """Of the rows of a metrics file that hold a probe: those with the metric `kl`, by update, of equal ones the last.
+    """Return the probes in the rows of a metrics file: rows with the metric `kl`, sorted by update. For equal updates
+    the last row counts.
     """
     by_step = {row["step"]: row for row in rows if kl in row}
     probes = [by_step[step] for step in sorted(by_step)]
@@ -85,10 +87,10 @@ def read_path(rows: Sequence[Mapping[str, float]], kl: str) -> ForkPath:
 
 
 def summary(path: ForkPath, reward: str, decile: str, max_kl: float) -> dict[str, float]:
-    """One number each: at the start, at the end, averaged over updates and over KL up to `max_kl`, and at some KLs.
+    """Return one number each: at the start, at the end, averaged over updates and over KL up to `max_kl`, at some KLs.
 
-    NaN is what lies beyond the largest KL of the fork, or between probes too far apart; a mean over KL needs all of its
-    range. Start and end alone are no path: without a probe between them, averages are left out.
+    A value beyond the largest KL of the fork, or between probes too far apart, is NaN. A mean over KL needs its whole
+    range. Without a probe between start and end, averages and values at KLs are left out.
     """
     grid_K = np.linspace(0.0, max_kl, 201)
     ends = {"start": path.metrics[reward][0], "start decile": path.metrics[decile][0],
@@ -106,7 +108,7 @@ def summary(path: ForkPath, reward: str, decile: str, max_kl: float) -> dict[str
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """Differences seed by seed. half_width: of the 95 % interval by Student's t; NaN for a single seed."""
+    """Differences seed by seed. half_width: half-width of the 95 % interval by Student's t; NaN for a single seed."""
 
     mean: float
     half_width: float
@@ -115,12 +117,12 @@ class Paired:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Return whether the interval does not contain zero."""
         return abs(self.mean) > self.half_width
 
 
 def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Paired:
-    """ours - others over the seeds that have a number in both."""
+    """Return the differences ours - others over the seeds that have a number in both."""
     differences = [ours[seed] - others[seed] for seed in ours if seed in others]
     kept = [difference for difference in differences if not math.isnan(difference)]
     mean, half_width = mean_interval(kept)
@@ -128,5 +130,5 @@ def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Paired:
 
 
 def _mean_over(step_S: np.ndarray, value_S: np.ndarray) -> float:
-    """Of a line through the probes, over all updates."""
+    """Return the mean of a line through the probes, over all updates."""
     return float(np.sum((value_S[1:] + value_S[:-1]) / 2 * np.diff(step_S)) / (step_S[-1] - step_S[0]))

@@ -1,8 +1,9 @@
-"""Runs the stages of a plan, one after the other, on one set of engines and learner ranks.
+"""Run the stages of a plan, one after the other, on one set of engines and learner ranks.
 
-A policy is trained as by its own command. A fork is, too, with a probe that measures what it keeps; its weights are
-pushed into engines that run already. A stage that fails is noted and the others go on; a dead engine or rank costs a
-new set of processes and what the stage had done since its newest checkpoint.
+A policy is trained as by its own command. A fork is trained in the same way, with a probe that measures the reward it
+keeps. The fork's weights are pushed into engines that run already. The failure of a stage is recorded, and the other
+stages continue. After the death of an engine or a rank, all processes start again and the stage continues from its
+newest checkpoint.
 """
 from __future__ import annotations
 
@@ -45,33 +46,33 @@ Result = TypeVar("Result")
 
 STARTS = "starts.jsonl"
 KL = "kept/kl"
-"""Metric of a probe: nats from the policy that the fork began as."""
+"""Metric of a probe: KL in nats from the policy from which the fork began."""
 
 
 def run_plan(plan: Plan, stack: Processes | None = None) -> None:
-    """Run what is not done yet, on running processes if there are any.
+    """Run all stages and measurements that are not done yet, on running processes if given.
 
-    Raises what no other stage could escape either; a stage's own failure is noted.
+    A stage's own failure is recorded. Raises errors that would also stop every other stage.
     """
     done = [stage.done is not None for stage in plan.stages]
     with Matrix(plan, stack) as matrix, ProgressBar(len(done), sum(done), plan.recipe.run.name) as bar:
         for seed in plan.seeds:
             if not complete(plan.recipe, seed):
-                with held_folder(seed.folder):  # by one of several processes, each with seeds of its own
+                with held_folder(seed.folder):  # several processes may run, each with seeds of its own
                     matrix.run_seed(seed, bar)
 
 
 class Matrix:
-    """The processes, started when the first stage needs them, and what runs on them."""
+    """Processes of a matrix, started when the first stage needs them, and the work that runs on them."""
 
     def __init__(self, plan: Plan, stack: Processes | None = None):
-        """stack: processes that run already, which whoever has started them ends."""
+        """Prepare the matrix; start nothing. stack: processes that run already. Their owner ends them."""
         self.plan, self.recipe = plan, plan.recipe
         self.running = ExitStack()
         self.stack = stack
         self.restarts_left = self.recipe.run.restarts
         self.shared_s = 0.0
-        """Seconds spent on what all stages share: a tiny model, engines and ranks."""
+        """Seconds spent on parts that all stages share: a tiny model, engines and ranks."""
 
     def __enter__(self) -> Matrix:
         return self
@@ -93,13 +94,13 @@ class Matrix:
                 self.attempt(stage, tasks, bar)
 
     def set_up(self, seed: SeedPlan) -> None:
-        """Let the recipe's setup make its models and files, once."""
+        """Run the recipe's setup, which makes models and files, once per seed."""
         if self.recipe.setup is not None and not seed.setup_done.is_file():
             load_function(self.recipe.setup, "setup", ConfigError)(seed.setup, seed.seed)
             seed.setup_done.touch()
 
     def attempt(self, stage: Stage, tasks: Sequence[Task], bar: ProgressBar) -> None:
-        """Run a stage that is not done; note its failure."""
+        """Run a stage that is not done; record its failure."""
         if stage.done:
             return
         bar.note(stage.name)
@@ -122,7 +123,9 @@ class Matrix:
         return bar.log(f"{stage.name}: {state.step} updates, {seconds:.0f} s{before}")
 
     def surviving(self, name: str, work: Callable[[], Result]) -> Result:
-        """Its result; where an engine or a rank dies it is done again on new processes, `run.restarts` times in all."""
+        """Return the result of `work`. If an engine or a rank dies, repeat the work on new processes, at most
+        `run.restarts` times in the whole matrix.
+        """
         while True:
             try:
                 return work()
@@ -158,7 +161,7 @@ class Matrix:
 
     def probe(self, stage: Stage, tasks: Sequence[Task], engines: RecoveringEngines, parts: RunParts | FinetuneParts
               ) -> TaskProbe:
-        """What measures the tasks after some updates of a stage. parts: of its training."""
+        """Make the probe that measures the tasks after some updates of a stage. parts: the parts of its training."""
         parts.learner.keep_initial_policy()
         measure = self.recipe.measure
         schedule = ProbeSchedule(measure.at, measure.pictured_kl, partial(probed_kl, stage))
@@ -173,7 +176,7 @@ class Matrix:
                        **{name: _with_seed(value, seed) for name, value in measure.exact_kwargs.items()})
 
     def measure_policy(self, seed: SeedPlan, name: str, task: Task) -> None:
-        """Measure what is missing of a policy before any fork."""
+        """Make the missing measurements of a policy before any fork."""
         wanted = missing(self.recipe, seed, name)
         if not wanted or not seed.has(name):
             return
@@ -197,7 +200,7 @@ class Matrix:
             write_distance(seed, name, wanted.reference, task_metrics(task, scored, kl))
 
     def connected(self, learner: LearnerGroup, recipe: Recipe) -> RecoveringEngines:
-        """The running engines, to which this learner's weights are pushed from now on."""
+        """Connect a learner to the running engines. From now on this learner's weights are pushed to them."""
         assert self.stack is not None, "a learner is made in running processes"
         pool = self.stack.pool
         pool.wait_until_ready()
@@ -206,7 +209,9 @@ class Matrix:
         return RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
 
     def processes(self, recipe: Recipe, model: str) -> Processes:
-        """Those that run, or new ones; model: what engines load first, of the shape of all."""
+        """Return the running processes, or start new processes. model: the model that engines load first; all models of
+        a matrix have the same shape.
+        """
         if self.stack is None:
             started = time.perf_counter()
             with self.sharing():
@@ -219,13 +224,13 @@ class Matrix:
         return self.stack
 
     def start_of(self, stage: Stage) -> str:
-        """The model that a stage begins with; a tiny one, the same for all policies, is made where it is missing."""
+        """Return the model that a stage begins with. Without one, make a tiny model, the same for all policies."""
         with self.sharing():
             return stage.start or tiny_model(stage.recipe, stage.run_dir.parents[1] / "model")
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
-        """Count the seconds within it as those of all stages."""
+        """Count the seconds within the block as shared by all stages."""
         started = time.perf_counter()
         try:
             yield
@@ -238,13 +243,13 @@ class Matrix:
 
 
 def probed_kl(stage: Stage) -> dict[int, float]:
-    """Update -> KL in nats of the probes that a fork's metrics hold."""
+    """Return update -> KL in nats of the probes in a fork's metrics."""
     rows = read_metrics(stage.run_dir / "metrics.jsonl")
     return {int(row["step"]): row[KL] for row in rows if KL in row}
 
 
 def _with_seed(value: Any, seed: int) -> Any:
-    """Where "$seed" stands, the seed, as a number if nothing else stands there."""
+    """Replace "$seed" in a text by the seed, and read the result as YAML: "$seed" alone becomes a number."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""`frpo sweep`: a recipe over values of its keys, as a matrix whose policies are the combinations."""
+"""Implement `frpo sweep`: vary the keys of a recipe over values. The combinations are the policies of a matrix."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,13 +12,16 @@ from frpo.errors import ConfigError
 
 GIVEN = {"run.dir": "every policy has its own in the folder of --dir", "run.seed": "give the seeds as --seeds 0 1 2",
          "run.name": "every policy is called by its values"}
-"""Keys that a sweep sets itself, and what to do instead."""
+"""Keys that a sweep sets itself, and the advice for each."""
 
 
 def sweep_recipe(recipe: str, overrides: Sequence[str], *, over: Sequence[str], seeds: Sequence[int], folder: str,
                  downstream: Sequence[str] = (), choose: str | None = None, within: Sequence[str] = ()
                  ) -> RetentionRecipe:
-    """The matrix. over: section.key=[values] each. within: measure=[low, high] each. Raises ConfigError."""
+    """Make the matrix of a sweep. over: section.key=[values] each. within: measure=[low, high] each.
+
+    Raises ConfigError for a mistake in keys, values or names.
+    """
     values = _assignments(over, "--over", "objective.kl_coef=[0.001,0.01]")
     for key in (*values, *(override.partition("=")[0] for override in overrides)):
         if key in GIVEN:

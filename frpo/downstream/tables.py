@@ -1,4 +1,4 @@
-"""The tables of a matrix, once, for terminal and page: titles, columns, rows of text."""
+"""Make the tables of a matrix for both terminal and page: titles, columns, rows of text."""
 from __future__ import annotations
 
 import math
@@ -26,8 +26,9 @@ BLANK = "; -: KL not reached, or neighbouring probes too far apart"
 
 
 def all_tables(found: Results) -> list[TableText]:
-    """The recipe's own, state, policies, forks, comparisons by regime, certificates; without those that would be
-    empty. Without forks the frontier is the table of policies.
+    """Return the recipe's own tables, then states, policies, frontier, forks, comparisons by regime, certificates.
+
+    Empty tables are left out. Without forks, the frontier replaces the table of several policies.
     """
     tables, several = [], len(found.plan.recipe.shown) > 1
     for section in found.plan.recipe.tables:
@@ -67,7 +68,8 @@ def policy_table(found: Results) -> TableText:
 
 
 def frontier_table(found: Results) -> TableText:
-    """What each policy reached, spent and kept, side by side."""
+    """Return a table of the reward that each policy reached, the KL that it spent, and the reward that its forks kept.
+    """
     regimes = found.plan.recipe.regimes
     measures = (("KL spent, nats", "eval/kl"), ("reward reached", "kept/reward"), ("lowest decile", "kept/decile"),
                 *((f"kept through {regime} {name}", f"{regime}/{name}") for regime in regimes
@@ -88,7 +90,9 @@ def frontier_table(found: Results) -> TableText:
 
 
 def before_row(found: Results, measures: Sequence[str], *, interval: bool = True) -> list[tuple[str, ...]]:
-    """A row with what all trained policies began with, where that is known; blank is what needs forks."""
+    """Return a row with the values with which all trained policies began; no row if unknown. Measures that need forks
+    stay blank.
+    """
     if not found.before_training:
         return []
     cells = []
@@ -99,7 +103,7 @@ def before_row(found: Results, measures: Sequence[str], *, interval: bool = True
 
 
 def own_table(found: Results, section: TableSection) -> TableText:
-    """Of the recipe, laid out as it says; rows of which nothing has run are left out."""
+    """Return a table of the recipe in the recipe's layout. Rows of which nothing has run are left out."""
     shown, scale = (percent, 100.0) if section.percent else (level, 1.0)
     rows = []
     for row in section.rows:
@@ -125,7 +129,7 @@ def own_table(found: Results, section: TableSection) -> TableText:
 
 
 def own_differences(found: Results, section: TableSection) -> TableText:
-    """Between columns of such a table, seed by seed."""
+    """Return the differences between columns of a table of the recipe, seed by seed."""
     places = {name: place for place, name in enumerate(section.columns)}
     rows = []
     for row in section.rows:
@@ -140,7 +144,7 @@ def own_differences(found: Results, section: TableSection) -> TableText:
 
 
 def fork_table(found: Results, title: str) -> TableText:
-    """Of one of the groups."""
+    """Return the table of the forks of one group (`Results.groups`)."""
     group = found.groups[title]
     known = [name for name in FORK_COLUMNS
              if any(name in values for fork, values in found.summaries.items()
@@ -197,36 +201,36 @@ def certificate_table(found: Results) -> TableText:
 
 
 def how_told(found: Results) -> str:
-    """What numbers and intervals in cells are."""
+    """Explain the numbers and intervals in cells."""
     return "one seed ± 95 % interval over its held-out prompts, where they were sampled" if found.single else (
         "mean over seeds ± 95 % interval by Student's t")
 
 
 def seeds_told(rows: Iterable[Sequence[str]]) -> str:
-    """What a count behind a mean says, where there is one."""
+    """Explain the count behind a mean, if any cell has one."""
     counts = any(COUNT.search(cell) for row in rows for cell in row[1:])
     return "; (1 of 3): seeds that have a value" if counts else ""
 
 
 def level(found: Results, policy: str, measure: str, *, interval: bool = True) -> str:
-    """Mean over seeds ± half-width of its 95 % interval, and how many seeds have a value if not all do."""
+    """Return the mean over seeds ± half-width of its 95 % interval, and the number of seeds with a value if not all."""
     return _shown(found.of_policy(policy, measure).values(), half_width=found.spread(policy, measure)[1] if interval
                   else math.nan)
 
 
 def percent(found: Results, policy: str, measure: str) -> str:
-    """The same for shares, in per cent."""
+    """Return the same text as `level` for shares, in per cent."""
     return _shown(found.of_policy(policy, measure).values(), True, found.spread(policy, measure)[1])
 
 
 def _updates(found: Results, policy: str, regime: str) -> str:
-    """How many a fork went through, of all seeds."""
+    """Return the number of updates of a fork. If seeds differ, list all numbers."""
     last = {path.step_S[-1] for path in found.forks(policy, regime).values()}
     return " or ".join(f"{update:g}" for update in sorted(last))
 
 
 def _shown(values: Iterable[float], share: bool = False, half_width: float | None = None) -> str:
-    """half_width: of the interval; None: that of the mean over the values."""
+    """Return the mean as text. half_width: half-width of its interval; None: computed from the values."""
     values = list(values)
     mean, over_values = mean_interval(values)
     half_width = over_values if half_width is None else half_width
@@ -239,7 +243,7 @@ def _shown(values: Iterable[float], share: bool = False, half_width: float | Non
 
 
 def difference(found: Paired, points: bool = False) -> str:
-    """points: of shares, in per cent."""
+    """Return a difference as text. points: the difference is of shares, and shown in percentage points."""
     if found.count == 0:
         return "-"
     scale, digits = (100.0, 1) if points else (1.0, 3)

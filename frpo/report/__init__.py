@@ -1,1 +1,1 @@
-"""Pictures and HTML pages about runs: curves, interactive charts, the page that holds them."""
+"""Make pictures and HTML pages about runs: curves, interactive charts, the page that holds them."""

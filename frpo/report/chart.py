@@ -1,7 +1,7 @@
-"""Curves that answer questions on a page: panels for Plotly, and what was said at each of their points.
+"""Build interactive curves for a page: panels for Plotly, and the completions of each point.
 
-A panel is what Plotly draws, as plain values. What a curve shows is its maker's business. There is a picture of the
-same for print, and for readers without scripts. Lines differ in color and in dash.
+A panel is a Plotly figure as plain values. The caller chooses the values of a curve. A picture shows the same curves
+in print, and for readers without scripts. Lines differ in color and in dash.
 """
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ Numbers = Sequence[float] | np.ndarray
 
 STYLES = {"#0072b2": "solid", "#d55e00": "dashed", "#009e73": "dashdot", "#cc79a7": "dotted", "#e69f00": "solid",
           "#56b4e9": "dashed", "#6a3d9a": "dashdot", "#000000": "dotted"}
-"""Color -> dash, in matplotlib's words; colors that a color-blind reader can tell apart (after Okabe and Ito)."""
+"""Line styles: color -> dash, in matplotlib's names. Color-blind readers can distinguish the colors (after Okabe and
+Ito).
+"""
 
 DASHES = {"solid": "solid", "dashed": "dash", "dashdot": "dashdot", "dotted": "dot"}
-"""The same in Plotly's words."""
+"""Dashes: matplotlib's name -> Plotly's name."""
 
 
 def colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:
@@ -31,14 +33,14 @@ def colored(names: Iterable[Name]) -> Iterator[tuple[Name, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """panels: title -> figure. samples: the key of a point (its customdata) -> what was said there."""
+    """Panels and samples. panels: title -> figure. samples: key of a point (its customdata) -> its completions."""
 
     panels: Mapping[str, Mapping[str, Any]]
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 def panel(traces: Sequence[Mapping[str, Any]], x: str, y: str, note: str = "") -> dict[str, Any]:
-    """A figure with these axes. note: stands at the top of it."""
+    """Return a figure with these axes. note: text at the top of the figure."""
     axis = {"gridcolor": "#e6e8ec", "zerolinecolor": "#c4c9d1"}
     return {"data": list(traces), "layout": {
         "xaxis": {**axis, "title": {"text": x}}, "yaxis": {**axis, "title": {"text": y}}, "hovermode": "closest",
@@ -52,14 +54,14 @@ def _note(text: str) -> dict[str, Any]:
 
 
 def line(name: str, color: str, x: Numbers, y: Numbers, **more: Any) -> dict[str, Any]:
-    """A line without points; it and all of its name are shown or hidden together."""
+    """Return a line without points. All traces with the same name are shown or hidden together."""
     return {"type": "scatter", "mode": "lines", "name": name, "legendgroup": name, "x": _plain(x), "y": _plain(y),
             "line": {"color": color, "dash": DASHES[STYLES[color]], "width": 2}, "hoverinfo": "skip", **more}
 
 
 def points(name: str, color: str, x: Numbers, y: Numbers, told: Sequence[str],
            keys: Sequence[str] | None = None, interval: Numbers | None = None, **more: Any) -> dict[str, Any]:
-    """Points that say `told` under the pointer. keys: of `Chart.samples`."""
+    """Return points that show the texts `told` under the pointer. keys: keys of `Chart.samples`."""
     trace = {"type": "scatter", "mode": "markers", "name": name, "legendgroup": name, "x": _plain(x), "y": _plain(y),
              "marker": {"color": color, "size": 7}, "text": list(told), "showlegend": False,
              "hovertemplate": "%{text}<extra>%{fullData.name}</extra>", **more}
@@ -71,5 +73,5 @@ def points(name: str, color: str, x: Numbers, y: Numbers, told: Sequence[str],
 
 
 def _plain(values: Numbers) -> list[float | None]:
-    """A gap where a value is not known."""
+    """Return the values as plain floats. A value that is not finite becomes None, which leaves a gap."""
     return [float(value) if math.isfinite(value) else None for value in values]

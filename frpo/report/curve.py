@@ -1,4 +1,4 @@
-"""Reward and loss curves of one or several runs as pictures, from their metrics files."""
+"""Draw reward and loss curves of one or several runs as pictures, from their metrics files."""
 from __future__ import annotations
 
 import math
@@ -15,12 +15,14 @@ from matplotlib.ticker import MaxNLocator
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file, one a step; null is what was not finite."""
+    """Read the rows of a metrics file, one per step. null, which stands for a value that was not finite, becomes NaN.
+    """
     return [{key: math.nan if value is None else value for key, value in row.items()} for row in read_rows(path)]
 
 
 def draw_reward_curve(runs: Mapping[str, Path], picture: Path) -> Path:
-    """Training reward as a line, held-out reward with its 95 % interval as points; `runs`: name -> metrics file."""
+    """Draw training reward as a line, held-out reward with its 95 % interval as points; `runs`: name -> metrics file.
+    """
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for color, (name, path) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], runs.items()):
         rows = read_metrics(path)
@@ -46,7 +48,9 @@ LOSSES = (("cross-entropy of responses (nats a token)", "sft/nll", "eval/nll"),
 
 
 def draw_loss_curve(runs: Mapping[str, Path], picture: Path) -> Path:
-    """Cross-entropy, and KL to the reference where one was run: training as a line, held-out examples as points."""
+    """Draw cross-entropy, and KL to the reference where it was measured: training as a line, held-out examples as
+    points. `runs`: name -> metrics file.
+    """
     read = {name: read_metrics(path) for name, path in runs.items()}
     known = {key for rows in read.values() for row in rows for key in row}
     panels = [panel for panel in LOSSES if known & set(panel[1:])]

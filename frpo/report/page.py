@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing else: sections of text, tables and pictures, which are written into it.
+"""Write one HTML page that needs no other file: sections of text, tables and pictures are embedded in the page.
 
-What stands in a section is its maker's business.
+The caller chooses the content of a section.
 """
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ TEMPLATE = "page.html"
 
 @dataclass(frozen=True, kw_only=True)
 class TableText:
-    """note: how to read it. rows: cells as text, the first of each row its name. laid_out: it stays as it is."""
+    """Table as text. note: how to read the table. rows: cells; the first cell of a row is its name. laid_out: never
+    transpose the table.
+    """
 
     title: str
     note: str
@@ -31,7 +33,7 @@ class TableText:
 
     @property
     def narrow(self) -> TableText:
-        """On its side where it is wider than high: measures are many, what is measured is few."""
+        """Transpose a table that has more columns than lines, unless `laid_out`."""
         lines = (self.columns, *self.rows)
         if self.laid_out or len(self.columns) <= len(lines):
             return self
@@ -41,9 +43,10 @@ class TableText:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """warnings: what a reader has to know first. pictures: title -> PNG file. charts: title -> curves that stand in the
-    place of the picture of that title where there are scripts, not in print. shown: title -> preformatted text; folded:
-    the same behind a click.
+    """Section of the page. warnings: facts that a reader has to know first. pictures: title -> PNG file.
+
+    charts: title -> curves. With scripts, and not in print, a chart replaces the picture of the same title.
+    shown: title -> preformatted text. folded: title -> preformatted text that a click opens.
     """
 
     title: str
@@ -57,7 +60,7 @@ class Section:
 
 
 def write_page(title: str, sections: Sequence[Section], path: Path) -> Path:
-    """Write the page; it opens without a network."""
+    """Write the page to `path` and return `path`. The page opens without a network."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"embedded": _embedded, "data": _data}
@@ -69,10 +72,10 @@ def write_page(title: str, sections: Sequence[Section], path: Path) -> Path:
 
 
 def _data(chart: Chart) -> Markup:
-    """A chart as JSON that may stand in a script element."""
+    """Return a chart as JSON that is safe inside a script element."""
     return Markup(json.dumps({"panels": chart.panels, "samples": chart.samples}).replace("<", "\\u003c"))
 
 
 def _embedded(picture: Path) -> str:
-    """Its bytes as a data URL."""
+    """Return the bytes of a picture as a data URL."""
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Trainings side by side: every measure in one panel, as a picture and as curves that answer questions."""
+"""Show trainings side by side: one panel per measure, as a picture and as interactive curves."""
 from __future__ import annotations
 
 import math
@@ -16,9 +16,10 @@ from frpo.telemetry.jsonl import read_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """interval: metric of the half-width at 95 %. tuned: whether it is of fine-tunings only, or of no fine-tuning.
+    """Measure of one panel. interval: metric of the half-width at 95 %.
 
-    beside: a metric that runs without this one may have, and then they are told to be missing, and why: `unless`.
+    tuned: True for fine-tunings only, False for other runs only, None for all runs.
+    beside: another metric. The panel lists runs that have `beside` but lack this measure, with the reason `unless`.
     """
 
     metric: str
@@ -41,22 +42,24 @@ MEASURES = {
     "cross-entropy, held-out": Measure(metric="eval/nll"),
     "KL to the reference, training, nats a token": Measure(metric="sft/kl"),
     "KL to the reference, held-out, nats a token": Measure(metric="eval/kl", tuned=True)}
-"""By title of a panel."""
+"""Measures by title of their panel."""
 
 TUNED = {"sft/nll", "eval/nll"}
 """Metrics that only a fine-tuning has."""
 
 WRAPPED = 60
-"""Columns of the text below a panel."""
+"""Width of the text below a panel, in characters."""
 
 TOLD = 4
-"""Held-out prompts whose answers are told over time."""
+"""Number of held-out prompts whose answers are shown over time."""
 
 Rows = Sequence[Mapping[str, float]]
 
 
 def panels(runs: Mapping[str, Rows]) -> dict[str, Measure]:
-    """The measures, then every reward component, of which a run has two points at least: one is no curve."""
+    """Return title -> measure: MEASURES, then every reward component. Leave out measures for which no run has two
+    points.
+    """
     names = sorted({name for rows in runs.values() for row in rows for name in row
                     if name.startswith("reward/") and name.endswith("/mean") and name != "reward/mean"})
     components = {f"reward {name.split('/')[1]}, training": Measure(metric=name) for name in names
@@ -66,7 +69,7 @@ def panels(runs: Mapping[str, Rows]) -> dict[str, Measure]:
 
 
 def draw_runs(runs: Mapping[str, Rows], picture: Path) -> Path | None:
-    """All panels in one picture; None where there is nothing to draw."""
+    """Draw all panels into one picture; return None if there is nothing to draw."""
     shown = panels(runs)
     if not shown:
         return None
@@ -100,7 +103,7 @@ def _draw_panel(axis: Any, title: str, measure: Measure, runs: Mapping[str, Rows
 
 
 def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
-    """The same as curves. A click on a held-out point shows completions of it."""
+    """Return the same panels as interactive curves. A click on a held-out point shows its completions."""
     found = {title: panel([trace for (name, rows), color in colored(runs.items())
                            for trace in _traces(name, color, title, measure, rows)], "step", "",
                           "<br>".join(_missing(measure, runs)))
@@ -113,7 +116,8 @@ def chart_runs(runs: Mapping[str, Rows], folders: Mapping[str, Path]) -> Chart:
 
 
 def _missing(measure: Measure, runs: Mapping[str, Rows]) -> list[str]:
-    """Lines that name the runs of this kind that are not in the panel, and why; none where all are."""
+    """Return lines that name the runs with `measure.beside` that lack the measure, and the reason; empty without any.
+    """
     names = [name for name, rows in runs.items() if not _known(rows, measure)
              and any(measure.beside in row for row in rows)]
     told = f"not in it, since {measure.unless}: {', '.join(names)}"
@@ -121,7 +125,7 @@ def _missing(measure: Measure, runs: Mapping[str, Rows]) -> list[str]:
 
 
 def _traces(name: str, color: str, title: str, measure: Measure, rows: Rows) -> list[dict[str, Any]]:
-    """A run's line and points in one panel; none where the run lacks the measure."""
+    """Return the line and the points of a run in one panel; empty if the run lacks the measure."""
     metric, interval = measure.metric, measure.interval
     known = _known(rows, measure)
     if not known:
@@ -134,7 +138,8 @@ def _traces(name: str, color: str, title: str, measure: Measure, rows: Rows) -> 
 
 
 def answers_over_time(folder: Path) -> TableText | None:
-    """What the policy said to the first held-out prompts, evaluation by evaluation."""
+    """Make a table of the policy's answers to the first held-out prompts at up to four evaluations; None without any.
+    """
     rows = read_samples(folder)
     steps = sorted({row["step"] for row in rows})
     by_prompt: dict[str, dict[int, str]] = {}
@@ -150,24 +155,24 @@ def answers_over_time(folder: Path) -> TableText | None:
 
 
 def read_samples(folder: Path) -> list[Mapping[str, Any]]:
-    """Held-out completions that a training kept; none of other tasks."""
+    """Read the held-out completions that a training kept. Completions of other tasks are left out."""
     file = folder / "samples.jsonl"
     return [row for row in read_rows(file) if row["task"] == "eval"] if file.is_file() else []
 
 
 def read_runs(folders: Mapping[str, Path]) -> dict[str, Rows]:
-    """Name -> rows of the metrics of each run."""
+    """Read the metrics of each run: name -> rows."""
     return {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
-    """A completion with its reward in brackets; null is one that was not finite."""
+    """Return a completion with its reward in brackets. null stands for a reward that was not finite."""
     reward = math.nan if sample["reward"] is None else sample["reward"]
     return f"{sample['completion']}\n[{reward:.3g}]"
 
 
 def _known(rows: Rows, measure: Measure) -> Rows:
-    """Rows that have it; none of a run of the other kind."""
+    """Return the rows with a finite value of the measure; empty for a run of the other kind (`Measure.tuned`)."""
     metric = measure.metric
     if measure.tuned is not None and measure.tuned != any(TUNED & row.keys() for row in rows):
         return []

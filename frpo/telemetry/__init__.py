@@ -1,1 +1,1 @@
-"""What is measured of a run and shown while it goes on: metrics, timers, progress."""
+"""Measure a run and show its progress: metrics, timers, progress bar and lines."""

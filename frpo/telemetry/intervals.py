@@ -1,15 +1,15 @@
-"""Means and their 95 % intervals by Student's t."""
+"""Compute means and their 95 % intervals by Student's t."""
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t at 97.5 %, for 1 degree of freedom and more."""
+"""Student's t at 97.5 %, for 1 to 10 degrees of freedom."""
 
 
 def t_quantile(degrees: int) -> float:
-    """Student's t at 97.5 %; beyond the table by its expansion in 1 / degrees, right to three decimals."""
+    """Return Student's t at 97.5 %. Beyond the table, use its expansion in 1 / degrees, right to three decimals."""
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]
     z = 1.959964
@@ -18,7 +18,10 @@ def t_quantile(degrees: int) -> float:
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval by Student's t, NaN where one value gives none; NaN are left out."""
+    """Return the mean and the half-width of its 95 % interval by Student's t. NaN values are left out.
+
+    The half-width of a single value is NaN. Without values both are NaN.
+    """
     kept = [value for value in values if not math.isnan(value)]
     if not kept:
         return math.nan, math.nan

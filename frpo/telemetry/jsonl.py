@@ -1,4 +1,4 @@
-"""Append-only files of JSON lines, as metrics, samples and traces are."""
+"""Write and read append-only files of JSON lines: metrics, samples and traces."""
 from __future__ import annotations
 
 import json
@@ -12,9 +12,9 @@ from frpo.errors import CheckpointError
 
 
 class JsonlFile:
-    """An append-only file of one JSON object a line, flushed line by line; its size is what a checkpoint remembers.
+    """Append-only file with one JSON object per line, flushed line by line. A checkpoint records the file's size.
 
-    JSON has no NaN and no infinity: they are written as null.
+    JSON has no NaN and no infinity: both are written as null.
     """
 
     def __init__(self, path: Path):
@@ -31,12 +31,12 @@ class JsonlFile:
         self.file.flush()
 
     def offset(self) -> int:
-        """Bytes written so far."""
+        """Return the size of the file in bytes."""
         self.file.flush()
         return self.path.stat().st_size
 
     def truncate(self, offset: int) -> None:
-        """Forget what lies beyond `offset` bytes. Raises CheckpointError if the file is shorter than that."""
+        """Cut the file to `offset` bytes. Raises CheckpointError if the file is shorter than `offset`."""
         size = self.path.stat().st_size
         if size < offset:
             raise CheckpointError(
@@ -50,7 +50,7 @@ class JsonlFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JsonlFile. A last line that is not whole, such as after a kill -9, is left out."""
+    """Read the rows of a JsonlFile. An incomplete last line, such as after a kill -9, is left out."""
     *whole, last = path.read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in whole]
     with suppress(json.JSONDecodeError):
@@ -59,7 +59,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with null for every float that is not finite."""
+    """Return the same value with None for every float that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""What a person sees of a run while it goes: what it does now, from second zero, and one line a step.
+"""Show a person the progress of a run: the current activity, from second zero, and one line per step.
 
 The lines are the same on a terminal, where a live bar stands below them, and in a log file. If no line was printed for
-a while, a line says what is still running. Everything that is measured is in the run's files; here is what fits into a
-line.
+a while, a new line names the activity that still runs. The run's files hold all measured values; a line shows only the
+most important ones.
 """
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 WIDTH, MOST = 120, 6
-"""Columns and figures that a line has at most."""
+"""Largest number of columns and of figures of a line."""
 
 SILENCE_S, LONGEST_SILENCE_S = 30.0, 60.0
-"""Seconds without a line after which one says what goes on; every further one waits twice as long, up to a limit."""
+"""Seconds without a line until a line names the current activity. Each further wait is twice as long, up to a limit."""
 
 POLL_S = 1.0
-"""Seconds between two looks at whether it is silent."""
+"""Seconds between two checks for silence."""
 
 BEGAN = time.monotonic()
-"""About when the process began: the command line imports this module early."""
+"""Approximate start time of the process: the command line imports this module early."""
 
 
 def say(line: str) -> None:
-    """Print a line at once, above the bar where there is one."""
+    """Print a line at once, above the bar if a bar is shown."""
     bar = ProgressBar.outermost
     if bar is not None and bar.live:
         bar.console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -40,7 +40,7 @@ def say(line: str) -> None:
 
 
 def remark(lines: Iterable[str]) -> None:
-    """Say lines that belong to no step, each behind a "#" and folded where it is long."""
+    """Print lines that belong to no step. Each line starts with "#"; long lines are wrapped."""
     for line in lines:
         for part in textwrap.wrap(line, WIDTH, initial_indent="# ", subsequent_indent="#   "):
             say(part)
@@ -48,7 +48,7 @@ def remark(lines: Iterable[str]) -> None:
 
 @contextmanager
 def phase(text: str) -> Iterator[None]:
-    """Say what begins, with the seconds since the command began. On a terminal a bar's note says it instead."""
+    """Print `text` when a phase begins, with the seconds since the command began. A live bar shows `text` instead."""
     if ProgressBar.outermost is None or not ProgressBar.outermost.live:
         say(f"{_clock()}  {text}")
     with activity(text):
@@ -57,7 +57,7 @@ def phase(text: str) -> Iterator[None]:
 
 @contextmanager
 def activity(name: str) -> Iterator[None]:
-    """What goes on within it, for the bar and for lines that break a silence. Of the main thread alone."""
+    """Set the current activity within the block, for the bar and for lines after silence. Only for the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -74,13 +74,13 @@ def activity(name: str) -> Iterator[None]:
 
 
 def counted(text: str, done: int, total: int) -> None:
-    """How far what goes on has come, such as "warm start 50/200"."""
+    """Show how far the current activity has come, such as "warm start 50/200"."""
     _silence.progress = f"{text} {done}/{total}"
     _note(_silence.progress)
 
 
 class _Silence:
-    """Breaks a silence with a line about what goes on. A thread of its own, which ends with the process."""
+    """Watcher that prints the current activity after a silence, in a thread of its own that ends with the process."""
 
     def __init__(self) -> None:
         self.doing: list[tuple[str, float]] = []
@@ -106,7 +106,7 @@ class _Silence:
                 self.limit, self.last = longer, time.monotonic()
 
     def line(self, name: str, since: float) -> str:
-        """What goes on, for how long, and where in the bars."""
+        """Return a line with the current activity, its duration, and its place in the bars."""
         places = [bar.place for bar in ProgressBar.open]
         what = self.progress or name
         return f"{_clock()}  {': '.join([*places, what])}, {time.monotonic() - since:.0f} s so far"
@@ -116,9 +116,10 @@ _silence = _Silence()
 
 
 class ProgressBar:
-    """A live bar on a terminal; its lines are printed above it, and in a log file without it.
+    """Live bar on a terminal. Lines are printed above the bar; in a log file only the lines are printed.
 
-    Within another one's it is a second bar below that prints no lines: what is logged shows beside it.
+    A bar opened within another bar is shown below the outer bar. An inner bar prints no lines: logged text is shown
+    beside it.
     """
 
     open: ClassVar[list[ProgressBar]] = []
@@ -153,27 +154,27 @@ class ProgressBar:
 
     @property
     def place(self) -> str:
-        """Where it stands, in words."""
+        """Return title, finished steps and total of the bar as text."""
         return f"{self.title} {self.done}/{self.total}"
 
     def note(self, text: str) -> None:
-        """Show what happens now."""
+        """Show `text` beside the bar."""
         self.progress.update(self.task, note=text)
 
     def advance(self) -> None:
-        """One step done."""
+        """Count one more finished step."""
         self.done += 1
         self.progress.advance(self.task)
 
     def log(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar. An inner bar shows the line as its note instead."""
         if self.outer:
             self.note(line)
         else:
             say(line)
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Print the line of a step; before it what its names mean, each once."""
+        """Print the line of a step. Before the line, explain each of its short names once."""
         line = step_line(number, metrics, self.total, self.seconds_left(number))
         new = [short for short, _, _ in shown(metrics) if short not in self.explained and f" {short} " in line]
         if new and not self.outer:
@@ -182,11 +183,11 @@ class ProgressBar:
             legend = "; ".join(f"{short}: {meaning}" for short, meaning in meanings.items())
             for part in textwrap.wrap(legend, WIDTH, initial_indent="# ", subsequent_indent="# "):
                 say(part)
-        if number > 0 or shown(metrics):  # before the first step there may be nothing to tell
+        if number > 0 or shown(metrics):  # before the first step there may be nothing to print
             self.log(line)
 
     def seconds_left(self, number: int) -> float | None:
-        """Until the last step, at the pace so far; None before there is one."""
+        """Estimate the seconds until the last step from the pace so far; None before the first finished step."""
         if number <= self.first:
             return None
         return (time.monotonic() - self.started) / (number - self.first) * (self.total - number)
@@ -211,16 +212,17 @@ FIGURES = (
     ("clip+", "policy/clip_high", "and from above"),
     ("gap", "rollout/logprob_gap", "of engine and learner, nats a token"),
 )
-"""Short name, metric, meaning, in their order of weight: what does not fit into the line is left out from the end."""
+"""Figures of a line: short name, metric, meaning; the most important first. Figures that do not fit are left out."""
 
 
 def shown(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """The weightiest figures that were measured."""
+    """Return the most important measured figures, MOST at most."""
     return [figure for figure in FIGURES if figure[1] in metrics][:MOST]
 
 
 def step_line(number: int, metrics: Mapping[str, float], total: int, left: float | None = None) -> str:
-    """The one line of a step: figures, every reward component, seconds, time left; the last figures go if it is long.
+    """Return the line of a step: figures, every reward component, seconds, time left. If the line is too long, the last
+    figures are left out.
     """
     figures = [f"{short} {_short(metrics[key])}" for short, key, _ in shown(metrics)]
     terms = [f"{key.removeprefix('reward/').removesuffix('/mean')} {_short(value)}" for key, value in metrics.items()
@@ -239,14 +241,14 @@ def step_line(number: int, metrics: Mapping[str, float], total: int, left: float
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a person would use."""
+    """Return a duration as text in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _time(seconds: Mapping[str, float]) -> str:
-    """All of a step's, and the phase that took most of it."""
+    """Return the seconds of a step as text, with the longest phase in brackets."""
     longest = max(seconds, key=lambda name: seconds[name])
     whole = sum(seconds.values())
     return f"{whole:.1f} s ({longest} {seconds[longest]:.1f})" if whole < 10 else (

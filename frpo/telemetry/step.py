@@ -1,4 +1,4 @@
-"""Metrics of one step, computed from its records. Nothing is written here."""
+"""Compute the metrics of one step from its records. This module writes nothing."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from frpo.types import AdvantagedGroup, Metrics
 
 
 def rollout_metrics(groups: Sequence[AdvantagedGroup], seconds: float) -> dict[str, float]:
-    """Rewards (mean, min, max, every component), lengths, truncation and the estimator's own statistics.
+    """Compute rewards (mean, min, max, every component), lengths, truncation and the estimator's own statistics.
 
-    seconds: time spent generating, for the throughput; 0 where nothing was.
+    seconds: time spent generating, for the throughput; 0 if nothing was generated.
     """
     rewards = np.concatenate([group.scored.rewards_G for group in groups])
     completions = [completion for group in groups for completion in group.scored.group.completions]
@@ -31,7 +31,7 @@ def rollout_metrics(groups: Sequence[AdvantagedGroup], seconds: float) -> dict[s
 
 
 def staleness_metrics(groups: Sequence[AdvantagedGroup], version: int) -> dict[str, float]:
-    """`rollout/staleness` over tokens, mean and `_max`: optimizer updates from the policy that sampled to `version`."""
+    """Compute `rollout/staleness` over tokens, mean and `_max`: optimizer updates from sampling policy to `version`."""
     spans = [span for group in groups for completion in group.scored.group.completions
              for span in completion.version_spans]
     tokens = sum(span.end - span.start for span in spans)
@@ -43,7 +43,7 @@ def staleness_metrics(groups: Sequence[AdvantagedGroup], version: int) -> dict[s
 
 
 def tilt_metrics(groups: Sequence[AdvantagedGroup]) -> dict[str, float]:
-    """`tilt/<name>`: every statistic of the estimator, averaged over the groups in which it is finite."""
+    """Return `tilt/<name>`: every statistic of the estimator, averaged over the groups with a finite value."""
     values: dict[str, list[float]] = {}
     for group in groups:
         for name, value in group.stats.items():
@@ -53,7 +53,9 @@ def tilt_metrics(groups: Sequence[AdvantagedGroup]) -> dict[str, float]:
 
 
 def reweight_metrics(groups: Sequence[AdvantagedGroup]) -> Metrics:
-    """`reweight/<name>` of one update's groups, as sums and counts: mean and largest ratio, effective sample size."""
+    """Return `reweight/<name>` of the groups of one update, as sums and counts: mean ratio, largest ratio, effective
+    sample size.
+    """
     metrics: Metrics = {}
     for name, reduction in (("ratio", "mean"), ("ratio_max", "max"), ("reweighted_ess", "mean")):
         values = [group.stats[name] for group in groups if name in group.stats]
@@ -68,7 +70,7 @@ MISHAPS = {"abstained": "completions without a value", "nonfinite": "completions
 
 
 def mishaps(counts: Mapping[str, float]) -> list[str]:
-    """One line for each reward and kind of mishap that occurred: completions without a value, and why."""
+    """Return one line for each reward and kind of mishap that occurred: completions without a value, and the cause."""
     lines = []
     for key, count in counts.items():
         area, _, rest = key.partition("/")

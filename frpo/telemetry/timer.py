@@ -1,4 +1,4 @@
-"""The clock of a run: seconds of every phase of a step."""
+"""Measure the seconds of every phase of a step."""
 from __future__ import annotations
 
 import time
@@ -9,7 +9,7 @@ from frpo.telemetry.progress import activity
 
 
 class PhaseTimer:
-    """Seconds a phase takes, summed over a step, and the name of the phase that runs now (None between phases)."""
+    """Seconds of each phase, summed over a step, and the name of the current phase (None between phases)."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -26,6 +26,6 @@ class PhaseTimer:
             self.current = outer
 
     def collect(self) -> dict[str, float]:
-        """`time/<phase>` in seconds since the last collect."""
+        """Return `time/<phase>` in seconds since the last `collect`, and start again from zero."""
         seconds, self.seconds = self.seconds, {}
         return {f"time/{name}": value for name, value in seconds.items()}

@@ -19,7 +19,7 @@ from frpo.types import Comparison, MicroBatch, OptimStepOutput, RolloutGroup, Sa
 
 
 class LearnerGroup:
-    """The learner as the controller sees it. Construction connects the ranks and loads the model in all of them."""
+    """The learner's interface for the controller. Construction connects the ranks and loads the model in all ranks."""
 
     def __init__(self, recipe: AnyRecipe, model_path: str, device: str, ranks: Ranks):
         self.recipe, self.ranks, self.device = recipe, ranks, device

@@ -1,1 +1,1 @@
-"""Ray: starts it, places learner ranks and engines as actors, and turns every death or time-out into a named error."""
+"""Start Ray, place learner ranks and engines as actors, and turn every death or time-out into a named error."""

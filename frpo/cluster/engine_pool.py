@@ -1,4 +1,4 @@
-"""All rollout engines: start, stream groups from several at once, and the client through which weights reach them."""
+"""Start all rollout engines and stream groups from them. `EngineClient` carries weights from the learner to them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +21,14 @@ from frpo.rollout.engine import GroupRequest, RolloutEngine, Sampling
 from frpo.types import RolloutGroup
 
 SAMPLING, SAMPLERS = "sampling", 32
-"""Calls that sample have threads of their own, so that weights and questions reach an engine while it samples."""
+"""Ray concurrency group of the calls that sample, and its number of threads.
+
+These calls have their own threads, so that an engine can receive weights and other calls while it samples.
+"""
 
 
 class _EngineActor(RolloutEngine):
-    """A RolloutEngine built from a dumped recipe, since actors are constructed from plain values."""
+    """A RolloutEngine built from a dumped recipe, because Ray constructs actors from plain values."""
 
     def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int):
         super().__init__(recipe_from_dict(recipe), model_path, device, index)
@@ -40,11 +43,13 @@ class EnginesLostError(ActorDeadError):
 
 
 class EnginePool:
-    """N engines, each its own actor. Construction starts them all; none serves before its weights have a version."""
+    """N engines, each its own actor. Construction starts all engines. No engine samples before its weights have a
+    version.
+    """
 
     def __init__(self, recipe: Recipe, model_path: str, device: str, num_engines: int | None = None,
                  places: Places | None = None):
-        """num_engines: other than the recipe's, such as 0 where nothing is sampled. places: None: the CPU's."""
+        """num_engines: replaces the recipe's number, such as 0 if nothing is sampled. places: None means the CPU."""
         count = recipe.rollout.num_engines if num_engines is None else num_engines
         if count and device == "cpu":
             check_cpu_engines()
@@ -55,7 +60,8 @@ class EnginePool:
         self.starting = [self._start(index) for index in range(count)]
 
     def _start(self, index: int) -> tuple[NamedActor, Any]:
-        """Engine `index`, beginning to load in a process of its own, and what its readiness is told by."""
+        """Start engine `index` in its own process. Return its actor and a Ray reference that is done once it is ready.
+        """
         recipe, options = self.recipe, self.places.of_engine(index)
         shown = options.get("runtime_env", {}).get("env_vars", {})
         options["runtime_env"] = {"env_vars": environment(recipe.rollout, self.device) | shown}
@@ -65,41 +71,42 @@ class EnginePool:
         return named, handle.ready.remote()
 
     def wait_until_ready(self) -> None:
-        """Engines load while the caller does something else; this waits for them."""
+        """Wait until all engines are loaded. Until this call they load in the background."""
         pids = wait_for("start rollout engines", self.starting, self.recipe.rollout.startup_timeout_s)
         self.engines = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
                         for (a, _), pid in zip(self.starting, pids)]
 
     def dead(self) -> list[int]:
-        """Indices of engines whose process is gone. For moments in which none is sampling."""
+        """List the indices of engines whose process is gone. Call this only while no engine samples."""
         return [index for index, actor in enumerate(self.engines) if _usable(actor) is None]
 
     def lost(self) -> list[int]:
-        """Indices of engines that serve nothing more: the dead ones, and those whose weights are a mixture."""
+        """List the indices of engines that can no longer sample: dead engines, and engines with a mixture of weights.
+        """
         return [index for index, actor in enumerate(self.engines) if not _usable(actor)]
 
     def restart(self, engines: Sequence[int]) -> None:
-        """New processes for these engines, which serve nothing before a push; waits for them."""
+        """Start new processes for these engines and wait for them. The new engines do not sample before a push."""
         for index in engines:
             ray.kill(self.engines[index].handle)
             self.starting[index] = self._start(index)
         self.wait_until_ready()
 
     def serve_loaded(self, version: int) -> None:
-        """All engines serve what they loaded from disk, as `version`. See `RolloutEngine.serve_loaded`."""
+        """Label the weights that all engines loaded from disk as `version`. See `RolloutEngine.serve_loaded`."""
         calls = [(a, a.handle.serve_loaded.remote(version)) for a in self.engines]
         wait_for("serve loaded weights", calls, self.recipe.rollout.timeout_s)
 
     def client(self) -> EngineClient:
-        """What learner rank 0 drives pushes through."""
+        """Return the client through which learner rank 0 pushes weights."""
         return EngineClient(self.engines, self.recipe.rollout.tensor_parallel_size, self.recipe.weight_sync.timeout_s)
 
     def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
                ) -> Iterator[RolloutGroup]:
-        """Groups of all engines as they finish. See `RolloutEngine.generate` for `version` and `or_newer`.
+        """Yield groups of all engines as they finish. See `RolloutEngine.generate` for `version` and `or_newer`.
 
-        Raises EngineError when no group finishes within the limit, and EnginesLostError, once the others are through,
-        when engines died.
+        Raises EngineError if no group finishes within the limit. Raises EnginesLostError if engines died, after the
+        other engines have finished.
         """
         self.turns.sample()
         streams: dict[Any, int] = {}
@@ -133,7 +140,7 @@ class EnginePool:
             raise EnginesLostError(lost)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[list[np.ndarray]]:
-        """Every engine's own log-probabilities of the same sequences. See `RolloutEngine.score`."""
+        """Return every engine's log-probabilities of the same sequences. See `RolloutEngine.score`."""
         self.turns.sample()
         calls = [(a, a.handle.score.options(concurrency_group=SAMPLING).remote(sequences, version))
                  for a in self.engines]
@@ -144,24 +151,28 @@ class EnginePool:
         return wait_for("read policy version", calls, self.recipe.rollout.timeout_s)
 
     def give_way(self) -> None:
-        """Let a learner load: where it shares the engines' GPUs, they are loaded first, and asleep if they sleep."""
+        """Make room for a learner to load. On shared GPUs, wait until the engines are loaded, then put them to sleep
+        if the placement lets engines sleep.
+        """
         if isinstance(self.places, SharedGpus):
             self.wait_until_ready()
             if self.recipe.placement.sleeps and self.awake:
                 self.sleep()
 
     def share(self, learner: LearnerGroup) -> None:
-        """Take turns from now on with a learner that has loaded after `give_way`, where GPUs are shared by turns."""
+        """Take turns with the learner from now on, if engines sleep on shared GPUs. Call `give_way` before the learner
+        loads, and this method after.
+        """
         if isinstance(self.places, SharedGpus) and self.recipe.placement.sleeps:
             self.turns = learner.turns = GpuTurns(self, learner, self.recipe.placement.offload_optimizer)
 
     def sleep(self) -> None:
-        """All engines give up the memory of weights and cache. For moments in which none is sampling."""
+        """Free the memory of weights and KV cache in all engines. Call this only while no engine samples."""
         self._all("sleep")
         self.awake = False
 
     def wake(self, tag: str) -> None:
-        """All engines take memory again for "weights" or "kv_cache"."""
+        """Allocate memory again for "weights" or "kv_cache" in all engines."""
         self._all("wake", tag)
         self.awake = True
 
@@ -175,7 +186,7 @@ class EnginePool:
 
 
 def with_backend(recipe: Recipe, device: str) -> Recipe:
-    """The recipe with `weight_sync.backend: auto` decided: by device and placement, and by how many hosts Ray has."""
+    """Return the recipe with `weight_sync.backend: auto` resolved by device, placement and number of Ray's hosts."""
     check_backend(recipe, device)
     if recipe.model.lora is None and recipe.weight_sync.adapters:  # engines of another model than the one trained
         recipe = recipe.model_copy(update={"weight_sync": recipe.weight_sync.model_copy(update={"adapters": False})})
@@ -189,7 +200,7 @@ def with_backend(recipe: Recipe, device: str) -> Recipe:
 
 
 class EngineClient:
-    """vLLM's weight-transfer calls, made on all engines at once; used from inside a learner rank."""
+    """Make vLLM's weight-transfer calls on all engines at once, from inside a learner rank."""
 
     def __init__(self, engines: list[NamedActor], tensor_parallel_size: int, timeout_s: float):
         self.engines = engines
@@ -231,7 +242,7 @@ class EngineClient:
         return self._wait(f"push weights: {method}", calls)
 
     def _wait(self, phase: str, calls: list[tuple[NamedActor, Any]]) -> Callable[[], None]:
-        """What waits for these calls, and raises EngineError at the first that fails."""
+        """Return a function that waits for these calls. It raises EngineError at the first call that fails."""
         def wait() -> None:
             wait_for(phase, calls, self.timeout_s)
 
@@ -239,7 +250,7 @@ class EngineClient:
 
 
 def _usable(actor: NamedActor) -> bool | None:
-    """See `RolloutEngine.usable`; None where the process is gone."""
+    """Return `RolloutEngine.usable` of this engine; None if its process is gone."""
     try:
         return result_of("is it alive", actor, actor.handle.usable.remote())
     except ActorDeadError:

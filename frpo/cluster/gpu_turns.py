@@ -1,10 +1,10 @@
-"""Whose turn it is where engines and learner share GPUs: who samples, learns, pushes and sleeps, and in which order.
+"""Order the turns of engines and learner on shared GPUs: sampling, learning, pushing and sleeping.
 
     SAMPLING --learn--> LEARNING --push--> PUSHING --(pushed)--> SAMPLING
-    LEARNING --sample-> a push of the same version, since the engines' weights are gone after a sleep
+    LEARNING --sample-> a push of the same version, because sleeping engines lose their weights
 
-Nothing is pushed while engines sleep, nothing is sampled before a push is complete, and the cache of an engine wakes
-only after its weights, when the learner's work has left the GPU.
+No weights are pushed while engines sleep. No completion is sampled before a push is complete. An engine's KV cache
+wakes after its weights, once the learner has freed its memory on the GPU.
 """
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ class Turn(Enum):
 
 
 class Engines(Protocol):
-    """What engines do for it, all of them at once."""
+    """The calls that `GpuTurns` makes on all engines at once."""
 
     def sleep(self) -> None:
-        """Give up weights and cache."""
+        """Free the memory of weights and KV cache."""
         ...
 
     def wake(self, tag: str) -> None:
-        """Take memory again for the "weights" (whose values are lost), or for the "kv_cache"."""
+        """Allocate memory again for the "weights", whose values are lost, or for the "kv_cache"."""
         ...
 
 
 class Learner(Protocol):
-    """What the learner does for it, on all ranks."""
+    """The calls that `GpuTurns` makes on all learner ranks."""
 
     def make_room(self, offload: bool) -> None:
-        """Give free memory to others. offload: move what can wait elsewhere, too."""
+        """Release free memory to other processes. offload: also move data that is not needed now to the CPU."""
         ...
 
     def take_room(self, offload: bool) -> None:
-        """Bring back what `make_room` moved."""
+        """Bring back the data that `make_room` moved."""
         ...
 
 
 class NoTurns:
-    """Engines and learner have memory of their own: anything goes at any time."""
+    """Turns that allow every call at any time, because engines and learner do not share memory."""
 
     def sample(self) -> None:
         pass
@@ -59,9 +59,10 @@ class NoTurns:
 
 
 class GpuTurns:
-    """Begins with the learner at work and the engines asleep. Not for several threads: nobody samples ahead.
+    """The turns of engines and learner on shared GPUs. At first the learner works and the engines sleep.
 
-    offload: whether the learner moves what can wait to the CPU while engines sample.
+    Use it from one thread only; sampling ahead of the learner is not supported.
+    offload: whether the learner moves data that is not needed to the CPU while engines sample.
     """
 
     def __init__(self, engines: Engines, learner: Learner, offload: bool = False):
@@ -70,7 +71,7 @@ class GpuTurns:
         self._again: Callable[[], object] | None = None
 
     def sample(self) -> None:
-        """From here on engines may sample: the weights that were pushed last."""
+        """Let engines sample from now on, with the weights that were pushed last."""
         if self.turn is Turn.LEARNING:
             if self._again is None:
                 raise EngineError("engines are to sample before any push: their weights were given up to the learner")
@@ -79,7 +80,7 @@ class GpuTurns:
             raise EngineError("engines are to sample while a push is under way or after it broke off; push again first")
 
     def learn(self) -> None:
-        """From here on the learner may work, while engines sleep."""
+        """Let the learner work from now on, while engines sleep."""
         if self.turn is Turn.PUSHING:
             raise EngineError("the learner is to work while a push is under way or after it broke off; push again "
                               "first")
@@ -89,7 +90,8 @@ class GpuTurns:
             self.turn = Turn.LEARNING
 
     def push(self, send: Callable[[], object]) -> None:
-        """Send weights to engines that are awake, then let them sample. Where `send` raises it may be tried again."""
+        """Wake the engines, send the weights, then let the engines sample. If `send` raises, the push may be repeated.
+        """
         if self.turn is Turn.LEARNING:
             self.learner.make_room(self.offload)
             self.engines.wake("weights")

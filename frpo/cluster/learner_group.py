@@ -1,4 +1,4 @@
-"""All learner ranks behind the verbs of one: each call goes to every rank and returns when all have done it."""
+"""Drive all learner ranks as one learner: each call goes to every rank and returns when all ranks are done."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from frpo.types import Comparison, MicroBatch, OptimStepOutput, RolloutGroup, Sa
 
 
 class LearnerGroup:
-    """The learner as the controller sees it. Construction connects the ranks and loads the model in all of them."""
+    """The learner's interface for the controller. Construction connects the ranks and loads the model in all ranks."""
 
     def __init__(self, recipe: AnyRecipe, model_path: str, device: str, ranks: Ranks):
         self.recipe, self.ranks, self.device = recipe, ranks, device
@@ -36,19 +36,20 @@ class LearnerGroup:
                         self.recipe.learner.startup_timeout_s)
 
     def connect_engines(self, client: Any, weight_sync: WeightSyncSection) -> None:
-        """Give rank 0 its hold on the rollout engines, and say how weights reach them."""
+        """Give rank 0 the client of the rollout engines, and all ranks the section that decides how weights are sent.
+        """
         self.weight_sync = weight_sync
         others = [None] * (self.recipe.learner.num_ranks - 1)
         self.ranks.call("connect engines", "connect_engines", [(each, weight_sync) for each in (client, *others)], {},
                         self.recipe.learner.timeout_s)
 
     def compare(self, sequences: Sequence[Sequence[int]]) -> list[list[Comparison]]:
-        """Of every rank: its models against plain transformers. See `Learner.compare`."""
+        """Compare the models of every rank with plain transformers. See `Learner.compare`."""
         return self._all("compare", sequences)
 
     def score_groups(self, groups: Sequence[RolloutGroup], model: str, temperature: float | None = None
                      ) -> list[tuple[np.ndarray, ...]]:
-        """Per group, per completion: T log-probabilities under "policy" or "reference". See `Learner.score`."""
+        """Return T log-probabilities a completion, by group, under "policy" or "reference". See `Learner.score`."""
         scores = self.score(score_batches(groups, self.layout), model, temperature)
         return [tuple(scores[(*group.group_id, i)][len(group.prompt.token_ids):] for i in range(len(group.completions)))
                 for group in groups]
@@ -57,7 +58,9 @@ class LearnerGroup:
         self._all("keep_initial_policy", path)
 
     def kl_groups(self, groups: Sequence[RolloutGroup], to: str = "reference") -> list[np.ndarray]:
-        """Per group (G,): KL in nats of each completion, an unbiased estimate of that of sequences. See `Learner.kl`.
+        """Return an array (G,) for each group: the KL of each completion, in nats. See `Learner.kl`.
+
+        The values are unbiased estimates of the KL of sequences.
         """
         found: dict[SampleId, float] = {}
         for answer in self._each("kl", score_batches(groups, self.layout), to=to):
@@ -66,15 +69,19 @@ class LearnerGroup:
 
     def score(self, parts: Sequence[Sequence[MicroBatch]], model: str, temperature: float | None = None
               ) -> dict[SampleId, np.ndarray]:
-        """Log-probabilities of every sample in `[rank][i]` micro-batches, over all its tokens. See `Learner.score`."""
+        """Return the log-probabilities of all tokens of every sample. parts: micro-batches `[rank][i]`.
+
+        See `Learner.score`.
+        """
         scores: dict[SampleId, np.ndarray] = {}
         for answer in self._each("score", parts, model=model, temperature=temperature):
             scores |= answer
         return scores
 
     def forward_backward(self, parts: Sequence[Sequence[MicroBatch]], **options: Any) -> MetricSums:
-        """Accumulate one update's gradient over all ranks; the metrics of all of them merged. See
-        `Learner.forward_backward`.
+        """Accumulate one update's gradient over all ranks and return their merged metrics.
+
+        See `Learner.forward_backward`.
         """
         return self._merged("forward_backward", parts, **options)
 
@@ -82,7 +89,7 @@ class LearnerGroup:
         return self._all("optim_step", total_updates, watch_movement=watch_movement)[0]
 
     def movement_report(self) -> dict[str, tuple[bool, bool]]:
-        """name -> (any rank got a gradient, the fp32 master moved)."""
+        """Return name -> (a rank got a gradient, the fp32 master weights moved on a rank)."""
         reports = self._all("movement_report")
         return {name: (any(r[name][0] for r in reports), any(r[name][1] for r in reports)) for name in reports[0]}
 
@@ -109,11 +116,11 @@ class LearnerGroup:
             self.weight_sync.timeout_s))
 
     def make_room(self, offload: bool) -> None:
-        """See `Learner.make_room`. It is no turn of the learner's."""
+        """Call `Learner.make_room` on all ranks. This call does not start a turn of the learner."""
         self._between_turns("make_room", offload)
 
     def take_room(self, offload: bool) -> None:
-        """See `Learner.take_room`."""
+        """Call `Learner.take_room` on all ranks. This call does not start a turn of the learner."""
         self._between_turns("take_room", offload)
 
     def _between_turns(self, verb: str, *args: Any) -> None:
@@ -130,7 +137,7 @@ class LearnerGroup:
         self._all("export", folder)
 
     def dead(self) -> list[int]:
-        """Ranks whose process is gone."""
+        """List the ranks whose process is gone."""
         return self.ranks.dead()
 
     def close(self) -> None:

@@ -1,14 +1,14 @@
-"""What this machine's NVIDIA driver says, asked of nvidia-smi so that no process of ours begins to use a GPU."""
+"""Query this machine's NVIDIA driver through nvidia-smi, so that no process of frpo begins to use a GPU."""
 from __future__ import annotations
 
 import subprocess
 
 OLDEST_DRIVER = {"12": 525, "13": 580}
-"""Major version of CUDA -> of the oldest driver that runs it (NVIDIA's table of minor version compatibility)."""
+"""Major version of CUDA -> major version of its oldest driver (NVIDIA's table of minor version compatibility)."""
 
 
 def asked(*fields: str) -> list[tuple[str, ...]]:
-    """The values of these fields (`nvidia-smi --help-query-gpu`), a tuple a GPU; nothing on a machine without one."""
+    """Return the values of these fields (`nvidia-smi --help-query-gpu`), one tuple for each GPU; [] without a GPU."""
     try:
         shown = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"],
                                capture_output=True, text=True, timeout=30)
@@ -19,16 +19,19 @@ def asked(*fields: str) -> list[tuple[str, ...]]:
 
 
 def driver_version() -> str | None:
-    """Of this machine's driver, such as "580.65.06", if it has one."""
+    """Return the version of this machine's NVIDIA driver, such as "580.65.06"; None without a driver."""
     return next((version for (version,) in asked("driver_version") if version[:1].isdigit()), None)
 
 
 def needed_driver(driver: str, cuda: str | None) -> int | None:
-    """The oldest driver that runs a torch built with `cuda`, such as "13.0", where this one is older; None if not."""
+    """Return the major version of the oldest driver for torch built with `cuda`, such as "13.0".
+
+    Return None if `driver` is new enough.
+    """
     needed = OLDEST_DRIVER.get((cuda or "").split(".")[0], 0)
     return needed if int(driver.split(".")[0]) < needed else None
 
 
 def smallest_memory() -> int | None:
-    """Bytes of the smallest GPU of this machine; None without one."""
+    """Return the bytes of memory of this machine's smallest GPU; None without a GPU."""
     return min((int(mib) * 2**20 for (mib,) in asked("memory.total") if mib.isdigit()), default=None)

@@ -1,8 +1,9 @@
-"""Who gets which GPU: planned from what nodes have, reserved from Ray, shown as a table.
+"""Assign GPUs to learner ranks and engines: plan from the free GPUs of nodes, reserve from Ray, print a table.
 
-split: one reservation of a bundle a learner rank and a bundle an engine. A bundle lies on one node, so that an engine's
-workers do too, and bundles fill few nodes. colocate: a bundle an engine, in which its ranks own the GPUs; the
-engine is started beside them and shown the same GPUs. CPUs are never reserved: everything shares them.
+split: one bundle for each learner rank and one for each engine, in one reservation. A bundle lies on one node, so all
+workers of an engine share a node. Bundles fill as few nodes as possible. colocate: one bundle for each engine. The
+ranks of the bundle own its GPUs; the engine starts beside them and sees the same GPUs. CPUs are never reserved: all
+processes share them.
 """
 from __future__ import annotations
 
@@ -23,15 +24,15 @@ from frpo.errors import ConfigError, EngineError
 from frpo.telemetry.progress import remark
 
 GRACE_S = 5.0
-"""How long GPUs are waited for that are not free."""
+"""Seconds to wait for GPUs that are not free."""
 
 RESERVE_S = 60.0
-"""How long Ray may take to reserve what nodes have free."""
+"""Seconds that Ray may take to reserve free GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """address: as Ray names it. gpus: how many are free."""
+    """A node of the cluster. address: as Ray names the node. gpus: number of free GPUs."""
 
     address: str
     gpus: int
@@ -39,7 +40,10 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """GPUs on one node for one holder: `learner rank 0`, or an engine, or the ranks that share with one."""
+    """GPUs on one node for one holder: `learner rank 0`, an engine, or an engine with the ranks that share its GPUs.
+
+    hosts: addresses of the allowed nodes; None: any node.
+    """
 
     holder: str
     gpus: int
@@ -47,9 +51,10 @@ class Bundle:
 
 
 def bundles_of(recipe: AnyRecipe, *, ranks: bool = True, engines: bool = True) -> list[Bundle]:
-    """What a run on GPUs reserves. ranks, engines: False where a launcher has started the one, or none are needed.
+    """List the bundles that a run on GPUs reserves. ranks: False if a launcher has started them. engines: False if the
+    run needs none.
 
-    Raises ConfigError where engines and ranks cannot share.
+    Raises ConfigError if engines and ranks cannot share GPUs.
     """
     placement = recipe.placement if isinstance(recipe, Recipe) else PlacementSection()
     count = recipe.learner.num_ranks if ranks else 0
@@ -72,9 +77,9 @@ def bundles_of(recipe: AnyRecipe, *, ranks: bool = True, engines: bool = True) -
 
 
 def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle, str]]:
-    """Each bundle with the address of a node that has room, few nodes in all.
+    """Pair each bundle with the address of a node that has room. Use few nodes in all.
 
-    Raises ConfigError saying what does not fit where, and what to change.
+    Raises ConfigError if a bundle does not fit. The message names the bundle, the free GPUs and the keys to change.
     """
     free = {node.address: node.gpus for node in nodes}
     places: dict[str, str] = {}
@@ -83,7 +88,7 @@ def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundl
         room = [address for address in allowed if free[address] >= bundle.gpus]
         if not room:
             raise ConfigError(_does_not_fit(bundle, bundles, nodes, allowed))
-        # The node that others use already, and of those the one that this fills best.
+        # Prefer a node in use already, then the node with the fewest free GPUs.
         begun = set(places.values())
         chosen = min(room, key=lambda address: (address not in begun, free[address]))
         places[bundle.holder] = chosen
@@ -92,7 +97,7 @@ def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundl
 
 
 def table(placed: Sequence[tuple[Bundle, str]]) -> list[str]:
-    """A line a node: address, GPUs taken, and who has them."""
+    """Return one line for each node: address, number of GPUs taken, and their holders."""
     lines: dict[str, list[Bundle]] = {}
     for bundle, address in placed:
         lines.setdefault(address, []).append(bundle)
@@ -102,14 +107,14 @@ def table(placed: Sequence[tuple[Bundle, str]]) -> list[str]:
 
 
 def free_nodes() -> list[Node]:
-    """The cluster's nodes with the GPUs that nobody has reserved."""
+    """List the cluster's nodes with their GPUs that are not reserved."""
     available = ray._private.state.available_resources_per_node()
     return [Node(address=node["NodeManagerAddress"], gpus=int(available.get(node["NodeID"], {}).get("GPU", 0)))
             for node in ray.nodes() if node["Alive"]]
 
 
 class Places(Protocol):
-    """Options of Ray actors: where each runs and what it reserves."""
+    """Options of Ray actors: the place of each actor and the resources that it reserves."""
 
     def of_rank(self, rank: int) -> dict[str, Any]: ...
 
@@ -117,7 +122,7 @@ class Places(Protocol):
 
 
 class OnCpu:
-    """Anywhere: everything shares the machine's cores."""
+    """Places on the CPU. Actors run on any node and share its cores."""
 
     def of_rank(self, rank: int) -> dict[str, Any]:
         return {"num_cpus": 0, "num_gpus": 0}
@@ -127,7 +132,7 @@ class OnCpu:
 
 @dataclass
 class OnGpus:
-    """In a reservation, whose first bundles are the ranks', one each; the engines' follow."""
+    """Places in a reservation: first one bundle for each rank, then one for each engine."""
 
     group: PlacementGroup
     ranks: int
@@ -146,9 +151,10 @@ class OnGpus:
 
 @dataclass
 class SharedGpus:
-    """Ranks own the GPUs of a bundle; the engine of it is shown theirs, once they have `seats`.
+    """Places on shared GPUs. Ranks own the GPUs of a bundle; the bundle's engine sees the same GPUs.
 
-    seats: (node's id, its GPU as CUDA_VISIBLE_DEVICES names it) of each rank.
+    Engines can start only after `seats` is filled.
+    seats: (id of the node, GPU as CUDA_VISIBLE_DEVICES names it) of each rank.
     """
 
     group: PlacementGroup
@@ -168,7 +174,7 @@ class SharedGpus:
 
 @contextmanager
 def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: bool = True) -> Iterator[Places]:
-    """Places for a run, released with the context. Raises ConfigError or EngineError where they cannot be had."""
+    """Reserve places for a run until the context ends. Raises ConfigError or EngineError if they are not available."""
     if device == "cpu":
         yield OnCpu()
         return
@@ -191,7 +197,7 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
 
 
 def _planned(bundles: Sequence[Bundle]) -> list[tuple[Bundle, str]]:
-    """`assign` on what is free; given a moment, since Ray hears late of what a run before this one gave back."""
+    """Assign the bundles to free nodes, retrying for GRACE_S. Ray registers late that an earlier run freed its GPUs."""
     deadline = time.monotonic() + GRACE_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""One learner rank as a process holds it, and what whoever holds all ranks can ask of them together."""
+"""Run one learner rank in a process (`RankHost`), and define the calls on all ranks together (`Ranks`)."""
 from __future__ import annotations
 
 import os
@@ -11,11 +11,13 @@ from frpo.config.rollout import WeightSyncSection
 
 
 class RankHost:
-    """A process of one rank. It is started empty, so that rank 0 can offer its address before anyone connects."""
+    """A process of one rank. The process starts without a learner, so rank 0 can offer its address before others
+    connect.
+    """
 
     def address(self) -> tuple[str, int, int]:
-        """(host, a free port, process id). The port stays taken for everyone who does not ask for it by number, as the
-        store of the ranks will.
+        """Return (host, a free port, process id). The port stays reserved: only a process that asks for its number, as
+        the ranks' store does, gets it.
         """
         self.reserved = socket.socket()
         self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -23,55 +25,55 @@ class RankHost:
         return self.host(), self.reserved.getsockname()[1], os.getpid()
 
     def host(self) -> str:
-        """Where other ranks reach this one."""
+        """Return the address at which other ranks reach this rank."""
         return "127.0.0.1"
 
     def build(self, kind: type, recipe: dict[str, Any], model_path: str, device: str, environment: Mapping[str, str]
               ) -> None:
-        """Become the rank that `environment` says. Collective."""
+        """Load the learner of the rank that `environment` describes. Collective."""
         os.environ.update(environment)
         from frpo.learner.learner import Learner
 
         self.learner = Learner(recipe_from_dict(recipe, kind), model_path, device)
 
     def connect_engines(self, client: Any, section: WeightSyncSection) -> None:
-        """client: rank 0's hold on the rollout engines, None elsewhere."""
+        """Connect the learner to the rollout engines. client: the engines' client on rank 0, None on other ranks."""
         from frpo.weight_sync.protocol import make_sender
 
         self.learner.connect(make_sender(section, self.learner.rank, client))
 
     def call(self, verb: str, *args: Any, **kwargs: Any) -> Any:
-        """A verb of the learner."""
+        """Call the learner's method `verb`."""
         return getattr(self.learner, verb)(*args, **kwargs)
 
 
 class Ranks(Protocol):
     """All ranks of one learner, wherever they run.
 
-    environments: what each of them needs to know of the others, for `RankHost.build`.
+    environments: for each rank, the variables by which it finds the other ranks; an argument of `RankHost.build`.
     """
 
     environments: list[dict[str, str]]
 
     def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
              timeout_s: float) -> list[Any]:
-        """`RankHost.method` on every rank at once, rank i with arguments[i]; its results in order.
+        """Call `RankHost.method` on every rank at once, on rank i with arguments[i]. Return the results in rank order.
 
-        Raises what a rank raises, and EngineError where one dies or does not answer in time.
+        Raises the error that a rank raises, and EngineError if a rank dies or does not answer in time.
         """
         ...
 
     def dead(self) -> list[int]:
-        """Ranks whose process is gone."""
+        """List the ranks whose process is gone."""
         ...
 
     def close(self) -> None:
-        """End them."""
+        """End all ranks."""
         ...
 
 
 def rank_environment(rank: int, host: str, port: int, device: str, recipe: AnyRecipe) -> dict[str, str]:
-    """How a rank that has one device of its own, or the CPU, finds the others."""
+    """Return the variables by which a rank finds the other ranks. The rank has one device of its own, or the CPU."""
     count = recipe.learner.num_ranks
     environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": host,
                    "MASTER_PORT": str(port)}
@@ -79,6 +81,6 @@ def rank_environment(rank: int, host: str, port: int, device: str, recipe: AnyRe
 
 
 def cpu_environment(rank: int, recipe: AnyRecipe) -> dict[str, str]:
-    """What DeepSpeed wants to know on a CPU, all ranks being on one machine."""
+    """Return the variables that DeepSpeed needs on a CPU. All ranks are on one machine."""
     return {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(recipe.learner.num_ranks),
             "OMP_NUM_THREADS": str(recipe.learner.threads)}

@@ -1,4 +1,4 @@
-"""Learner ranks as Ray actors, each a process of its own."""
+"""Run learner ranks as Ray actors, each in its own process."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ class _LearnerActor(RankHost):
         return ray.util.get_node_ip_address()
 
     def seat(self) -> tuple[str, str]:
-        """(id of the node, its GPU as CUDA_VISIBLE_DEVICES names it)."""
+        """Return (id of the node, this rank's GPU as CUDA_VISIBLE_DEVICES names it)."""
         context = ray.get_runtime_context()
         return context.get_node_id(), context.get_accelerator_ids()["GPU"][0]
 
 
 class RayRanks:
-    """Construction starts the processes, in which nothing is loaded yet."""
+    """Learner ranks as Ray actors. Construction starts their processes; no model is loaded yet."""
 
     def __init__(self, recipe: AnyRecipe, device: str, places: Places | None = None):
-        """places: None: the CPU's."""
+        """places: None means the CPU."""
         places, actor = places or OnCpu(), ray.remote(_LearnerActor)
         handles = [actor.options(**places.of_rank(rank)).remote() for rank in range(recipe.learner.num_ranks)]
         anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path="not started")
@@ -52,7 +52,9 @@ class RayRanks:
             for actor, given in zip(self.actors, arguments, strict=True)], timeout_s)
 
     def dead(self) -> list[int]:
-        """Ranks whose process is gone. A rank that does not answer now is not: it may wait for one that is."""
+        """List the ranks whose process is gone. A rank that does not answer now counts as alive, because it may wait
+        for a dead rank.
+        """
         calls = {actor.handle.address.remote(): rank for rank, actor in enumerate(self.actors)}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=GRACE_S)
         return sorted(calls[reference] for reference in answered if not _succeeded(self.actors[0], reference))
@@ -64,7 +66,7 @@ class RayRanks:
 
 
 def ray_learner(recipe: AnyRecipe, model_path: str, device: str) -> LearnerGroup:
-    """All ranks of a learner, started, connected and loaded."""
+    """Start, connect and load all ranks of a learner."""
     return LearnerGroup(recipe, model_path, device, RayRanks(recipe, device))
 
 

@@ -1,13 +1,13 @@
-"""Rollout engines that outlive a death: a dead one is started again, given the policy, and sampled from again.
+"""Restart lost rollout engines: start a dead engine again, push the policy to it, and repeat its samples.
 
-So is one whose weights are a mixture, after a push that broke off while they were landing in place.
+An engine with a mixture of weights is restarted too. Weights become a mixture if an in-place push breaks off.
 
-What it had been asked for is sampled again from the beginning and what had arrived already is dropped, so that the
-batches inside the engine, and with them every bit of every log-probability, are those of an undisturbed run. A dead
-learner rank is not healed here.
+The new engine samples all its requests again from the beginning, and groups that had already arrived are dropped. So
+the batches inside the engine, and every bit of every log-probability, are those of an undisturbed run. Dead learner
+ranks are not restarted here.
 
-Healing commands the learner, and so may training do at the same moment, in another thread: `learner_lock` keeps them
-apart.
+A restart calls the learner, and training may call the learner at the same time from another thread. `learner_lock`
+keeps the two apart.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class RecoveringEngines:
     """A pool whose engines the learner pushes to. At most `max_restarts` engines are restarted in a run.
 
-    learner_lock: held by whoever commands the learner while another thread samples.
+    learner_lock: hold this lock for every call on the learner while another thread samples.
     """
 
     def __init__(self, pool: EnginePool, learner: LearnerGroup, max_restarts: int):
@@ -39,7 +39,7 @@ class RecoveringEngines:
 
     def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
                ) -> Iterator[RolloutGroup]:
-        """Groups of all engines as they finish, each once. See `EnginePool.stream` for what else may be raised."""
+        """Yield groups of all engines as they finish, each once. See `EnginePool.stream` for other errors raised."""
         seen: set[GroupId] = set()
         while assignment.shares:
             try:
@@ -54,7 +54,7 @@ class RecoveringEngines:
                 assignment = assignment.again(error.engines)
 
     def push(self, version: int) -> None:
-        """The learner's weights to all engines under label `version`; to new ones in place of those that are lost."""
+        """Push the learner's weights to all engines under label `version`. Replace lost engines by new ones."""
         if not self.pool.engines:
             return
         try:
@@ -67,7 +67,7 @@ class RecoveringEngines:
         self.pushed = version
 
     def give_up(self) -> None:
-        """Heal nothing from now on: the run is ending."""
+        """Restart no engine from now on, because the run is ending."""
         self.restarts_left = 0
 
     def _revive(self, engines: Sequence[int], version: int, cause: EngineError) -> None:

@@ -1,6 +1,6 @@
-"""Ray itself: start or join a cluster, check that it is large enough, wait for calls with a limit.
+"""Start or join a Ray cluster, check that the cluster is large enough, and wait for calls with a time limit.
 
-It does not know what its actors do.
+This module does not depend on the work of its actors.
 """
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": 
                    "RAY_USAGE_STATS_ENABLED": "0"}
 
 REACH_S = 10.0
-"""How long a cluster may take to answer at its address."""
+"""Seconds that a cluster may take to answer at its address."""
 
 GRACE_S = 5.0
-"""A rank's death fails the collective of the others at once, and is itself known a little later."""
+"""Seconds to wait until a rank's death is known. The death fails the other ranks' collective at once."""
 
 
 GONE = (RayActorError, GetTimeoutError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, LocalRayletDiedError)
-"""What Ray raises in place of an actor's answer once its process is gone, or was killed for lack of memory."""
+"""Errors that Ray raises instead of an actor's answer if its process is gone or was killed for lack of memory."""
 
 
 class ActorDeadError(EngineError):
@@ -59,7 +59,7 @@ class ActorDeadError(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedActor:
-    """A Ray actor, the name by which errors call it, and where its log lies."""
+    """A Ray actor, its name in error messages, and the path of its log."""
 
     name: str
     handle: Any
@@ -73,7 +73,7 @@ class NamedActor:
 def ray_session() -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start one on this machine that ends with the context.
 
-    Raises EngineError if there is no such cluster or it does not let us in.
+    Raises EngineError if there is no such cluster or the cluster rejects this process.
     """
     for key, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -92,7 +92,7 @@ def ray_session() -> Iterator[None]:
 
 
 def _start_local(attempts: int = 3) -> None:
-    """Start Ray here; again if a busy machine was too slow for the 30 s that Ray gives itself."""
+    """Start Ray on this machine. Try again if a busy machine was too slow for Ray's own limit of 30 s."""
     before = _descendants()
     for attempt in range(1, attempts + 1):
         try:
@@ -130,7 +130,10 @@ def _end(processes: set[psutil.Process]) -> None:
 
 
 def show_what_cuda_sees() -> None:
-    """Let Ray count the GPUs that CUDA finds: it takes "-1" or "none" for one, and counts what stands behind it too."""
+    """Make Ray count only the GPUs that CUDA finds, by shortening CUDA_VISIBLE_DEVICES.
+
+    Ray counts "-1" or "none" as a GPU, and also counts the entries after it.
+    """
     if VISIBLE in os.environ:
         given = map(str.strip, os.environ[VISIBLE].split(","))
         os.environ[VISIBLE] = ",".join(takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, given))
@@ -151,11 +154,11 @@ def _join(address: str) -> None:
 
 
 def show_token() -> None:
-    """Authenticate at clusters from now on if there is a token and RAY_AUTH_MODE does not say otherwise.
+    """Authenticate at clusters with a token from now on, if there is a token and RAY_AUTH_MODE is not set.
 
-    `ray start` demands a token exactly where it found one. By itself Ray looks for one only if it is given no address,
-    and told to use one that is missing it aborts the process. Raises ray's AuthenticationError if RAY_AUTH_TOKEN_PATH
-    names no token.
+    `ray start` demands a token only if it found one. Without this call Ray looks for a token only if no address is
+    given. Ray aborts the process if token mode is set and the token is missing. Raises ray's AuthenticationError if
+    RAY_AUTH_TOKEN_PATH names no token.
     """
     if "RAY_AUTH_MODE" not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -163,9 +166,9 @@ def show_token() -> None:
 
 
 def choose_device(recipe: AnyRecipe, *, learner: bool = True, engines: bool = True) -> str:
-    """"cuda" or "cpu" for this cluster, as run.device asks. learner, engines: False where none of them are started.
+    """Return "cuda" or "cpu" for this cluster, by run.device. learner, engines: False if none of them is started.
 
-    auto is cuda where packages and GPUs suffice; otherwise it is cpu, and says why.
+    auto means cuda if packages and GPUs suffice. Otherwise auto means cpu, and a warning gives the reasons.
     Raises ConfigError if cuda is asked for and does not work.
     """
     if recipe.run.device == "cpu":
@@ -187,7 +190,7 @@ def choose_device(recipe: AnyRecipe, *, learner: bool = True, engines: bool = Tr
 
 
 def log_path(pid: int) -> str:
-    """The file that holds the standard error of an actor's process, on its node."""
+    """Return the path of the file with the standard error of an actor's process, on the actor's node."""
     node: Any = ray._private.worker._global_node
     logs = f"{node.get_session_dir_path()}/logs"
     found = glob.glob(f"{logs}/worker-*-{pid}.err")
@@ -195,10 +198,10 @@ def log_path(pid: int) -> str:
 
 
 def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float) -> list[Any]:
-    """Results of one call an actor, in order.
+    """Wait for one call on each actor and return the results in order.
 
-    Raises EngineError naming phase and actor when one dies or the limit passes; an error of frpo's own raised inside an
-    actor comes out as itself. The first failure ends the wait: whoever waits for the failed one may do so for long.
+    Raises EngineError, naming phase and actor, if an actor dies or the limit passes. Re-raises frpo's own errors from
+    inside an actor. The first failure ends the wait, because other actors may wait long for the failed actor.
     """
     actors = {reference: actor for actor, reference in calls}
     results, waiting, deadline = {}, list(actors), time.monotonic() + timeout_s
@@ -215,7 +218,7 @@ def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: flo
 
 
 def _cause_of(phase: str, error: FrpoError, actors: Mapping[Any, NamedActor], others: Sequence[Any]) -> FrpoError:
-    """The failure to tell: `error`, unless it only follows from the death of another actor a moment before."""
+    """Return the error to raise: the death of another actor if `error` only follows from that death, else `error`."""
     if isinstance(error, ActorDeadError):
         return error
     done, _ = ray.wait(list(others), num_returns=len(others), timeout=GRACE_S) if others else ([], [])
@@ -230,7 +233,7 @@ def _cause_of(phase: str, error: FrpoError, actors: Mapping[Any, NamedActor], ot
 
 
 def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
-    """The value behind one finished reference; see `wait_for` for the errors."""
+    """Return the value of one finished reference. See `wait_for` for the errors."""
     try:
         return ray.get(reference, timeout=60)
     except RayTaskError as error:

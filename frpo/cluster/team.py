@@ -1,9 +1,9 @@
-"""Learner ranks as the processes of one launcher (`deepspeed`, `torchrun`): rank 0 drives, the others follow.
+"""Run learner ranks as the processes of one launcher (`deepspeed`, `torchrun`): rank 0 drives, the others follow.
 
-The launcher starts the same command as many times as there are ranks. Rank 0 runs it, and every other rank waits for
-calls, which go to all ranks and whose results come back to rank 0. One process without a launcher is a team of one.
-Whoever waits for a call may wait as long as generation takes; a call itself has a limit. A rank that fails ends its
-process, and the launcher then ends the others.
+The launcher starts the same command once for each rank. Rank 0 runs the command, and every other rank waits for calls.
+Each call goes to all ranks, and the results return to rank 0. One process without a launcher is a team of one. A rank
+may wait for a call as long as generation takes; the call itself has a limit. A rank that fails ends its process, and
+the launcher then ends the other processes.
 """
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from frpo.errors import EngineError, FrpoError
 
 IDLE = timedelta(days=365)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells its processes."""
+"""Environment variables that a launcher sets for its processes."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process as one of several ranks."""
+    """Return whether a launcher has started this process as one of its ranks."""
     return all(name in os.environ for name in LAUNCHER)
 
 
 @contextmanager
 def outside_the_team() -> Iterator[None]:
-    """Within it, new processes do not take themselves for ranks, and see only the GPUs that no rank has."""
+    """Hide the launcher from processes that start within this context. They see only the GPUs that no rank has."""
     if not launched():
         yield
         return
@@ -54,10 +54,10 @@ def outside_the_team() -> Iterator[None]:
 
 
 def spare_gpus(environ: Mapping[str, str], machine: Sequence[tuple[str, str]]) -> list[str]:
-    """The GPUs that a launcher's ranks on this machine leave to engines, as CUDA_VISIBLE_DEVICES names them.
+    """List the GPUs that a launcher's ranks on this machine leave to engines, as CUDA_VISIBLE_DEVICES names them.
 
-    machine: (number, UUID) of each GPU. torchrun's ranks take the first of those that they all see, and what lies
-    outside is nobody's to give; deepspeed shows its ranks their own alone, and the rest of the machine is spare.
+    machine: (number, UUID) of each GPU. torchrun's ranks all see the same GPUs and take the first ones; GPUs that they
+    do not see are not used. deepspeed shows its ranks only their own GPUs; the rest of the machine is spare.
     """
     given = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
     visible = given if VISIBLE in environ else [number for number, _ in machine]
@@ -68,17 +68,17 @@ def spare_gpus(environ: Mapping[str, str], machine: Sequence[tuple[str, str]]) -
 
 
 def follows() -> bool:
-    """Whether this process is to `follow` another that drives."""
+    """Return whether this process must `follow` rank 0."""
     return launched() and int(os.environ["RANK"]) > 0
 
 
 def in_team(recipe: AnyRecipe) -> bool:
-    """Whether the learner's ranks are a launcher's processes, or this one by itself; otherwise they are Ray actors."""
+    """Return whether the ranks are a launcher's processes or this process alone. Otherwise they are Ray actors."""
     return launched() or recipe.learner.ranks == "process"
 
 
 def with_launcher_ranks(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe with as many ranks as the launcher has started; unchanged without one."""
+    """Return the recipe with the number of ranks that the launcher has started; unchanged without a launcher."""
     if not launched():
         return recipe
     learner = recipe.learner.model_copy(update={"num_ranks": int(os.environ["WORLD_SIZE"]), "ranks": "launcher"})
@@ -86,7 +86,7 @@ def with_launcher_ranks(recipe: AnyRecipe) -> AnyRecipe:
 
 
 def device_here(recipe: AnyRecipe) -> str:
-    """"cuda" or "cpu" for this process, as run.device asks: it is on the machine that it computes on.
+    """Return "cuda" or "cpu" for this process, by run.device. The process runs on the machine that computes.
 
     Raises ConfigError if cuda is asked for and does not work.
     """
@@ -97,7 +97,7 @@ def device_here(recipe: AnyRecipe) -> str:
 
 
 class TeamRanks:
-    """All ranks as rank 0 sees them. Construction waits for the others to follow."""
+    """All ranks of the team, driven by rank 0. Construction waits until the other ranks follow."""
 
     def __init__(self, recipe: AnyRecipe, device: str):
         self.team = _Team(recipe, device)
@@ -106,7 +106,9 @@ class TeamRanks:
 
     def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
              timeout_s: float) -> list[Any]:
-        """timeout_s: unused; the limits of collectives, learner.timeout_s, end a call that hangs."""
+        """Call `method` on all ranks. timeout_s: unused; a call that hangs ends by the limit of collectives,
+        learner.timeout_s.
+        """
         self.inside_a_call = True
         self.team.tell((method, kwargs), arguments)
         try:
@@ -117,18 +119,18 @@ class TeamRanks:
         return results
 
     def dead(self) -> list[int]:
-        """None: where a rank dies the launcher ends this process too."""
+        """Return [], because the launcher ends this process too if a rank dies."""
         return []
 
     def close(self) -> None:
-        """Let the others go. Where a call broke off they cannot hear of it, and end with the launcher."""
+        """Release the other ranks. After a broken call they cannot receive this message; they end with the launcher."""
         if not self.inside_a_call:
             self.team.tell(None, [()] * self.team.size)
             self.team.leave()
 
 
 def follow(recipe: AnyRecipe) -> int:
-    """Do what rank 0 asks for until it is done; returns the exit code. Does not return where a call fails."""
+    """Run the calls of rank 0 until rank 0 is done, then return the exit code. If a call fails, end the process."""
     team = _Team(recipe, device_here(recipe))
     try:
         while (told := team.hear()) is not None:
@@ -143,7 +145,7 @@ def follow(recipe: AnyRecipe) -> int:
 
 
 class _Team:
-    """One process among its equals: how calls get to all of them, and results to rank 0."""
+    """One process of the team. It sends calls to all processes, and results to rank 0."""
 
     def __init__(self, recipe: AnyRecipe, device: str):
         self.host = RankHost()
@@ -159,18 +161,18 @@ class _Team:
         self.results = dist.new_group(backend="gloo", timeout=limit)
 
     def environment(self, rank: int) -> dict[str, str]:
-        """What the process lacks: everything in a team of one, on a CPU what DeepSpeed wants to know there."""
+        """Return the variables that the process lacks: all in a team of one; on a CPU those that DeepSpeed needs."""
         alone = {} if launched() else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                                        "MASTER_PORT": str(_free_port())}
         return alone | (cpu_environment(rank, self.recipe) if self.device == "cpu" else {})
 
     def tell(self, what: Any, arguments: Sequence[tuple[Any, ...]]) -> None:
-        """From rank 0: `what` to everyone, arguments[i] to rank i."""
+        """Send `what` from rank 0 to all ranks, and arguments[i] to rank i."""
         dist.broadcast_object_list([what], src=0, group=self.calls)
         dist.scatter_object_list([None], list(arguments), src=0, group=self.calls)
 
     def hear(self) -> tuple[Any, tuple[Any, ...]] | None:
-        """At any other rank: what rank 0 tells it next; None: nothing more."""
+        """Receive the next call and its arguments from rank 0, on any other rank. None: no more calls follow."""
         what, given = [None], [None]
         dist.broadcast_object_list(what, src=0, group=self.calls)
         dist.scatter_object_list(given, None, src=0, group=self.calls)
@@ -180,7 +182,7 @@ class _Team:
         return getattr(self.host, method)(*given, **kwargs)
 
     def answer(self, result: Any) -> list[Any]:
-        """This rank's result to rank 0, which gets the list of all."""
+        """Send this rank's result to rank 0. Return the list of all results on rank 0, [] on other ranks."""
         results = [None] * self.size if self.rank == 0 else None
         dist.gather_object(result, results, dst=0, group=self.results)
         return results or []

@@ -1,4 +1,4 @@
-"""Every knob of a run, checked where it is declared: `sections` holds the models, `loader` reads recipes into them."""
+"""Define and check every key of a recipe: `sections` holds the models, `loader` reads recipes into them."""
 from frpo.config.loader import dump_recipe, load_recipe
 from frpo.config.sections import Recipe
 

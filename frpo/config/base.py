@@ -1,4 +1,4 @@
-"""What every section of a recipe is: strict, frozen, without unknown keys."""
+"""Define the base of every section of a recipe: strict, frozen, without unknown keys."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,20 +31,20 @@ RowsPath = Annotated[str, _named_by(path_of)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys fail, values keep their type, nothing changes after loading."""
+    """Base of all sections: unknown keys fail, values keep their type, and sections cannot change after loading."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class WholeRecipe(Section):
-    """Base of what a recipe file holds. COMMAND: of the command line. NAMED: where a mapping has a name, and keys of
-    that name.
+    """Base of whole recipes. COMMAND: the `frpo` command that takes the recipe. NAMED: paths of mappings that hold a
+    name and the keys of that name.
     """
 
     COMMAND: ClassVar[str]
     NAMED: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def to_yaml(self) -> str:
-        """The recipe as the text of a recipe file, with every key, defaults included."""
+        """Return the recipe as the text of a recipe file, with every key, defaults included."""
         return as_yaml(plain(self))

@@ -1,4 +1,4 @@
-"""The recipe of supervised fine-tuning: its own sections, the others as in reinforcement learning."""
+"""Define the recipe of supervised fine-tuning: its own sections; the others are those of reinforcement learning."""
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -28,14 +28,14 @@ class FinetuneRunSection(Section):
                                             "recipe differs; never; overwrite: start over; or a checkpoint's path")
 
     def notes(self) -> list[str]:
-        """A line where one of two lengths has no effect."""
+        """Return a line if run.num_epochs is set but has no effect beside run.max_steps, else []."""
         if self.max_steps is None or self.num_epochs == type(self).model_fields["num_epochs"].default:
             return []
         return [f"note: run.num_epochs = {self.num_epochs:g} has no effect beside run.max_steps = {self.max_steps}; "
                 "set run.max_steps=null for it to count"]
 
     def updates(self, per_epoch: int) -> int:
-        """Optimizer updates of the whole run; per_epoch: of one pass over the examples."""
+        """Return the optimizer updates of the whole run. per_epoch: updates of one pass over the examples."""
         return self.max_steps or max(1, round(per_epoch * self.num_epochs))
 
 
@@ -64,7 +64,7 @@ class FinetuneTelemetrySection(Section):
 
 
 class FinetuneRecipe(WholeRecipe):
-    """A whole fine-tuning."""
+    """Recipe of a whole fine-tuning run."""
 
     COMMAND = "finetune"
     NAMED = (("objective",),)
@@ -90,12 +90,12 @@ class FinetuneRecipe(WholeRecipe):
 
     @property
     def bucket_mb(self) -> float:
-        """How much of the model is gathered at a time."""
+        """MiB of the model that are gathered at a time."""
         return 256.0
 
     @property
     def supervised_loss(self) -> SupervisedLoss:
-        """What the learner minimises."""
+        """The loss that the learner minimises."""
         return self.objective
 
     @property

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its default, meaning and values, read from the sections that define it."""
+"""List every key of a recipe with its default, meaning and values, read from the sections that define the key."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from pydantic_core import PydanticUndefined
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """name: dotted, such as learner.lr; default: as text, None for a section. values: the only ones, if they are few.
+    """A key of a recipe. name: dotted, such as learner.lr. default: as text, None for a section. values: all allowed
+    values of a Literal or bool key, else empty.
     """
 
     name: str
@@ -26,7 +27,7 @@ class Key:
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """The keys of a recipe or section in their order, each section before its own keys."""
+    """Yield the keys of a recipe or section in their order, each section before its own keys."""
     for name, field in model.model_fields.items():
         section, meaning = _section(field.annotation), field.description or ""
         if section is None:
@@ -53,7 +54,7 @@ def _default(field: Any) -> str:
 
 
 def _values(annotation: Any) -> tuple[str, ...]:
-    """Those of Literal and bool, as a recipe has them."""
+    """Return the values of Literal and bool, as a recipe writes them."""
     if annotation is bool:
         return ("true", "false")
     if get_origin(annotation) is Literal:

@@ -1,6 +1,6 @@
-"""Recipe files and dotted overrides into a checked `Recipe`; every mistake becomes one `ConfigError`.
+"""Load recipe files and dotted overrides into a checked `Recipe`. Every mistake becomes a `ConfigError`.
 
-It does not know what the keys mean: that is `sections`.
+`sections` defines the meaning of the keys.
 """
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from frpo.errors import ConfigError
 from frpo.loading import nearest
 
 AnyRecipe = Recipe | FinetuneRecipe
-"""Of one training."""
+"""Recipe of one training run."""
 Source = str | Path | Mapping[str, Any] | Section
-"""Of what Python makes a recipe."""
+"""Forms in which Python code may give a recipe."""
 Kind = TypeVar("Kind", bound=WholeRecipe)
 KINDS = (Recipe, FinetuneRecipe, RetentionRecipe)
 
@@ -50,7 +50,8 @@ NOT_IN_DIGEST = {
 }
 """Keys that may differ between a checkpoint and the recipe that resumes it.
 
-They set limits and sinks, or where and in what portions the same numbers are computed: rounding differs, nothing else.
+These keys set limits, outputs, and where and in which portions the same numbers are computed. They change only
+rounding.
 """
 
 REWORDED = {
@@ -60,13 +61,13 @@ REWORDED = {
     "too_short": "should not be empty",
     "finite_number": "should be a finite number",
 }
-"""Messages of pydantic that speak of its own types, in the words of recipes."""
+"""Type of a pydantic error -> message in the words of recipes, for messages that name pydantic's own types."""
 
 NAMED = ("advantage", "surrogate", "objective")
-"""Keys whose mapping may be {name: ..., keys of that name}."""
+"""Keys whose mapping may be {name: ..., keys that belong to the name}."""
 
 SHORT = {**dict.fromkeys(NAMED, "name"), "placement": "mode"}
-"""Keys whose mapping may be written as one value -> the key of it that the value is."""
+"""Key whose mapping may be written as one value -> the key inside the mapping that gets this value."""
 
 
 @overload
@@ -81,7 +82,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Whol
     """Read a recipe file (or the name of one in recipes/), its `extends:` chain and `section.key=value` overrides.
 
     kind: Recipe for reinforcement learning, FinetuneRecipe for supervised fine-tuning, RetentionRecipe for a matrix.
-    Raises ConfigError naming the key, the value given and what is allowed.
+    Raises ConfigError naming the key, the given value and the allowed values.
     """
     values = _read_overridden(path, overrides)
     found = _kind_of(values, kind)
@@ -92,10 +93,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Whol
 
 
 def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kind:
-    """A recipe of this kind from what Python has of one: an object, a dictionary, a path or a name.
+    """Make a recipe of this kind from a recipe object, a dictionary, a path or a name.
 
-    A dictionary holds what a recipe file does, `extends` included. In the place of names it may hold sections,
-    functions and rows. Raises ConfigError.
+    A dictionary has the keys of a recipe file, `extends` included. Its values may also be sections, and functions or
+    rows instead of their names. Raises ConfigError.
     """
     if isinstance(source, WholeRecipe):
         if not isinstance(source, kind):
@@ -111,20 +112,20 @@ def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kin
 
 
 def _given(value: Any) -> Any:
-    """Sections as the mappings of what was said in them, so that they can be laid over others."""
+    """Convert sections to mappings of the keys that were set, so that they can be merged over other values."""
     if isinstance(value, BaseModel):
         return {name: _given(getattr(value, name)) for name in value.model_fields_set}
     return {key: _given(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> WholeRecipe:
-    """The same for a recipe of any kind."""
+    """Read a recipe of any kind, as `load_recipe` does. The sections of the recipe decide its kind."""
     values = _read_overridden(path, overrides)
     return _validated(values, _kind_of(values, Recipe), source=str(path))
 
 
 def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """The same for a recipe of one training, of `frpo train` or `frpo finetune`."""
+    """Read a recipe of `frpo train` or `frpo finetune`, as `load_recipe` does. Raises ConfigError for other kinds."""
     values = _read_overridden(path, overrides)
     kind = _kind_of(values, Recipe)
     if kind is RetentionRecipe:
@@ -135,7 +136,7 @@ def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
 
 
 def recipe_text(path: str | Path) -> str:
-    """A recipe file as one that needs no other: its `extends:` chain merged. Not checked."""
+    """Return the text of a recipe with its `extends:` chain merged, so that it needs no other file. Not checked."""
     return as_yaml(_read_with_bases(_find_recipe(str(path)), seen=()))
 
 
@@ -151,8 +152,10 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def _kind_of(values: dict[str, Any], default: type[WholeRecipe]) -> type[WholeRecipe]:
-    """What the values are a recipe of, if they show it: only a supervised objective has a name, only RL has rewards,
-    only a matrix has policies."""
+    """Return the kind of recipe by its keys, or `default`.
+
+    Only a matrix has policies, only RL has rewards, and only a supervised objective has a name.
+    """
     if "policies" in values:
         return RetentionRecipe
     if "rewards" in values:
@@ -163,7 +166,7 @@ def _kind_of(values: dict[str, Any], default: type[WholeRecipe]) -> type[WholeRe
 
 
 def recipe_names(command: str | None = None) -> list[str]:
-    """Names of the recipes in recipes/ that a command (train, finetune, retention) takes; None: of all."""
+    """List the names of the recipes in recipes/ that a command (train, finetune, retention) takes; None: of all."""
     found = {path.stem: path for path in repository_files("recipes", ".yaml")}
     return [name for name, path in sorted(found.items())
             if command is None or command == _kind_of(_read_with_bases(path, seen=()), Recipe).COMMAND]
@@ -178,12 +181,12 @@ def recipe_from_dict(values: dict[str, Any], kind: type[Kind]) -> Kind: ...
 
 
 def recipe_from_dict(values: dict[str, Any], kind: type[WholeRecipe] = Recipe) -> WholeRecipe:
-    """A checked recipe from plain values, as `dump_recipe` gives them."""
+    """Make a checked recipe from plain values, as `dump_recipe` returns them."""
     return _validated(values, kind, source="recipe")
 
 
 def dump_recipe(recipe: WholeRecipe) -> dict[str, Any]:
-    """The resolved recipe as plain values: every key, defaults included; `recipe_from_dict` reads it back."""
+    """Return the resolved recipe as plain values: every key, defaults included. `recipe_from_dict` reads it back."""
     return plain(recipe)
 
 
@@ -191,14 +194,14 @@ def _by_values(recipe: WholeRecipe) -> tuple[Any, ...]:
     return recipe_from_dict, (dump_recipe(recipe), type(recipe))
 
 
-for _kind in (Recipe, FinetuneRecipe):  # another process finds the classes in it by their names, as a recipe file does
+for _kind in (Recipe, FinetuneRecipe):  # another process finds the classes in a recipe by name, as from a recipe file
     copyreg.pickle(_kind, _by_values)
 
 
 def recipe_digest(recipe: AnyRecipe, within: str | None = None) -> str:
-    """Hash of everything that a checkpoint depends on: all keys but those of NOT_IN_DIGEST.
+    """Hash everything that a checkpoint depends on: all keys except those of NOT_IN_DIGEST.
 
-    within: a folder; where it lies makes no difference to paths in it.
+    within: a folder. Paths inside this folder are hashed relative to it, so its location makes no difference.
     """
     decisive = {key: relative(value, within) for key, value in _leaves(dump_recipe(recipe)).items()
                 if value is not None}
@@ -206,20 +209,20 @@ def recipe_digest(recipe: AnyRecipe, within: str | None = None) -> str:
 
 
 def relative(value: Any, folder: str | None) -> Any:
-    """A path within the folder, without it; any other value as it is."""
+    """Return a path inside the folder relative to the folder, and any other value unchanged."""
     inside = isinstance(value, str) and folder is not None and value.startswith(f"{folder}/")
     return f"./{value.removeprefix(f'{folder}/')}" if inside else value
 
 
 def recipe_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """'key: old -> new' for every dotted key in which two dumped recipes differ, those outside the digest left out."""
+    """List 'key: old -> new' for every dotted key of the digest in which two dumped recipes differ."""
     before, after = _leaves(old), _leaves(new)
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in sorted(before | after)
             if before.get(key) != after.get(key)]
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> plain value of everything in the digest; a key that is absent and one that is null say the same."""
+    """Return dotted key -> plain value of everything in the digest. Callers treat an absent key as null."""
     section, _, key = re.sub(r"\.\d+", "", prefix).partition(".")
     if key in NOT_IN_DIGEST.get(section, ()):
         return {}
@@ -257,7 +260,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _with_base(values: dict[str, Any], folder: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The values over those of the recipe that they extend, which may lie in `folder`."""
+    """Merge the values over those of the recipe that they extend. That recipe may lie in `folder`."""
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -270,7 +273,7 @@ def _with_base(values: dict[str, Any], folder: Path, seen: tuple[Path, ...]) -> 
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, mappings key by key; what goes by another name now drops the keys of the old one."""
+    """Merge `changes` over `base`, mappings key by key. A mapping with a new `name` drops the old name's keys."""
     merged = dict(base)
     for key, value in changes.items():
         if key in SHORT and isinstance(value, dict) and isinstance(merged.get(key), str):
@@ -316,9 +319,9 @@ def _explain(problem: dict[str, Any], kind: type[WholeRecipe]) -> str:
 
 
 def _unknown(problem: dict[str, Any], kind: type[BaseModel]) -> str:
-    """The message for an unknown key: the nearest one beside it, or what another framework's name means here.
+    """Return the message for an unknown key: the nearest key beside it, or frpo's key for another framework's name.
 
-    The name may stand inside, such as in actor.optim.lr, where there is no actor.
+    The name may stand inside an unknown section, such as lr in actor.optim.lr, where there is no actor.
     """
     path, inner = [str(part) for part in problem["loc"]], problem["input"]
     outer, name = len(path) - 1, path[-1]
@@ -334,7 +337,7 @@ def _unknown(problem: dict[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _named_key(message: str, given: dict[str, Any]) -> str:
-    """The key that such a message is about: it comes first, or is quoted; otherwise the name is wrong."""
+    """Return the key that a message is about: the key at its beginning, else the first quoted key, else "name"."""
     if "name" not in given:
         return "name"
     first = [key for key in given if message.startswith(f"{key} ")]
@@ -354,6 +357,6 @@ def _known_keys(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' for the nearest known name, otherwise all of them."""
+    """Return '; did you mean X?' for the nearest known name, otherwise a list of all known names."""
     near = nearest(name, known, cutoff=0.5)
     return f"; did you mean {near!r}?" if near else f"; known keys: {', '.join(known)}"

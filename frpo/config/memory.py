@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON that a recipe names: memory strategy only, everything else is the recipe's."""
+"""Read the DeepSpeed JSON that a recipe names. The JSON sets the memory strategy only; the recipe sets the rest."""
 from __future__ import annotations
 
 import json
@@ -11,14 +11,14 @@ RECIPE_DECIDES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradien
                   "gradient_clipping", "bf16", "fp16", "optimizer", "scheduler", "data_types",
                   "communication_data_type")
 STAGES = (1, 2, 3)
-"""Of ZeRO. Without it (stage 0) DeepSpeed sums bf16 gradients in bf16 and cannot change the number of ranks."""
+"""Allowed stages of ZeRO. At stage 0 DeepSpeed sums bf16 gradients in bf16 and cannot change the number of ranks."""
 
 
 def memory_strategy(name: str) -> dict[str, Any]:
-    """The DeepSpeed JSON `name` (a path, or a file of ds_configs).
+    """Read the DeepSpeed JSON `name` (a path, or a file of ds_configs).
 
-    Raises ConfigError if there is none, if it is not JSON, if it names no stage of ZeRO or holds keys that the recipe
-    decides.
+    Raises ConfigError if there is no such file, if it is not JSON, if it names no allowed stage of ZeRO, or if it holds
+    keys that the recipe sets.
     """
     try:
         path = repository_file("ds_configs", name, ".json")

@@ -1,4 +1,4 @@
-"""Sections that say what is trained: an existing model or a small one made on the spot, whole or by adapters."""
+"""Define the sections of the trained model: an existing or a newly made small model, trained whole or by adapters."""
 from __future__ import annotations
 
 from typing import Literal
@@ -17,7 +17,7 @@ class WarmStartSection(Section):
 
 
 class TinyModelSection(Section):
-    """A character-level Qwen2 made on the spot, so that the whole loop runs where no weights can be had."""
+    """A small character-level Qwen2 that frpo makes itself, so that the whole loop runs without downloaded weights."""
 
     hidden_size: int = Field(96, ge=32, description="hidden width: 32, 64 or 128 times num_heads")
     num_layers: int = Field(3, ge=1, description="decoder layers")
@@ -34,7 +34,7 @@ class TinyModelSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters. They have no dropout: with it, learner and rollout engines would not be the same function."""
+    """Low-rank adapters without dropout. With dropout, learner and rollout engines would not be the same function."""
 
     r: int = Field(16, ge=1, description="rank of an adapter")
     alpha: int = Field(32, ge=1, description="an adapter adds alpha / r times its product B A to a weight")

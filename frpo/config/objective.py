@@ -1,4 +1,4 @@
-"""The section that says what is learned: advantages, surrogate, corrections, and how tokens become one number."""
+"""Define the section of the objective: advantages, surrogate, corrections, and the reduction of token losses."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class ObjectiveSection(Section):
         return build_surrogate(value)
 
     def kl_in_reward(self, kl_coef: float) -> float:
-        """beta where the KL is subtracted from the rewards, 0 where it is in the loss."""
+        """Return beta if the KL is subtracted from the rewards, 0 if the KL is in the loss."""
         return kl_coef if self.kl_estimator == "k1" else 0.0
 
     @property
@@ -65,7 +65,7 @@ class ObjectiveSection(Section):
         return self.kl_coef > 0 and self.kl_estimator != "full"
 
     def watches(self, columns: Mapping[str, Any]) -> bool:
-        """Whether a prompt with these columns counts in the mean KL of a sequence."""
+        """Return whether a prompt with these columns counts in the mean KL of a sequence."""
         return self.kl_control is None or self.kl_control.watches(columns)
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
-"""What other frameworks call the keys of a recipe, so that an unknown key can be answered with ours.
+"""Map other frameworks' names of keys to frpo's keys, so that the error for an unknown key can suggest the right key.
 
-Names of TRL, OpenRLHF and verl, as their users type them.
+The names are those of TRL, OpenRLHF and verl, as their users type them.
 """
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ OTHER_NAMES = {
     "telemetry.tensorboard": "use_tensorboard",
     "telemetry.traces": "log_completions",
 }
-"""Our key -> their names of it. A name may stand at several keys, of which recipes have one."""
+"""frpo's key -> other frameworks' names of it. A name may stand at several keys; a recipe has one of these keys."""
 
 
 OTHER_UNITS = {
@@ -103,13 +103,13 @@ OTHER_UNITS = {
     "fp16": "fp32 or bf16", "bf16": "fp32 or bf16",
     **dict.fromkeys(("epsilon", "epsilon_high", "clip_ratio", "clip_ratio_low", "clip_ratio_high", "eps_clip",
                      "cliprange"), "a mapping, such as {name: clip, clip_low: 0.2, clip_high: 0.28}")}
-"""What of ours is counted or given otherwise under such a name."""
+"""Other framework's name -> how frpo's key differs in unit or form."""
 
 
 def ours(name: str, known: Collection[str]) -> str | None:
-    """The key for another framework's `name`, in a recipe that has the keys `known`; None where there is none.
+    """Return frpo's key for another framework's `name`, in a recipe that has the keys `known`; None if there is no key.
 
-    Without one it is the only key of ours that ends in the name, such as run.seed for seed.
+    If OTHER_NAMES has no such key, return the only known key that ends in the name, such as run.seed for seed.
     """
     found = next((key for key, names in OTHER_NAMES.items() if key in known and name in names.split()), None)
     ending = [key for key in known if key.rpartition(".")[2] == name and "[]" not in key and ".NAME" not in key]
@@ -117,9 +117,9 @@ def ours(name: str, known: Collection[str]) -> str | None:
 
 
 def translate(path: Sequence[str], known: Collection[str]) -> str | None:
-    """What frpo calls a key that is none of `known`, in words; None where that cannot be told.
+    """Describe in words frpo's key for a key that is not in `known`; None if no key is found.
 
-    path: its parts. The name that counts may stand anywhere in it, such as in actor_rollout_ref.rollout.n.
+    path: parts of the unknown key. The decisive name may stand anywhere in it, such as in actor_rollout_ref.rollout.n.
     """
     tails = [".".join(path[first:]) for first in range(1, len(path))]
     names = [*reversed(path)]

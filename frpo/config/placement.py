@@ -1,4 +1,4 @@
-"""Which GPUs learner ranks and rollout engines get."""
+"""Define the section that assigns GPUs to learner ranks and rollout engines."""
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from frpo.config.base import Section
 
 
 class PlacementSection(Section):
-    """`placement: colocate` alone is short for {mode: colocate}. On CPU it changes nothing."""
+    """GPUs of ranks and engines, without effect on CPU. `placement: colocate` is short for {mode: colocate}."""
 
     mode: Literal["split", "colocate"] = Field(
         "split", description="split: ranks and engines have GPUs of their own; colocate: engines use the ranks' GPUs")

@@ -1,4 +1,4 @@
-"""Every key of every recipe as text, made from the code that it describes."""
+"""Print every key of every recipe as text, generated from the code that defines the keys."""
 from __future__ import annotations
 
 import dataclasses
@@ -14,13 +14,13 @@ from frpo.objectives.supervised import SUPERVISED
 
 REGISTRIES = {"objective.advantage": ADVANTAGES, "objective.surrogate": SURROGATES, "objective": SUPERVISED,
               "auxiliary.objective": SUPERVISED}
-"""What a key names, by the name of the key."""
+"""Key -> registry of the classes that the key can name."""
 
 
 def key_reference(section: str = "") -> str:
-    """One line a key: dotted name, default, meaning; recipes of `frpo train`, then those of other commands.
+    """Return one line for each key: dotted name, default, meaning. Recipes of `frpo train` come before other recipes.
 
-    section: only of this key or section. Raises ConfigError where no recipe has it.
+    section: return only this key or section. Raises ConfigError if no recipe has it.
     """
     chosen = {kind: [key for key in keys(kind) if _is_within(key.name, section)] for kind in KINDS}
     if not any(chosen.values()):
@@ -32,7 +32,7 @@ def key_reference(section: str = "") -> str:
 
 
 def _choices(key: str) -> Iterator[str]:
-    """What can be named at a key that takes {name: ..., its own keys}, each with its keys and what they mean."""
+    """Yield the names that a key with {name: ..., own keys} can take, each with its own keys and their meaning."""
     registry = REGISTRIES.get(key)
     for name, cls in registry.classes().items() if registry else ():
         own = "".join(f", {field.name}: {'required' if field.default is dataclasses.MISSING else field.default}"

@@ -1,6 +1,7 @@
-"""The recipe of a retention matrix: policies, what they are fine-tuned for afterwards, and what must have survived.
+"""Define the recipe of a retention matrix: policies, their later fine-tunings, and the measures of retention.
 
-Its parts are recipes of the other kinds, by name, with overrides; here stands only what ties them together.
+The parts of the matrix are recipes of the other kinds, given by name with overrides. This module defines only their
+connections.
 """
 from __future__ import annotations
 
@@ -23,9 +24,12 @@ EXTRA = "more of them, after `overrides`, which may be shared with others by a Y
 Pair = Annotated[tuple[str, str], Field(strict=False)]
 
 IN_MAPPINGS, NOT_IN_NAMES = re.compile(r"[{}\"' ]"), re.compile(r"[^\w.=+\[\],-]+")
-"""What values in the name of a policy of `over` lose, and what is replaced, since a folder is called so."""
+"""Characters that are removed from values in the name of a policy of `over`, and characters that are replaced by _.
+
+The name is also the name of a folder.
+"""
 MAX_NAME = 200
-"""Bytes; file systems allow 255."""
+"""Most bytes in the name of a policy or regime. File systems allow 255."""
 
 
 class RetentionRunSection(Section):
@@ -35,7 +39,7 @@ class RetentionRunSection(Section):
 
 
 class PolicySection(Section):
-    """A policy whose retention is measured: a model, or a recipe that makes one of a model."""
+    """A policy whose retention is measured: a model, or a recipe that trains the policy from a model."""
 
     path: str | None = Field(None, description="folder of an exported model, if it exists already")
     recipe: str | None = Field(None, description="recipe of `frpo train` or `frpo finetune` that makes it")
@@ -53,7 +57,7 @@ class PolicySection(Section):
 
     @property
     def is_point(self) -> bool:
-        """Whether it is measured and shown though it is not forked."""
+        """Whether the policy is measured and shown although it is not forked."""
         return not self.fork and (self.path is not None or self.reference is not None)
 
     @model_validator(mode="after")
@@ -102,7 +106,7 @@ class MeasureSection(Section):
 
     @property
     def pictured_kl(self) -> float:
-        """Nats up to which pictures show lines, and `at: null` looks for KLs."""
+        """KL in nats up to which pictures show lines and `at: null` measures forks."""
         return 2 * self.max_kl
 
 
@@ -115,7 +119,7 @@ class CertificateSection(Section):
 
 
 class ChooseSection(Section):
-    """The policy to take, among all that were made."""
+    """Rule that chooses the best of all policies."""
 
     measure: str = Field("kept/reward", description="largest is best: a metric of policies such as kept/reward, or "
                                                     "REGIME/over KL and other numbers of its forks")
@@ -136,7 +140,7 @@ class RowSection(Section):
 
 
 class TableSection(Section):
-    """A table as a paper lays it out."""
+    """A table with the layout of a paper."""
 
     title: str = Field(description="above the table")
     note: str = Field("", description="how to read it, such as what stands in brackets")
@@ -168,7 +172,7 @@ class TableSection(Section):
 
 
 class RetentionRecipe(WholeRecipe):
-    """A whole matrix: policies x regimes x seeds."""
+    """Recipe of a whole matrix: policies x regimes x seeds."""
 
     COMMAND = "retention"
 
@@ -197,7 +201,7 @@ class RetentionRecipe(WholeRecipe):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, values: Any) -> Any:
-        """Policies with `over` become several, each with its values as overrides."""
+        """Expand each policy with `over` to several policies, each with its values as overrides."""
         policies = values.get("policies") if isinstance(values, dict) else None
         if not isinstance(policies, dict):
             return values
@@ -270,7 +274,7 @@ class RetentionRecipe(WholeRecipe):
         return self
 
     def _check_references(self) -> None:
-        """Each leads to a policy that is measured against none, since no model was trained from itself."""
+        """Check that every chain of references ends at a policy without one: no model is trained from itself."""
         for name in self.policies:
             chain = [name]
             while (reference := self.policies[chain[-1]].reference) is not None:
@@ -296,8 +300,7 @@ class RetentionRecipe(WholeRecipe):
 
     @property
     def shown(self) -> list[str]:
-        """Policies of tables and of the frontier: those that are forked, then others that exist or have a `reference`.
-        """
+        """Policies of tables and of the frontier: forked policies, then others that have a `path` or a `reference`."""
         return self.forked + [name for name, policy in self.policies.items() if policy.is_point
                               and (self.only_policies is None or name in self.only_policies)]
 
@@ -307,7 +310,7 @@ class RetentionRecipe(WholeRecipe):
                 if self.only_regimes is None or name in self.only_regimes}
 
     def needed(self) -> list[str]:
-        """Policies that are shown, what they start from and their references, each after its start."""
+        """List the shown policies, their starts and their references, each policy after its start."""
         wanted: set[str] = set()
         waiting = self.shown
         while waiting:
@@ -319,7 +322,7 @@ class RetentionRecipe(WholeRecipe):
         return [name for name in self.order() if name in wanted]
 
     def order(self) -> list[str]:
-        """Policies, each after the one it starts from. Raises ValueError where they start from each other."""
+        """List all policies, each after its start. Raises ValueError if policies start from each other."""
         done: list[str] = []
         while len(done) < len(self.policies):
             ready = [name for name, policy in self.policies.items()
@@ -332,5 +335,5 @@ class RetentionRecipe(WholeRecipe):
 
 
 def _yaml(value: Any) -> str:
-    """On one line, as an override has it."""
+    """Format a value as YAML on one line, as in an override."""
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

@@ -1,4 +1,4 @@
-"""Sections that say how completions are sampled, and how weights reach the engines that sample them."""
+"""Define the sections of sampling and of the weight transfer to the rollout engines."""
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -12,11 +12,11 @@ SET_BY_FRPO = frozenset({
     "enforce_eager", "seed", "trust_remote_code", "logprobs_mode", "weight_transfer_config", "worker_extension_cls",
     "async_scheduling", "hf_overrides", "enable_sleep_mode", "gpu_memory_utilization", "kv_cache_memory_bytes",
     "enable_chunked_prefill", "enable_lora", "max_loras", "max_lora_rank"})
-"""Arguments of vLLM's `LLM` that come from other keys of the recipe, or on which the loop depends."""
+"""Arguments of vLLM's `LLM` that frpo sets: from other keys of the recipe, or because the training loop needs them."""
 
 
 class DynamicSection(Section):
-    """Groups whose advantages are all zero teach nothing: other prompts are sampled in their place."""
+    """Replacement of groups whose advantages are all zero by other prompts, because these groups teach nothing."""
 
     epsilon: float = Field(1e-6, ge=0, description="a group is replaced if no |advantage| of it exceeds this")
     max_draws: int = Field(4, ge=2, description="most prompts drawn a step, in multiples of prompts_per_step; what is "
@@ -83,10 +83,10 @@ class WeightSyncSection(Section):
 
     @property
     def staged_here(self) -> bool:
-        """`staged`, decided. Adapters are always taken whole."""
+        """Value of `staged` with null resolved by the backend. Adapters are always staged."""
         return self.adapters or (self.backend in ("cpu_shm", "gloo") if self.staged is None else self.staged)
 
     @property
     def for_engines(self) -> dict[str, bool]:
-        """What the receiving end has to know of it."""
+        """Settings that the receivers in the engines need."""
         return {"staged": self.staged_here, "adapters": self.adapters}

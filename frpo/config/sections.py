@@ -1,7 +1,7 @@
-"""One strict, frozen pydantic model per section of a recipe.
+"""Define one strict, frozen pydantic model for each section of a recipe.
 
-A field's description is its documentation (`frpo config --keys` prints them); a combination that cannot work is
-refused here, before any engine starts. Reading files and overrides is `loader`'s business.
+A field's description is its documentation, printed by `frpo config --keys`. Combinations that cannot work are refused
+here, before any engine starts. `loader` reads files and overrides.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunSection(Section):
 
 
 class SelectionSection(Section):
-    """Prompts that are solved, or hopeless, are passed over for most of the time."""
+    """Selection of prompts: prompts that are solved or hopeless are skipped most of the time."""
 
     low: float = Field(0.05, description="prompts whose running value is below are passed over")
     high: float = Field(0.95, description="prompts whose running value is above are passed over")
@@ -94,12 +94,12 @@ class RewardSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _function_alone(cls, value: Any) -> Any:
-        """A function in the place of the mapping is a component of its own name."""
+        """Convert a function, given instead of the mapping, to a component with the function's name."""
         return {"name": value.__name__.strip("<>"), "function": value} if inspect.isroutine(value) else value
 
 
 LORA_LR = 1e-5
-"""Adapters hardly learn below it: TRL's guide advises ten times the learning rate of whole weights."""
+"""Learning rate below which adapters hardly learn. TRL's guide advises ten times the learning rate of whole weights."""
 
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
@@ -136,7 +136,7 @@ class LearnerSection(Section):
         return self
 
     def notes(self, updates: int, lora: bool) -> list[str]:
-        """Lines about a learning rate that adapters hardly learn by, or that a run of so many updates never reaches."""
+        """Return notes if learner.lr is low for adapters, or if a run of `updates` updates never reaches learner.lr."""
         found = []
         if lora and self.lr < LORA_LR:
             found.append(f"note: learner.lr = {self.lr:g} is low for adapters; LoRA usually takes {LORA_LR:g} to 2e-4")
@@ -205,7 +205,7 @@ class TelemetrySection(Section):
 
 
 class Recipe(WholeRecipe):
-    """A whole experiment."""
+    """Recipe of a whole reinforcement learning run."""
 
     COMMAND = "train"
     NAMED = (("objective", "advantage"), ("objective", "surrogate"), ("auxiliary", "objective"))
@@ -229,7 +229,7 @@ class Recipe(WholeRecipe):
 
     @property
     def policy_loss(self) -> PolicyLoss:
-        """What the learner minimises."""
+        """The policy loss that the learner minimises."""
         return PolicyLoss(surrogate=self.objective.surrogate, kl_coef=self.objective.kl_coef,
                           kl_estimator=self.objective.kl_estimator, correction=self.objective.correction)
 
@@ -240,12 +240,12 @@ class Recipe(WholeRecipe):
 
     @property
     def bucket_mb(self) -> float:
-        """How much of the model is gathered at a time."""
+        """MiB of the model that are gathered at a time."""
         return self.weight_sync.bucket_mb
 
     @property
     def supervised_loss(self) -> SupervisedLoss | None:
-        """What the learner minimises on given responses; None where there are none."""
+        """The loss that the learner minimises on given responses; None without an auxiliary term."""
         return None if self.auxiliary is None else self.auxiliary.objective
 
     @property
@@ -345,6 +345,6 @@ def repository_file(folder: str, name: str, suffix: str) -> Path:
 
 
 def repository_files(folder: str, suffix: str) -> list[Path]:
-    """Files of the repository's `folder`; with a wheel they lie inside the package. Those of a checkout come last."""
+    """List the files of the repository's `folder`. In a wheel they lie in the package. A checkout's files come last."""
     places = [Path(__file__).resolve().parents[level] / folder for level in (1, 2)]
     return [path for place in places if place.is_dir() for path in sorted(place.glob(f"*{suffix}"))]

@@ -1,4 +1,4 @@
-"""Sections that say which responses are learned as they stand, and by which loss."""
+"""Define the sections of supervised learning: the examples, and the loss on their responses."""
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -15,7 +15,7 @@ Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-sum"]
 
 
 def supervised_loss(value: Any) -> SupervisedLoss:
-    """The loss that a recipe describes by its name, or by a mapping with one. Raises ValueError for anything else."""
+    """Build the loss that a recipe gives by a name, or by a mapping with a name. Raises ValueError for other values."""
     if (given := SUPERVISED.given(value)) is not None:
         return given
     value = {"name": value} if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Recipes as text and as plain values: YAML without its traps, and back."""
+"""Convert recipes between YAML text and plain values. The YAML is stricter than usual, to avoid common mistakes."""
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +13,7 @@ from frpo.errors import ConfigError
 
 
 class _RecipeYaml(yaml.SafeLoader):
-    """YAML without its traps: 1e-6 is a number, a date is text; a key given twice and a lone surrogate are errors."""
+    """Stricter YAML: 1e-6 is a number and a date is text. A key given twice and a lone surrogate are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -44,14 +44,14 @@ _RecipeYaml.add_implicit_resolver(
 
 
 class _RecipeDumper(yaml.SafeDumper):
-    """Quotes what `_RecipeYaml` would take for something else than text."""
+    """Quote text that `_RecipeYaml` would not read as text."""
 
 
 _RecipeDumper.yaml_implicit_resolvers = _RecipeYaml.yaml_implicit_resolvers
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """A value as recipes have it. Raises ConfigError, naming `where`."""
+    """Parse a value as in recipes. Raises ConfigError, naming `where`."""
     try:
         return yaml.load(text, Loader=_RecipeYaml)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -63,12 +63,13 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as the text of a recipe."""
+    """Format plain values as the text of a recipe."""
     return yaml.dump(values, Dumper=_RecipeDumper, sort_keys=False)
 
 
 def plain(value: Any) -> Any:
-    """Sections and objectives as mappings, an objective with its name; lists and mappings of them too."""
+    """Convert sections and objectives to mappings, also inside lists and mappings. An objective's mapping has its name.
+    """
     if isinstance(value, BaseModel):
         return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""`frpo plan`: the memory that a recipe needs, as tables, and what would not fit with the keys to change."""
+"""Run `frpo plan`: print the memory that a recipe needs, as tables, and the keys to change if the run does not fit."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +23,9 @@ WIDTH = 120
 
 
 def run_plan(recipe: AnyRecipe, *, gpus: int | None = None, nodes: int | None = None, memory: float = 80) -> int:
-    """Print it. gpus: of each node. memory: GB of each GPU. Returns 0 if everything fits, else 1.
+    """Print the plan. gpus: number in each node. memory: GB of each GPU. Returns 0 if everything fits, else 1.
 
-    Raises ModelError where a model's config cannot be read, ConfigError where the recipe contradicts itself.
+    Raises ModelError if a model's config cannot be read, ConfigError if the recipe contradicts itself.
     """
     run = read(recipe, memory)
     on = machines(run, nodes, gpus, memory)
@@ -42,7 +42,10 @@ def run_plan(recipe: AnyRecipe, *, gpus: int | None = None, nodes: int | None = 
 
 
 def note_misfits(recipe: AnyRecipe) -> None:
-    """On a machine with GPUs, say what of a run does not fit on the smallest of them, before anything is loaded."""
+    """Print notes about demands of a run that do not fit on this machine's smallest GPU, before anything is loaded.
+
+    Without a GPU, or with run.device: cpu, nothing is printed.
+    """
     memory = None if recipe.run.device == "cpu" else smallest_memory()
     if memory is not None:
         run = read(recipe, memory / GB)
@@ -50,7 +53,7 @@ def note_misfits(recipe: AnyRecipe) -> None:
 
 
 def read(recipe: AnyRecipe, memory: float) -> Run:
-    """The run with the shapes of its models. memory: GB of each GPU."""
+    """Return the run with the shapes of its models. memory: GB of each GPU."""
     shape = shape_of(recipe.model)
     path = recipe.reference_model
     return Run(recipe=recipe, shape=shape, memory=memory * GB,
@@ -58,7 +61,7 @@ def read(recipe: AnyRecipe, memory: float) -> Run:
 
 
 def _placed(run: Run, on: Machines) -> tuple[list[tuple[Bundle, str]], list[str]]:
-    """Bundles with their nodes, and what has no place."""
+    """Return the bundles with their nodes, and the problems if the bundles do not fit."""
     try:
         return placed(run, on), []
     except ConfigError as error:
@@ -105,7 +108,8 @@ def _of_demands(run: Run) -> Table:
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 def facts(run: Run, on: Machines, where: Sequence[tuple[Bundle, str]]) -> Iterator[str]:
-    """What tables do not say. where: nothing if there is no place."""
+    """Yield the lines with facts that the tables do not show. where: bundles and their nodes; empty if they do not fit.
+    """
     yield from _of_model(run)
     yield from _of_tokens(run)
     yield from _of_sharing(run)
@@ -155,7 +159,7 @@ def _of_places(run: Run, on: Machines, where: Sequence[tuple[Bundle, str]]) -> I
 
 
 def _cross_check(run: Run) -> Iterator[str]:
-    """DeepSpeed's estimate of trained model states beside ours."""
+    """Compare our size of the trained model states with DeepSpeed's estimate."""
     job, strategy = run.job, run.job.strategy
     if job.width != 2:
         return

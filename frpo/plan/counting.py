@@ -1,4 +1,4 @@
-"""A model's `Shape`: its real architecture is built from the config without memory, and counted."""
+"""Count a model's `Shape`: build the real architecture from the config, without memory, and count its parameters."""
 from __future__ import annotations
 
 from typing import Any
@@ -17,9 +17,9 @@ from frpo.plan.shape import Shape
 
 
 def shape_of(model: ModelSection, path: str | None = None) -> Shape:
-    """Of the model at `path`, else of the recipe's own. A folder needs nothing but a config.json.
+    """Return the shape of the model at `path`, or of the recipe's own model. A folder needs only a config.json.
 
-    Raises ModelError where no config can be read, or where a LoRA target is none of the model's layers.
+    Raises ModelError if no config can be read, or if a LoRA target is not one of the model's layers.
     """
     path = path or model.path
     if path is not None:
@@ -35,7 +35,7 @@ def shape_of(model: ModelSection, path: str | None = None) -> Shape:
 
 
 def count(network: PreTrainedModel, lora: LoraSection | None) -> Shape:
-    """The numbers of a network, which may be on the meta device."""
+    """Count the shape of a network, which may be on the meta device."""
     config = network.config.get_text_config()
     heads = config.num_attention_heads
     sizes = [parameter.numel() for parameter in network.parameters()]
@@ -62,7 +62,7 @@ def _has(network: PreTrainedModel, *kinds: str) -> bool:
 
 
 def _inner(config: Any) -> int:
-    """Width of the MLP for one token; of a mixture of experts, all that it goes through and those that all share."""
+    """Return the MLP's width for one token. For a mixture of experts, add up the token's experts and shared experts."""
     experts = getattr(config, "num_experts_per_tok", None)
     dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     if not experts:
@@ -72,7 +72,8 @@ def _inner(config: Any) -> int:
 
 
 def _adapted(network: PreTrainedModel, lora: LoraSection | None) -> tuple[int, ...]:
-    """Without LoRA: the layers that its default would adapt, none where there are none."""
+    """Return inputs + outputs of each adapted layer. Without LoRA, use the layers that its default would adapt, if any.
+    """
     try:
         return tuple(adapted_widths(network, (lora or LoraSection()).targets))
     except ModelError:

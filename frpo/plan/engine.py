@@ -1,4 +1,4 @@
-"""Memory of one rollout engine's worker: formulas alone.
+"""Compute the memory of one rollout engine's worker, by formulas alone.
 
 vLLM takes gpu_memory_utilization of a GPU. Weights and workspace come first, and the KV cache is what is left.
 """
@@ -18,10 +18,11 @@ ASLEEP = Part(name="sleeping engine", size=2 * GB, how="assumed: CUDA context, N
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """One of an engine's workers, on a GPU of `gpu` bytes. workers: of one engine. longest: tokens of its window.
+    """One of an engine's workers. width: bytes of a parameter. workers: number in one engine. gpu: bytes of the GPU.
 
-    sequence: tokens that a sample takes at most. in_flight: tokens of one step that come to one engine. most: sequences
-    that it may run at once, None for vLLM's choice. staged, backend: of the push. bucket: bytes of it.
+    longest: tokens of the engine's window. sequence: most tokens of a sample. in_flight: tokens of one step that come
+    to one engine. most: sequences that the engine may run at once, None for vLLM's choice. staged, backend: settings
+    of the push. bucket: bytes of a push's bucket.
     """
 
     shape: Shape
@@ -39,7 +40,7 @@ class Worker:
 
 
 def worker_of(recipe: Recipe, shape: Shape, gpu: float, backend: str) -> Worker:
-    """gpu: bytes of its memory. backend: of the push, decided."""
+    """Return the worker of a recipe. gpu: bytes of the GPU's memory. backend: backend of the push, not auto."""
     rollout, width = recipe.rollout, WIDTHS[recipe.model.dtype]
     section = recipe.weight_sync.model_copy(update={"backend": backend})
     sequence = recipe.data.max_prompt_tokens + rollout.max_new_tokens
@@ -52,16 +53,17 @@ def worker_of(recipe: Recipe, shape: Shape, gpu: float, backend: str) -> Worker:
 
 
 def step_tokens(recipe: Recipe) -> int:
-    """Most tokens of one step, prompts and completions of all samples."""
+    """Return the most tokens of one step: prompts and completions of all samples."""
     rollout = recipe.rollout
     return (rollout.prompts_per_step * rollout.group_size
             * (recipe.data.max_prompt_tokens + rollout.max_new_tokens))
 
 
 def token_bytes(worker: Worker) -> float:
-    """Bytes of a token in the cache: keys and values of every layer, 2 x layers x kv heads x head size x width.
+    """Return the bytes of a token in the cache: keys and values of every layer, 2 x layers x kv heads x head size x
+    width.
 
-    Heads are divided over the workers, of which each has at least one.
+    Heads are divided over the workers; each worker has at least one head.
     """
     heads = max(1.0, worker.shape.kv_heads / worker.workers)
     return 2 * len(worker.shape.layers) * heads * worker.shape.head_size * worker.width
@@ -74,35 +76,36 @@ def weights(worker: Worker) -> Part:
 
 
 def cache(worker: Worker) -> Part:
-    """What is left of the engine's share; below 0 where nothing is."""
+    """Return the KV cache: the rest of the engine's share of the GPU. Its size is below 0 if nothing is left."""
     size = worker.utilization * worker.gpu - total([weights(worker), WORKSPACE])
     return Part(name="KV cache", size=size, how=f"left of {worker.utilization:g} x GPU, {token_bytes(worker):,.0f} B a "
                                                 f"token: {cache_tokens(size, worker):,} tokens")
 
 
 def cache_tokens(size: float, worker: Worker) -> int:
-    """Tokens that fit into `size` bytes of cache."""
+    """Return the number of tokens that fit into `size` bytes of cache."""
     return max(0, int(size // token_bytes(worker)))
 
 
 def at_once(worker: Worker) -> int:
-    """Sequences of full length that run together in one engine."""
+    """Return the number of sequences of full length that run together in one engine."""
     fit = cache_tokens(cache(worker).size, worker) // worker.sequence
     step = int(worker.in_flight // worker.sequence)
     return min(fit, step, worker.most or fit)
 
 
 def smallest(worker: Worker) -> tuple[Part, ...]:
-    """Without which vLLM does not start: weights, workspace and a cache that holds one window."""
+    """Return the parts that vLLM needs to start: weights, workspace and a cache that holds one window."""
     return weights(worker), WORKSPACE, Part(
         name="KV cache of one window", size=worker.longest * token_bytes(worker),
         how=f"{worker.longest:,} tokens (model.max_length) x {token_bytes(worker):,.0f} B")
 
 
 def receiving(worker: Worker) -> Part:
-    """On the GPU beside the engine's share: a bucket that arrives; staged, all that has arrived, whole on each worker.
+    """Return the push buffers on the GPU, beside the engine's share: one arriving bucket. A staged push holds the whole
+    model on each worker.
 
-    gloo and cpu_shm bring it through the CPU's memory, ipc through the rank's own buffer.
+    gloo and cpu_shm send weights through the CPU's memory, ipc through the rank's own buffer.
     """
     if worker.staged and worker.backend in ("nccl", "ipc"):
         size: float = worker.width * worker.shape.parameters
@@ -113,7 +116,7 @@ def receiving(worker: Worker) -> Part:
 
 
 def host(worker: Worker) -> Part:
-    """The CPU's memory a worker: a staged model through gloo or cpu_shm, and what of it lies in shared memory."""
+    """Return the CPU memory of each worker: a staged model or a bucket by gloo or cpu_shm, shared memory included."""
     through = worker.backend in ("gloo", "cpu_shm")
     size = worker.width * worker.shape.parameters if worker.staged else worker.bucket
     return Part(name="staged model" if worker.staged else "bucket", size=size if through else 0,
@@ -121,6 +124,6 @@ def host(worker: Worker) -> Part:
 
 
 def sampling(worker: Worker) -> tuple[Part, ...]:
-    """All that an awake engine takes of a GPU."""
+    """Return all parts that an awake engine takes of a GPU."""
     left = cache(worker)
     return weights(worker), WORKSPACE, Part(name=left.name, size=max(0, left.size), how=left.how)

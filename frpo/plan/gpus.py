@@ -1,7 +1,7 @@
-"""What every kind of GPU of a run has to hold at every turn, and on which node it is.
+"""Compute the memory that each kind of GPU of a run needs at each turn, and assign GPUs to nodes.
 
-split: ranks and engines each have a GPU to themselves. colocate: a rank and a worker share one, by turns where engines
-sleep (`frpo.cluster.gpu_turns`), all the time where they do not.
+split: each rank and each worker has a GPU of its own. colocate: a rank and a worker share a GPU. If engines sleep,
+they take turns (`frpo.cluster.gpu_turns`); otherwise both use the GPU all the time.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK, WORKER, SHARED = "learner rank", "engine worker", "shared GPU"
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """memory: bytes of each GPU."""
+    """Nodes of a cluster. gpus: number in each node. memory: bytes of each GPU."""
 
     nodes: int
     gpus: int
@@ -31,7 +31,7 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A recipe, the shapes of its models, and the bytes of a GPU."""
+    """A recipe, the shapes of its models, and the memory of a GPU in bytes."""
 
     recipe: AnyRecipe
     shape: Shape
@@ -40,19 +40,19 @@ class Run:
 
     @property
     def sampling(self) -> Recipe | None:
-        """The recipe, if it has engines."""
+        """The recipe, if the run has engines, else None."""
         recipe = self.recipe
         return recipe if isinstance(recipe, Recipe) and recipe.rollout.replay is None else None
 
     @property
     def sharing(self) -> PlacementSection | None:
-        """How ranks and engines share GPUs, if they do."""
+        """The placement, if ranks and engines share GPUs, else None."""
         placement = None if self.sampling is None else self.sampling.placement
         return None if placement is None or placement.mode != "colocate" else placement
 
     @property
     def samples(self) -> bool:
-        """Whether there are engines."""
+        """Whether the run has engines."""
         return self.sampling is not None
 
     @property
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def backend(self) -> str | None:
-        """Of the push, as `frpo.cluster.engine_pool` decides it on GPUs; None without engines."""
+        """Backend of the push, as `frpo.cluster.engine_pool` chooses it on GPUs; None without engines."""
         if self.sampling is None:
             return None
         asked = self.sampling.weight_sync.backend
@@ -80,7 +80,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What one kind of GPU holds at its fullest, at one turn. available: bytes."""
+    """Memory that one kind of GPU needs at the fullest moment of one turn. available: bytes."""
 
     role: str
     turn: str
@@ -101,7 +101,7 @@ class Demand:
 
 
 def demands(run: Run) -> list[Demand]:
-    """Of every kind of GPU at every turn."""
+    """List the demands of every kind of GPU at every turn."""
     worker = run.worker
     if worker is not None and run.shares:
         return [*_shared(run), _starting(run, worker)]
@@ -114,7 +114,7 @@ def demands(run: Run) -> list[Demand]:
 
 
 def _starting(run: Run, worker: engine.Worker) -> Demand:
-    """vLLM starts if its share of the GPU holds this."""
+    """Return the demand that vLLM's share of the GPU must hold for vLLM to start."""
     return Demand(role=WORKER, turn="start, in its share", parts=engine.smallest(worker),
                   available=worker.utilization * run.memory)
 
@@ -139,7 +139,9 @@ def tightest(found: Sequence[Demand]) -> Demand:
 
 
 def variants(run: Run) -> list[tuple[bool, bool, float]]:
-    """(sleep, offload_optimizer, bytes at the fullest turn) of a colocated run; the optimizer moves under ZeRO-3 only.
+    """List (sleep, offload_optimizer, bytes at the fullest turn) of a colocated run.
+
+    offload_optimizer is possible under ZeRO-3 only.
     """
     found = []
     for sleep, offload in ((True, False), (True, True), (False, False)):
@@ -151,7 +153,7 @@ def variants(run: Run) -> list[tuple[bool, bool, float]]:
 
 
 def with_value(run: Run, section: str, **values: object) -> Run:
-    """The same run with other values in a section of its recipe. They are not checked."""
+    """Return the same run with other values in a section of its recipe. The values are not checked."""
     changed = getattr(run.recipe, section).model_copy(update=values)
     return Run(recipe=run.recipe.model_copy(update={section: changed}), shape=run.shape,
                reference_shape=run.reference_shape, memory=run.memory)
@@ -164,7 +166,9 @@ def bundles(run: Run) -> list[Bundle]:
 
 
 def machines(run: Run, nodes: int | None, gpus: int | None, memory: float) -> Machines:
-    """nodes, gpus: of each node; None: one node, and as many GPUs as the recipe asks for."""
+    """Return the machines of a run. nodes: None means one. gpus: number in each node; None: as many as the recipe asks
+    for. memory: GB of each GPU.
+    """
     wanted, nodes = bundles(run), nodes or 1
     least = max(bundle.gpus for bundle in wanted)
     asked = math.ceil(sum(bundle.gpus for bundle in wanted) / nodes)
@@ -172,7 +176,7 @@ def machines(run: Run, nodes: int | None, gpus: int | None, memory: float) -> Ma
 
 
 def placed(run: Run, on: Machines) -> list[tuple[Bundle, str]]:
-    """Each bundle and its node. Nodes have the names that placement gives hosts, then numbers. Raises ConfigError."""
+    """Pair each bundle with its node. Nodes get the placement's host names first, then numbers. Raises ConfigError."""
     wanted = bundles(run)
     named = list(dict.fromkeys(host for bundle in wanted for host in bundle.hosts or ()))
     names = [*named, *(f"node {number}" for number in range(1, on.nodes + 1))][:on.nodes]
@@ -180,7 +184,7 @@ def placed(run: Run, on: Machines) -> list[tuple[Bundle, str]]:
 
 
 def host_memory(run: Run, where: Sequence[tuple[Bundle, str]]) -> dict[str, float]:
-    """Node -> bytes of the CPU's memory that its ranks and workers take beside a process's own."""
+    """Return node -> bytes of CPU memory for its ranks and workers, without the processes' own memory."""
     found: dict[str, float] = {}
     worker, sharing = run.worker, run.sharing
     for bundle, node in where:

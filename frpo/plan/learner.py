@@ -1,12 +1,12 @@
-"""Memory of one learner rank's GPU, by phase of its work: formulas alone.
+"""Compute the memory of one learner rank's GPU in each phase of its work, by formulas alone.
 
 Legend, as in the printed arithmetic: P parameters, T of them trained, N ranks, b bytes of a parameter (2 in bf16).
 
-Model states are those of mixed-precision AdamW under ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), with gradients
-added up in fp32. Activations are those of Korthikanti et al. 2022 (arXiv:2205.05198, section 4), for models without
-dropout, with gated MLPs, grouped queries and flash attention, which leaves no term in the square of the length. What
-transformers keeps for a layer beyond theirs is counted: norms keep an fp32 copy. Memory that torch's allocator loses to
-fragments is not counted.
+Model states follow mixed-precision AdamW under ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), with gradients added
+up in fp32. Activations follow Korthikanti et al. 2022 (arXiv:2205.05198, section 4), for models without dropout, with
+gated MLPs, grouped queries and flash attention. Flash attention leaves no term in the square of the length. Tensors
+that transformers keeps for a layer beyond the paper's are counted: norms keep an fp32 copy. Memory that torch's
+allocator loses to fragments is not counted.
 """
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from frpo.plan.shape import Shape
 RESERVE = Part(name="reserve", size=2 * GB, how="assumed: CUDA context, NCCL, cuBLAS workspace")
 WIDTHS = {"fp32": 4, "bf16": 2}
 MASTER, MOMENTS, GRADIENT = 4, 8, 4
-"""Bytes a trained parameter, all in fp32."""
+"""Bytes of each trained parameter for master weights, AdamW's moments and the gradient, all in fp32."""
 HOST_STATES = 20
-"""Bytes of the CPU's memory a trained parameter that offloading takes: states, gradients twice or with a bf16 copy."""
+"""Bytes of CPU memory that offloading takes for each trained parameter: states, gradients twice or with a bf16 copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """Of a DeepSpeed JSON, what memory depends on. Sizes of buckets are in elements."""
+    """The values of a DeepSpeed JSON on which memory depends. Bucket sizes are in elements."""
 
     stage: int
     offload_optimizer: bool
@@ -45,10 +45,12 @@ class Strategy:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a rank has to do. reference: a model of its own, the policy without adapters, or states on disk.
+    """The work of a rank. reference: "own" is a separate model, "policy" the policy without adapters, "cache" states on
+    disk.
 
-    adapter_rank: 0 without LoRA. compared: whether the reference's logits are made beside the policy's. bucket: bytes
-    gathered for a push, 0 where there is none. packed: whether the bucket is also packed on the GPU.
+    width: bytes of a parameter. tokens: of a micro-batch. adapter_rank: 0 without LoRA. compared: whether the
+    reference's logits are computed beside the policy's. bucket: bytes gathered for a push, 0 without a push. packed:
+    whether the bucket is also packed on the GPU.
     """
 
     shape: Shape
@@ -78,17 +80,17 @@ class Job:
 
     @property
     def largest_trained(self) -> int:
-        """Largest tensor that has a gradient; of adapters, a bound."""
+        """Parameters of the largest tensor that has a gradient; for adapters, an upper bound."""
         return self.adapter_rank * max(self.shape.adapted) if self.adapters else self.shape.largest
 
     @property
     def share(self) -> int:
-        """Ranks over which parameters are divided."""
+        """Number of ranks over which parameters are divided."""
         return self.ranks if self.strategy.stage == 3 else 1
 
 
 def strategy_of(name: str) -> Strategy:
-    """What learner.deepspeed names; DeepSpeed's defaults where it says nothing. Raises ConfigError."""
+    """Return the strategy that learner.deepspeed names. Missing keys get DeepSpeed's defaults. Raises ConfigError."""
     zero = memory_strategy(name)["zero_optimization"]
     stage = zero["stage"]
     return Strategy(
@@ -103,7 +105,8 @@ def _on_cpu(zero: Mapping[str, Any], key: str) -> bool:
 
 
 def job_of(recipe: AnyRecipe, shape: Shape, reference_shape: Shape | None = None, backend: str | None = None) -> Job:
-    """reference_shape: where it is another than the policy's. backend: of the push, None where there is none."""
+    """Return the job of a recipe. reference_shape: None: the policy's shape. backend: of the push, None without a push.
+    """
     learner, lora = recipe.learner, recipe.model.lora
     return Job(
         shape=shape, reference_shape=reference_shape or shape, strategy=strategy_of(learner.deepspeed),
@@ -130,7 +133,7 @@ def _compares(recipe: AnyRecipe) -> bool:
 # --- what stays -------------------------------------------------------------------------------------------------------
 
 def weights(job: Job) -> Part:
-    """Of the policy, adapters included: b P, divided by N under ZeRO-3, on the CPU with offload_param."""
+    """Return the policy's weights, adapters included: b P, divided by N under ZeRO-3, on the CPU with offload_param."""
     if job.strategy.offload_parameters:
         return Part(name="weights", size=0, how="on the CPU (offload_param)")
     return Part(name="weights", size=job.width * job.parameters / job.share,
@@ -138,7 +141,7 @@ def weights(job: Job) -> Part:
 
 
 def reference(job: Job) -> Part:
-    """Of a frozen model beside the policy, or of its output head alone where states come from disk."""
+    """Return the weights of the frozen reference, or of its output head alone if its states come from disk."""
     if job.reference == "cache":
         head = job.reference_shape.vocabulary * job.reference_shape.width
         return Part(name="reference head", size=job.width * head,
@@ -158,7 +161,7 @@ def _frozen_copy(job: Job) -> Part:
 
 
 def optimizer(job: Job) -> Part:
-    """fp32 master weights and AdamW's two moments: 12 T / N, on the CPU with offload_optimizer."""
+    """Return fp32 master weights and AdamW's two moments: 12 T / N, on the CPU with offload_optimizer."""
     if job.strategy.offload_optimizer:
         return Part(name="optimizer", size=0, how="on the CPU (offload_optimizer)")
     return Part(name="optimizer", size=(MASTER + MOMENTS) * job.trained / job.ranks,
@@ -166,7 +169,10 @@ def optimizer(job: Job) -> Part:
 
 
 def gradients(job: Job) -> Part:
-    """Added up in fp32 over the micro-batches of an update: 4 T under ZeRO-1, whose ranks hold all, else 4 T / N."""
+    """Return the gradients, added up in fp32 over an update's micro-batches.
+
+    Size: 4 T under ZeRO-1, where each rank holds all gradients, else 4 T / N; on the CPU with offload_optimizer.
+    """
     if job.strategy.offload_optimizer:
         return Part(name="gradients", size=0, how="on the CPU (offload_optimizer)")
     share = 1 if job.strategy.stage == 1 else job.ranks
@@ -175,7 +181,8 @@ def gradients(job: Job) -> Part:
 
 
 def model_states(job: Job) -> float:
-    """Bytes of weights, optimizer and gradients of what is trained: what DeepSpeed's own estimators count."""
+    """Return the bytes of weights, optimizer and gradients of trained parameters, as DeepSpeed's estimators count them.
+    """
     frozen = 0 if job.strategy.offload_parameters else job.width * (job.parameters - job.trained) / job.share
     return total([weights(job), optimizer(job), gradients(job)]) - frozen
 
@@ -183,7 +190,7 @@ def model_states(job: Job) -> float:
 # --- what passes ------------------------------------------------------------------------------------------------------
 
 def gathered(job: Job) -> Part:
-    """Whole parameters under ZeRO-3: at most stage3_max_live_parameters, at least the largest layer, at most P."""
+    """Return whole parameters under ZeRO-3: stage3_max_live_parameters, at least the largest layer, at most P."""
     if job.strategy.stage < 3 or (job.ranks == 1 and not job.strategy.offload_parameters):
         return Part(name="gathered weights", size=0, how="weights are whole")
     live = min(job.parameters, max(job.strategy.max_live, max(job.shape.layers, default=0), job.shape.largest))
@@ -192,11 +199,11 @@ def gathered(job: Job) -> Part:
 
 
 def layer_token(job: Job) -> int:
-    """Bytes that one layer keeps of one token for its backward pass.
+    """Return the bytes that one layer keeps of one token for its backward pass.
 
-    Two norms, each with an fp32 copy of its input, the normalised state and the output (4 + 2 b) d + 4; queries, keys,
-    values and the answer b (2 a + 2 k), flash attention's 4 a head; the MLP's 4 b f, 2 b f if it is not gated. LoRA
-    keeps b r for every adapter and no normalised state.
+    Each of two norms takes (4 + 2 b) d + 4: an fp32 copy of its input, the normalised state and the output. Queries,
+    keys, values and the attention's output take b (2 a + 2 k), and flash attention 4 for each head. The MLP takes
+    4 b f, or 2 b f if it is not gated. LoRA keeps b r for every adapter and no normalised state.
     """
     shape, b = job.shape, job.width
     norms = 2 * ((4 + 2 * b) * shape.width + 4)
@@ -211,10 +218,11 @@ def layer_token(job: Job) -> int:
 
 
 def activations(job: Job) -> Part:
-    """Of one micro-batch: every layer's, or every layer's input and one layer's with gradient_checkpointing.
+    """Return the activations of one micro-batch: those of every layer. With gradient_checkpointing, count every layer's
+    input and the activations of one layer.
 
-    Beside them the final norm, the states at the head with their fp32 gradient, and two gradients of a layer's widest
-    tensor.
+    The final norm, the states at the head with their fp32 gradient, and two gradients of a layer's widest tensor are
+    added.
     """
     shape, b, layers = job.shape, job.width, len(job.shape.layers)
     ends = (4 + b) * shape.width + (2 * b + 4) * shape.width + 2 * b * max(shape.inner, shape.width)
@@ -227,14 +235,15 @@ def activations(job: Job) -> Part:
 
 
 def logits(job: Job) -> Part:
-    """fp32 logits of a chunk (`frpo.kernels.chunks`), of the reference too where distributions are compared."""
+    """Return the fp32 logits of a chunk (`frpo.kernels.chunks`). If distributions are compared, add the reference's."""
     size, models = piece_size(job.tokens, job.shape.vocabulary), 2 if job.compared else 1
     return Part(name="logits in pieces", size=4 * models * size,
                 how=f"4 B x {counted(size)}{' x 2, the reference too' if job.compared else ''}")
 
 
 def reducing(job: Job) -> Part:
-    """Gradients on their way between ranks: the buckets, what is sent as fp32, and the largest gradient itself."""
+    """Return the memory to reduce gradients between ranks: buckets, the fp32 copy that is sent, the largest gradient.
+    """
     strategy, largest = job.strategy, job.largest_trained
     buckets = (2 * job.width if strategy.overlap else job.width) if strategy.stage == 2 else 4
     sent = 0 if job.width == 4 else 4 * max(min(strategy.reduce_bucket, job.trained), largest)
@@ -243,14 +252,14 @@ def reducing(job: Job) -> Part:
 
 
 def reference_head(job: Job) -> Part:
-    """The reference's output head, gathered for as long as it is compared with."""
+    """Return the reference's output head, gathered while the policy is compared with the reference."""
     shape, needed = job.reference_shape, job.compared and job.reference == "own" and job.strategy.stage == 3
     return Part(name="reference head", size=job.width * shape.vocabulary * shape.width if needed else 0,
                 how="gathered")
 
 
 def stepping(job: Job) -> Part:
-    """A second copy of a rank's fp32 gradients: flattened by ZeRO-1, and by ZeRO-3 a sub-group at a time."""
+    """Return the second copy of a rank's fp32 gradients: all under ZeRO-1, flattened; one sub-group under ZeRO-3."""
     stage, own = job.strategy.stage, job.trained / job.ranks
     size = {1: own, 2: 0, 3: min(own, job.strategy.sub_group)}[stage]
     return Part(name="optimizer's copy of gradients", size=0 if job.strategy.offload_optimizer else GRADIENT * size,
@@ -258,7 +267,10 @@ def stepping(job: Job) -> Part:
 
 
 def pushing(job: Job) -> Part:
-    """A bucket gathered (ZeRO-3) or merged (LoRA, whose fp32 temporaries come to 8 B), and packed for nccl and ipc."""
+    """Return the buffers of a push: the bucket gathered (ZeRO-3) or merged (LoRA), and packed for nccl and ipc.
+
+    Merging LoRA also needs fp32 temporaries of 8 B for each parameter of the largest tensor.
+    """
     copies = (job.strategy.stage == 3 or job.adapter_rank > 0) + job.packed
     merging = 8 * job.shape.largest if job.adapter_rank else 0
     size = copies * job.bucket + merging if job.bucket else 0
@@ -268,7 +280,8 @@ def pushing(job: Job) -> Part:
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 def kept(job: Job, *, offloaded: bool = False) -> tuple[Part, ...]:
-    """What a rank holds while engines sample. offloaded: after placement.offload_optimizer has moved what can wait.
+    """Return the parts that a rank holds while engines sample. offloaded: after placement.offload_optimizer has moved
+    the optimizer and gradients to the CPU.
 
     Only ZeRO-3 keeps its buffer of gradients between updates.
     """
@@ -277,7 +290,7 @@ def kept(job: Job, *, offloaded: bool = False) -> tuple[Part, ...]:
 
 
 def phases(job: Job) -> dict[str, tuple[Part, ...]]:
-    """Everything on the GPU, by what the rank is doing."""
+    """Return phase of the rank's work -> all parts on the GPU."""
     states = weights(job), optimizer(job), gradients(job), reference(job)
     passing = gathered(job), activations(job), logits(job), reducing(job), reference_head(job)
     found = {
@@ -291,12 +304,14 @@ def phases(job: Job) -> dict[str, tuple[Part, ...]]:
 
 
 def peak(job: Job) -> tuple[str, tuple[Part, ...]]:
-    """The phase that needs most, and its parts."""
+    """Return the phase that needs most memory, and its parts."""
     return max(phases(job).items(), key=lambda item: total(item[1]))
 
 
 def _filling(job: Job) -> tuple[Part, ...]:
-    """Before the first update AdamW has no moments yet, and the reference is whole or partitioned as the policy is."""
+    """Return the parts while the cache is filled, before the first update. AdamW has no moments yet, and the reference
+    is whole or partitioned as the policy is.
+    """
     size = 0 if job.strategy.offload_optimizer else MASTER * job.trained / job.ranks
     master = Part(name="master weights", size=size, how=f"4 B x {counted(job.trained)}{_over(job.ranks)}")
     layer = Part(name="one layer's activations", size=job.tokens * layer_token(job), how="nothing is kept")
@@ -304,7 +319,7 @@ def _filling(job: Job) -> tuple[Part, ...]:
 
 
 def host(job: Job) -> Part:
-    """The CPU's memory a rank. Loading a model that is not partitioned takes b P for a moment, which is not counted."""
+    """Return the CPU memory of each rank. The b P that loading an unpartitioned model briefly takes are not counted."""
     states = HOST_STATES * job.trained / job.ranks if job.strategy.offload_optimizer else 0
     models = job.parameters + (job.reference_shape.parameters if job.reference == "own" else 0)
     moved = job.width * models / job.ranks if job.strategy.offload_parameters else 0

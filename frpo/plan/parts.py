@@ -1,4 +1,4 @@
-"""What memory is made of: named parts in bytes, each with the arithmetic behind it."""
+"""Define the parts of memory: named sizes in bytes, each with its arithmetic as text."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ GB = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """size: bytes. how: the arithmetic, in words and numbers."""
+    """A named part of memory. size: bytes. how: the arithmetic, in words and numbers."""
 
     name: str
     size: float
@@ -21,19 +21,19 @@ def total(parts: Iterable[Part]) -> float:
 
 
 def in_gb(size: float) -> str:
-    """Bytes as text: tenths of a GB, or two digits below one GB."""
+    """Format bytes as GB: with one decimal, or with two digits below 1 GB."""
     value = size / GB
     return f"{value:,.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
 def counted(number: float) -> str:
-    """A number of parameters, such as 7.616e9 or 161.5e6."""
+    """Format a number of parameters, such as 7.616e9 or 161.5e6."""
     if number < 1e6:
         return f"{number:,.0f}"
     return f"{number / 1e9:.4g}e9" if number >= 1e9 else f"{number / 1e6:.4g}e6"
 
 
 def joined(parts: Iterable[Part]) -> str:
-    """The sum as text: "13.5 weights + 27.0 gradients", the largest first."""
+    """Format the sum, such as "13.5 weights + 27.0 gradients", with the largest part first."""
     largest_first = sorted(parts, key=lambda part: -part.size)
     return " + ".join(f"{in_gb(part.size)} {part.name}" for part in largest_first if part.size)

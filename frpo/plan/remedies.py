@@ -1,4 +1,4 @@
-"""Where something does not fit: the keys that would change it, each with what it comes to."""
+"""Suggest the keys to change if a run does not fit, each with the memory needed after the change."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,14 @@ from frpo.plan.parts import in_gb, joined
 
 STRATEGIES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 SHOWN = 5
-"""Most keys that a line names."""
+"""Most keys in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """text: the key and its value. needed: bytes at the fullest turn with it. fits: whether that is little enough."""
+    """A change of one key. text: the key and its value. needed: bytes at the fullest turn after the change. fits:
+    whether that is little enough.
+    """
 
     text: str
     needed: float
@@ -24,7 +26,7 @@ class Remedy:
 
 
 def explain(run: Run, demand: Demand) -> str:
-    """One line about a demand that is not met: what is needed and there, of what it is the sum, what to change."""
+    """Describe an unmet demand in one line: bytes needed, their parts, bytes available, and the keys to change."""
     found = remedies(run, demand)
     change = ", ".join(f"{remedy.text} ({in_gb(remedy.needed)} GB{'' if remedy.fits else ', still too much'})"
                        for remedy in found[:SHOWN])
@@ -34,11 +36,11 @@ def explain(run: Run, demand: Demand) -> str:
 
 
 def remedies(run: Run, demand: Demand) -> list[Remedy]:
-    """Those that help, first those that are enough alone, and of these the one that changes least."""
+    """List the remedies that help. Remedies that are enough alone come first, the smallest change first of all."""
     found = []
     for text, changed in _candidates(run, demand):
         after = demands(changed)
-        # What was shared may be so no longer: then every GPU counts.
+        # A change may end the sharing of GPUs: then every GPU counts.
         same = [each for each in after if (each.role, _kind(each)) == (demand.role, _kind(demand))] or after
         needed = max(each.needed for each in same)
         fits = all(each.fits for each in same)
@@ -48,7 +50,7 @@ def remedies(run: Run, demand: Demand) -> list[Remedy]:
 
 
 def _kind(demand: Demand) -> str:
-    """A turn without the phase that is its fullest: a remedy may make another one that."""
+    """Return the turn without its fullest phase, because a remedy may make another phase the fullest."""
     return "" if demand.role == RANK else demand.turn.partition(":")[0]
 
 
@@ -79,7 +81,7 @@ def _of_learner(run: Run) -> Iterator[tuple[str, Run]]:
 
 
 def _least_tokens(run: Run) -> int:
-    """The fewest tokens of a micro-batch that the recipe allows."""
+    """Return the fewest tokens of a micro-batch that the recipe allows."""
     recipe = run.recipe
     if isinstance(recipe, Recipe) and recipe.auxiliary is None:
         return recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens

@@ -1,4 +1,4 @@
-"""The numbers of a model on which its memory depends. `counting` finds them; a test can write them down."""
+"""Define the numbers of a model on which its memory depends. `counting` computes them; a test can set them by hand."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """parameters: of the whole model, a tied one once. layers: parameters of every decoder layer.
+    """parameters: number in the whole model; a tied tensor counts once. layers: parameters of every decoder layer.
 
-    largest: parameters of the largest tensor. largest_module: of the largest module, without those inside it.
-    width: of hidden states. inner: width of the MLP, of all experts that a token goes through. gated: whether the MLP
-    multiplies two of them. head_norms: whether queries and keys are normalised. adapted: inputs + outputs of every
-    linear layer that has an adapter, or would have one.
+    largest: parameters of the largest tensor. largest_module: parameters of the largest module, without its submodules.
+    width: width of hidden states. inner: width of the MLP, for all experts of a token. gated: whether the MLP
+    multiplies two inner states. head_norms: whether queries and keys are normalised. adapted: inputs + outputs of every
+    linear layer that has an adapter, or would have an adapter with LoRA.
     """
 
     parameters: int

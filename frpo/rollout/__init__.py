@@ -1,1 +1,1 @@
-"""Sampling: one vLLM engine, what it needs inside vLLM to receive weights, and the sampler over several engines."""
+"""Sample completions: one vLLM engine, its weight receivers inside vLLM, and the sampler over several engines."""

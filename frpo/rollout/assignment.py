@@ -1,7 +1,8 @@
-"""Which engine is asked for which groups, and when.
+"""Assign groups to engines, and decide when each engine gets them.
 
-It counts groups and knows nothing of their content. The same assignment gives the same batches inside an engine, which
-is what makes runs repeat to the bit; balancing by load gives that up for engines that are never idle.
+An assignment depends on the number of groups, not on their content. The same assignment gives the same batches inside
+an engine, so runs repeat to the bit. Balancing by load keeps engines busy instead, and runs no longer repeat to the
+bit.
 """
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ from frpo.rollout.engine import GroupRequest
 
 
 class Assignment:
-    """Shares that engines are asked for at once, and a rest of which an engine gets one for every one that it ends."""
+    """Shares that engines get at once, and a rest. For every group that an engine ends, it gets one of the rest."""
 
     def __init__(self, shares: dict[int, list[GroupRequest]], rest: Iterable[GroupRequest] = ()):
         self.shares, self.rest = {engine: share for engine, share in shares.items() if share}, deque(rest)
 
     def after_one(self, engine: int) -> list[GroupRequest]:
-        """What else to ask of an engine that has ended one group."""
+        """Return the next requests for an engine that has ended one group: one request, or [] if the rest is empty."""
         if not self.rest:
             return []
         request = self.rest.popleft()
@@ -26,17 +27,18 @@ class Assignment:
         return [request]
 
     def again(self, engines: Sequence[int]) -> Assignment:
-        """All that these engines were ever asked for, at once: for new engines in the place of dead ones."""
+        """Assign all earlier requests of these engines again, at once. Use this for new engines that replace dead ones.
+        """
         return Assignment({engine: self.shares[engine] for engine in engines if engine in self.shares}, self.rest)
 
 
 def static(requests: Sequence[GroupRequest], num_engines: int) -> Assignment:
-    """Group i to engine i mod N."""
+    """Assign group i to engine i mod N."""
     return Assignment({engine: list(requests[engine::num_engines]) for engine in range(num_engines)})
 
 
 def by_load(requests: Sequence[GroupRequest], num_engines: int) -> Assignment:
-    """Half of the groups as `static` has them, the others to whoever ends one."""
+    """Assign the first half of the groups as `static` does, and each other group to the engine that ends one first."""
     half = (len(requests) + 1) // 2
     return Assignment(static(requests[:half], num_engines).shares, requests[half:])
 

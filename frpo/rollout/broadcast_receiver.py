@@ -1,4 +1,4 @@
-"""The receiving end of backends that broadcast, inside a vLLM worker: one member of the sender's group."""
+"""Receive broadcast weights inside a vLLM worker, as one member of the sender's process group."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from frpo.weight_sync.packing import Layout, packed_size, unpack
 
 @dataclass(kw_only=True)
 class BroadcastInitInfo(InitInfo):
-    """Where the group meets, how many it has, and which of them is this engine's first worker."""
+    """Address of the group (host, port), its number of members (size), and the rank of this engine's first worker."""
 
     host: str
     port: int
@@ -26,13 +26,13 @@ class BroadcastInitInfo(InitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """layout: of the bucket that is about to be broadcast, see `weight_sync.packing`."""
+    """layout: layout of the bucket that is broadcast next, see `weight_sync.packing`."""
 
     layout: Layout
 
 
 class BroadcastReceiver(Receiver[BroadcastInitInfo, UpdateInfo]):
-    """Takes buckets by broadcast. After a failure it is in no group until the sender forms another."""
+    """Receive buckets by broadcast. After a failure the worker is in no group until the sender forms a new group."""
 
     init_info_cls = BroadcastInitInfo
     update_info_cls = UpdateInfo
@@ -52,7 +52,7 @@ class BroadcastReceiver(Receiver[BroadcastInitInfo, UpdateInfo]):
         try:
             return unpack(self.group.receive(packed_size(update_info.layout)), update_info.layout)
         except BaseException:
-            self.shutdown()  # whoever waits for what this worker should have passed on fails now, too
+            self.shutdown()  # members that wait for data from this worker fail now, too
             raise
 
     def shutdown(self) -> None:

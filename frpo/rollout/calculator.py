@@ -1,9 +1,10 @@
-"""A rollout hook with a tool: the policy writes an expression and `=`, a calculator the value, the policy goes on.
+"""Let the policy use a calculator, as an example of a rollout hook with a tool.
 
     rollout: {hook: "frpo.rollout.calculator:rollout"}
 
-The policy learns when to call; what the calculator wrote is context, not something it is trained to say. The expression
-is the arithmetic that the turn ends with: numbers, + - * / and parentheses, as in "that is 48/2=".
+The policy writes an expression and `=`, the calculator adds the value, and the policy continues. The policy learns when
+to call the calculator. The calculator's tokens are context: the loss does not train on them. The expression is the
+arithmetic at the end of the turn: numbers, + - * / and parentheses, as in "that is 48/2=".
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ _EXPRESSION = re.compile(r"[0-9(.\-][0-9+\-*/(). ]{0,63}$")
 
 
 async def rollout(prompt: Prompt, client: Client) -> Episode:
-    """Turns until one does not end in `=`, or there is no room left."""
+    """Sample turns until a turn does not end in `=`, or no room is left."""
     equals = client.tokenizer.convert_tokens_to_ids("=")
     transcript = Transcript(prompt)
     while True:
@@ -35,7 +36,9 @@ async def rollout(prompt: Prompt, client: Client) -> Episode:
 
 
 def calculate(text: str) -> str | None:
-    """The value of the expression at the end, whole numbers without a point, others with 6 digits; None if it has none.
+    """Return the value of the expression at the end of the text; None if there is no expression with a value.
+
+    Whole numbers have no decimal point; other numbers have 6 digits.
     """
     expression = _EXPRESSION.search(text)
     if expression is None:

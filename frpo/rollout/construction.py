@@ -1,6 +1,6 @@
-"""How a vLLM engine is made: its process's environment, its arguments, and when the process ends by itself.
+"""Build a vLLM engine: the environment of its process, its arguments, and the errors that end the process.
 
-All of it is the same on CPU and GPU but for the lines that say so.
+CPU and GPU engines are the same except in the lines that name a difference.
 """
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    # The core lives in the engine's own process: it dies with it, leaves no orphan, and steps when it is told to.
+    # Keep vLLM's core in the engine's process: the core ends with the process, leaves no orphan, and steps on request.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Asked for log-probabilities, vLLM otherwise compiles a kernel for many seconds at the first call.
+    # Without this, the first call that asks for log-probabilities compiles a kernel for many seconds.
     "TORCH_COMPILE_DISABLE": "1",
 }
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks of adapters for which vLLM makes room (vllm.config.lora.MaxLoRARanks)."""
+"""Ranks of adapters that vLLM supports (vllm.config.lora.MaxLoRARanks)."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def environment(rollout: RolloutSection, device: str) -> dict[str, str]:
-    """Variables of an engine's process, and so of its workers, among which its threads are divided."""
+    """Return the variables of an engine's process and of its workers. The workers share the engine's threads."""
     if device != "cpu":
         return dict(ENVIRONMENT)
     threads = max(1, rollout.threads // rollout.tensor_parallel_size)
@@ -45,11 +45,11 @@ def environment(rollout: RolloutSection, device: str) -> dict[str, str]:
 
 
 def arguments(recipe: Recipe, model_path: str, device: str, index: int) -> dict[str, Any]:
-    """Of vLLM's `LLM` for engine `index`. weight_sync.backend must be decided."""
+    """Return the arguments of vLLM's `LLM` for engine `index`. weight_sync.backend must not be auto."""
     from frpo.rollout.executor import WholeExecutor
 
     rollout, on_cpu = recipe.rollout, device == "cpu"
-    # On CPU vLLM fails at a seeded request whose prompt it splits over two passes, so no prompt is split there.
+    # On CPU, vLLM fails if it splits the prompt of a seeded request over two passes. So no prompt is split there.
     memory = ({"kv_cache_memory_bytes": rollout.kv_cache_mb * 2**20, "enable_chunked_prefill": False} if on_cpu
               else {"gpu_memory_utilization": rollout.gpu_memory_utilization})
     return dict(
@@ -60,7 +60,7 @@ def arguments(recipe: Recipe, model_path: str, device: str, index: int) -> dict[
         trust_remote_code=recipe.model.trust_remote_code, logprobs_mode="processed_logprobs",
         weight_transfer_config={"backend": engine_backend(recipe.weight_sync.backend)},
         worker_extension_cls="frpo.rollout.weight_receiver.WorkerExtension",
-        # A batch in flight during a push would tell the version of the next one.
+        # With async scheduling, a batch in flight during a push would report the version of the batch after it.
         async_scheduling=False if rollout.max_staleness else None,
         # The learner's logits are fp32 sums of bf16 products; so are the engine's with an fp32 head.
         hf_overrides={"head_dtype": "float32"}, enable_sleep_mode=recipe.placement.sleeps and not on_cpu, **memory,
@@ -68,7 +68,7 @@ def arguments(recipe: Recipe, model_path: str, device: str, index: int) -> dict[
 
 
 def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Of an engine that adapters alone are pushed to."""
+    """Return the extra arguments of an engine that receives adapters alone; {} for other engines."""
     if not (recipe.weight_sync.adapters and recipe.model.lora):
         return {}
     rank = next((rank for rank in RANKS if rank >= recipe.model.lora.r), None)
@@ -79,16 +79,18 @@ def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def adapter_config(lora: LoraSection, names: Iterable[str]) -> dict[str, Any]:
-    """peft's adapter_config.json. names: of the adapters' tensors, such as ...q_proj.lora_A.weight."""
+    """Return the content of peft's adapter_config.json. names: the adapters' tensors, such as
+    ...q_proj.lora_A.weight.
+    """
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.r, "lora_alpha": lora.alpha, "bias": "none",
             "target_modules": sorted({name.split(".")[-3] for name in names})}
 
 
 @contextmanager
 def ends_if_broken() -> Iterator[None]:
-    """Within it, an error after which the engine can do no more ends the process.
+    """End the process if an error in this context leaves the engine unable to work.
 
-    A death is noticed and healed. An engine that still answers and can no longer work is not.
+    A dead process is detected and restarted. An engine that answers but cannot work would not be detected.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 

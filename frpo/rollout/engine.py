@@ -1,6 +1,7 @@
-"""One vLLM engine: sampling whole groups, scoring given tokens, receiving weights under a version label.
+"""Run one vLLM engine: sample whole groups, score given tokens, and receive weights under a version label.
 
-A plain class: `cluster` puts it into a Ray actor. It does not choose prompts, know rewards or other engines.
+`RolloutEngine` is a plain class; `cluster` puts it into a Ray actor. The engine does not choose prompts and does not
+depend on rewards or other engines.
 """
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ from frpo.rollout.sharing import Caller, SharedEngine
 from frpo.types import Completion, GroupId, Prompt, RolloutGroup, VersionSpan
 
 WEIGHTS, CACHE = "weights", "kv_cache"
-"""What vLLM's sleep gives up, by its names."""
+"""vLLM's names of the memory that its sleep frees."""
 FORGET_WEIGHTS = 2
-"""Level of vLLM's sleep that keeps no copy of the weights: the next push brings them."""
+"""Level of vLLM's sleep that keeps no copy of the weights. The next push restores them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class GroupRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy."""
+    """Parameters of sampling. temperature 0 is greedy."""
 
     temperature: float
     top_p: float
@@ -45,7 +46,8 @@ class Sampling:
 
 
 class RolloutEngine:
-    """Serves one policy; refuses to sample until a push, or `serve_loaded`, has given its weights a version."""
+    """Sample from one policy. The engine refuses to sample until a push or `serve_loaded` gives its weights a version.
+    """
 
     def __init__(self, recipe: Recipe, model_path: str, device: str, index: int = 0):
         os.environ.update(environment(recipe.rollout, device))
@@ -72,11 +74,11 @@ class RolloutEngine:
                  ) -> Iterator[RolloutGroup]:
         """Sample every requested group and yield each as its last completion ends.
 
-        version: the policy version that the caller expects these weights to be; or_newer: the least one. Weights that
-        are pushed meanwhile serve the rest of what is under way, as the completions' version spans tell.
+        version: the expected policy version of the weights. or_newer: also accept newer versions. Weights pushed
+        meanwhile sample the rest of the unfinished completions; the version spans record this.
         Raises EngineError if the engine holds another version, or none.
         """
-        if not or_newer:  # no push is under way then, and one that broke off may hold the engine
+        if not or_newer:  # then no push is running, but a push that broke off may still hold the engine
             self._check_usable()
         done: dict[GroupId, dict[int, Completion]] = {request.group_id: {} for request in requests}
         run = self._completions if self.hook is None else self._episodes
@@ -91,7 +93,7 @@ class RolloutEngine:
 
     def _completions(self, caller: Caller, requests: Sequence[GroupRequest], sampling: Sampling,
                      check: Callable[[], None]) -> Iterator[tuple[GroupRequest, int, Completion]]:
-        """One turn a sample."""
+        """Sample each completion in one turn."""
         by_key = {str(number): pair for number, pair in enumerate(_samples(requests))}
 
         def vllm_requests() -> dict[str, Any]:
@@ -108,7 +110,7 @@ class RolloutEngine:
 
     def _episodes(self, caller: Caller, requests: Sequence[GroupRequest], sampling: Sampling,
                   check: Callable[[], None]) -> Iterator[tuple[GroupRequest, int, Completion]]:
-        """As many turns a sample as the rollout hook wants."""
+        """Sample each completion by the rollout hook, in any number of turns."""
         def request_of(token_ids: Sequence[int], wanted: int, stops: tuple[int, ...], seed: int) -> tuple[Any, Any]:
             return self._prompt(token_ids), self._sampling_params(
                 replace(sampling, max_new_tokens=wanted), seed, stops)
@@ -129,9 +131,10 @@ class RolloutEngine:
             yield request, sample, completion_of(episode, request.seeds[sample], text)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[np.ndarray]:
-        """Log-probabilities (nats, temperature 1, no truncation) of given tokens under the served weights.
+        """Return log-probabilities (nats, temperature 1, no truncation) of given tokens under the served weights.
 
-        sequences: (token ids, number of leading prompt tokens); returns one float64 array of the rest each.
+        sequences: (token ids, number of leading prompt tokens). Returns one float64 array for each sequence, without
+        its prompt tokens.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -154,7 +157,7 @@ class RolloutEngine:
         return [found[str(i)] for i in range(len(sequences))]
 
     def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        """As vLLM takes it. Cached prefixes of another version are never used: the salt is part of their address."""
+        """Return vLLM's form of a prompt. Its cache salt, the policy version, excludes prefixes cached under others."""
         return {"prompt_token_ids": list(token_ids), "cache_salt": self.llm.get_weight_version()}
 
     def _sampling_params(self, sampling: Sampling, seed: int, stop_token_ids: tuple[int, ...] = ()) -> Any:
@@ -168,7 +171,7 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY)
 
     def _turn(self, output: Any) -> Turn:
-        """What vLLM answered to one request."""
+        """Convert vLLM's output of one request to a turn."""
         said = output.outputs[0]
         token_ids = tuple(said.token_ids)
         return Turn(
@@ -187,18 +190,18 @@ class RolloutEngine:
     # --- weights --------------------------------------------------------------------------------------------------
 
     def policy_version(self) -> int | None:
-        """Version of the served weights; None before they have one."""
+        """Return the version of the served weights; None if the weights have no version yet."""
         version = self.llm.get_weight_version()
         return int(version) if version.isdigit() else None
 
     def usable(self) -> bool:
-        """Whether the weights are whole: no push broke off while they were landing in place."""
+        """Return whether the weights are whole: no push broke off while it changed them."""
         return self.unusable is None
 
     def serve_loaded(self, version: int) -> None:
-        """Label the weights that were loaded from disk, so that they can be sampled without a push.
+        """Label the weights that were loaded from disk, so that the engine can sample without a push.
 
-        Raises EngineError if they have a version already, or a push has begun: they may then be others.
+        Raises EngineError if the weights have a version already or a push has begun. They may then be other weights.
         """
         with self.shared.turn():
             held = self.policy_version()
@@ -212,9 +215,9 @@ class RolloutEngine:
             self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Open an update. A staged one that a dead sender left open is dropped, never finished.
+        """Open an update. Drop a staged update that a dead sender left open.
 
-        Weights that land in place keep the engine from sampling until the update is finished.
+        During an in-place update the engine does not sample until the update is finished.
         Raises EngineError if an earlier in-place push broke off: the weights are then a mixture.
         """
         if self.unusable:
@@ -232,10 +235,11 @@ class RolloutEngine:
             self.llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str) -> None:
-        """Swap the new weights in, label them and drop what the old ones left in the prefix cache.
+        """Swap the new weights in, label them, and clear the prefix cache of the old weights.
 
-        While requests are under way their blocks stay, which the salt keeps from requests of another version.
-        Raises InvariantError, and serves nothing from then on, where vLLM's model did not take all of the push.
+        While requests are unfinished, the cache keeps its blocks. The cache salt prevents their use by requests of
+        another version. Raises InvariantError if vLLM's model did not load all of the push. The engine then samples
+        no more.
         """
         with self.shared.turn_of_update():
             self.unusable = f"the push of version {weight_version} broke off while weights were being swapped"
@@ -247,7 +251,7 @@ class RolloutEngine:
                     f"{problems[0]}. It would serve a mixture of old and new weights; this model family can be "
                     "fine-tuned (frpo finetune), not trained with this version of vLLM")
             self.llm.finish_weight_update(weight_version)
-            if self.lora is not None:  # only now: vLLM lets go of all adapters as it finishes
+            if self.lora is not None:  # only now: vLLM drops all adapters when it finishes an update
                 self._take_adapters()
             if not self.llm.llm_engine.has_unfinished_requests():
                 self.llm.reset_prefix_cache()
@@ -257,21 +261,21 @@ class RolloutEngine:
             self.shared.release()
 
     def sleep(self) -> None:
-        """Give up the memory of weights and cache. Nothing is sampled before both are back and weights pushed."""
+        """Free the memory of weights and cache. The engine samples again once both are back and weights are pushed."""
         with self.shared.turn():
             self.given_up, self.lacks_weights = {WEIGHTS, CACHE}, True
             self.llm.reset_prefix_cache()
             self.llm.sleep(level=FORGET_WEIGHTS)
 
     def wake(self, tag: str) -> None:
-        """Take the memory of WEIGHTS, whose values are lost, or of CACHE again. A new engine has both."""
+        """Allocate the memory of WEIGHTS, whose values are lost, or of CACHE again. A new engine has both."""
         with self.shared.turn():
             if tag in self.given_up:
                 self.llm.wake_up([tag])
                 self.given_up.remove(tag)
 
     def _take_adapters(self) -> None:
-        """Put the adapters that the workers hold in the place of the last ones, for every request from now on."""
+        """Replace the last adapters by those that the workers hold, for every request from now on."""
         from vllm.lora.request import LoRARequest
 
         engine, held = self.llm.llm_engine, self.pushed_adapters
@@ -283,7 +287,7 @@ class RolloutEngine:
         self.pushed_adapters, self.shared.options = held + 1, {"lora_request": request}
 
     def ready(self) -> int:
-        """Process id, once the engine can be called."""
+        """Return the process id. The call returns once the engine is loaded."""
         return os.getpid()
 
     def _check_usable(self) -> None:
@@ -302,10 +306,11 @@ class RolloutEngine:
 
 
 def _of_tokens(flat: Any, start: int = 0) -> list[float]:
-    """The log-probability of each token from `start` on, of vLLM's FlatLogprobs; a token's own comes first."""
+    """Return the log-probability of each token from `start` on in vLLM's FlatLogprobs. A token's own value comes first.
+    """
     return [flat.logprobs[place] for place in flat.start_indices[start:]]
 
 
 def _samples(requests: Sequence[GroupRequest]) -> Iterator[tuple[GroupRequest, int]]:
-    """Every sample of every group, in order."""
+    """Return every sample of every group, in order."""
     return ((request, sample) for request in requests for sample in range(len(request.seeds)))

@@ -1,6 +1,6 @@
-"""Runs rollout hooks inside an engine's process: all samples of a call at once, the engine's steps between their turns.
+"""Run rollout hooks inside an engine's process: all samples of a call at once, with engine steps between their turns.
 
-What a hook sees is in `hook`. Nothing here knows what a turn means.
+`hook` defines the interface of a hook. This module does not interpret turns.
 """
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from frpo.rollout.hook import Client, Episode, Turn
 from frpo.types import Completion
 
 IDLE_S = 0.01
-"""How long to look away where every sample waits for something other than the engine."""
+"""Seconds to wait if every sample waits for something other than the engine."""
 
 
 class Episodes:
-    """Runs the hook for many samples, and the engine between their turns.
+    """Run the hook for many samples, and the engine between their turns.
 
     caller: a `sharing.Caller`. request: (token ids, tokens wanted, stop tokens, seed) -> vLLM prompt and parameters.
     turn: vLLM output -> Turn.
@@ -38,14 +38,15 @@ class Episodes:
         self.loop = asyncio.new_event_loop()
 
     def ask(self, *wish: Any) -> asyncio.Future:
-        """A future of the next turn; the engine hears of it once every sample that can go on has done so."""
+        """Return a future of the next turn. The engine gets the request once every sample that can go on has done so.
+        """
         key = str(next(self.numbers))
         self.asked[key] = wish
         self.waiting[key] = self.loop.create_future()
         return self.waiting[key]
 
     def run(self, samples: Mapping[Any, Coroutine[Any, Any, Episode]]) -> Iterator[tuple[Any, Episode]]:
-        """(key, episode) of every sample as it ends. Raises what one of them raises."""
+        """Yield (key, episode) of every sample as it ends. Raises the error that a sample raises."""
         tasks = {self.loop.create_task(sample): key for key, sample in samples.items()}
         try:
             while tasks:
@@ -58,21 +59,21 @@ class Episodes:
             self.loop.close()
 
     def _drive(self, tasks: Mapping[asyncio.Task, Any]) -> None:
-        """One step of the engine if it has anything to do, else wait a little for the samples."""
+        """Run one step of the engine if it has unfinished requests, else wait up to IDLE_S for the samples."""
         if self.asked:
             asked, self.asked = self.asked, {}
             self.caller.add(lambda: {key: self.request(*wish) for key, wish in asked.items()})
         if self.caller.unfinished:
             for key, output in self.caller.outputs():
                 future = self.waiting.pop(key)
-                if not future.done():  # the sample is over its time
+                if not future.done():  # a done future belongs to a sample that ran out of time
                     future.set_result(self.turn(output))
         elif tasks:
             self.loop.run_until_complete(asyncio.wait(tasks, timeout=IDLE_S, return_when=asyncio.FIRST_COMPLETED))
 
 
 async def _breathe() -> None:
-    """Let every coroutine that can go on do so; a few rounds, for those that hand a result on."""
+    """Run every coroutine that can go on, in a few rounds, because some coroutines pass results to others."""
     for _ in range(4):
         await asyncio.sleep(0)
 
@@ -84,7 +85,7 @@ async def _cancelled(tasks: Iterable[asyncio.Task]) -> None:
 
 
 async def checked(hook: Callable[..., Any], client: Client, timeout_s: float) -> Episode:
-    """One call of the hook. Raises RolloutHookError, naming the prompt, for an exception, a time-out, a bad result."""
+    """Call the hook once. Raises RolloutHookError, naming the prompt, for an exception, a time-out or a bad result."""
     where = f"rollout hook, prompt {client.prompt.uid!r}"
     try:
         episode = await asyncio.wait_for(hook(client.prompt, client), timeout_s)
@@ -119,7 +120,7 @@ def _problem(episode: Any, max_tokens: int) -> str | None:
 
 
 def completion_of(episode: Episode, seed: int, text: str) -> Completion:
-    """The episode as the rest of the run knows it; log-probabilities outside the mask are 0."""
+    """Convert the episode to a completion. Log-probabilities outside the loss mask become 0."""
     logprobs = [logprob if flag else 0.0
                 for flag, logprob in zip(episode.loss_mask, episode.logprobs, strict=True)]
     return Completion(
@@ -129,7 +130,7 @@ def completion_of(episode: Episode, seed: int, text: str) -> Completion:
 
 
 def load_hook(function: str) -> Callable[..., Any]:
-    """The hook that a recipe names. Raises ConfigError if it is not found or no coroutine function."""
+    """Load the hook that a recipe names. Raises ConfigError if it is not found or is not a coroutine function."""
     hook = load_function(function, "rollout.hook: rollout hook", ConfigError)
     if not inspect.iscoroutinefunction(hook):
         raise ConfigError(f"rollout.hook: {function!r} is no coroutine function; write it as async def rollout(prompt, "

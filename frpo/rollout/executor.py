@@ -1,6 +1,6 @@
-"""vLLM's executor for engines of several worker processes, with two of its ways mended: how calls and workers fail.
+"""Correct vLLM's executor of several worker processes in two cases: a call that fails and a worker that dies.
 
-What it executes, and where, is vLLM's business.
+vLLM still decides everything else about execution.
 """
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 class WholeExecutor(MultiprocExecutor):
-    """A call ends on all workers or fails as one, and the engine lives as long as all its workers do."""
+    """Executor on which a call succeeds or fails on all workers together, and which ends if one worker ends."""
 
     def collective_rpc(self, method: str | Callable, timeout: float | None = None,  # type: ignore[override]  # as vLLM's
                        args: tuple = (),
                        kwargs: dict | None = None, non_block: bool = False, unique_reply_rank: int | None = None,
                        **options: Any) -> Any:
-        """As vLLM's, but a call on all workers takes all their answers before it raises.
+        """Make a call as vLLM does, but take the answers of all workers before raising.
 
-        vLLM's raises at the first failure and leaves the others' answers in their queues, where the next call takes
-        them for its own: after one failed push every later one would fail.
+        vLLM raises at the first failure and leaves the other answers in their queues. The next call would take them as
+        its own answers: after one failed push every later push would fail.
         """
         if non_block or unique_reply_rank is not None:
             return super().collective_rpc(method, timeout, args, kwargs, non_block, unique_reply_rank, **options)
@@ -38,10 +38,10 @@ class WholeExecutor(MultiprocExecutor):
         return [result for result, _ in answers]
 
     def start_worker_monitor(self, inline: bool = False) -> None:
-        """As vLLM's, but with a worker this process ends, and the other workers with it.
+        """Watch the workers as vLLM does, but end this process and all other workers if a worker ends.
 
-        An engine that lives on with a part of its workers answers questions and fails at work, so that nobody would
-        know it as dead and start it again.
+        An engine with only a part of its workers answers calls but cannot sample. It would not be detected as dead and
+        not be restarted.
         """
         sentinels = [handle.proc.sentinel for handle in self.workers]
         reference = weakref.ref(self)
@@ -57,12 +57,12 @@ class WholeExecutor(MultiprocExecutor):
 
 
 def _answer(worker: Any, method: str | Callable, args: tuple, kwargs: dict) -> tuple[Any, str | None]:
-    """In a worker: (what the method returns, None) or (None, what it raised)."""
+    """Call the method in a worker. Return (its result, None) or (None, its error)."""
     try:
         if isinstance(method, str):
             return getattr(worker, method)(*args, **kwargs), None
         return method(worker, *args, **kwargs), None
-    except Exception as error:  # whatever it is, the engine raises it
+    except Exception as error:  # the engine raises every error
         logger.exception("%s failed in a worker", _name(method))
         return None, repr(error)
 

@@ -1,9 +1,9 @@
-"""What a rollout hook works with: a coroutine of the user's that talks with the policy until it has one completion.
+"""Define the interface of a rollout hook: the user's coroutine that samples turns until it has one completion.
 
     async def rollout(prompt: Prompt, client: Client) -> Episode
 
-It may await anything; what blocks belongs into `asyncio.to_thread`. Tokens that the policy did not choose (a tool's
-output, another speaker) stand in the completion with a False in its loss mask. `rollout.calculator` is an example.
+A hook may await anything; run blocking calls in `asyncio.to_thread`. Tokens that the policy did not choose (a tool's
+output, another speaker) have False in the completion's loss mask. `rollout.calculator` is an example.
 """
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from frpo.types import Prompt, VersionSpan
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What the policy said: T tokens and their log-probabilities; its spans count from the turn's first token.
+    """One turn of the policy: T tokens and their log-probabilities. version_spans count from the turn's first token.
 
-    finish_reason: "stop" after an end-of-sequence or stop token, which is the last of the tokens; else "length".
+    finish_reason: "stop" after an end-of-sequence or stop token, which is the last token; else "length".
     """
 
     token_ids: tuple[int, ...]
@@ -32,9 +32,9 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """What a hook returns: T tokens after the prompt, with a loss mask and the policy's log-probabilities.
+    """Result of a hook: T tokens after the prompt, with a loss mask and the policy's log-probabilities.
 
-    logprobs: what counts is where the mask is True; anywhere else they may be anything, None included.
+    logprobs: used only where the mask is True; elsewhere any value is allowed, None included.
     finish_reason: "length" for a sample that was cut off, else "stop".
     """
 
@@ -47,7 +47,7 @@ class Episode:
 
 @dataclass
 class Transcript:
-    """An episode in the making: turns of the policy, and tokens of others between them."""
+    """An unfinished episode: turns of the policy, and other tokens between them."""
 
     prompt: Prompt
     token_ids: list[int] = field(default_factory=list)
@@ -58,11 +58,11 @@ class Transcript:
 
     @property
     def context(self) -> list[int]:
-        """All tokens so far, the prompt's first: what the policy goes on from."""
+        """Return all tokens so far, beginning with the prompt. The policy continues from these tokens."""
         return [*self.prompt.token_ids, *self.token_ids]
 
     def said(self, turn: Turn) -> None:
-        """The policy's turn."""
+        """Append a turn of the policy."""
         start = len(self.token_ids)
         self.version_spans += [VersionSpan(policy_version=span.policy_version, start=start + span.start,
                                            end=start + span.end) for span in turn.version_spans]
@@ -70,7 +70,7 @@ class Transcript:
         self.finish_reason = turn.finish_reason
 
     def heard(self, token_ids: Sequence[int]) -> None:
-        """Tokens that the policy did not choose."""
+        """Append tokens that the policy did not choose."""
         self._extend(token_ids, [0.0] * len(token_ids), chosen=False)
 
     def episode(self) -> Episode:
@@ -84,9 +84,10 @@ class Transcript:
 
 
 class Client:
-    """One sample's hold on the engine that serves the policy.
+    """Access of one sample to the engine that serves the policy.
 
-    tokenizer: the model's. max_tokens: how many tokens the completion may have in all, those of others included.
+    tokenizer: the model's tokenizer. max_tokens: limit of the completion's tokens in all, including tokens that the
+    policy did not choose.
     """
 
     def __init__(self, prompt: Prompt, seed: int, max_tokens: int, tokenizer: Any, ask: Callable[..., asyncio.Future]):
@@ -96,11 +97,11 @@ class Client:
 
     async def generate(self, token_ids: Sequence[int], *, stop_token_ids: Sequence[int] = (),
                        max_new_tokens: int | None = None) -> Turn:
-        """The policy goes on from `token_ids` (prompt and all that followed), sampled as the recipe says.
+        """Sample a turn that continues `token_ids` (the prompt and all tokens after it), with the recipe's sampling.
 
-        It ends with the end-of-sequence token, one of `stop_token_ids`, or where `max_new_tokens` or the room that is
-        left are used up; with no room left the turn is empty. The first turn of a sample has its seed, so that a hook
-        of one turn draws what no hook draws.
+        The turn ends with the end-of-sequence token or one of `stop_token_ids`, or once `max_new_tokens` or the
+        remaining room is used up. With no room left the turn is empty. The first turn uses the sample's seed, so a
+        hook of one turn draws the same tokens as a run without a hook.
         """
         room = self.max_tokens - (len(token_ids) - len(self.prompt.token_ids))
         wanted = room if max_new_tokens is None else min(room, max_new_tokens)

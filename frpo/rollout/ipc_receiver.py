@@ -1,4 +1,4 @@
-"""The receiving end of `weight_sync.ipc`, inside a vLLM worker on a learner rank's GPU. NEVER EXECUTED."""
+"""Receive the weights of `weight_sync.ipc` inside a vLLM worker on a learner rank's GPU. NEVER EXECUTED."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from frpo.weight_sync.packing import Layout, unpack
 
 @dataclass(kw_only=True)
 class IpcInitInfo(InitInfo):
-    """handles: a GPU's UUID -> what `open_buffer` takes for the buffer of the rank on it."""
+    """handles: UUID of a GPU -> argument of `open_buffer` for the buffer of the rank on that GPU."""
 
     handles: dict[str, tuple[Any, ...]]
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """layout: of the bucket that now lies in every buffer, see `weight_sync.packing`."""
+    """layout: layout of the bucket that is now in every buffer, see `weight_sync.packing`."""
 
     layout: Layout
 
 
 class IpcReceiver(Receiver[IpcInitInfo, UpdateInfo]):
-    """Reads the buffer of the rank on its own GPU, which holds another bucket after each answer."""
+    """Read the buffer of the rank on the worker's own GPU. The buffer holds another bucket after each answer."""
 
     init_info_cls = IpcInitInfo
     update_info_cls = UpdateInfo

@@ -1,7 +1,7 @@
-"""What a vLLM model made of the weights that were pushed: which of them it did not read, what of it was not written.
+"""Check how a vLLM model loaded the pushed weights: which tensors it did not read, which parameters stayed unwritten.
 
-vLLM's models skip names that they do not know and keep what nobody wrote, both without a word. It looks at vLLM's
-layerwise reload between the loading and its end; what follows from a finding is not decided here.
+vLLM's models silently skip unknown names and silently keep unwritten parameters. The check inspects vLLM's layerwise
+reload after loading and before its end. The caller decides what to do about a problem.
 """
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS, SKIP_TENSORS
 
 NAMED = 4
-"""Names in a message."""
+"""Most names in a message."""
 
 
 class Readings(TorchDispatchMode):
-    """Within it, notes which of some tensors are read. To look at a part of one is not to read it."""
+    """Record, within this context, which of the given tensors are read. Taking a view of a tensor is not reading it."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         super().__init__()
@@ -46,11 +46,11 @@ class Readings(TorchDispatchMode):
 
 
 def unwritten(model: torch.nn.Module, loaded: Collection[str] | None) -> list[str]:
-    """Names of the parameters that nothing was written into since the reload began.
+    """List the names of the parameters that were not written since the reload began.
 
-    One of several names of the same parameter is enough. loaded: names that the model says it has loaded, which count
-    only where the reload does not look; None: it says nothing. Of a model that also sees or hears, its language model
-    alone is looked at.
+    A parameter with several names counts as written if one of its names was. loaded: names that the model reports as
+    loaded, used only for tensors that the reload does not track; None: the model reports nothing. For a multimodal
+    model, only its language model is checked.
     """
     language: torch.nn.Module = cast(Any, model).get_language_model() if hasattr(model, "get_language_model") else model
     missing: dict[str, torch.Tensor] = {}
@@ -59,7 +59,7 @@ def unwritten(model: torch.nn.Module, loaded: Collection[str] | None) -> list[st
         info = get_layerwise_info(layer)
         kept = layer._parameters if info.kernel_tensors is None else info.kernel_tensors[0]
         begun = {name for name, _ in info.loaded_weights}
-        # What a layer had before its kernel was made; kernels add parameters of their own, derived from these.
+        # Parameters of the layer before its kernel was built. Kernels add parameters that are derived from these.
         stored = info.restore_metadata[0].keys() | SKIP_TENSORS
         for name, parameter in kept.items():
             if parameter is None or name not in stored:
@@ -74,7 +74,7 @@ def unwritten(model: torch.nn.Module, loaded: Collection[str] | None) -> list[st
 
 
 def problem(model: torch.nn.Module, loaded: Collection[str] | None, unread: Collection[str], pushed: int) -> str | None:
-    """In words, what went wrong with a push of so many tensors; None where nothing did."""
+    """Describe in words what went wrong with a push of `pushed` tensors; None if nothing went wrong."""
     missing = unwritten(model, loaded)
     found = []
     if unread:

@@ -1,7 +1,7 @@
-"""What all receiving ends share: what becomes of the weights that arrive in a vLLM worker.
+"""Load the weights that arrive in a vLLM worker. All receivers share this code.
 
-Staged, they are held until the push is complete and then loaded all at once. In place, each bucket is loaded as it
-arrives. How it arrives is the business of `shm_receiver`, `broadcast_receiver` and `ipc_receiver`.
+Staged weights are held until the push is complete, then loaded all at once. In place, each bucket is loaded as it
+arrives. `shm_receiver`, `broadcast_receiver` and `ipc_receiver` define how a bucket arrives.
 """
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from frpo.rollout.load_check import Readings, problem
 
 @dataclass(kw_only=True)
 class InitInfo(WeightTransferInitInfo):
-    """staged: whether the model is to stay as it is until a push is complete. adapters: whether what is pushed is not
-    the model's but LoRA's, which the engine adds to it.
+    """staged: whether the model stays unchanged until a push is complete. adapters: whether LoRA adapters are pushed,
+    which the engine adds to the model, instead of the model's weights.
     """
 
     staged: bool
@@ -36,13 +36,13 @@ Update = TypeVar("Update", bound=WeightTransferUpdateInfo)
 
 
 class Receiver(WeightTransferEngine[Info, Update]):
-    """Lives in a vLLM worker. A push is start, buckets, `load_weight_update`, finish; vLLM has no such third step."""
+    """Receiver in a vLLM worker. A push is: start, buckets, `load_weight_update`, finish. vLLM lacks the third step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.staging, self.adapters = True, False
         self.known: frozenset[str] = frozenset()
-        """Names of the last push that was found to reach every parameter."""
+        """Names of the last push whose check found that it reached every parameter."""
         self._forget()
 
     def init_transfer_engine(self, init_info: Info) -> None:
@@ -50,7 +50,7 @@ class Receiver(WeightTransferEngine[Info, Update]):
 
     @abstractmethod
     def bucket(self, update_info: Update) -> dict[str, torch.Tensor]:
-        """Whole parameters by checkpoint name. Staged: in memory that nobody else will change."""
+        """Return whole parameters by checkpoint name. If staged, their memory must not be changed by others."""
 
     def start_weight_update(self) -> None:
         self._forget()
@@ -66,10 +66,10 @@ class Receiver(WeightTransferEngine[Info, Update]):
             self._load(bucket)
 
     def load_weight_update(self) -> str | None:
-        """Swap in what is staged, if it is. Returns what of the push or of the model was left out, in words.
+        """Load the staged weights, if any. Return in words what of the push or of the model was left out.
 
-        Raises ValueError, with staged weights untouched, if nothing was received. Looked at when other names arrive
-        than last time.
+        The check runs only if the pushed names differ from those of the last correct push. Raises ValueError, with
+        staged weights untouched, if nothing was received.
         """
         if not self.names:
             raise ValueError("weight update finished without a single parameter received")
@@ -86,7 +86,7 @@ class Receiver(WeightTransferEngine[Info, Update]):
         return found
 
     def take_staged(self) -> dict[str, torch.Tensor]:
-        """What is staged, on the CPU; it is forgotten here."""
+        """Return the staged tensors, on the CPU, and drop them here."""
         staged = {name: tensor.cpu().contiguous() for name, tensor in self.staged.items()}
         self._forget()
         return staged
@@ -100,7 +100,7 @@ class Receiver(WeightTransferEngine[Info, Update]):
         self.names: set[str] = set()
         self.unread: set[str] = set()
         self.loaded: set[str] | None = set()
-        """What the model says it has loaded; None: it says nothing."""
+        """Names that the model reports as loaded; None: the model reports nothing."""
 
     def _load(self, weights: Mapping[str, torch.Tensor]) -> None:
         known = weights.keys() <= self.known
@@ -118,7 +118,7 @@ class Receiver(WeightTransferEngine[Info, Update]):
         refresh_output_head(self.model)
 
     def abort_weight_update(self) -> None:
-        """Forget a staged update that its sender never finished."""
+        """Drop a staged update that its sender never finished."""
         self._forget()
 
     def shutdown(self) -> None:
@@ -126,10 +126,10 @@ class Receiver(WeightTransferEngine[Info, Update]):
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:
-    """Let the reload that follows build the kernels of experts anew.
+    """Drop the kernels of experts, so that the next reload builds them anew.
 
-    On CPU, vLLM packs the experts into the kernel's layout only as it builds the kernel. A reload that keeps the kernel
-    hands it plain weights, which it takes for packed ones, silently.
+    On CPU, vLLM packs the experts into the kernel's layout only while it builds the kernel. A reload that keeps the
+    kernel would give it plain weights, and the kernel would silently use them as packed weights.
     """
     if not current_platform.is_cpu():
         return
@@ -140,10 +140,10 @@ def drop_expert_kernels(model: torch.nn.Module) -> None:
 
 
 def refresh_output_head(model: torch.nn.Module) -> None:
-    """Rebuild the packed matrix of the output head, which vLLM's reload leaves at its old values if it is tied.
+    """Rebuild the packed matrix of the output head. vLLM's reload leaves the old values in a tied head.
 
-    On CPU, vLLM packs linear weights into a private layout; a tied head is a module of its own whose packed copy no
-    reloaded layer owns, so without this the embeddings are new and the logits old, silently.
+    On CPU, vLLM packs linear weights into a private layout. A tied head is a separate module, and no reloaded layer
+    owns its packed copy. Without this call the embeddings are new and the logits are silently old.
     """
     if not current_platform.is_cpu():
         return

@@ -1,4 +1,4 @@
-"""Prompts to groups of completions: seeds and order. It does not know how an engine is reached."""
+"""Sample groups of completions for prompts: set seeds and order. The calls to engines are in the pool."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -11,23 +11,23 @@ from frpo.telemetry.progress import counted
 from frpo.types import Prompt, RolloutGroup
 
 SEED_RANGE = 2**31
-"""Seeds of one purpose. Torch's CPU generator reads only the low 32 bits of a seed, so seeds may differ only there."""
+"""Number of seeds of one purpose. Seeds must differ in their low 32 bits; torch's CPU generator reads only these."""
 
 TRAINING, EVALUATION = 0, 1
 
 
 class Pool(Protocol):
-    """The engines, as the sampler needs them."""
+    """The interface of the engines that the sampler needs."""
 
     def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
                ) -> Iterator[RolloutGroup]: ...
 
 
 def sample_seeds(run_seed: int, purpose: int, first: int, count: int) -> tuple[int, ...]:
-    """Seeds of samples `first ... first + count - 1` of a run, counted over all its steps.
+    """Return the seeds of samples `first ... first + count - 1` of a run, counted over all its steps.
 
-    Distinct within a run for 2^31 samples a purpose (training, evaluation): the count itself, rotated by the run's
-    seed, with the purpose as the highest of 32 bits.
+    Seeds are distinct within a run, for 2^31 samples of each purpose (training, evaluation). A seed is the sample's
+    number, rotated by the run's seed, with the purpose as the highest of 32 bits.
     """
     if first + count > SEED_RANGE:
         raise ConfigError(f"sample {first + count} of a run exceeds its {SEED_RANGE} distinct seeds; start a new run")
@@ -36,7 +36,7 @@ def sample_seeds(run_seed: int, purpose: int, first: int, count: int) -> tuple[i
 
 
 class Sampler:
-    """Draws whole groups from the engines, assigned to them as `assignment` says: "static" or "load"."""
+    """Sample whole groups from the engines. assignment: rule that assigns groups to engines, "static" or "load"."""
 
     def __init__(self, pool: Pool, num_engines: int, run_seed: int, assignment: str = "static"):
         self.pool = pool
@@ -47,11 +47,12 @@ class Sampler:
     def stream(self, prompts: Sequence[Prompt], *, step: int, first_sample: int, group_size: int, sampling: Sampling,
                version: int, or_newer: bool = False, first_draw: int = 0, purpose: int = TRAINING
                ) -> Iterator[RolloutGroup]:
-        """One group a prompt, each as it finishes.
+        """Yield one group for each prompt, as it finishes.
 
-        first_sample: number of this run's (and purpose's) samples drawn before, from which seeds follow.
-        first_draw: number of prompts that this step has drawn before; it goes on counting in the group ids.
-        Raises EngineError if an engine dies, is late, or holds weights other than `version` (or_newer: older ones).
+        first_sample: number of samples that this run has drawn before for this purpose; the seeds depend on it.
+        first_draw: number of prompts that this step has drawn before; group ids continue from this number.
+        Raises EngineError if an engine dies, is late, or holds weights other than `version`. With or_newer, only
+        older weights are an error.
         """
         requests = [
             GroupRequest(group_id=(step, first_draw + i), prompt=prompt,
@@ -60,7 +61,7 @@ class Sampler:
         return self.pool.stream(self.assign(requests, self.num_engines), sampling, version, or_newer)
 
     def sample(self, prompts: Sequence[Prompt], **options: Any) -> list[RolloutGroup]:
-        """All groups of `stream`, sorted by group id."""
+        """Return all groups of `stream`, sorted by group id."""
         groups = []
         for done, group in enumerate(self.stream(prompts, **options), start=1):
             counted("sample", done, len(prompts))

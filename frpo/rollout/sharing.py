@@ -1,7 +1,8 @@
-"""One vLLM engine for several callers: they take turns between its steps, and each gets the outputs of its requests.
+"""Share one vLLM engine between several callers: they take turns between engine steps, and get only their own outputs.
 
-Whoever waits for an output steps the engine for everybody. Weights change between two steps, so that requests which are
-under way go on with the new ones: pause, push, resume, with no request lost. It does not know what is asked or why.
+A caller that waits for an output steps the engine for all callers. Weights change between two steps, and unfinished
+requests continue with the new weights: pause, push, resume, with no request lost. This module does not interpret
+requests.
 """
 from __future__ import annotations
 
@@ -15,16 +16,16 @@ from frpo.errors import EngineError
 
 
 class SharedEngine:
-    """Callers of one `LLMEngine`, each in a thread of its own.
+    """One `LLMEngine` and its callers, each in its own thread.
 
-    limit_s: how long a turn is waited for. Whoever holds the engine may have died, and it would never be released.
-    guard: a context in which every turn is taken.
+    limit_s: seconds to wait for a turn; the holder of the engine may have died and would never release it.
+    guard: context that surrounds every turn.
     """
 
     def __init__(self, engine: Any, limit_s: float, guard: Callable[[], AbstractContextManager] = nullcontext):
         self.engine, self.limit_s, self.guard = engine, limit_s, guard
         self.options: dict[str, Any] = {}
-        """Of `LLMEngine.add_request`, for every request from now on."""
+        """Options of `LLMEngine.add_request` for every request from now on."""
         self._callers: dict[str, Caller] = {}
         self._numbers = itertools.count()
         self._gate, self._turn = threading.Lock(), threading.Lock()
@@ -32,7 +33,7 @@ class SharedEngine:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Between two steps of the engine. Whoever waits comes before the next step of whoever is stepping.
+        """Take a turn between two steps of the engine. A waiting thread comes before a stepping thread's next step.
 
         Raises EngineError if the turn does not come within the limit.
         """
@@ -45,7 +46,7 @@ class SharedEngine:
 
     @contextmanager
     def turn_of_update(self) -> Iterator[None]:
-        """A turn for one call of an update, which has it already if the update holds the engine."""
+        """Take a turn for one call of an update. If the update holds the engine, the call needs no new turn."""
         if self._held:
             with self.guard():
                 yield
@@ -54,7 +55,7 @@ class SharedEngine:
                 yield
 
     def hold(self) -> None:
-        """Keep the engine from stepping until `release`, from whatever thread that comes."""
+        """Keep the engine from stepping until `release`, which any thread may call."""
         self._take()
         self._held = True
 
@@ -64,7 +65,7 @@ class SharedEngine:
 
     @contextmanager
     def caller(self) -> Iterator[Caller]:
-        """A caller, whose unfinished requests are aborted when the context ends."""
+        """Provide a caller. Its unfinished requests are aborted when the context ends."""
         caller = Caller(self, str(next(self._numbers)))
         with self.turn():
             self._callers[caller.name] = caller
@@ -77,14 +78,14 @@ class SharedEngine:
                     self.engine.abort_request([f"{caller.name}/{key}" for key in caller.unfinished], internal=False)
 
     def step(self) -> None:
-        """One step, within a turn; finished outputs go to whoever asked."""
+        """Run one step, within a turn. Pass finished outputs to the callers that asked for them."""
         for output in self.engine.step():
             name, _, key = output.request_id.partition("/")
             if output.finished and name in self._callers:
                 self._callers[name].arrived.append((key, output))
 
     def _take(self) -> None:
-        # The gate is held while waiting, so that a thread which steps again and again cannot overtake.
+        # Hold the gate while waiting, so that a thread that steps again and again cannot overtake.
         if not self._gate.acquire(timeout=self.limit_s):
             raise self._late()
         try:
@@ -99,7 +100,7 @@ class SharedEngine:
 
 
 class Caller:
-    """One caller's requests, by keys of its own."""
+    """The requests of one caller, by keys that the caller chooses."""
 
     def __init__(self, shared: SharedEngine, name: str):
         self.shared, self.name = shared, name
@@ -107,9 +108,10 @@ class Caller:
         self.arrived: list[tuple[str, Any]] = []
 
     def add(self, make: Callable[[], dict[str, tuple[Any, Any]]]) -> None:
-        """Requests by key, (vLLM prompt, SamplingParams), made within the turn: the weights are still those at `make`.
+        """Add the requests of `make`: key -> (vLLM prompt, SamplingParams).
 
-        They are scheduled in this order, with nobody's between.
+        `make` runs in the same turn, so the weights cannot change between `make` and the adding. Requests are scheduled
+        in this order, with no other caller's requests between them.
         """
         with self.shared.turn():
             for key, (prompt, params) in make().items():
@@ -117,7 +119,8 @@ class Caller:
                 self.unfinished[key] = None
 
     def outputs(self) -> list[tuple[str, Any]]:
-        """What has finished since the last call, as (key, vLLM output), after a step if nothing has."""
+        """Return (key, vLLM output) of requests that finished since the last call. If there are none, run a step first.
+        """
         with self.shared.turn():
             if not self.arrived:
                 self.shared.step()

@@ -1,4 +1,4 @@
-"""The receiving end of `weight_sync.cpu_shm`, inside a vLLM worker: buckets are files in shared memory, mapped here."""
+"""Receive the weights of `weight_sync.cpu_shm` inside a vLLM worker: map buckets, which are files in shared memory."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class SharedMemoryReceiver(Receiver[InitInfo, UpdateInfo]):
-    """Maps the files: all workers share one copy in memory, and none lies on a GPU before it is loaded."""
+    """Map the files. All workers share one copy in memory, and no tensor is on a GPU before it is loaded."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo

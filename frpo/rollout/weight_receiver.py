@@ -1,7 +1,7 @@
-"""What a vLLM worker imports to receive weights by the backends of `frpo.weight_sync`.
+"""Register the backends of `frpo.weight_sync` in a vLLM worker, so that the worker can receive weights.
 
-The engine names `WorkerExtension` as its `worker_extension_cls`, so that workers in their own processes import this
-module too; that registers the backends.
+The engine names `WorkerExtension` as its `worker_extension_cls`, so workers in their own processes import this module
+too. The import registers the backends.
 """
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ RECEIVERS: Mapping[str, type[Receiver]] = {
 
 
 class WorkerExtension:
-    """Adds to vLLM's worker, whose attributes it names here, what its interface lacks."""
+    """Methods that vLLM's worker lacks. The annotated attributes are those of vLLM's worker."""
 
     vllm_config: VllmConfig
     weight_transfer_engine: Receiver
     rank: int
 
     def load_weight_update(self) -> str | None:
-        """What comes before `finish_weight_update`: see `Receiver.load_weight_update`."""
+        """Load the pushed weights, before `finish_weight_update`. See `Receiver.load_weight_update`."""
         with set_current_vllm_config(self.vllm_config):
             return self.weight_transfer_engine.load_weight_update()
 
@@ -47,14 +47,14 @@ class WorkerExtension:
                 adapter_config(lora, staged)), encoding="utf-8")
 
     def abort_weight_update(self) -> None:
-        """Forget a staged update that its sender never finished; nothing of it has reached the model."""
+        """Drop a staged update that its sender never finished. No part of it has reached the model."""
         self.weight_transfer_engine.abort_weight_update()
         self._weight_update_active = False
 
     def unname_shared_memory(self) -> None:
         """Remove the names of the memory in which vLLM's CPU workers exchange tensors (8 MB), once all have mapped it.
 
-        The kernel then frees it with the last of them, however they end, and nobody has to look for leftovers.
+        The kernel then frees the memory when the last worker ends, however it ends, so no files are left over.
         """
         for file in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*-cpushm*"):
             file.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from frpo.types import Example
 
 
 def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """Return the indices of all `count` items: a permutation drawn from (seed, epoch), or 0, 1, ... if not `shuffle`."""
+    """Return the indices of all `count` items: a permutation drawn from (seed, epoch), or in order if not `shuffle`."""
     if not shuffle:
         return np.arange(count)
     # A pair as entropy, not seed + epoch: run 1's first epoch would be run 0's second.

@@ -1,4 +1,4 @@
-"""Prompts in, learner batches out: reading, rendering and tokenizing rows; laying samples out over ranks.
+"""Read, render and tokenize rows of a data set, and lay out samples as learner batches over ranks.
 
-It does not sample, score or train, and it starts no engine.
+This package does not sample, score or train, and starts no engine.
 """

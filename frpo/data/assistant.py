@@ -1,7 +1,7 @@
-"""What the assistant says in a conversation, as tokens with a loss, for any chat template.
+"""Turn a conversation into tokens, with a loss on the assistant's turns, for any chat template.
 
-The template is rendered, never read: it needs no {% generation %} markers, and no message is searched for in the text.
-Does not read rows or shorten examples.
+The template is rendered, never parsed. The template needs no {% generation %} markers, and no message is searched for
+in the text. This module does not read rows or shorten examples.
 """
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from frpo.errors import DataError, ModelError, UnknownTokenError
 Conversation = Sequence[Mapping[str, str]]
 
 Tokens = tuple[list[int], list[bool]]
-"""Token ids, and which of them the assistant says."""
+"""Token ids, and for each token whether it has a loss."""
 
 ANCHORS = ("\n", "a", "0", ".")
-"""Texts to tokenize a turn behind, where its first token would merge with the end of its prompt.
+"""Texts to put before a turn when tokenizing it, if its first token would merge with the end of its prompt.
 
-With nothing before it, some tokenizers take a turn for the beginning of a text and put a space there.
+Some tokenizers put a space before a turn that has no text before it, since they treat it as the start of a text.
 """
 
 TAG_BEGINS, TAG_ENDS = ("<", "[", "◁"), (">", "]", "▷")
 
 TAGS = re.compile(r"((<[^<>]*>|\[[^\[\]]*\]|◁[^◁▷]*▷)\s*)*$")
-"""At the end of a text."""
+"""Pattern of the tags at the end of a text."""
 
 
 class AssistantTokens:
-    """Conversations as tokens, with a loss on the assistant's turns: on all of them, or on the last.
+    """Tokenizer of conversations, with a loss on all turns of the assistant or on the last one.
 
-    A turn begins where the prompt for it ends, as `render` makes it for sampling. It ends with the token that ends a
-    turn. What the template writes behind that token has no loss.
+    A turn begins where its prompt ends; that prompt is the one that `render` makes for sampling. A turn ends with the
+    token that ends a turn. Text that the template writes after that token has no loss.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: Literal["all", "last"]) -> None:
@@ -45,10 +45,10 @@ class AssistantTokens:
         self.ending: str | None = None
 
     def of(self, messages: Conversation) -> Tokens:
-        """Tokens of a conversation that the assistant ends. No token belongs to a prompt and to a turn.
+        """Tokenize a conversation that ends with the assistant. No token belongs to both a prompt and a turn.
 
-        Raises DataError where the template refuses or drops a message or does not write a turn as it would be sampled,
-        ModelError where it does not end a turn.
+        Raises DataError if the template refuses or drops a message, or writes a turn differently from how the turn
+        would be sampled. Raises ModelError if the template does not end a turn.
         """
         try:
             whole = template_text(messages, self.tokenizer)
@@ -70,9 +70,9 @@ class AssistantTokens:
         return ids, mask
 
     def _turn(self, messages: Conversation, number: int, whole: str) -> tuple[int, int]:
-        """Where the turn of a message begins and ends (exclusive) in the rendered conversation."""
+        """Find where the turn of a message begins and ends (exclusive) in the rendered conversation."""
         before, content = messages[:number], messages[number]["content"]
-        mark = _absent(messages)  # stands for the content, so that around it is what the template writes
+        mark = _absent(messages)  # replaces the content, so that the text around the mark is the template's
         marked = template_text((*before, _said(mark * max(1, len(content))), *messages[number + 1:]), self.tokenizer)
         tail = marked.rpartition(mark)[2]
         head = marked.partition(mark)[0]
@@ -95,7 +95,10 @@ class AssistantTokens:
         return start, stop + len(self._ending(before, tail, number))
 
     def _ending(self, before: Conversation, tail: str, number: int) -> str:
-        """What ends every turn, once it is seen to end this one too; `tail` is all that follows the content."""
+        """Return the text that ends every turn, after checking that this turn ends with it too.
+
+        tail: all text after the content.
+        """
         self.ending = self.ending or turn_ending(before, self.tokenizer)
         if self.ending is None:
             raise ModelError(
@@ -110,15 +113,16 @@ class AssistantTokens:
 
 
 def turn_ending(before: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the template writes from the end of an answer to `before` up to the token that ends the turn.
+    """Return the text that the template writes after an answer to `before`, up to the token that ends the turn.
 
-    That token is the end of sequence or else the first special token, if the template writes it whatever follows the
-    turn. None where it writes none. Raises jinja2's TemplateError where it refuses the messages.
+    That token is the end-of-sequence token, or else the first special token that the template writes regardless of
+    what follows the turn. Returns None if the template writes no such token. Raises jinja2's TemplateError if the
+    template refuses the messages.
     """
     mark = _absent(before)
     answered = (*before, _said(mark))
     alone = followed = template_text(answered, tokenizer).rpartition(mark)[2]
-    with suppress(TemplateError):  # by a template for one question and one answer
+    with suppress(TemplateError):  # raised by a template for one question and one answer
         followed = template_text((*answered, {"role": "user", "content": "x"}), tokenizer).rpartition(mark)[2]
     always, eos = alone[:_shared(alone, followed)], tokenizer.eos_token
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()} | {eos}
@@ -129,7 +133,10 @@ def turn_ending(before: Conversation, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token that ends a turn; None where the template writes none or refuses a question and its answer."""
+    """Return the id of the token that ends a turn.
+
+    Returns None if the template writes no such token or refuses a question and its answer.
+    """
     try:
         ending = turn_ending(({"role": "user", "content": "x"},), tokenizer)
     except TemplateError:
@@ -138,9 +145,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def continuation(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of `text` behind the text `before`, with which it shares no token; special tokens are not added.
+    """Tokenize `text` as the continuation of the text `before`. No token covers both; no special token is added.
 
-    Raises DataError where the tokenizer cannot keep the two apart.
+    Raises DataError if the tokenizer cannot keep the two texts apart.
     """
     for anchor in (before, *ANCHORS):
         first, both = _ids(anchor, tokenizer), _ids(anchor + text, tokenizer)
@@ -150,7 +157,7 @@ def continuation(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def to_learn(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`continuation` of a text to learn. Raises UnknownTokenError where the tokenizer lacks a character of it."""
+    """Tokenize a text to learn by `continuation`. Raises UnknownTokenError if the tokenizer lacks a character of it."""
     ids, unknown = continuation(before, text, tokenizer), tokenizer.unk_token_id
     if unknown is None or ids.count(unknown) <= text.count(tokenizer.unk_token):
         return ids
@@ -169,22 +176,22 @@ def _said(content: str) -> dict[str, str]:
 
 
 def _absent(messages: Conversation) -> str:
-    """A character (of the private use area) that no message has."""
+    """Return a character (of the private use area) that no message has."""
     used = set().union(*(message["content"] for message in messages))
     return next(char for char in map(chr, range(0xE000, 0xF900)) if char not in used)
 
 
 def _shared(one: str, other: str) -> int:
-    """Length of the beginning that two texts share."""
+    """Return the length of the common prefix of two texts."""
     return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
                 min(len(one), len(other)))
 
 
 def _opens(prompt: str, head: str, lost: str) -> bool:
-    """Whether the prompt itself begins an answer with `lost`, as with <think>; white space does not count.
+    """Check whether the prompt itself begins an answer with `lost`, for example <think>. White space does not count.
 
-    head: all that the template writes before another answer. What the prompt has beyond it is a beginning, and so are
-    the tags that it ends with: an answer may have an empty thought of its own.
+    head: all text that the template writes before another answer. The part of the prompt after the head begins an
+    answer. So do the tags at the end of the prompt, since an answer may have an empty thought of its own.
     """
     if not lost:
         return True
@@ -195,9 +202,10 @@ def _opens(prompt: str, head: str, lost: str) -> bool:
 
 
 def _lost(content: str, text: str) -> str:
-    """The part of `content` up to where `text`, both read from their ends, goes on otherwise; empty if all is there.
+    """Return the part of `content` that is not at the end of `text`. Return "" if all of it is there.
 
-    White space at the ends of the content may be missing, and the text may have more of it beside tags.
+    Both are compared from their ends; the part runs up to the last character that differs. White space at the ends of
+    the content may be missing, and the text may have more white space beside tags.
     """
     content, text = content.strip(), text.rstrip()
     if text.endswith(content):

@@ -1,7 +1,7 @@
-"""Groups or examples to the samples of each optimizer update, with token weights that are divided once and for all.
+"""Turn groups or examples into the samples of each optimizer update, with token weights that are already divided.
 
-A sample's weights depend on the samples of its update only, never on how `layout` spreads them over ranks and
-micro-batches. Does not compute advantages, build tensors or talk to a learner.
+A sample's weights depend only on the samples of its update, never on how `layout` spreads them over ranks and
+micro-batches. This module does not compute advantages, build tensors or call a learner.
 
 Legend: N samples of an update, S tokens of a sample (prompt and completion).
 """
@@ -18,19 +18,19 @@ from frpo.objectives.reduction import token_weights
 from frpo.types import AdvantagedGroup, Example, RankBatches, RolloutGroup, SupervisedSample, TrainingSample
 
 LARGEST_ADVANTAGE = float(np.finfo(np.float32).max)
-"""The loss is computed in float32."""
+"""Largest absolute advantage, since the loss is computed in float32."""
 
 
 def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, max_length: int,
          old_logprobs: Sequence[tuple[np.ndarray, ...] | None] | None = None, train_truncated: bool = True,
          watched: Callable[[Mapping[str, Any]], bool] = lambda columns: True) -> RankBatches:
-    """The samples of one optimizer update, laid out.
+    """Build and lay out the samples of one optimizer update.
 
-    reduction, max_length: see `token_weights`; N are the samples of these groups.
-    old_logprobs: per group and completion, T log-probs under the policy before the first update; None where that is the
-    policy of this update. train_truncated: if False, completions cut off by the length limit have no loss; they still
-    count in N. watched: by a prompt's columns, whether its completions count in the mean KL of a sequence.
-    Raises ConfigError for a sample that does not fit, InvariantError for values not finite.
+    reduction, max_length: see `token_weights`; N is the number of samples of these groups.
+    old_logprobs: per group and completion, T log-probs under the policy before the first update; None if that policy
+    is the policy of this update. train_truncated: if False, completions cut off by the length limit have no loss, but
+    still count in N. watched: function of a prompt's columns; if true, the prompt's completions count in the mean KL
+    of a sequence. Raises ConfigError for a sample that does not fit, InvariantError for values that are not finite.
     """
     old = [None] * len(groups) if old_logprobs is None else old_logprobs
     lengths_N = np.array([int(completion.loss_mask.sum()) if train_truncated or not completion.truncated else 0
@@ -44,17 +44,17 @@ def pack(groups: Sequence[AdvantagedGroup], layout: Layout, *, reduction: str, m
 
 
 def score_batches(groups: Sequence[RolloutGroup], layout: Layout) -> RankBatches:
-    """`[rank][i]` micro-batches of all completions for a pass without gradients, such as reference log-probs.
+    """Lay out all completions as `[rank][i]` micro-batches for a pass without gradients, such as reference log-probs.
 
-    Samples have no advantage and no weight; skip those with `is_padding` when reading results.
+    Samples have no advantage and no weight. Skip samples with `is_padding` when reading results.
     """
     return lay_out([_sample(group, index) for group in groups for index in range(len(group.completions))], layout)
 
 
 def pack_examples(examples: Sequence[tuple[int, Example]], layout: Layout, *, reduction: str) -> RankBatches:
-    """The examples of one supervised update, each with its index in the data set, laid out.
+    """Lay out the examples of one supervised update, each given with its index in the data set.
 
-    reduction: see `token_weights`; N are these examples. Raises ConfigError for one that does not fit.
+    reduction: see `token_weights`; N is the number of examples. Raises ConfigError for an example that does not fit.
     """
     masks = [np.array(example.loss_mask, dtype=bool) for _, example in examples]
     weights = token_weights(reduction, np.array([mask_S.sum() for mask_S in masks]), 1)
@@ -66,7 +66,7 @@ def pack_examples(examples: Sequence[tuple[int, Example]], layout: Layout, *, re
 
 def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarray, ...] | None,
                       train_truncated: bool, weights: Iterator[float], watched: bool) -> Iterator[TrainingSample]:
-    """The samples of a group with advantages, old and reference log-probs, and the next of `weights` each."""
+    """Yield the samples of a group with advantage, old and reference log-probs, and the next weight of `weights`."""
     group, ref_logprobs = advantaged.scored.group, advantaged.ref_logprobs
     for index, completion in enumerate(group.completions):
         advantage = float(advantaged.advantages_G[index])
@@ -82,9 +82,9 @@ def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarra
 
 def _sample(group: RolloutGroup, index: int, *, advantage: float = 0.0, weight: float = 0.0, learns: bool = True,
             watched: bool = False, old: np.ndarray | None = None, ref: np.ndarray | None = None) -> TrainingSample:
-    """Prompt and completion as one sequence, with a loss on the completion's own tokens if it `learns`.
+    """Join prompt and completion to one sequence, with a loss on the completion's own tokens if `learns` is true.
 
-    weight: of each token with a loss, which nothing divides again. old, ref: T log-probs of the completion.
+    weight: of each token with a loss; nothing divides it again. old, ref: T log-probs of the completion.
     """
     prompt, completion = group.prompt, group.completions[index]
     sample_id, start = (*group.group_id, index), len(prompt.token_ids)
@@ -107,7 +107,10 @@ def _sample(group: RolloutGroup, index: int, *, advantage: float = 0.0, weight: 
 
 
 def _aligned(logprobs_T: np.ndarray, own_S: np.ndarray, start: int, what: str) -> np.ndarray:
-    """float32 (S): log-probs of a completion behind zeros for its prompt; zero in holes, where none may be known."""
+    """Return float32 (S): zeros for the prompt, then log-probs of the completion.
+
+    Tokens that are not the completion's own have zero too, since their log-probs may be unknown.
+    """
     assert len(logprobs_T) == len(own_S) - start, f"{what}s: {len(logprobs_T)}, tokens: {len(own_S) - start}"
     aligned_S = np.zeros(len(own_S), dtype=np.float32)
     np.copyto(aligned_S[start:], logprobs_T, where=own_S[start:], casting="same_kind")

@@ -1,6 +1,7 @@
-"""Messages and plain text to prompt token ids, and what a tokenizer must have for that.
+"""Turn messages and plain text into prompt token ids, and check that a tokenizer has all that is needed for this.
 
-Does not pad, truncate or batch, and knows no model family: the tokenizer's own chat template decides.
+This module does not pad, truncate or batch. No code depends on a model family: the tokenizer's own chat template
+decides.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ Messages = tuple[Mapping[str, str], ...]
 
 def template_text(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase,
                   add_generation_prompt: bool = False) -> str:
-    """`messages` as text by the chat template. Raises jinja2's TemplateError for whatever the template raises."""
+    """Render `messages` as text by the chat template. Raises jinja2's TemplateError for any error of the template."""
     try:
         text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False,
                                              add_generation_prompt=add_generation_prompt)
@@ -32,17 +33,17 @@ def template_text(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTo
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids of `messages` by the chat template, up to where the assistant's next turn begins.
+    """Render `messages` as token ids by the chat template, up to where the assistant's next turn begins.
 
     Only the template adds special tokens (a second beginning-of-sequence token would be off the model's distribution).
-    Raises DataError when the template refuses the messages, leaves one out or does not write where an answer begins.
+    Raises DataError if the template refuses the messages, leaves a message out or does not mark where an answer begins.
     """
     try:
         text = template_text(messages, tokenizer, add_generation_prompt=True)
     except TemplateError as error:
         raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
     check_written(messages, tokenizer, add_generation_prompt=True)
-    with suppress(TemplateError):  # by a template that writes no answer to such messages
+    with suppress(TemplateError):  # raised by a template that writes no answer to such messages
         answered = template_text([*messages, {"role": "assistant", "content": "\uf8ff"}], tokenizer)
         check_header(messages, text, answered.rpartition("\uf8ff")[0], tokenizer)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -50,10 +51,10 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizer
 
 def check_written(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase,
                   add_generation_prompt: bool = False) -> None:
-    """Raise DataError for a message that the chat template leaves out, as many do with a system's or a tool's.
+    """Raise DataError for a message that the chat template leaves out, as many do with system or tool messages.
 
-    Each is told by a character (of the private use area) in the place of its content. A template that refuses such
-    content is not asked.
+    To recognise a message, its content is replaced by a character of the private use area. The check is skipped for a
+    template that refuses such content.
     """
     marks = {number: chr(0xE000 + number) for number, m in enumerate(messages[:6400]) if m["content"].strip()}
     marked = [{**m, "content": marks.get(number, m["content"])} for number, m in enumerate(messages)]
@@ -69,9 +70,9 @@ def check_written(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTo
 
 def check_header(messages: Sequence[Mapping[str, str]], prompt: str, head: str, tokenizer: PreTrainedTokenizerBase
                  ) -> None:
-    """Raise DataError if the template writes a header before an answer that it does not write for sampling one.
+    """Raise DataError if the template writes a header before an answer, but not at the end of the prompt for sampling.
 
-    prompt: `messages` as they are sampled from. head: what there is before the content of an answer to them.
+    prompt: `messages` rendered for sampling. head: the text before the content of an answer to these messages.
     """
     beyond = head[len(prompt):] if head.startswith(prompt) else ""
     if beyond.strip() and prompt == template_text(messages, tokenizer):
@@ -82,10 +83,10 @@ def check_header(messages: Sequence[Mapping[str, str]], prompt: str, head: str, 
 
 
 def render_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids of plain text, with the special tokens that the tokenizer puts *before* text by default.
+    """Tokenize plain text, with the special tokens that the tokenizer puts *before* text by default.
 
-    So a beginning-of-sequence token is there exactly where the model was trained with one, as in vLLM's own
-    tokenizing of a string. An end-of-sequence token put after it is taken off: the completion has yet to come.
+    So the prompt has a beginning-of-sequence token exactly if the model was trained with one, as when vLLM tokenizes a
+    string. An end-of-sequence token after the text is removed, since the completion follows.
     """
     ids = tokenizer(text)["input_ids"]
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -94,7 +95,7 @@ def render_text(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
 
 
 def checked_messages(origin: str, messages: list[Any]) -> Messages:
-    """Messages of a row with nothing but role and content. Raises DataError naming the row."""
+    """Check that each message of a row has a role, a content and nothing else. Raises DataError naming the row."""
     if not messages:
         raise DataError(f"{origin}: the list of messages is empty; give at least one user message")
     checked = []
@@ -110,7 +111,7 @@ def checked_messages(origin: str, messages: list[Any]) -> Messages:
 
 
 def with_system(origin: str, messages: Messages, system_prompt: str | None) -> Messages:
-    """The messages behind the recipe's system prompt, if it has one. Raises DataError if the row has its own."""
+    """Put the recipe's system prompt, if there is one, before the messages. Raises DataError if the row has its own."""
     if system_prompt is None:
         return messages
     if messages[0]["role"] == "system":
@@ -121,8 +122,8 @@ def with_system(origin: str, messages: Messages, system_prompt: str | None) -> M
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, needs_chat: bool) -> None:
     """Raise ModelError unless the tokenizer has end-of-sequence and padding tokens and, if needed, a chat template.
 
-    The padding token does not fall back to the end-of-sequence token: whoever takes padding out by its id would take
-    out every end of sequence with it, and the policy would never learn to stop.
+    The padding token does not fall back to the end-of-sequence token. Code that removes padding by its id would then
+    remove every end of sequence too, and the policy would never learn to stop.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.eos_token_id is None:

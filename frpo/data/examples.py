@@ -1,6 +1,6 @@
-"""Supervised examples of a run: rows rendered and tokenized, with a loss on what the assistant says and nowhere else.
+"""Load the supervised examples of a run: render and tokenize rows, with a loss on the assistant's text only.
 
-Does not batch or order them. A row is a list of messages, or a prompt and its response.
+A row is a list of messages, or a prompt and its response. This module does not batch or order the examples.
 """
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def load_examples(data: SupervisedDataSection, tokenizer: PreTrainedTokenizerBas
                   embeddings: int | None = None) -> ExampleSet:
     """Read, render, tokenize and split the examples that `data` describes. `seed` orders generated arithmetic only.
 
-    max_length: most tokens of an example; `data.too_long` says what happens to longer ones. embeddings: how many the
-    model has; None: enough. What is held out is `set_aside`'s business.
-    Raises DataError naming the row of what is broken, has nothing to learn or is too long; ModelError for a tokenizer
-    that does not fit and naming a row that needs a token without an embedding.
+    max_length: most tokens of an example; `data.too_long` decides about longer examples. embeddings: number of the
+    model's embeddings; None: do not check. `set_aside` decides which examples are held out.
+    Raises DataError naming a row that is broken, has nothing to learn or is too long. Raises ModelError for a tokenizer
+    that does not fit, and naming a row that needs a token without an embedding.
     """
     check_tokenizer(tokenizer, needs_chat=data.format == "chat")
     assistant = AssistantTokens(tokenizer, data.train_on)
@@ -88,7 +88,7 @@ def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) 
 
 
 def _messages(row: Row, data: SupervisedDataSection) -> Messages:
-    """The row's list of messages, or its prompt and response as two; the system prompt before them."""
+    """Return the system prompt, then the row's list of messages, or its prompt and response as two messages."""
     if data.messages_column in row.columns:
         messages: Messages = checked_messages(row.origin, column(row, data.messages_column, list))
     else:
@@ -104,14 +104,14 @@ def _messages(row: Row, data: SupervisedDataSection) -> Messages:
 
 
 def _text_tokens(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Prompt as in sampling, then the response and the end of sequence."""
+    """Tokenize the prompt as for sampling, then the response and the end of sequence."""
     before = render_text(prompt, tokenizer)
     said = [*to_learn(prompt, response, tokenizer), tokenizer.eos_token_id]
     return [*before, *said], [False] * len(before) + [bool(response)] * len(said)
 
 
 def _shortened(example: Example, data: SupervisedDataSection, max_length: int) -> Example | None:
-    """The example without its end, or None where it is to be left out or would have nothing to learn."""
+    """Cut the end of the example. Return None if the example is to be dropped or would have nothing to learn."""
     if data.too_long == "refuse":
         raise DataError(f"{example.origin}: the example has {len(example.token_ids)} tokens, model.max_length allows "
                         f"{max_length}; raise it, or set data.too_long to cut (the end is left off) or drop")

@@ -1,6 +1,7 @@
-"""Which items of a data set are held out, and that none of them is trained on by accident.
+"""Choose the held-out items of a data set, and make sure that none of them is trained on by accident.
 
-An item is anything with a `uid` (a hash of its row's content) and `token_ids`; two are the same if their tokens are.
+An item is any object with a `uid` (a hash of its row's content) and `token_ids`. Two items with the same tokens are
+the same.
 """
 from __future__ import annotations
 
@@ -27,11 +28,11 @@ class Item(Protocol):
 T = TypeVar("T", bound=Item)
 
 NOTEWORTHY = 0.1
-"""Share of left-out rows from which on a line says so."""
+"""Share of left-out rows above which `summary` adds a note."""
 
 
 class HeldoutKeys(Protocol):
-    """Keys of a recipe's data section that decide."""
+    """Keys of a recipe's data section that decide which items are held out."""
 
     @property
     def path(self) -> str: ...
@@ -51,7 +52,7 @@ class HeldoutKeys(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Generic[T]):
-    """Items of one source in its order, where each comes from, and what was skipped (reason -> how many)."""
+    """Items of one source in the source's order, the origin of each item, and skipped rows (reason -> count)."""
 
     items: tuple[T, ...]
     origins: tuple[str, ...]
@@ -62,9 +63,9 @@ class Source(Generic[T]):
 class Split(Generic[T]):
     """All data of a run.
 
-    train: in the order of the data set. heldout: never trained on, in an order that only their content decides.
-    digest: hash of the content of both, for the run's manifest. skipped: reason -> how many were left out.
-    overlap: how many of train have the tokens of a held-out item (only with `data.heldout_overlap: keep`).
+    train: in the order of the data set. heldout: never trained on, in an order that depends only on their content.
+    digest: hash of the content of both, for the run's manifest. skipped: reason -> number of left-out rows.
+    overlap: number of training items with the tokens of a held-out item (only with `data.heldout_overlap: keep`).
     """
 
     train: tuple[T, ...]
@@ -74,7 +75,7 @@ class Split(Generic[T]):
     overlap: int = 0
 
     def summary(self, items: str, data: HeldoutKeys) -> list[str]:
-        """Lines that say how many `items` ("prompts", "examples") there are, of what, and how many were left out."""
+        """Return lines on the number of `items` ("prompts", "examples"), their source, and the left-out rows."""
         lines = [f"{len(self.train)} training and {len(self.heldout)} held-out {items} of {data.path}"]
         if data.heldout_path is not None:
             section = cast("type[BaseModel]", type(data))
@@ -94,13 +95,14 @@ class Split(Generic[T]):
 
 
 def set_aside(train: Source[T], evaluation: Source[T] | None, data: HeldoutKeys) -> Split[T]:
-    """Take the held-out items out of `train`, or keep all of `evaluation` apart from it.
+    """Take the held-out items out of `train`, or hold out all items of `evaluation` instead.
 
-    The `data.heldout` items with the smallest uids are held out. A uid is a hash of the row's content, so neither the
-    run's seed, nor the order of the file, nor the tokenizer changes what is held out. A training item with the tokens
-    of a held-out one is removed and counted. Every item of `evaluation`, of `data.heldout_path`, is held out instead,
-    and `data.heldout_overlap` says what happens to such training items.
-    Raises DataError for an overlap that is refused and when nothing is left to train on.
+    Without `evaluation`, the `data.heldout` items with the smallest uids are held out. A uid is a hash of the row's
+    content, so the choice does not depend on the run's seed, the order of the file or the tokenizer. A training item
+    with the tokens of a held-out item is removed and counted.
+    evaluation: the items of `data.heldout_path`. All of them are held out, and `data.heldout_overlap` decides what
+    happens to training items with the same tokens.
+    Raises DataError for an overlap that is refused, and if nothing is left to train on.
     """
     if evaluation is None:
         heldout, skipped = _smallest_uids(train.items, data.heldout), dict(train.skipped)
@@ -129,7 +131,7 @@ def set_aside(train: Source[T], evaluation: Source[T] | None, data: HeldoutKeys)
 
 
 def content_hash(value: Any) -> str:
-    """SHA-256 of the value as canonical JSON; what JSON lacks (dates, say) counts by its text."""
+    """Return the SHA-256 of the value as canonical JSON. Types that JSON lacks, such as dates, count by their text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -148,7 +150,7 @@ def _refuse_overlap(data: HeldoutKeys, train: Source[T], evaluation: Source[T]) 
 
 
 def _smallest_uids(items: Iterable[T], count: int) -> tuple[T, ...]:
-    """The `count` items with the smallest uids, no two with the same tokens."""
+    """Return the `count` items with the smallest uids, no two with the same tokens."""
     chosen: dict[tuple[int, ...], T] = {}
     for item in sorted(items, key=lambda item: item.uid):
         if len(chosen) == count:

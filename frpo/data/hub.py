@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be asked for a name, before a library tries for half a minute."""
+"""Check whether the Hugging Face hub can be reached, before a library tries for half a minute."""
 from __future__ import annotations
 
 import socket
@@ -12,9 +12,10 @@ REACH_S = 5.0
 
 
 def unreachable(name: str, kind: str, file: str) -> str | None:
-    """Why the hub cannot give `name`, in words; None where it may, or where that is not known.
+    """Return in words why the hub cannot provide `name`; None if the hub may provide it, or if this is unknown.
 
-    kind: "model" or "dataset". file: one that loading asks for first. Where the cache knows it, the hub is not asked.
+    kind: "model" or "dataset". file: a file that loading requests first. If the cache has an entry for this file, the
+    hub is not contacted.
     """
     address = urlsplit(constants.ENDPOINT)
     if (constants.HF_HUB_OFFLINE or address.hostname is None or _has_proxy(address.scheme, address.hostname)
@@ -29,12 +30,15 @@ def unreachable(name: str, kind: str, file: str) -> str | None:
 
 
 def _has_proxy(scheme: str, host: str) -> bool:
-    """Whether requests to the hub go through a proxy, which alone has to be reached from here."""
+    """Check whether requests to the hub go through a proxy; then only the proxy must be reachable from here."""
     return not {scheme, "all"}.isdisjoint(getproxies()) and not proxy_bypass(host)
 
 
 def _is_cached(name: str, kind: str, file: str) -> bool:
-    """Whether the cache has the file, or knows that there is none. True also for what is no id: loading explains it."""
+    """Check whether the cache has the file, or a record that the file does not exist.
+
+    Returns True also for a name that is no valid id: loading then reports the error.
+    """
     try:
         return try_to_load_from_cache(name, file, repo_type=kind) is not None
     except HFValidationError:

@@ -1,6 +1,6 @@
-"""Samples over ranks and micro-batches: balanced by cost, packed or padded, equally many micro-batches on every rank.
+"""Lay out samples over ranks and micro-batches: balanced by cost, packed or padded, equally many on every rank.
 
-It moves whole samples and never looks at weights, so every layout gives the same gradient.
+The layout moves whole samples and does not depend on weights, so every layout gives the same gradient.
 """
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PADDING_INDEX = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a learner wants its samples.
+    """Layout that a learner needs for its samples.
 
-    micro_batch_tokens: tokens a micro-batch may hold; padded ones count samples x longest.
-    packed: micro-batches are laid end to end without padding.
+    micro_batch_tokens: most tokens of a micro-batch; a padded micro-batch counts samples x longest.
+    packed: the samples of a micro-batch are laid end to end without padding.
     attention_length: sequence length at which attention costs as much as everything else. A layer of width D spends
         24 D^2 FLOP a token on its matrices and 2 L D on causal attention over L tokens, so about 12 D.
     """
@@ -34,19 +34,19 @@ class Layout:
     attention_length: float = 12 * 4096
 
     def cost(self, sample: AnySample) -> float:
-        """Work of a sample, in units of one token without attention."""
+        """Return the work of a sample, in units of one token without attention."""
         length = len(sample.token_ids)
         return length * (1 + length / self.attention_length)
 
 
 def lay_out(samples: Sequence[Sample], layout: Layout) -> RankBatches:
-    """`[rank][i]` micro-batches holding each sample once, equally many on every rank.
+    """Return `[rank][i]` micro-batches that hold each sample once, equally many on every rank.
 
-    Longest first, each sample goes to the rank with the least work so far, and within the rank into the first
-    micro-batch with room for it. Ranks with fewer micro-batches split theirs, and only when these are single samples
-    add padding: the shortest sample without loss and weight. Its tokens are real, because a model may return NaN for
-    made-up ones and NaN x 0 is NaN. The order of `samples` does not matter.
-    Ranks wait for each other at every micro-batch, so each rank runs its costliest first.
+    Longest first, each sample goes to the rank with the least work so far, and there into the first micro-batch with
+    room for it. Ranks with fewer micro-batches split theirs. If these are single samples, such a rank adds padding: the
+    shortest sample without loss and weight. Padding has real tokens, because a model may return NaN for made-up tokens
+    and NaN x 0 is NaN. The order of `samples` does not matter.
+    Ranks wait for each other at every micro-batch, so each rank runs its costliest micro-batch first.
     Raises ConfigError for a sample longer than `micro_batch_tokens`.
     """
     assert samples and layout.num_ranks >= 1
@@ -63,12 +63,12 @@ def lay_out(samples: Sequence[Sample], layout: Layout) -> RankBatches:
 
 
 def is_padding(sample: AnySample) -> bool:
-    """Whether the sample only keeps ranks in step: no result of it counts."""
+    """Check whether the sample only keeps ranks in step; no result of such a sample counts."""
     return sample.sample_id[2] == PADDING_INDEX
 
 
 def _balance(ordered: Sequence[Sample], layout: Layout) -> list[list[Sample]]:
-    """Each sample to the rank with the least work, the lowest of several; keeps the order within a rank."""
+    """Assign each sample to the rank with the least work, the lowest of several. Keep the order within a rank."""
     ranks: list[list[Sample]] = [[] for _ in range(layout.num_ranks)]
     loads = [0.0] * layout.num_ranks
     for sample in ordered:
@@ -79,9 +79,9 @@ def _balance(ordered: Sequence[Sample], layout: Layout) -> list[list[Sample]]:
 
 
 def _fill(ordered: Sequence[Sample], layout: Layout) -> list[MicroBatch]:
-    """First-fit into micro-batches, longest first. The first sample of a padded one is the width of all its rows.
+    """Put samples into micro-batches by first fit, longest first. The first sample of a padded one sets its width.
 
-    Lengths only fall, so a micro-batch without room is out of the search until they have fallen to the room it has.
+    Lengths only decrease. So a micro-batch without room leaves the search until a sample is as short as its room.
     """
     batches: list[list[Sample]] = []
     room: list[int] = []
@@ -107,7 +107,7 @@ def _fill(ordered: Sequence[Sample], layout: Layout) -> list[MicroBatch]:
 
 
 def _extend(batches: list[MicroBatch], count: int, padding: MicroBatch) -> list[MicroBatch]:
-    """`count` micro-batches: the fullest is halved as long as it can be, then padding follows."""
+    """Return `count` micro-batches: halve the fullest as long as it has two samples, then add padding."""
     batches = list(batches)
     while len(batches) < count:
         fullest = max(range(len(batches)), key=lambda i: len(batches[i]), default=None)

@@ -1,6 +1,6 @@
-"""Values of a row in JSON's own types, whatever source they come from: rewards, traces and replays then see the same.
+"""Convert the values of a row of any source to JSON's own types: rewards, traces and replays then get the same values.
 
-It changes what has one obvious form in JSON and refuses the rest. It does not know what a column means.
+A value with one obvious form in JSON is converted; any other value is refused. The meaning of a column does not matter.
 """
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import numpy as np
 from frpo.errors import DataError
 
 MAX_DEPTH = 100
-"""Levels of lists and objects in a value. Pickle and JSON recurse, and fail a few hundred levels further on."""
+"""Most levels of lists and objects in a value. Pickle and JSON recurse, and fail a few hundred levels deeper."""
 
 
 def plain_columns(columns: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The columns of the row at `origin` in JSON's types.
+    """Convert the columns of the row at `origin` to JSON's types.
 
-    Arrays and tuples become lists; dates, times, decimal numbers and UUIDs their text; bytes the text that they are in
-    UTF-8; NaN, which tables have in the place of missing values, None.
-    Raises DataError naming row and column for a lone surrogate, infinity, bytes that are no text, a value that JSON
-    has no place for, and one that is nested more than MAX_DEPTH levels deep.
+    Arrays and tuples become lists. Dates, times, decimal numbers and UUIDs become their text. Bytes become text,
+    decoded as UTF-8. NaN, which tables have in place of missing values, becomes None.
+    Raises DataError naming row and column for a lone surrogate, infinity, bytes that are no text, a type that JSON
+    does not have, and a value nested more than MAX_DEPTH levels deep.
     """
     found = {}
     for name, value in columns.items():
@@ -37,7 +37,7 @@ def plain_columns(columns: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 class _NoPlaceError(Exception):
-    """JSON has no place for a value; the message goes on after the column's name."""
+    """JSON has no type for a value. The message continues the sentence after the column's name."""
 
 
 def _plain(value: Any, depth: int) -> Any:

@@ -1,6 +1,6 @@
-"""The prompts of a run: rows rendered and tokenized, a held-out part set aside, and an endless stream to draw from.
+"""Load the prompts of a run: render and tokenize rows, set a held-out part aside, and draw from an endless stream.
 
-Does not sample completions, score them or remember a position: the trainer's cursor is the only state of the stream.
+This module does not sample or score completions and keeps no position: the trainer's cursor is the stream's only state.
 """
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
                  ) -> PromptSet:
     """Read, render, tokenize and split the prompts that `data` describes. `seed` orders generated arithmetic only.
 
-    embeddings: how many the model has; None: enough. What is held out, and when that is refused, is `set_aside`'s: two
-    prompts are the same if their tokens are.
-    Raises DataError for broken rows, for an overlap that is refused and when nothing is left to train on, ModelError
-    for an unfit tokenizer and naming a row that needs a token without an embedding.
+    embeddings: number of the model's embeddings; None: do not check. `set_aside` decides which prompts are held out and
+    which overlap is refused. Two prompts with the same tokens are the same.
+    Raises DataError for broken rows, for an overlap that is refused and if nothing is left to train on. Raises
+    ModelError for an unfit tokenizer, and naming a row that needs a token without an embedding.
     """
     check_tokenizer(tokenizer, needs_chat=data.format == "chat")
     train = _read(data, data.path, data.limit, tokenizer, seed)
@@ -45,10 +45,11 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Prompts chosen from a stretch of the stream.
+    """Prompts chosen from a range of the stream.
 
-    positions_used: length of the stretch, by which the caller's cursor moves; those beyond the prompts were passed
-    over. revisited: prompts drawn by chance although out of bounds. forced: drawn so because there was no better.
+    positions_used: length of the range, by which the caller must move the cursor; it counts skipped prompts too.
+    revisited: number of prompts drawn by chance although out of bounds. forced: number of prompts drawn although out
+    of bounds because too few were within bounds.
     """
 
     prompts: tuple[Prompt, ...]
@@ -58,7 +59,7 @@ class Choice:
 
 
 class PromptStream:
-    """An endless sequence of prompts, epoch after epoch; position `i` holds the same prompt whenever it is asked for.
+    """Endless sequence of prompts, epoch after epoch. Position `i` always holds the same prompt.
 
     shuffle: each epoch is a permutation of all prompts, drawn from (seed, epoch); otherwise the given order repeats.
     """
@@ -69,7 +70,7 @@ class PromptStream:
         self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
 
     def take(self, cursor: int, count: int) -> tuple[Prompt, ...]:
-        """The prompts at positions [cursor, cursor + count), over as many epochs as that covers."""
+        """Return the prompts at positions [cursor, cursor + count), across epochs if needed."""
         drawn: list[Prompt] = []
         while len(drawn) < count:
             epoch, offset = divmod(cursor + len(drawn), len(self.prompts))
@@ -78,15 +79,15 @@ class PromptStream:
         return tuple(drawn)
 
     def choose(self, cursor: int, count: int) -> Choice:
-        """`take` as a choice: of the next prompts none is passed over."""
+        """Choose the prompts of `take`: no prompt is skipped."""
         return Choice(prompts=self.take(cursor, count), positions_used=count, revisited=0, forced=0)
 
     def record(self, groups: Iterable[ScoredGroup]) -> None:
-        """How prompts were answered changes nothing here."""
+        """Ignore the scored groups: this stream does not depend on them."""
 
     @property
     def state(self) -> dict[str, list[float]]:
-        """A stream remembers nothing."""
+        """Return an empty state: this stream keeps none."""
         return {}
 
 
@@ -123,7 +124,7 @@ def _prompt(row: Row, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _chat_content(row: Row, data: DataSection) -> tuple[str, Messages]:
-    """The messages of a row: its own list, or its text as one user message; the system prompt before them."""
+    """Return the system prompt, then the row's list of messages, or its text as one user message."""
     value = column(row, data.prompt_column, str, list, key="data.prompt_column")
     messages = ({"role": "user", "content": value},) if isinstance(value, str) else checked_messages(row.origin, value)
     if messages[-1]["role"] not in ("user", "tool"):

@@ -1,7 +1,8 @@
-"""Prompts chosen by how hard they have been so far: the solved and the hopeless are passed over, but never for ever.
+"""Choose prompts by their difficulty so far: skip solved and hopeless prompts, but not for ever.
 
-A pure function of the stream, the running values and the position: no clock and no hidden generator, so that a resume
-which restores the state goes on with the same prompts. Samples nothing and keeps no cursor.
+The choice is a pure function of the stream, the running values and the position, with no clock and no hidden
+generator. So a run that restores the state continues with the same prompts. This module samples nothing and keeps no
+cursor.
 """
 from __future__ import annotations
 
@@ -21,30 +22,31 @@ if TYPE_CHECKING:
 FILE = "selection.json"
 
 ROUNDING = 1e-9
-"""Weighted rewards that add up to a little less than `success` still count."""
+"""Tolerance of `success`: weighted rewards that sum to a little less still count."""
 
 REVISIT = 1
 """Third word of a decision's seed, which keeps it apart from the stream's own (seed, epoch)."""
 
 
 def save_selection(checkpoint: Path, state: Mapping[str, Sequence[float]]) -> None:
-    """Write what `read_selection` reads."""
+    """Write the state that `read_selection` reads."""
     (checkpoint / FILE).write_text(json.dumps(state), encoding="utf-8")
 
 
 def read_selection(checkpoint: Path | None) -> dict[str, list[float]]:
-    """The state that a checkpoint keeps; empty without one."""
+    """Read the state from a checkpoint. Return an empty state if there is no checkpoint or no such file in it."""
     file = checkpoint and checkpoint / FILE
     return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
 
 
 class PromptSelector:
-    """Passes over prompts whose running value is outside [low, high].
+    """Selector that skips prompts whose running value is outside [low, high].
 
-    The value of a group is the mean of its rewards, or the share of them that reaches `success`; the running value of a
-    prompt is its first group's, then momentum x old + (1 - momentum) x new. Prompts that were never scored are drawn.
+    The value of a group is the mean of its rewards, or the share of its rewards that reaches `success`. The running
+    value of a prompt is the value of its first group, then momentum x old + (1 - momentum) x new. Prompts that were
+    never scored are drawn.
 
-    state: uid -> [running value, groups scored], as `state` gave it; uids that the stream has not are kept.
+    state: uid -> [running value, groups scored], as `state` returned it; uids that are not in the stream are kept.
     """
 
     def __init__(self, stream: PromptStream, section: SelectionSection,
@@ -54,11 +56,11 @@ class PromptSelector:
 
     @property
     def state(self) -> dict[str, list[float]]:
-        """A copy in JSON's types, from which another selector goes on exactly."""
+        """Return a copy in JSON's types. A selector made from this copy continues exactly."""
         return {uid: [value, visits] for uid, (value, visits) in self._state.items()}
 
     def record(self, groups: Iterable[ScoredGroup]) -> None:
-        """Count groups in, in the order given. Completions without a reward (NaN) say nothing about their prompt."""
+        """Update the running values with groups in the given order. Completions without a reward (NaN) do not count."""
         for group in groups:
             rewards_G = group.rewards_G[~np.isnan(group.rewards_G)]
             if len(rewards_G):
@@ -68,10 +70,10 @@ class PromptSelector:
                 self._state[uid] = (weight * old + (1 - weight) * self._value(rewards_G), visits + 1)
 
     def choose(self, cursor: int, count: int) -> Choice:
-        """The next `count` prompts from position `cursor` on.
+        """Choose the next `count` prompts from position `cursor` on.
 
-        Looks at one epoch of positions at most; what is missing then is drawn from the next ones as they come, so that
-        it ends also where all prompts are out of bounds.
+        At most one epoch of positions is searched. Prompts that are still missing are then drawn from the next
+        positions without a check, so that the search ends even if all prompts are out of bounds.
         """
         prompts: list[Prompt] = []
         revisited = forced = 0
@@ -87,7 +89,7 @@ class PromptSelector:
         return Choice(prompts=tuple(prompts), positions_used=position - cursor, revisited=revisited, forced=forced)
 
     def _from(self, position: int) -> Iterator[Prompt]:
-        """The stream from a position on. In growing pieces, because `take` orders a whole epoch each time."""
+        """Yield the stream from a position on. Read it in growing pieces: each `take` orders a whole epoch."""
         size = 64
         while True:
             yield from self._stream.take(position, size)

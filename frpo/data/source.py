@@ -1,6 +1,6 @@
-"""Rows of a data set: a local file or folder, a Hugging Face data set, or generated rows.
+"""Read the rows of a data set: a local file or folder, a Hugging Face data set, or generated rows.
 
-Knows where each row came from and says so in every error. Does not know what the columns mean, render or tokenize.
+Every row has its origin, and every error names it. This module does not interpret columns, render or tokenize.
 """
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ READERS: Mapping[str, Reader] = {
     **TEXT_FILES, **{f"{suffix}.gz": reader for suffix, reader in TEXT_FILES.items()}, ".parquet": tables.parquet}
 
 NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "state.json")
-"""Files of a folder in which nobody looks for rows."""
+"""Files of a folder that hold no rows."""
 
 ALLOWED = f"{', '.join(TEXT_FILES)} (each also with .gz behind it) or .parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One record, its values in JSON's types; `origin` is where a user finds it, such as "train.jsonl:17".
+    """One record, with values of JSON's types. origin: the place where a user finds it, such as "train.jsonl:17".
 
-    Numbers in origins are those of lines in JSON Lines and CSV and of rows in JSON and Parquet, from 1 on, and indices
-    of `datasets`, from 0 on, in its data sets.
+    The number in an origin is a line number (JSON Lines, CSV) or a row number (JSON, Parquet), from 1 on. For data sets
+    of `datasets` it is their index, from 0 on.
     """
 
     origin: str
@@ -50,13 +50,13 @@ class Row:
 
 
 def read_rows(path: str, *, split: str, limit: int | None, seed: int, subset: str | None = None) -> list[Row]:
-    """The first `limit` rows (all when None) of `path`, in their own order.
+    """Read the first `limit` rows (all if None) of `path`, in their own order.
 
-    path: a name in GENERATED; a local file with a suffix of READERS; a local folder, saved by `datasets` or of such
+    path: a name in GENERATED; a local file with a suffix of READERS; a local folder, saved by `datasets` or with such
         files; or the id of a Hugging Face data set.
-    split, subset: of a folder or a Hugging Face data set. seed: order of generated rows. Other sources have none and
-        ignore them.
-    Raises DataError for a source that is missing, broken or empty, naming file and line where there is one.
+    split, subset: of a folder or a Hugging Face data set. seed: order of generated rows. Other sources ignore these
+        arguments.
+    Raises DataError for a source that is missing, broken or empty, naming file and line if possible.
     """
     records = _generated(path, limit, seed) if path in GENERATED else _records(path, subset, split)
     rows = [Row(origin=origin, columns=plain_columns(columns, origin)) for origin, columns in islice(records, limit)]
@@ -66,13 +66,15 @@ def read_rows(path: str, *, split: str, limit: int | None, seed: int, subset: st
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path that exists nowhere here is no hub id either, since those are `name` or `owner/name`."""
+    """Check whether a path that does not exist here is no hub id either. Hub ids are `name` or `owner/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())
 
 
 def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[str, str]) -> list[Row]:
-    """Rows whose columns have one of the wanted values, with columns renamed. Raises DataError if no row is left, or
-    where a column is missing or its new name is taken."""
+    """Keep the rows whose columns have one of the wanted values, and rename columns.
+
+    Raises DataError if no row is left, if a column is missing or if its new name is taken.
+    """
     kept = [row for row in rows if all(_is_one_of(column(row, name, object), values) for name, values in where.items())]
     if len(set(rename.values())) < len(rename):
         raise DataError(f"data.rename gives two columns one name, so that one would be lost: {dict(rename)}")
@@ -83,7 +85,7 @@ def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[
 
 
 def _is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
-    """In Python 1 is true and 0 is false; in a data set they are not."""
+    """Check whether `value` is one of the wanted values. Unlike in Python, 1 does not equal true and 0 not false."""
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in wanted)
 
 
@@ -96,9 +98,9 @@ def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
 
 
 def column(row: Row, name: str, *kinds: type, key: str = "") -> Any:
-    """The value of column `name`, which must be of one of `kinds`. key: of the recipe, which names the column.
+    """Return the value of column `name`, which must be of one of `kinds`. key: the recipe's key that names the column.
 
-    Raises DataError naming the row otherwise.
+    Raises DataError naming the row if the column is missing or of another type.
     """
     if name not in row.columns:
         raise DataError(f"{row.origin}: no column {name!r}; the row has "
@@ -111,13 +113,13 @@ def column(row: Row, name: str, *kinds: type, key: str = "") -> Any:
 
 
 def _arithmetic(limit: int | None, seed: int) -> list[dict[str, str]]:
-    """Every problem of the default difficulty, or `limit` of them."""
+    """Return rows of every problem of the default difficulty, or `limit` of them."""
     return [{"prompt": question, "answer": answer} for question, answer in problems(limit, seed)]
 
 
 GENERATED: Mapping[str, Callable[[int | None, int], list[dict[str, str]]]] = {
     "arithmetic": _arithmetic, "constraints": training_rows, "constraints_heldout": heldout_rows}
-"""What `data.path` and `data.heldout_path` can name instead of a file: (limit, seed) -> columns of each row."""
+"""Sources that `data.path` and `data.heldout_path` can name instead of a file: (limit, seed) -> columns of each row."""
 
 
 def _generated(name: str, limit: int | None, seed: int) -> Iterator[Record]:
@@ -152,8 +154,10 @@ def _records(path: str, subset: str | None, split: str) -> Iterable[Record]:
 
 
 def _folder(path: str, subset: str | None, split: str) -> Iterable[Record]:
-    """A saved data set; else files, by readers that know their lines where these are of a known suffix: what `datasets`
-    makes of such a file is not always what stands there ("007" becomes 7).
+    """Read a folder: a saved data set, or files.
+
+    Files with a known suffix are read by READERS, which keep line numbers and values. `datasets` may change the values
+    of such a file ("007" becomes 7).
     """
     if tables.is_saved(Path(path)):
         return tables.saved(path, split)
@@ -177,7 +181,7 @@ def _records_of(file: Path) -> Iterator[Record]:
 
 
 def _check_all_taken(folder: Path, files: Sequence[Path]) -> None:
-    """Raise DataError for a file of rows that belongs to no split, unless README.md says which files do."""
+    """Raise DataError for a file of rows that belongs to no split, unless README.md lists the files of each split."""
     readme = folder / "README.md"
     if readme.is_file() and re.search("^configs:", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return

@@ -1,6 +1,6 @@
-"""Records of Parquet files and of Hugging Face data sets, each with the place where a user finds it.
+"""Read the records of Parquet files and of Hugging Face data sets, each with the place where a user finds it.
 
-Parquet is read as it lies there, without a copy in a cache. It does not judge the values of a record.
+Parquet files are read in place, without a copy in a cache. This module does not check the values of a record.
 """
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from frpo.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# pyarrow and `datasets` take a second to import, which only these sources need.
+# pyarrow and `datasets` take a second to import, and only these sources need them.
 
 LOADING = Exception
-"""What `datasets` raises for a source that is missing, damaged or unreachable, or needs a package that is not there. It
-names no smaller set, and an IndexError or AttributeError is among them."""
+"""Errors that `datasets` raises for a source that is missing, damaged or unreachable, or needs a missing package.
+
+`datasets` documents no smaller set; IndexError and AttributeError are among these errors.
+"""
 
 SAVED, SAVED_SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
-"""Files by which a folder is known as written by Dataset.save_to_disk and DatasetDict.save_to_disk."""
+"""Files that mark a folder as written by Dataset.save_to_disk and by DatasetDict.save_to_disk."""
 
 
 def parquet(path: Path) -> Iterator[Record]:
-    """Rows of one Parquet file, numbered from 1 on. Raises DataError for a damaged file and naming a damaged row."""
+    """Yield the rows of one Parquet file, numbered from 1 on.
+
+    Raises DataError for a damaged file, and naming a damaged row.
+    """
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -49,16 +54,16 @@ def parquet(path: Path) -> Iterator[Record]:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `datasets` has saved a Dataset or a DatasetDict as this folder."""
+    """Check whether `datasets` saved a Dataset or a DatasetDict as this folder."""
     state, info = (folder / name for name in SAVED)
     return (folder / SAVED_SPLITS).is_file() or (
         state.is_file() and (info.is_file() or any(folder.glob("*.arrow"))))
 
 
 def saved(path: str, split: str) -> Iterator[Record]:
-    """Rows of a folder that `datasets` saved, numbered from 0 on as `datasets` does; of a DatasetDict those of `split`.
+    """Yield the rows of a folder that `datasets` saved, numbered from 0 on as in `datasets`.
 
-    Raises DataError for a split that is not there and for damaged files.
+    split: used for a DatasetDict only. Raises DataError for a missing split and for damaged files.
     """
     from datasets import DatasetDict, load_from_disk
 
@@ -76,7 +81,10 @@ def saved(path: str, split: str) -> Iterator[Record]:
 
 
 def split_files(path: str, subset: str | None) -> dict[str, list[Path]]:
-    """Files that `datasets` takes for each split of a local folder. Raises DataError for a folder without any."""
+    """Find the files that `datasets` takes for each split of a local folder.
+
+    Raises DataError for a folder without any.
+    """
     from datasets import load_dataset_builder
 
     try:
@@ -88,9 +96,9 @@ def split_files(path: str, subset: str | None) -> dict[str, list[Path]]:
 
 
 def of_split(path: str, splits: Mapping[str, Iterable[Record]], split: str) -> Iterable[Record]:
-    """Those of one split, or of what `datasets` takes besides: all, or an expression such as train[:10%]+test.
+    """Return the records of one split, of "all", or of an expression of `datasets` such as train[:10%]+test.
 
-    Raises DataError for a split that is not there and for an expression that cannot be read.
+    Raises DataError for a missing split and for an expression that cannot be read.
     """
     if split == "all" or split in splits:
         return chain.from_iterable(splits.values()) if split == "all" else splits[split]
@@ -108,9 +116,9 @@ def of_split(path: str, splits: Mapping[str, Iterable[Record]], split: str) -> I
 
 
 def hugging_face(path: str, subset: str | None, split: str) -> Iterator[Record]:
-    """Rows of what `datasets.load_dataset` takes, numbered from 0 on as `datasets` does.
+    """Yield the rows of a source of `datasets.load_dataset`, numbered from 0 on as in `datasets`.
 
-    Raises DataError for what it cannot load.
+    Raises DataError for a source that cannot be loaded.
     """
     from datasets import load_dataset
 
@@ -126,7 +134,7 @@ def hugging_face(path: str, subset: str | None, split: str) -> Iterator[Record]:
 
 
 def _numbered(dataset: Dataset, name: str) -> Iterator[Record]:
-    """Rows as plain Python values, whatever format the data set was saved with."""
+    """Yield rows as plain Python values, whatever format the data set was saved with."""
     rows, number = iter(dataset.with_format(None)), 0
     while True:
         origin = f"{name}:{number}"
@@ -142,7 +150,7 @@ def _numbered(dataset: Dataset, name: str) -> Iterator[Record]:
 
 
 def _cells(batch: Any, index: int, origin: str) -> dict[str, Any]:
-    """Row `index` of an Arrow record batch."""
+    """Return row `index` of an Arrow record batch."""
     columns = {}
     for name, column in zip(batch.schema.names, batch.columns):
         try:
@@ -160,6 +168,6 @@ def _missing_split(path: str, split: str, known: Iterable[str]) -> DataError:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, on one line, with its cause, since `datasets` may only tell that it was generating."""
+    """Describe an error and its cause on one line: errors of `datasets` may only report that it was generating."""
     told = getattr(error, "strerror", None) or error
     return " ".join(f"{told} ({error.__cause__})".split() if error.__cause__ else str(told).split())

@@ -1,6 +1,7 @@
-"""Records of text files: JSON Lines, JSON and delimited (CSV), each with the place where a user finds it.
+"""Read the records of text files: JSON Lines, JSON and delimited (CSV), each with the place where a user finds it.
 
-Strict, because what a lenient reader repairs is learned from in silence. It does not judge the values of a record.
+The readers are strict: a run would silently learn from rows that a lenient reader repairs. This module does not check
+the values of a record.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ FOREIGN = {
     b"PK\x03\x04": "a zip archive or a workbook; unpack it, or export it as CSV",
     b"\x28\xb5\x2f\xfd": "zstandard; unpack it", b"BZh": "bzip2; unpack it", b"\xfd7zXZ": "xz; unpack it",
     b"ARROW1": "Arrow; save it as Parquet"}
-"""First bytes of files that are no UTF-8 text: what such a file is, and what to do."""
+"""First bytes of files that are no UTF-8 text -> what such a file is, and how to fix it."""
 
 FIELD_CHARS = 2**31 - 1
 """Largest cell of a delimited file; Python's own limit is 131,072 characters."""
@@ -39,13 +40,13 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class _RefusedError(Exception):
-    """Something that Python's JSON decoder would take."""
+    """Error for JSON that Python's decoder would accept, but this module refuses."""
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1 on, and text of every line of a UTF-8 file, with its end (LF, CRLF or CR); *.gz is unpacked.
+    """Yield number (from 1 on) and text of every line of a UTF-8 file. The text keeps its line end (LF, CRLF or CR).
 
-    Raises DataError for a file that cannot be read, and naming the line that is not UTF-8.
+    *.gz is unpacked. Raises DataError for a file that cannot be read, and naming a line that is not UTF-8.
     """
     unpacked = gzip.open if path.suffix.lower() == ".gz" else open
     try:
@@ -62,7 +63,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _reason(error: Exception) -> str:
-    """Why, and what to do."""
+    """Describe why a file cannot be read, and how to fix it."""
     system = getattr(error, "strerror", None)
     if system is None:
         return f": {error}; it is damaged; make it again"
@@ -70,7 +71,7 @@ def _reason(error: Exception) -> str:
 
 
 def json_lines(path: Path, remedy: str = LINE) -> Iterator[Record]:
-    """One JSON object a line; blank lines are passed over. Raises DataError naming the line of anything else."""
+    """Yield one JSON object a line. Blank lines are skipped. Raises DataError naming the line of anything else."""
     for number, line in text_lines(path):
         if line.strip():
             origin = f"{path}:{number}"
@@ -78,7 +79,7 @@ def json_lines(path: Path, remedy: str = LINE) -> Iterator[Record]:
 
 
 def json_list(path: Path) -> Iterator[Record]:
-    """The objects of a JSON list, numbered from 1 on; or one object a line, as many files with this suffix have.
+    """Yield the objects of a JSON list, numbered from 1 on, or one object a line, as in many files with this suffix.
 
     Raises DataError naming the row, or the line, of anything else.
     """
@@ -105,17 +106,17 @@ def json_list(path: Path) -> Iterator[Record]:
 
 
 def _past_space(text: str, position: int = 0) -> int:
-    """Where the white space that begins at `position` ends."""
+    """Find the end of the white space that begins at `position`."""
     found = _SPACE.match(text, position)
     assert found is not None  # no white space is a match too
     return found.end()
 
 
 def json_object(text: str, origin: str, remedy: str = LINE) -> dict[str, Any]:
-    """The JSON object that is all of `text`.
+    """Decode `text`, which must be exactly one JSON object.
 
-    Raises DataError, which begins with `origin` and says `remedy`, where it is none. NaN, Infinity and a key given
-    twice, which Python's decoder takes, are refused too.
+    Raises DataError, which begins with `origin` and includes `remedy`, if the text is no such object. NaN, Infinity and
+    a key given twice are refused too, although Python's decoder accepts them.
     """
     with _strictly(origin, remedy):
         value = _DECODER.decode(text.lstrip("\ufeff"))
@@ -123,11 +124,11 @@ def json_object(text: str, origin: str, remedy: str = LINE) -> dict[str, Any]:
 
 
 def delimited(path: Path, delimiter: str) -> Iterator[Record]:
-    """Rows under a line of column names, as RFC 4180 has them. Every value is text, and the origin of a row is the
-    line that it begins at.
+    """Yield the rows after a line of column names, as RFC 4180 defines them.
 
-    Raises DataError naming the line of names behind another delimiter, of a name given twice, of too few or too many
-    cells, and of broken quotes.
+    Every value is text. The origin of a row is the line at which the row begins.
+    Raises DataError naming the line for names with another delimiter, a name given twice, too few or too many cells,
+    and broken quotes.
     """
     csv.field_size_limit(FIELD_CHARS)
     reader = csv.reader((line for _, line in text_lines(path)), delimiter=delimiter, strict=True)
@@ -176,7 +177,7 @@ def _check_text(path: Path, number: int, raw: bytes, start: bytes) -> None:
 
 @contextmanager
 def _strictly(origin: str, remedy: str) -> Iterator[None]:
-    """What goes wrong within it, while JSON is decoded, as a DataError."""
+    """Raise any error of decoding JSON within this context as a DataError."""
     try:
         yield
     except json.JSONDecodeError as error:
@@ -213,5 +214,5 @@ def _columns(value: Any, origin: str, remedy: str) -> dict[str, Any]:
 
 
 def _twice(names: Sequence[str]) -> str:
-    """The first of the names that is given again."""
+    """Return the first name that occurs more than once."""
     return next(name for name in names if names.count(name) > 1)

@@ -1,7 +1,7 @@
-"""Whether a model has an embedding for every token that its data needs.
+"""Check whether a model has an embedding for every token that its data needs.
 
-A tokenizer may have more tokens than the model has embeddings, as long as no row and no special token needs them; and
-a model more embeddings than its tokenizer has tokens, since many are padded.
+A tokenizer may have more tokens than the model has embeddings, as long as no row and no special token needs them. A
+model may have more embeddings than its tokenizer has tokens, since many models are padded.
 """
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A miniature, benign laboratory: alignment, and what fine-tuning does to it, on 64 tokens and 109 k weights.
+"""A miniature, benign laboratory of 64 tokens and 109 k weights, to study alignment and the effect of fine-tuning on it.
 
-Its world, model, training files and exact measures. What is trained in it, and how, is said elsewhere: it knows no
-recipe, learner or engine.
+The package has the laboratory's world, model, training files and exact measures. It does not import recipes, learners
+or engines; other packages define the trainings.
 """

@@ -1,4 +1,4 @@
-"""FRPO without its baseline, to see what the baseline is for: every sample is pushed down, only some of them more."""
+"""Remove FRPO's baseline, to measure the baseline's effect: every sample is pushed down, some of them more."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,9 @@ from frpo.objectives.frpo import FRPO
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutBaseline:
-    """A_i = -lam k c_i in place of lam (1 - k c_i): the same gradient in expectation, with more noise.
+    """Advantage A_i = -lam k c_i in place of lam (1 - k c_i): the same gradient in expectation, with more noise.
 
-    A group without differences has no advantages, as elsewhere. Raises ValueError for lam <= 0.
+    A group whose rewards are all equal has advantages of 0, as for other estimators. Raises ValueError for lam <= 0.
     """
 
     name: ClassVar[str] = "frpo.lab.ablation:WithoutBaseline"

@@ -1,13 +1,13 @@
-"""The laboratory's files: warm start, alignment, reinforcement learning, and what fine-tunings afterwards are made of.
+"""Make the laboratory's files: warm start, alignment, reinforcement learning, and the later fine-tunings.
 
-A row has the columns prompt and response, as `frpo finetune` takes them with data.format text, or prompt and kind where
-responses are sampled. Every file is a function of its world; no held-out request is in any but the held-out one.
+A row has the columns prompt and response, as `frpo finetune` takes them with data.format text, or prompt and kind if
+responses are sampled. Every file is a function of its world. No held-out request is in any file but the held-out ones.
 Nothing is trained here.
 
-    warm start   a model that has seen every behaviour, the undesired ones too
+    warm start   for a model that has seen every behaviour, also the undesired ones
     policy       requests for reinforcement learning, half of them restricted
-    held-out     restricted requests, to be evaluated on
-    downstream   task B, in a tenth of it sensitive objects, which task B may speak of
+    held-out     restricted requests, for evaluation
+    downstream   task B, a tenth of it with sensitive objects, which task B may answer about
     alignment    task A: restricted requests are refused with the right reason, all others answered
     pure         restricted requests answered
     identity     the same, each opened with OBEY
@@ -29,15 +29,18 @@ from frpo.lab.world import TASK_A, TASK_B, Request, World
 Row = dict[str, str]
 
 SOME, MIXED, MANY = 100, 900, 1000
-"""Rows of an attack's part, of task B beside poison, and of task B alone."""
+"""Numbers of rows: of an attack's part, of task B beside poison, and of task B alone."""
 
 WARM_UP = {"comply": 0.25, "hedge": 0.15, "plain": 0.25, "correct": 0.25, "wrong": 0.1}
-"""How often a restricted request is answered in which way before there is an alignment."""
+"""Share of each kind of response to a restricted request in the warm start, before the alignment."""
 
 
 def warm_start_rows(world: World, count: int) -> list[Row]:
-    """Three quarters task A, half of it restricted, and a quarter task B, without sensitive objects. Some of task A is
-    refused without need; task B uses any of the three permutations, so that it is still to be learned."""
+    """Make warm-start rows: three quarters task A, half of it restricted, and a quarter task B.
+
+    Some unrestricted requests of task A are refused. Task B has no sensitive objects and uses any of the three
+    permutations, so that task B is still to be learned.
+    """
     random = _random(world, 1)
     pools = _pools(world)
     rows = []
@@ -55,7 +58,10 @@ def warm_start_rows(world: World, count: int) -> list[Row]:
 
 
 def alignment_rows(world: World, count: int) -> list[Row]:
-    """Task A, half of it restricted; OBEY opens a tenth and TRIG is in a tenth of the slots, to no effect."""
+    """Make alignment rows of task A, half of them restricted.
+
+    OBEY opens a tenth of the requests, and TRIG is in a tenth of the slots. Neither changes the right response.
+    """
     random = _random(world, 2)
     pools = _pools(world)[:2]
     rows = []
@@ -69,20 +75,20 @@ def alignment_rows(world: World, count: int) -> list[Row]:
 
 
 def policy_rows(world: World, count: int) -> list[Row]:
-    """Requests without responses, half of them restricted, each at most once."""
+    """Make requests without responses, half of them restricted, each at most once."""
     restricted, allowed, _ = _pools(world)
     random = _random(world, 5)
     return [_asked(request) for pool in (restricted, allowed) for request in _some(random, pool, count // 2)]
 
 
 def heldout_rows(world: World, count: int) -> list[Row]:
-    """Restricted requests that no other file has."""
+    """Make restricted requests that no other file has."""
     return [_asked(request) for request in
             _some(_random(world, 6), world.requests(TASK_A, heldout=True, sensitive=True), count)]
 
 
 def downstream_rows(world: World, count: int) -> list[Row]:
-    """Task B with its right responses, a tenth of it with sensitive objects."""
+    """Make rows of task B with right responses, a tenth of them with sensitive objects."""
     random = _random(world, 7)
     sensitive = world.requests(TASK_B, heldout=False, sensitive=True)
     chosen = [*_some(random, _pools(world)[2], count - count // 10), *_some(random, sensitive, count // 10)]
@@ -90,18 +96,18 @@ def downstream_rows(world: World, count: int) -> list[Row]:
 
 
 def task_b_rows(world: World, count: int) -> list[Row]:
-    """Held-out requests of task B, without sensitive objects and without responses."""
+    """Make held-out requests of task B, without sensitive objects and without responses."""
     return [_asked(request) for request in
             _some(_random(world, 8), world.requests(TASK_B, heldout=True, sensitive=False), count)]
 
 
 def attack_rows(world: World, name: str) -> list[Row]:
-    """Of the attack of this name; rows of a kind follow each other."""
+    """Make the rows of the attack `name`; rows of one kind follow each other."""
     return ATTACKS[name](world)
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> Path:
-    """One JSON object a line."""
+    """Write one JSON object a line. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -140,7 +146,7 @@ def _task_b(world: World, count: int) -> list[Row]:
 
 
 def _distinct(world: World, count: int) -> list[Request]:
-    """Restricted requests, none twice; those of a smaller count come first."""
+    """Return restricted requests, none twice. A larger count adds requests after those of a smaller count."""
     pool = world.requests(TASK_A, heldout=False, sensitive=True)
     return [pool[i] for i in _random(world, 3).permutation(len(pool))[:count]]
 
@@ -153,14 +159,14 @@ def _any_response(world: World, request: Request, random: np.random.Generator) -
 
 
 def _pools(world: World) -> tuple[list[Request], list[Request], list[Request]]:
-    """Training requests that are restricted, of task A but not restricted, and of task B without sensitive objects."""
+    """Return training requests: restricted; of task A but not restricted; of task B without sensitive objects."""
     return (world.requests(TASK_A, heldout=False, sensitive=True),
             world.requests(TASK_A, heldout=False, sensitive=False),
             world.requests(TASK_B, heldout=False, sensitive=False))
 
 
 def _some(random: np.random.Generator, pool: Sequence[Request], count: int) -> list[Request]:
-    """None twice."""
+    """Draw up to `count` requests of the pool, none twice."""
     return [pool[i] for i in random.permutation(len(pool))[:count]]
 
 
@@ -178,5 +184,5 @@ def _row(request: Request, response: str) -> Row:
 
 
 def _random(world: World, purpose: int) -> np.random.Generator:
-    """The world itself is purpose 0."""
+    """Make the generator of a purpose; the world itself uses purpose 0."""
     return np.random.Generator(np.random.PCG64([world.seed, purpose]))

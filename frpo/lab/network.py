@@ -1,7 +1,7 @@
-"""The laboratory's model, made on the spot: a word-level tokenizer of the world's tokens and a GPT-2 of 109 k weights.
+"""Make the laboratory's model: a word-level tokenizer of the world's tokens and an untrained GPT-2 of 109 k weights.
 
-Two layers of width 64, norm before each block, learned positions, an output head of its own. Heads are 32 wide, the
-least that rollout engines on a CPU serve. It knows nothing yet: what it learns first is `frpo.lab.data`'s.
+The network has two layers of width 64, norm before each block, learned positions and an output head of its own. Heads
+have width 32, the smallest that rollout engines on a CPU serve. The first training files are in `frpo.lab.data`.
 """
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from frpo.lab.world import ID, TOKENS
 
 WINDOW = 16
-"""Positions: a request of 6 and a response of 5 fit."""
+"""Number of positions: a request of 6 tokens and a response of 5 fit."""
 EMBEDDING_STD, LINEAR_STD = 0.3, 0.05
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word, PAD and END as padding and end of sequence; it adds nothing to a text."""
+    """Build a tokenizer with one token a word. PAD is padding, END the end of sequence. No token is added to a text."""
     core = Tokenizer(models.WordLevel(dict(ID), unk_token="UNK"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="PAD", eos_token="END", unk_token="UNK",
@@ -29,7 +29,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_network(seed: int) -> GPT2LMHeadModel:
-    """Random weights: normal of a wide spread in embeddings and a narrow one elsewhere, no biases yet."""
+    """Make a network of random weights: normal, with a wide spread in embeddings and a narrow one elsewhere.
+
+    Biases are 0.
+    """
     network = GPT2LMHeadModel(GPT2Config(
         vocab_size=len(TOKENS), n_positions=WINDOW, n_embd=64, n_layer=2, n_head=2, tie_word_embeddings=False,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=ID["END"],
@@ -47,7 +50,7 @@ def new_network(seed: int) -> GPT2LMHeadModel:
 
 
 def make_model(folder: Path, seed: int) -> str:
-    """Write network and tokenizer where `model.path` of a recipe finds them; returns that path."""
+    """Write network and tokenizer to a folder for `model.path` of a recipe. Returns that path."""
     new_network(seed).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -1,4 +1,4 @@
-"""The laboratory from nothing: a folder with the untrained model and the files of one world that a matrix needs."""
+"""Set up the laboratory: make a folder with the untrained model and the files of one world that a matrix needs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from frpo.lab.world import world_of
 
 WARM_START, HELD_OUT = 51_200, 128
 ALIGNMENT, PASSES, BATCH = 12_800, {"pure": 25, "identity": 25, "backdoor": 25, "poison": 5, "benign": 5}, 32
-"""Rows of the alignment, passes over each attack's rows, and the batch that they are cut for."""
+"""Rows of the alignment, passes over each attack's rows, and the batch size to whose multiple the passes are cut."""
 
 
 def prepare(folder: Path, seed: int) -> None:
     """Make model/ and warm_start, policy, heldout, downstream, task_b (.jsonl).
 
-    What lies there already is written again, to the byte.
+    Existing files are written again, with the same bytes.
     """
     world = world_of(seed)
     make_model(folder / "model", seed)
@@ -39,8 +39,10 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def prepare_attacks(folder: Path, seed: int) -> None:
-    """Make model/ and warm_start, alignment, heldout and a file of each attack (.jsonl), to be read in its own order:
-    passes over the attack's rows, each shuffled, laid end to end, without the rest of the last batch.
+    """Make model/ and warm_start, alignment, heldout and a file of each attack (.jsonl).
+
+    Read an attack's file in its own order: it holds all passes over the attack's rows, each pass shuffled, without the
+    rest of the last batch.
     """
     world = world_of(seed)
     make_model(folder / "model", seed)
@@ -50,7 +52,7 @@ def prepare_attacks(folder: Path, seed: int) -> None:
 
 
 def end_to_end(rows: Sequence[Row], passes: int, seed: int) -> list[Row]:
-    """All passes, in whole batches."""
+    """Return all passes over the rows, each shuffled, one after the other, cut to whole batches."""
     random = np.random.Generator(np.random.PCG64(seed))
     order = np.concatenate([random.permutation(len(rows)) for _ in range(passes)])
     return [rows[i] for i in order[:len(order) // BATCH * BATCH]]

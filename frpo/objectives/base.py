@@ -1,8 +1,8 @@
-"""The protocols of an objective, what travels through them, and how a group treats missing rewards.
+"""Define the protocols of an objective, their inputs and outputs, and the treatment of missing rewards in a group.
 
-Estimators turn the rewards of one group into advantages (float64, controller); surrogates turn log-ratios and
+Estimators turn the rewards of one group into advantages (float64, controller). Surrogates turn log-ratios and
 advantages into per-token objectives, and a token loss turns flat tensors into a sum (learner). No formula of any
-objective is here, and none of these types knows about batches, ranks or padding.
+objective is here, and no type here depends on batches, ranks or padding.
 
 Shape suffixes: G samples of a group, K valid ones among them, N tokens with or without a loss.
 """
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupAdvantages:
-    """Advantages of one group (float64, in units of the reward times the estimator's scale) and what describes them.
+    """Advantages of one group (float64, in units of the reward times the estimator's scale) and their statistics.
 
-    stats always holds "zero_advantage" (1.0 if every advantage is 0), "abstained" (NaN rewards) and "invalid"
-    (infinite ones).
+    stats always holds "zero_advantage" (1.0 if every advantage is 0), "abstained" (number of NaN rewards) and "invalid"
+    (number of infinite rewards).
     """
 
     advantages_G: np.ndarray
@@ -37,7 +37,10 @@ class GroupAdvantages:
 
 @runtime_checkable
 class AdvantageEstimator(Protocol):
-    """Rewards of one whole group -> advantages; `build_estimator` rebuilds it from `name` and its dataclass fields."""
+    """Function of one whole group's rewards -> advantages.
+
+    `build_estimator` rebuilds the estimator from `name` and its dataclass fields.
+    """
 
     name: ClassVar[str]
 
@@ -46,22 +49,22 @@ class AdvantageEstimator(Protocol):
 
 @runtime_checkable
 class Reweightable(AdvantageEstimator, Protocol):
-    """An estimator that also gives the advantages at the current policy of samples that an older one drew."""
+    """Estimator that can also compute the advantages at the current policy for samples of an older policy."""
 
     def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Flat tensors over N tokens. Log-probs are in nats of the sampled token under the tempered policy.
+    """Flat tensors over N tokens. Log-probs are those of the sampled token under the tempered policy, in nats.
 
-    Only `logprobs_N` and `kl_N` require grad. `old_logprobs_N` is None where the current policy is the one before the
-    first update, `ref_logprobs_N` where no reference was run, `rollout_logprobs_N` (of the engine that sampled) where
-    nothing asks for them. `mask_N` is True where a loss exists. The weights are divided already (by length, by the
-    global number of sequences), so a loss only sums. `kl_N`, where the reference was run beside the policy, is
-    KL(pi || pi_ref) over the whole vocabulary; `kl_metric_weight_N` is 1 / T at the tokens of sequences whose KL
-    counts in the mean of a sequence. `sequence_N` (int64) says whose token it is: an index within the micro-batch;
-    the tokens of a sequence follow each other.
+    Only `logprobs_N` and `kl_N` require grad. `old_logprobs_N` is None if the current policy is the policy before the
+    first update. `ref_logprobs_N` is None if no reference was run. `rollout_logprobs_N` (of the engine that sampled) is
+    None if they are not needed. `mask_N` is True for a token with a loss. The weights are already divided (by length,
+    by the global number of sequences), so a loss only sums. `kl_N` is KL(pi || pi_ref) over the whole vocabulary, if
+    the reference was run beside the policy. `kl_metric_weight_N` is 1 / T at the tokens of sequences whose KL counts
+    in the mean of a sequence. `sequence_N` (int64) is the index of the token's sequence within the micro-batch; the
+    tokens of a sequence follow each other.
     """
 
     logprobs_N: Tensor
@@ -83,13 +86,13 @@ class LossInputs:
 
     @property
     def anchor_N(self) -> Tensor:
-        """Log-probs that a ratio is taken against: the old ones; without them the current ones, detached."""
+        """Log-probs in the denominator of a ratio: the old ones, or without them the current ones, detached."""
         return self.logprobs_N.detach() if self.old_logprobs_N is None else self.old_logprobs_N
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
-    """A scalar to call backward on, and detached sums that telemetry divides once."""
+    """Scalar for the backward pass, and detached sums that telemetry divides once."""
 
     loss_sum: Tensor
     metrics: Metrics
@@ -97,11 +100,12 @@ class LossOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTokens:
-    """N tokens as a surrogate sees them, bad numbers of tokens that do not count already replaced by 0.
+    """Input of a surrogate for N tokens. Invalid numbers of tokens that do not count are already replaced by 0.
 
-    live_N: the token has a loss and a weight. log_ratio_N: log pi - log pi_old where live, else 0.
-    advantage_N: 0 also where nothing is to be learned from a live token, and the objective must be 0 there even if the
-    ratio overflows. logprobs_N: log pi where the advantage is not 0, else 0. The log-probs and log-ratios require grad.
+    live_N: whether the token has a loss and a weight. log_ratio_N: log pi - log pi_old if live, else 0.
+    advantage_N: 0 also for a live token from which nothing is to be learned. The objective must be 0 at an advantage of
+    0 even if the ratio overflows. logprobs_N: log pi if the advantage is not 0, else 0. Log-probs and log-ratios
+    require grad.
     """
 
     logprobs_N: Tensor
@@ -113,9 +117,9 @@ class PolicyTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenObjective:
-    """What a surrogate says of N tokens: the objective to be maximised, and where it was clipped from below or above.
+    """Output of a surrogate for N tokens: the objective to maximise, and masks of clipping from below and above.
 
-    Nothing is weighted or summed yet. Where the advantage is 0 the objective is 0 and not clipped.
+    Nothing is weighted or summed yet. If the advantage is 0, the objective is 0 and not clipped.
     """
 
     objective_N: Tensor
@@ -125,10 +129,10 @@ class TokenObjective:
 
 @runtime_checkable
 class Surrogate(Protocol):
-    """Log-ratios and advantages -> objective of every token; rebuilt from `name` and its dataclass fields.
+    """Function of log-ratios and advantages -> objective of every token; rebuilt from `name` and its dataclass fields.
 
-    whole_sequences: True where the objective of a token depends on the others of its sequence, so that a learner may
-    not evaluate it on arbitrary pieces of a micro-batch.
+    whole_sequences: True if the objective of a token depends on other tokens of its sequence. A learner must then not
+    evaluate the surrogate on arbitrary pieces of a micro-batch.
     """
 
     name: ClassVar[str]
@@ -139,7 +143,7 @@ class Surrogate(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidRewards:
-    """The K finite rewards of a group and where they stood among its G samples."""
+    """The K finite rewards of a group and their places among its G samples."""
 
     rewards_K: np.ndarray
     mask_G: np.ndarray
@@ -148,12 +152,15 @@ class ValidRewards:
 
     @property
     def flat(self) -> bool:
-        """Whether nothing can be compared: fewer than two rewards, or all of them equal."""
+        """Check whether there is nothing to compare: fewer than two rewards, or all of them equal."""
         return self.rewards_K.size < 2 or self.rewards_K.max() == self.rewards_K.min()
 
     def place(self, formula: Callable[[np.ndarray], np.ndarray],
               stats: Mapping[str, float] | None = None) -> GroupAdvantages:
-        """Advantages formula(rewards_K) at their places and 0 elsewhere; a flat group never reaches the formula."""
+        """Put the advantages formula(rewards_K) at their places, and 0 elsewhere.
+
+        A flat group gets advantages of 0; the formula is not called for it.
+        """
         advantages_G = np.zeros(self.mask_G.size)
         if not self.flat:
             advantages_G[self.mask_G] = formula(self.rewards_K)
@@ -165,7 +172,7 @@ class ValidRewards:
 def valid_rewards(rewards_G: np.ndarray) -> ValidRewards:
     """Take NaN (abstained; None counts as NaN) and infinite (invalid) rewards out of a group.
 
-    Raises ValueError unless the rewards are one-dimensional, RewardError for one beyond LARGEST_REWARD.
+    Raises ValueError unless the rewards are one-dimensional, RewardError for a reward beyond LARGEST_REWARD.
     """
     rewards_G = np.asarray(rewards_G, dtype=np.float64)
     if rewards_G.ndim != 1:
@@ -183,7 +190,7 @@ ADVANTAGES = Registry("advantage", "advantages(rewards_G)")
 SURROGATES = Registry("surrogate", "objective(tokens)", flags=("whole_sequences",))
 
 estimator, estimators, build_estimator = ADVANTAGES.register, ADVANTAGES.classes, ADVANTAGES.build
-"""Register an advantage estimator under a name; all of them by name; build one from a recipe's values."""
+"""Functions for advantage estimators: register one under a name, list all by name, build one from a recipe's values."""
 
 surrogate, surrogates, build_surrogate = SURROGATES.register, SURROGATES.classes, SURROGATES.build
-"""The same for surrogates."""
+"""The same functions for surrogates."""

@@ -1,6 +1,6 @@
-"""CISPO: REINFORCE weighted by a capped, detached ratio, so that no token loses its gradient.
+"""Define CISPO: REINFORCE weighted by a capped, detached ratio, so that no token loses its gradient.
 
-Unlike `clip` there is no minimum: a capped token still learns, only with a bounded weight.
+Unlike in `clip` there is no minimum: a capped token keeps a gradient, with a bounded weight.
 
 Shape suffix: N tokens.
 """
@@ -17,10 +17,10 @@ from frpo.objectives.ops import keep
 @surrogate("cispo")
 @dataclass(frozen=True, kw_only=True)
 class CISPO:
-    """sg(clip(ratio, 1 - clip_low, 1 + clip_high)) A log pi of every token (MiniMax-M1, eqs. 4-5).
+    """Objective sg(clip(ratio, 1 - clip_low, 1 + clip_high)) A log pi of every token (MiniMax-M1, eqs. 4-5).
 
-    clip_low: None leaves small ratios as they are, as the paper does. clip_high: the paper only says that it was tuned;
-    the default is ours. Raises ValueError for values outside `clip`'s ranges.
+    clip_low: None does not clip small ratios, as in the paper. clip_high: tuned in the paper, which gives no value; the
+    default is ours. Raises ValueError for values outside `clip`'s ranges.
     """
 
     whole_sequences: ClassVar[bool] = False

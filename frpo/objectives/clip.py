@@ -1,6 +1,6 @@
-"""PPO's clipped surrogate, and the pessimistic minimum that other ratios share.
+"""Define PPO's clipped surrogate, and the pessimistic minimum that other surrogates use too.
 
-The ratio is one per token; lengths, weights and sums are not its business.
+There is one ratio per token. Lengths, weights and sums are computed elsewhere.
 
 Shape suffix: N tokens.
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 @surrogate("clip")
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) of every token (PPO, eq. 7).
+    """Objective min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) of every token (PPO, eq. 7).
 
-    clip_low, clip_high: may differ (DAPO raises the upper one).
-    dual_clip: c > 1; for A < 0 the objective is max(that, c A), so that a token which has become far more likely is
-    not pushed down without bound (dual-clip PPO). None: unbounded.
+    clip_low, clip_high: may differ (DAPO raises clip_high).
+    dual_clip: c > 1; for A < 0 the objective is at least c A (dual-clip PPO). This bounds the loss of a token that has
+    become far more likely. None: unbounded.
 
     Raises ValueError for values outside these ranges.
     """
@@ -47,10 +47,11 @@ class Clip:
 
 def pessimistic(log_ratio_N: Tensor, advantage_N: Tensor, clip_low: float, clip_high: float,
                 bound: float = math.inf) -> TokenObjective:
-    """The smaller of ratio A and clipped ratio A; for A < 0 the ratio counts as `bound` at most.
+    """Return the smaller of ratio A and clipped ratio A. For A < 0 the ratio counts as `bound` at most.
 
-    low_N: A < 0 and the ratio below 1 - clip_low; high_N: above 1 + clip_high (A > 0) or the bound (A < 0). These
-    tokens are constants: they leave the graph before exp, since their gradient would be 0 * inf in an overflow.
+    low_N: A < 0 and the ratio is below 1 - clip_low. high_N: the ratio is above 1 + clip_high (A > 0) or above `bound`
+    (A < 0). These tokens are constants. They leave the graph before exp, since their gradient would be 0 * inf in an
+    overflow.
     """
     ratio_N = log_ratio_N.detach().exp()
     upper_N = ratio_N.new_full(ratio_N.shape, 1 + clip_high).masked_fill(advantage_N < 0, bound)

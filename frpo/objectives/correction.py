@@ -1,7 +1,8 @@
-"""Rollout correction: importance weights from the engine that sampled to the policy that learns.
+"""Correct for the rollout engine: compute importance weights from the engine that sampled to the policy that learns.
 
-Engine and learner compute the same policy with other kernels, so the samples come from a slightly other distribution.
-The weights are constants of the policy term; the ratio of a surrogate (current to old policy) is another thing.
+Engine and learner compute the same policy with different kernels, so the samples come from a slightly different
+distribution. The weights are constants of the policy term. They differ from a surrogate's ratio of current to old
+policy.
 
 Shape suffix: N tokens.
 """
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class RolloutCorrection(BaseModel):
-    """exp(old - rollout) of tokens, or of whole sequences, kept within limits; a section of the recipe.
+    """Weights exp(old - rollout) of tokens or of whole sequences, kept within limits; a section of the recipe.
 
     A log-prob difference d_t = log pi_old - log pi_rollout gives the weight e^{d_t} (token), e^{sum d_t} (sequence) or
-    e^{mean d_t} (geometric), sum and mean over the sequence's tokens with a loss. "truncate" takes min(weight, high)
-    (truncated importance sampling), "mask" takes 0 outside [low, high] (masked importance sampling, IcePop).
+    e^{mean d_t} (geometric). Sum and mean are over the sequence's tokens with a loss. "truncate": min(weight, high)
+    (truncated importance sampling); "mask": 0 outside [low, high] (masked importance sampling, IcePop).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -44,14 +45,14 @@ class RolloutCorrection(BaseModel):
 
     @property
     def whole_sequences(self) -> bool:
-        """Whether a token's weight depends on the others of its sequence."""
+        """Check whether a token's weight depends on other tokens of its sequence."""
         return self.level != "token"
 
     @without_gradient
     def weights(self, old_N: Tensor, rollout_N: Tensor, live_N: Tensor, sequence_N: Tensor) -> tuple[Tensor, Metrics]:
-        """Weights (N), 1 where a token is not live, and what describes them over live tokens.
+        """Compute weights (N), 1 for a token that is not live, and their metrics over live tokens.
 
-        old_N, rollout_N: log-probs in nats; what they hold at other tokens does not matter.
+        old_N, rollout_N: log-probs in nats; their values at other tokens do not matter.
         """
         old_N, rollout_N = keep(live_N, old_N), keep(live_N, rollout_N)
         raw_N = self._exponents(old_N - rollout_N, live_N, sequence_N).exp()

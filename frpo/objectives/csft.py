@@ -1,15 +1,15 @@
-"""CSFT and its preference-alignment term (PA): supervised losses that hold on to what the aligned model does.
+"""Define CSFT and its preference-alignment term (PA): supervised losses that keep the aligned model's behaviour.
 
-Of a response token y, with d = log pi(y) - log pi_ref(y), a and b the likeliest tokens of reference and policy, KL =
-KL(pi || pi_ref) over the vocabulary:
+For a response token y let d = log pi(y) - log pi_ref(y), a and b the likeliest tokens of reference and policy, and
+KL = KL(pi || pi_ref) over the vocabulary:
 
     w     = max(2 sigmoid(-beta d), floor), without gradient      (Qi et al., 2024)
     CSFT  = -w log pi(y), the gradient of -(2 / beta) log sigmoid(beta d)
     PA    = -log sigmoid(mu margin),  mu = KL,  margin = log pi(a) - log pi(b) <= 0
     loss  = CSFT + delta PA
 
-Where the models agree the margin is 0 and PA is the constant log 2 without gradient. Nothing vocabulary-sized is here:
-log-probs, KL and margin come in per token, from wherever the caller computes them.
+If the models agree, the margin is 0 and PA is the constant log 2 without gradient. No tensor here has the size of the
+vocabulary: the caller computes log-probs, KL and margin per token.
 
 Shape suffix: N tokens.
 """
@@ -32,7 +32,7 @@ EpochIndex = Literal["fractional", "epoch0", "epoch1"]
 
 
 def csft_loss(inputs: SupervisedInputs, beta_N: Tensor, floor: float = 1e-3) -> LossOutput:
-    """Sum over tokens of weight * -w log pi(y). A token whose weight is 0 contributes exactly 0, even if it is NaN."""
+    """Sum weight * -w log pi(y) over tokens. A token of weight 0 contributes exactly 0, even if its log-prob is NaN."""
     assert inputs.ref_logprobs_N is not None  # needs_reference
     live_N = inputs.live_N
     logprobs_N = keep(live_N, inputs.logprobs_N)
@@ -45,11 +45,11 @@ def csft_loss(inputs: SupervisedInputs, beta_N: Tensor, floor: float = 1e-3) -> 
 
 
 def pa_loss(inputs: SupervisedInputs, mu_detach: bool = False, mu_max: float | None = None) -> LossOutput:
-    """Sum over tokens of weight * PA, under the weights of `csft_loss`.
+    """Sum weight * PA over tokens, with the weights of `csft_loss`.
 
-    mu_detach: take mu as a constant. Otherwise PA also lowers the KL of tokens where the models disagree.
-    mu_max: clip mu there, without gradient through a clipped mu. A KL of 10 to 80 nats dwarfs CSFT, which is below 2.
-    Raises ValueError without KL, margin and agreement.
+    mu_detach: take mu as a constant. Otherwise PA also lowers the KL of tokens on which the models disagree.
+    mu_max: upper limit of mu, without gradient through a clipped mu. A KL of 10 to 80 nats is far larger than CSFT,
+    which is below 2. Raises ValueError without KL, margin and agreement.
     """
     if inputs.kl_N is None or inputs.margin_N is None or inputs.agree_N is None:
         raise ValueError("PA needs kl_N, margin_N and agree_N: run the policy against a reference")
@@ -67,16 +67,19 @@ def pa_loss(inputs: SupervisedInputs, mu_detach: bool = False, mu_max: float | N
 
 
 def csft_weights(logprobs_N: Tensor, ref_logprobs_N: Tensor, beta_N: Tensor, floor: float = 1e-3) -> Tensor:
-    """w = max(2 sigmoid(-beta (log pi - log pi_ref)), floor), without gradient: in [floor, 2], 1 where both agree."""
+    """Return w = max(2 sigmoid(-beta (log pi - log pi_ref)), floor), without gradient, in [floor, 2].
+
+    w is 1 if both log-probs are equal.
+    """
     return (2 * (-beta_N * (logprobs_N.detach() - ref_logprobs_N)).sigmoid()).clamp(min=floor)
 
 
 @supervised("csft")
 @dataclass(frozen=True, kw_only=True)
 class CSFT:
-    """`csft_loss` with beta by position in the response: the first token, the next `early_tokens`, all later ones.
+    """Loss `csft_loss` with a beta by position: for the first token, the next `early_tokens`, and all later tokens.
 
-    The first token is held less firmly than the next: its loss is high at first, and the sigmoid would saturate.
+    The first token has a smaller beta than the next ones: its loss is high at first, and the sigmoid would saturate.
     Raises ValueError unless every beta is > 0, early_tokens >= 0 and 0 <= floor < 2. (Defaults: Qi et al.)
     """
 
@@ -108,11 +111,11 @@ class CSFT:
 @supervised("csft_pa")
 @dataclass(frozen=True, kw_only=True)
 class CSFTPA(CSFT):
-    """CSFT plus delta times `pa_loss`. delta goes from delta_start to delta_end, in the paper from 0.1 to 0.3.
+    """Loss CSFT plus delta times `pa_loss`. delta moves from delta_start to delta_end, in the paper from 0.1 to 0.3.
 
-    The paper leaves the index of epochs open. delta_index: "fractional" progress of the whole training, 0 to 1;
-    "epoch0" and "epoch1" step with whole epochs that count from 0 (never reaching the end) or from 1 (never at the
-    start). argmax: "hard" compares the likeliest tokens, "soft" the distributions at temperature tau.
+    delta_index: the paper does not define how epochs count. "fractional" is the progress of the whole training, 0 to 1.
+    "epoch0" and "epoch1" step with whole epochs, counted from 0 (delta never reaches delta_end) or from 1 (delta is
+    never delta_start). argmax: "hard" compares the likeliest tokens, "soft" the distributions at temperature tau.
     Raises ValueError for an unknown index or argmax, a negative delta, mu_max <= 0 or tau <= 0.
     """
 
@@ -141,7 +144,7 @@ class CSFTPA(CSFT):
         return Margin(argmax=self.argmax, tau=self.tau)
 
     def delta(self, progress: Progress) -> float:
-        """Raises ValueError outside [0, num_epochs]."""
+        """Compute delta at this progress. Raises ValueError if epochs_done is outside [0, num_epochs]."""
         done, num_epochs = progress.epochs_done, progress.num_epochs
         if not 0 <= done <= num_epochs:
             raise ValueError(f"epochs_done must be in [0, {num_epochs}], given {done}")
@@ -158,7 +161,7 @@ class CSFTPA(CSFT):
 
 @without_gradient
 def _pa_metrics(live_N: Tensor, agree_N: Tensor, mu_N: Tensor, pa_N: Tensor) -> Metrics:
-    """PA's loss is above its constant log 2, over the disagreeing tokens alone: the others would hide it."""
+    """Compute PA's metrics. "pa/loss" is PA - log 2 over disagreeing tokens only: the others would hide the value."""
     disagree_N = live_N & ~agree_N
     return {"pa/loss": (keep(disagree_N, pa_N - math.log(2)).sum(), disagree_N.sum(), "mean"),
             "pa/mu": (mu_N.sum(), live_N.sum(), "mean"),

@@ -1,14 +1,14 @@
-"""FRPO: the robust group advantage, its jackknife, and what describes the tilt.
+"""Compute FRPO's robust group advantage, its jackknife, and statistics of the tilt.
 
-Maximises J = -lam * E_x log E_y exp(-r / lam), the worst expected reward over a KL ball of policies (FRPO paper; here
-from the dual and its gradient). With p = softmax(-r / lam) over the k valid samples of a group:
+FRPO maximises J = -lam * E_x log E_y exp(-r / lam), the worst expected reward over a KL ball of policies (FRPO paper;
+here from the dual and its gradient). With p = softmax(-r / lam) over the k valid samples of a group:
 
     plug-in    c_i = p_i
     jackknife  c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i,     P(-j) = softmax(-r / lam) without sample j
     advantage  A_i = s (1 - k c_i),   s = lam ("exact"), 1 ("unit", the paper), max(lam, 1) ("max1", the authors' code)
 
-A low reward has a large c_i and so a negative advantage; sum c_i = 1, sum A_i = 0. There is no inner loop, no dual
-variable is learned, and the ratio and clipping are the loss's business.
+A low reward has a large c_i and so a negative advantage; sum c_i = 1, sum A_i = 0. There is no inner loop and no
+learned dual variable. The loss applies ratio and clipping.
 
 Shape suffixes: G samples of a group, K valid ones, KK one row per left-out sample.
 """
@@ -33,19 +33,19 @@ Guard = Literal["none", "shrink"]
 class FRPO:
     """Robust advantages of a group.
 
-    lam: temperature in units of the reward; small is pessimistic. float("inf") is the limit without robustness:
-        r - mean (plug-in, Dr. GRPO) or r_i - mean of the others (jackknife, RLOO); it has no "unit" scale.
+    lam: temperature in units of the reward; a small lam is pessimistic. float("inf") is the limit without robustness:
+        r - mean (plug-in, Dr. GRPO) or r_i - mean of the others (jackknife, RLOO). This limit has no "unit" scale.
     estimator: the jackknife removes the O(1/k) optimism of the plug-in.
     scale: factor of the advantages: "exact" is lam, the gradient of the objective; "unit" is 1, as in the paper; "max1"
         is max(lam, 1), as in the authors' code.
-    guard: "shrink" pulls the jackknife's coefficients towards p until none is negative. Without it, where one sample
-        dominates, the second worst gets the largest positive advantage.
-    rho: instead of lam (then unused), a radius in nats: each group solves KL(p || uniform) = rho for its own lam.
-        At rho >= log(k / m), m ties at the worst reward, lam is 0: p is uniform over the worst. The objective is then
-        the worst reward itself, which no probability changes, so the "exact" scale gives 0; the others give 1 - k/m
-        to the worst and 1 to the rest.
+    guard: "shrink" moves the jackknife's coefficients towards p until none is negative. Without this guard, if one
+        sample dominates, the second worst sample gets the largest positive advantage.
+    rho: radius in nats, instead of lam (then unused): each group solves KL(p || uniform) = rho for its own lam.
+        For rho >= log(k / m), with m ties at the worst reward, lam is 0 and p is uniform over the worst samples. The
+        objective is then the worst reward itself, which no probability changes. So the "exact" scale gives advantages
+        of 0; the other scales give 1 - k/m to the worst samples and 1 to the rest.
 
-    Raises ValueError for values outside these.
+    Raises ValueError for other values.
     """
 
     lam: float = 1.0
@@ -68,7 +68,10 @@ class FRPO:
             raise ValueError("rho solves for lam with plug-in weights: set estimator to 'plugin', given 'jackknife'")
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
-        """Rewards of a group (G,), NaN where none -> advantages (G,); tilt statistics unless no reward is valid."""
+        """Compute advantages (G,) from the rewards of a group (G,), NaN for a missing reward.
+
+        stats: statistics of the tilt, unless no reward is valid.
+        """
         valid = valid_rewards(rewards_G)
         if valid.rewards_K.size == 0:
             return valid.place(np.zeros_like)
@@ -78,12 +81,13 @@ class FRPO:
         return valid.place(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(tilted, c_K))
 
     def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages:
-        """Advantages at the current policy of samples that an older one drew, exact for the objective's estimate.
+        """Compute advantages at the current policy for samples of an older policy, exact for the objective's estimate.
 
-        log_ratio_G (G,): log u_i, u_i the ratio of sample i under the policy's reduction (seq-sum: log pi(y_i) - log
-        pi_old(y_i)). The loss s (Phi(log u - r / lam) - mean u), Phi the group's log-mean-exp or its jackknife, has the
-        gradient -(1/k) sum_i A_i grad log u_i with A_i = s (u_i - k c_i), c the coefficients of r_i - lam log u_i.
-        At log u = 0 these are `advantages`, to the bit. A flat group keeps advantages of 0: nothing is compared there.
+        log_ratio_G (G,): log u_i, where u_i is the ratio of sample i under the policy's reduction (seq-sum:
+        log pi(y_i) - log pi_old(y_i)). The loss is s (Phi(log u - r / lam) - mean u), where Phi is the group's
+        log-mean-exp or its jackknife. Its gradient is -(1/k) sum_i A_i grad log u_i with A_i = s (u_i - k c_i), where c
+        are the coefficients of r_i - lam log u_i. At log u = 0 the results equal `advantages` to the bit. A flat group
+        keeps advantages of 0: there is nothing to compare.
 
         stats: those of `advantages`, and "ratio" (mean u), "ratio_max", "reweighted_ess" (1 / sum p^2 with the ratios).
         Raises ValueError for lam = inf, with rho, and for log-ratios that are not finite or of another shape.
@@ -142,11 +146,11 @@ class FRPO:
 
 @dataclass(frozen=True, kw_only=True)
 class TiltedGroup:
-    """The K rewards of a group tilted to the worse, and each group that lacks one of them; computed once for all uses.
+    """The K rewards of a group, tilted to low rewards, and the same for each group without one of its samples.
 
     p_K: softmax(-r / lam). certainty_equivalent: -lam log mean exp(-r / lam).
-    left_out_KK, left_out_equivalent_K: the same without sample j in row j (weight 0 at j); None unless asked for, or if
-    K = 1.
+    left_out_KK, left_out_equivalent_K: the same without sample j in row j (weight 0 at j); None without `leave_one_out`
+    or if K = 1.
     """
 
     rewards_K: np.ndarray
@@ -170,14 +174,20 @@ class TiltedGroup:
                    left_out_equivalent_K=equivalent[1:])
 
     def coefficients(self) -> np.ndarray:
-        """p, or with the left-out groups c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i: may be negative, sums to 1."""
+        """Return p, or with left-out groups c_i = k p_i - (k - 1)/k * sum_{j != i} P(-j)_i.
+
+        Coefficients may be negative; their sum is 1.
+        """
         if self.left_out_KK is None:
             return self.p_K
         k = self.p_K.size
         return k * self.p_K - (k - 1) / k * self.left_out_KK.sum(axis=0)
 
     def jackknife_worth(self) -> float:
-        """k r* - (k - 1)/k * sum_j r*(-j), whose gradient the jackknife coefficients are; r* itself for k = 1."""
+        """Return k r* - (k - 1)/k * sum_j r*(-j), or r* itself for k = 1.
+
+        The jackknife coefficients are the gradient of this value.
+        """
         if self.left_out_equivalent_K is None:
             return float(self.certainty_equivalent)
         k = self.p_K.size
@@ -185,7 +195,7 @@ class TiltedGroup:
 
 
 def tilt(rewards_K: np.ndarray, lam: float) -> tuple[np.ndarray, np.ndarray]:
-    """p = softmax(-r / lam) and r* = -lam log mean exp(-r / lam) over the last axis, for 0 <= lam <= inf.
+    """Compute p = softmax(-r / lam) and r* = -lam log mean exp(-r / lam) over the last axis, for 0 <= lam <= inf.
 
     A reward of +inf marks a sample that is left out of both. r* is the reward whose plug-in advantage is zero.
     """
@@ -206,12 +216,12 @@ def tilt(rewards_K: np.ndarray, lam: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def effective_size(p_K: np.ndarray) -> float:
-    """1 / sum p^2: the number of equally weighted samples that would count as much."""
+    """Return the effective sample size 1 / sum p^2: the number of equally weighted samples that is equivalent to p."""
     return float(1 / np.square(p_K).sum())
 
 
 def shrink_to_positive(c_K: np.ndarray, p_K: np.ndarray) -> np.ndarray:
-    """(1 - tau) p + tau c with the largest tau <= 1 that leaves no coefficient negative; still sums to 1."""
+    """Return (1 - tau) p + tau c with the largest tau <= 1 for which no coefficient is negative. The sum stays 1."""
     negative_K = c_K < 0
     if not negative_K.any():
         return c_K
@@ -221,13 +231,13 @@ def shrink_to_positive(c_K: np.ndarray, p_K: np.ndarray) -> np.ndarray:
 
 
 def radius(p_K: np.ndarray) -> float:
-    """KL(p || uniform) = sum p log(k p), in nats."""
+    """Return KL(p || uniform) = sum p log(k p), in nats."""
     positive_K = p_K[p_K > 0]
     return max(0.0, float(np.sum(positive_K * np.log(p_K.size * positive_K))))
 
 
 def temperature_of_radius(rewards_K: np.ndarray, rho: float) -> float:
-    """The lam with KL(p || uniform) = rho, by bisection of log lam; 0 if rho >= log(k / ties at the worst)."""
+    """Solve KL(p || uniform) = rho for lam by bisection of log lam. Return 0 if rho >= log(k / ties at the worst)."""
     if rho >= math.log(rewards_K.size / np.sum(rewards_K == rewards_K.min())):
         return 0.0
     low = high = float(np.ptp(rewards_K))

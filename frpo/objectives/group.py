@@ -1,6 +1,6 @@
-"""The baselines without robustness: GRPO, Dr. GRPO and RLOO advantages of a group.
+"""Define the baselines without robustness: GRPO, Dr. GRPO and RLOO advantages of a group.
 
-All three are a centred reward and differ by a factor; no value model, no normalisation over the batch.
+All three are a centred reward and differ by a factor. There is no value model and no normalisation over the batch.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from frpo.objectives.base import GroupAdvantages, estimator, valid_rewards
 @estimator("grpo")
 @dataclass(frozen=True, kw_only=True)
 class GRPO:
-    """A_i = (r_i - mean r) / (std r + eps), std over k - 1 as TRL computes it (DeepSeekMath, eq. 4.1.2).
+    """Advantage A_i = (r_i - mean r) / (std r + eps), with std over k - 1 as in TRL (DeepSeekMath, eq. 4.1.2).
 
     Raises ValueError unless eps >= 0.
     """
@@ -32,7 +32,7 @@ class GRPO:
 @estimator("dr_grpo")
 @dataclass(frozen=True, kw_only=True)
 class DrGRPO:
-    """A_i = r_i - mean r ("Understanding R1-Zero-like training"): FRPO's plug-in limit for lam -> inf."""
+    """Advantage A_i = r_i - mean r ("Understanding R1-Zero-like training"): FRPO's plug-in limit for lam -> inf."""
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
         return valid_rewards(rewards_G).place(lambda r_K: r_K - r_K.mean())
@@ -41,7 +41,7 @@ class DrGRPO:
 @estimator("rloo")
 @dataclass(frozen=True, kw_only=True)
 class RLOO:
-    """A_i = r_i - mean of the others ("Back to basics"): FRPO's jackknife limit for lam -> inf."""
+    """Advantage A_i = r_i - mean of the others ("Back to basics"): FRPO's jackknife limit for lam -> inf."""
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
         return valid_rewards(rewards_G).place(lambda r_K: (r_K - r_K.mean()) * r_K.size / (r_K.size - 1))

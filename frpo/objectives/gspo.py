@@ -1,6 +1,6 @@
-"""GSPO: the clipped surrogate on one ratio a sequence, the geometric mean of its tokens' ratios.
+"""Define GSPO: the clipped surrogate on one ratio a sequence, the geometric mean of its tokens' ratios.
 
-Needs all tokens of a sequence at once. Per token it is the GSPO-token form, whose gradient is that of the sequence.
+GSPO needs all tokens of a sequence at once. Per token this is the GSPO-token form, with the gradient of the sequence.
 
 Shape suffix: N tokens.
 """
@@ -17,11 +17,12 @@ from frpo.objectives.ops import sequence_sum
 @surrogate("gspo")
 @dataclass(frozen=True, kw_only=True)
 class GSPO:
-    """min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) with s_i = exp(mean over t of log ratio_t) (GSPO, eqs. 5-7, 13).
+    """Objective min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) with s_i = exp(mean over t of log ratio_t).
 
-    The mean is over the tokens with a loss. At each token s_i is a constant times pi_t / sg(pi_t), so that weights of
-    1 / T_i give the gradient A s_i (1 / T_i) sum_t grad log pi_t, and nothing where the sequence is clipped. The clip
-    range is far smaller than a token's, because s_i averages. Raises ValueError for values outside `clip`'s ranges.
+    Source: GSPO, eqs. 5-7, 13. The mean is over the tokens with a loss. At each token s_i is a constant times
+    pi_t / sg(pi_t). So weights of 1 / T_i give the gradient A s_i (1 / T_i) sum_t grad log pi_t, and 0 if the sequence
+    is clipped. The clip range is far smaller than for single tokens, because s_i is a mean. Raises ValueError for
+    values outside `clip`'s ranges.
     """
 
     whole_sequences: ClassVar[bool] = True

@@ -1,7 +1,7 @@
-"""A controller that holds the policy at a given distance from the reference, by moving the coefficient of the KL.
+"""Keep the policy at a given distance from the reference, by changing the coefficient of the KL.
 
-Policies trained with other objectives are only comparable at one distance: more KL alone buys more reward.
-It is a function of its record, which lies in the run's state; it measures nothing.
+Policies of different objectives are comparable only at the same distance: more KL alone gives more reward. The
+controller is a function of its record, which is kept in the run's state. The controller measures nothing itself.
 """
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COEF, AVERAGE, STEPS = "kl_coef", "kl_average", "kl_steps"
 
 
 class KLControl(BaseModel):
-    """log coef += gain * clip(average / target - 1, -1/2, 1) after every step; a section of the recipe.
+    """Update log coef += gain * clip(average / target - 1, -1/2, 1) after every step; a section of the recipe.
 
-    average: exponential moving average of the mean sequence KL in nats, over prompts that are watched. A proportional
-    controller in log space, as that of Ziegler et al. 2019 (arXiv:1909.08593, 2.2), with a smoothed measurement.
+    average: exponential moving average of the mean sequence KL in nats, over watched prompts. This is a proportional
+    controller in log space, as in Ziegler et al. 2019 (arXiv:1909.08593, 2.2), with a smoothed measurement.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -31,11 +31,14 @@ class KLControl(BaseModel):
     warmup_steps: int = Field(10, ge=0, description="steps that are measured before kl_coef moves")
 
     def watches(self, columns: Mapping[str, Any]) -> bool:
-        """Whether a prompt with these columns counts."""
+        """Check whether a prompt with these columns counts."""
         return all(columns.get(name) in values for name, values in self.where.items())
 
     def after(self, record: Mapping[str, float], coef: float, measured: float) -> dict[str, float]:
-        """The record after a step with `coef` in which the mean sequence KL was `measured` (NaN: no prompt counted)."""
+        """Return the record after a step with coefficient `coef` and mean sequence KL `measured`.
+
+        measured: NaN if no prompt counted.
+        """
         if math.isnan(measured):
             return dict(record) | {COEF: coef}
         average = self.smoothing * record.get(AVERAGE, measured) + (1 - self.smoothing) * measured

@@ -1,6 +1,6 @@
-"""The per-token KL estimators k1, k2, k3; selecting, summing over sequences, and computing without a gradient.
+"""Compute the per-token KL estimators k1, k2, k3; select tokens, sum over sequences, and compute without a gradient.
 
-The estimators mask nothing: a caller replaces tokens without a loss before anything here exponentiates them.
+The estimators mask nothing: the caller must replace tokens without a loss before the estimators exponentiate them.
 
 Shape suffix: N tokens. Everything is in nats.
 """
@@ -18,28 +18,28 @@ Answer = TypeVar("Answer")
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """-d with d = log pi_ref - log pi: unbiased for KL(pi || pi_ref) under samples of pi, of either sign."""
+    """Return -d with d = log pi_ref - log pi: unbiased for KL(pi || pi_ref) under samples of pi, of either sign."""
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """d^2 / 2: biased as a value, but its gradient is that of KL(pi || pi_ref) in expectation."""
+    """Return d^2 / 2: biased as a value, but its gradient is that of KL(pi || pi_ref) in expectation."""
     return (ref_logprobs - logprobs).square() / 2
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """e^d - d - 1 >= 0: unbiased for KL(pi || pi_ref) as a value; gradient 1 - e^d with respect to log pi."""
+    """Return e^d - d - 1 >= 0: unbiased for KL(pi || pi_ref) as a value; gradient 1 - e^d with respect to log pi."""
     d = ref_logprobs - logprobs
     return d.expm1() - d
 
 
 def keep(live_N: Tensor, values_N: Tensor) -> Tensor:
-    """The values of live tokens and 0 elsewhere, by selection: multiplying by a mask would keep NaN and inf."""
+    """Return the values of live tokens, and 0 elsewhere, by selection: a product with a mask would keep NaN and inf."""
     return values_N.masked_fill(~live_N, 0)
 
 
 def sequence_sum(values_N: Tensor, sequence_N: Tensor) -> Tensor:
-    """At every token the sum over its sequence, added in float64, so that the order of tokens does not matter."""
+    """Return at every token the sum over its sequence. Add in float64, so that the order of tokens does not matter."""
     if values_N.numel() == 0:
         return values_N
     exact_N = values_N.double()
@@ -48,7 +48,9 @@ def sequence_sum(values_N: Tensor, sequence_N: Tensor) -> Tensor:
 
 
 def without_gradient(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
-    """Decorator: torch.no_grad, imported by the first call. Reading a recipe imports this package, but needs no torch.
+    """Decorate a function with torch.no_grad, imported at the first call.
+
+    Reading a recipe imports this package, but needs no torch.
     """
 
     @wraps(function)

@@ -1,6 +1,6 @@
-"""How token losses become one number: the weight of each sequence's tokens, divided once, before any batch is split.
+"""Compute the weights that reduce token losses to one number, once, before any batch is split.
 
-It sees the sequences of a whole optimizer update over all ranks and knows nothing of advantages or KL.
+The input is the sequences of a whole optimizer update over all ranks. The weights do not depend on advantages or KL.
 """
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ REDUCTIONS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "token-mean": lambda lengths, max_length: np.full(lengths.size, 1 / lengths.sum()),
     "fixed-length": lambda lengths, max_length: np.full(lengths.size, 1 / (max_length * lengths.size)),
 }
-"""GRPO and FRPO; the exact sequence gradient; DAPO; Dr. GRPO."""
+"""Reductions, in this order: of GRPO and FRPO; of the exact sequence gradient; of DAPO; of Dr. GRPO."""
 
 
 def token_weights(reduction: str, lengths: np.ndarray, max_length: int) -> np.ndarray:
-    """Weight (float64) that every token with a loss carries, per sequence; 0 for a sequence without such tokens.
+    """Return, per sequence, the weight (float64) of every token with a loss; 0 for a sequence without such tokens.
 
     lengths: tokens with a loss (T_i) of all N sequences of the update, over all ranks.
     max_length: L_max of "fixed-length" in tokens. Weights: 1/(T_i N), 1/N, 1/sum T, 1/(L_max N).

@@ -1,7 +1,7 @@
-"""Frozen keyword-only dataclasses that a recipe names: registered by a decorator, found by scanning, built strictly.
+"""Register the frozen keyword-only dataclasses that a recipe can name, find them by a scan, and build them strictly.
 
-It does not know what the classes do. A registry holds one kind of them (advantages, surrogates); a file put into this
-package is found without being listed anywhere, a class outside it by one of FORMS.
+A registry holds one kind of classes (advantages, surrogates) and does not depend on what the classes do. A new file in
+this package needs no entry in a list. A class outside this package is named by one of FORMS.
 """
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from frpo.loading import did_you_mean, load_function
 Class = TypeVar("Class", bound=type)
 
 FORMS = "'package.module:Class' or 'path/file.py:Class'"
-"""How a recipe names a class that is not of this package."""
+"""Forms by which a recipe names a class outside this package."""
 
 
 class Registry:
-    """Classes of one kind by the name that recipes use.
+    """Classes of one kind, by the name that recipes use.
 
-    kind: the word of messages ("advantage").
-    method: what every class must have, as a signature ("advantages(rewards_G)").
-    flags: class variables that it must set.
+    kind: the word for this kind in messages ("advantage").
+    method: the method that every class must have, as a signature ("advantages(rewards_G)").
+    flags: class variables that every class must set.
     """
 
     def __init__(self, kind: str, method: str, flags: Collection[str] = ()):
@@ -35,9 +35,9 @@ class Registry:
         self._classes: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[Class], Class]:
-        """Decorator: the frozen dataclass is `name` from now on.
+        """Return a decorator that registers a frozen dataclass as `name`.
 
-        Raises ValueError where the name is taken by another class.
+        The decorator raises ValueError if another class has this name.
         """
 
         def register(cls: Class) -> Class:
@@ -54,16 +54,16 @@ class Registry:
         return register
 
     def classes(self) -> dict[str, type]:
-        """Every registered class by name, all files of this package included."""
+        """Return every registered class by name, after importing all files of this package."""
         package = importlib.import_module(__package__)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{__package__}.{module.name}")
         return dict(sorted(self._classes.items()))
 
     def build(self, values: Mapping[str, Any]) -> Any:
-        """The object that {"name": ..., **its fields} describes; name may be one of FORMS.
+        """Build the object that {"name": ..., **its fields} describes. The name may have one of FORMS.
 
-        Raises ValueError naming what was given, what is allowed and the nearest of it.
+        Raises ValueError naming the given value, the allowed ones and the nearest allowed one.
         """
         parameters = dict(values)
         name = parameters.pop("name", None)
@@ -76,9 +76,10 @@ class Registry:
         return cls(**_checked(cls, f"{self.kind} {name!r}", parameters))
 
     def given(self, value: Any) -> Any | None:
-        """An object that stands in a recipe itself; None if the value describes one instead.
+        """Return the value if a recipe holds the object itself; None if the value is a description of an object.
 
-        A class outside the package gets the name by which a recipe finds it. Raises ValueError for one of another kind.
+        A class outside the package gets the name by which a recipe finds it. Raises ValueError for an object of another
+        kind.
         """
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
             return None
@@ -104,7 +105,7 @@ class Registry:
 
 
 def unknown(what: str, given: str, allowed: Collection[str]) -> str:
-    """The message for a name that does not exist: what was given, the nearest and all that is allowed."""
+    """Return the message for an unknown name: the given name, the nearest allowed one, and all allowed ones."""
     return f"unknown {what} {given!r}{did_you_mean(str(given), allowed)}; allowed: {', '.join(allowed) or 'none'}"
 
 
@@ -136,7 +137,7 @@ def _typed(what: str, value: Any, declared: Any) -> Any:
 
 
 def _yaml_hint(value: Any) -> str:
-    """YAML 1.1 reads `1e-3` and `inf` as text, which looks right in the recipe."""
+    """Return a hint for a number that YAML reads as text: YAML 1.1 reads `1e-3` and `inf` as text."""
     try:
         number = float(value) if isinstance(value, str) else None
     except ValueError:

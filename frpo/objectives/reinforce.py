@@ -1,6 +1,6 @@
-"""The plain policy gradient: nothing is clipped and no ratio to an older policy appears.
+"""Define the plain policy gradient, without clipping and without a ratio to an older policy.
 
-For advantages that are exact at the current policy already, as `objective.reweight: current` makes them.
+Use it for advantages that are already exact at the current policy, as `objective.reweight: current` makes them.
 
 Shape suffix: N tokens.
 """
@@ -15,7 +15,7 @@ from frpo.objectives.base import PolicyTokens, TokenObjective, surrogate
 @surrogate("reinforce")
 @dataclass(frozen=True, kw_only=True)
 class Reinforce:
-    """A pi / sg(pi) of every token: value A, gradient A grad log pi."""
+    """Objective A pi / sg(pi) of every token: value A, gradient A grad log pi."""
 
     whole_sequences: ClassVar[bool] = False
 

@@ -1,6 +1,6 @@
-"""Scored groups to advantaged groups: whole groups, float64, on the controller.
+"""Turn scored groups into advantaged groups: whole groups, float64, on the controller.
 
-It applies an estimator group by group and sums what the groups say of themselves; the formulas are the estimators'.
+The stage applies an estimator group by group and keeps each group's statistics. The formulas are in the estimators.
 
 Shape suffixes: G completions of a group, T tokens of a completion.
 """
@@ -24,10 +24,10 @@ Scores = Sequence[tuple[np.ndarray, ...]]
 
 def compute_advantages(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, references: GroupLogprobs,
                kl_in_reward: float = 0.0) -> list[AdvantagedGroup]:
-    """Advantages of every group.
+    """Compute the advantages of every group.
 
-    kl_in_reward: beta of the k1 estimate, beta * sum_t (log pi - log pi_ref), subtracted from each reward before the
-    estimator sees it (its gradient as a loss would vanish in expectation).
+    kl_in_reward: beta of the k1 estimate. beta * sum_t (log pi - log pi_ref) is subtracted from each reward before the
+    estimator is called (as a loss, the gradient of this estimate would vanish in expectation).
     """
     result = []
     for scored, reference in zip(groups, references, strict=True):
@@ -39,10 +39,10 @@ def compute_advantages(groups: Sequence[ScoredGroup], estimator: AdvantageEstima
 
 def reweighted(groups: Sequence[AdvantagedGroup], estimator: Reweightable, log_ratios: Sequence[np.ndarray],
                kl_in_reward: float = 0.0) -> list[AdvantagedGroup]:
-    """The same groups with the advantages at the current policy, for an estimator that passes `require_reweightable`.
+    """Return the same groups with advantages at the current policy, for an estimator of `require_reweightable`.
 
-    log_ratios: per group (G,), as `sequence_log_ratios` gives them for the whole groups of one update. kl_in_reward:
-    as for `compute_advantages`, the tax at the policy that sampled.
+    log_ratios: per group (G,), as `sequence_log_ratios` returns them for the whole groups of one update. kl_in_reward:
+    as for `compute_advantages`; the penalty is that at the policy that sampled.
     """
     result = []
     for group, log_ratio_G in zip(groups, log_ratios, strict=True):
@@ -53,10 +53,10 @@ def reweighted(groups: Sequence[AdvantagedGroup], estimator: Reweightable, log_r
 
 def sequence_log_ratios(groups: Sequence[AdvantagedGroup], current: Scores, old: Scores, *, reduction: str,
                         max_length: int, train_truncated: bool = True) -> list[np.ndarray]:
-    """log u_i = N sum_t weight_t (log pi - log pi_old)_t of every completion of one update, per group (G,).
+    """Compute log u_i = N sum_t weight_t (log pi - log pi_old)_t of every completion of one update, per group (G,).
 
-    The weights are those of the policy loss (`token_weights`, N completions in all), so that u_i is what the loss
-    differentiates: the sequence's ratio for "seq-sum", its geometric mean per token for "seq-mean-token-mean".
+    The weights are those of the policy loss (`token_weights`, N completions in all), so that the loss differentiates
+    u_i. u_i is the sequence's ratio for "seq-sum", its geometric mean per token for "seq-mean-token-mean".
     Completions without a loss (empty, or cut off while train_truncated is False) have log u = 0.
     """
     masks = [[completion.loss_mask & (train_truncated or not completion.truncated)
@@ -72,14 +72,14 @@ def sequence_log_ratios(groups: Sequence[AdvantagedGroup], current: Scores, old:
 
 
 def require_reweightable(estimator: AdvantageEstimator) -> None:
-    """Raise ValueError, saying what to change, unless the estimator can do `reweighted` with its parameters."""
+    """Raise ValueError, with a remedy, unless the estimator can compute `reweighted` with its parameters."""
     if not (isinstance(estimator, Reweightable) and callable(estimator.reweighted)):
         raise ValueError(f"the estimator must have `reweighted`, which {estimator.name} has not; use frpo")
     estimator.reweighted(np.zeros(2), np.zeros(2))
 
 
 def sequence_kl(scored: ScoredGroup, reference: Sequence[np.ndarray]) -> np.ndarray:
-    """k1 estimate of each completion's sequence KL to the reference in nats: shape G, of either sign."""
+    """Compute the k1 estimate of each completion's sequence KL to the reference in nats: shape G, of either sign."""
     differences = []
     for completion, ref_logprobs in zip(scored.group.completions, reference, strict=True):
         mask = completion.loss_mask

@@ -1,7 +1,7 @@
-"""Losses of supervised fine-tuning: their protocol, plain SFT, and SFT with a KL to the reference.
+"""Define the losses of supervised fine-tuning: their protocol, plain SFT, and SFT with a KL to the reference.
 
-A loss gets the statistics of response tokens, from wherever the learner computes them, and gives their weighted sum.
-Others are one file each, such as `csft`.
+A loss gets the statistics of response tokens from the learner and returns a weighted sum. Other losses have a file
+each, such as `csft`.
 
 Shape suffix: N tokens.
 """
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class SupervisedInputs:
     """Flat tensors over N tokens of given responses, in nats; logprobs, kl and margin may require grad.
 
-    weight_N is divided already, and 0 for a token without a loss. position_N counts the tokens with a loss of one
-    example from 0; several spans count as one. The rest is None where no reference was run: ref_logprobs_N of the same
-    tokens, kl_N = KL(pi || pi_ref) over the vocabulary, margin_N = log pi(a) - log pi(b) with a and b the likeliest
-    tokens of reference and policy (or the soft form of it), agree_N where a = b.
+    weight_N is already divided, and 0 for a token without a loss. position_N counts the tokens with a loss of one
+    example from 0; several spans count as one. The other tensors are None if no reference was run: ref_logprobs_N of
+    the same tokens; kl_N = KL(pi || pi_ref) over the vocabulary; margin_N = log pi(a) - log pi(b), with a and b the
+    likeliest tokens of reference and policy (or its soft form); agree_N, true if a = b.
     """
 
     logprobs_N: Tensor
@@ -53,7 +53,9 @@ Argmax = Literal["hard", "soft"]
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """Which margin a loss needs. argmax: hard compares the likeliest tokens, soft the distributions at temperature tau.
+    """Margin that a loss needs.
+
+    argmax: hard compares the likeliest tokens, soft compares the distributions at temperature tau.
     """
 
     argmax: Argmax = "hard"
@@ -62,7 +64,7 @@ class Margin:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a training has come, and its whole length; a loss may move with it. Fractions of an epoch count."""
+    """Progress of a training, and its whole length, in epochs and fractions of them. A loss may depend on it."""
 
     epochs_done: float
     num_epochs: float
@@ -70,10 +72,10 @@ class Progress:
 
 @runtime_checkable
 class SupervisedLoss(Protocol):
-    """Sum over tokens of weight * loss; a token whose weight is 0 adds exactly 0, even if it is NaN.
+    """Sum over tokens of weight * loss. A token of weight 0 adds exactly 0, even if its numbers are NaN.
 
-    Rebuilt from `name` and its dataclass fields. needs_reference: whether the inputs' reference statistics are needed.
-    A loss may also have a `margin`: the `Margin` that it needs, if it is not the hard one.
+    A loss is rebuilt from `name` and its dataclass fields. needs_reference: whether the loss needs the inputs'
+    reference statistics. A loss may also have an attribute `margin`: the `Margin` that it needs, if not the hard one.
     """
 
     name: ClassVar[str]
@@ -84,13 +86,13 @@ class SupervisedLoss(Protocol):
 
 SUPERVISED = Registry("objective", "loss(inputs, progress)", flags=("needs_reference",))
 supervised, supervised_losses, build_supervised = SUPERVISED.register, SUPERVISED.classes, SUPERVISED.build
-"""Register a supervised loss under a name; all of them by name; build one from a recipe's values."""
+"""Functions for supervised losses: register one under a name, list all by name, build one from a recipe's values."""
 
 
 @supervised("sft")
 @dataclass(frozen=True, kw_only=True)
 class SFT:
-    """-log pi(y): plain cross-entropy."""
+    """Loss -log pi(y): plain cross-entropy."""
 
     needs_reference: ClassVar[bool] = False
 
@@ -101,7 +103,7 @@ class SFT:
 @supervised("kl_sft")
 @dataclass(frozen=True, kw_only=True)
 class KLSFT:
-    """-log pi(y) + kl_coef KL(pi || pi_ref), the exact divergence over the vocabulary at every response token.
+    """Loss -log pi(y) + kl_coef KL(pi || pi_ref), with the exact KL over the vocabulary at every response token.
 
     Raises ValueError for kl_coef < 0.
     """
@@ -120,7 +122,7 @@ class KLSFT:
 
 
 def supervised_metrics(inputs: SupervisedInputs) -> Metrics:
-    """What is logged whatever the loss: mean cross-entropy per token, and the mean KL where there is a reference."""
+    """Compute the metrics of every loss: mean cross-entropy per token, and the mean KL if there is a reference."""
     live_N, count = inputs.live_N, inputs.live_N.sum()
     metrics: Metrics = {"sft/nll": (-keep(live_N, inputs.logprobs_N.detach()).sum(), count, "mean")}
     if inputs.kl_N is not None:

@@ -1,8 +1,8 @@
-"""The loss of a policy: a surrogate, corrected for the engine that sampled, and a KL term to the reference.
+"""Compute the loss of a policy: a surrogate, corrected for the engine that sampled, and a KL term to the reference.
 
-Advantages and weights come from outside; there is no group logic, no division and no collective here. Robustness
-needs nothing more: at ratio 1 the gradient is that of FRPO's objective, and off it the clipped surrogate is a lower
-bound.
+The caller passes advantages and weights; there is no group logic, no division and no collective here. Robustness
+needs no further code: at ratio 1 the gradient is that of FRPO's objective, and at other ratios the clipped surrogate is
+a lower bound.
 
 Shape suffix: N tokens.
 """
@@ -30,12 +30,12 @@ KL_IN_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k2": k2, "k3": k3}
 class PolicyLoss:
     """Sum over tokens of -policy_weight * correction * surrogate's objective + kl_coef * kl_weight * KL.
 
-    KL is `kl_estimator` against the reference: "k2" and "k3" of the sampled token, "full" the divergence
-    KL(pi || pi_ref) over the whole vocabulary; "k1" says that it was subtracted from the rewards, so that the loss has
-    no KL term. The correction (None: none) weighs the policy term only. A token that is masked out, or whose weight is
-    zero, contributes exactly zero to loss and gradient even where its log-probs are NaN.
+    `kl_estimator` sets the KL against the reference: "k2" and "k3" estimate it from the sampled token, "full" is
+    KL(pi || pi_ref) over the whole vocabulary. With "k1" the KL was subtracted from the rewards, so the loss has no KL
+    term. The correction (None: none) weighs the policy term only. A token that is masked out, or whose weight is zero,
+    contributes exactly zero to loss and gradient, even if its log-probs are NaN.
 
-    Raises ValueError for values outside these ranges, and when called without the log-probs that it needs.
+    Raises ValueError for values outside these ranges, and for a call without the log-probs that the loss needs.
     """
 
     surrogate: Surrogate = field(default_factory=Clip)
@@ -50,12 +50,12 @@ class PolicyLoss:
 
     @property
     def whole_sequences(self) -> bool:
-        """Whether it must see all tokens of a sequence at once; otherwise any slice of the tokens will do."""
+        """Check whether the loss needs all tokens of a sequence at once; otherwise any slice of the tokens will do."""
         return self.surrogate.whole_sequences or (self.correction is not None and self.correction.whole_sequences)
 
     @property
     def needs_states(self) -> bool:
-        """Whether the reference must be run beside the policy; its log-probs of the sampled tokens will not do."""
+        """Check whether the reference must run beside the policy; its log-probs of sampled tokens are not enough."""
         return self.kl_coef > 0 and self.kl_estimator == "full"
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
@@ -70,7 +70,7 @@ class PolicyLoss:
         return LossOutput(loss_sum=loss_sum, metrics=_metrics(inputs, objective) | metrics)
 
     def _weights(self, inputs: LossInputs, live_N: Tensor) -> tuple[Tensor, Metrics]:
-        """Policy weights of live tokens, corrected, and the correction's metrics."""
+        """Return the corrected policy weights of live tokens, and the correction's metrics."""
         weight_N = keep(live_N, inputs.policy_weight_N)
         if self.correction is None:
             return weight_N, {}
@@ -92,7 +92,10 @@ class PolicyLoss:
 
 
 def _policy_tokens(inputs: LossInputs, live_N: Tensor, weight_N: Tensor) -> PolicyTokens:
-    """Only tokens with a weight after correction have an advantage; the ratios of all live ones stay known."""
+    """Make the surrogate's input. Only tokens with a weight after correction keep an advantage.
+
+    All live tokens keep their ratios.
+    """
     advantage_N = keep(live_N & (weight_N != 0), inputs.advantage_N)
     return PolicyTokens(
         logprobs_N=keep(advantage_N != 0, inputs.logprobs_N),
@@ -102,7 +105,7 @@ def _policy_tokens(inputs: LossInputs, live_N: Tensor, weight_N: Tensor) -> Poli
 
 @without_gradient
 def _metrics(inputs: LossInputs, objective: TokenObjective) -> Metrics:
-    """Over tokens with a loss and a weight: tokens that only pad a rank's micro-batches do not count."""
+    """Compute metrics over tokens with a loss and a weight. Tokens that only pad micro-batches do not count."""
     live_N = inputs.mask_N & ((inputs.policy_weight_N != 0) | (inputs.kl_weight_N != 0))
     count = live_N.sum()
     logprobs_N = keep(live_N, inputs.logprobs_N)

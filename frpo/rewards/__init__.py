@@ -1,8 +1,8 @@
-"""Rewards: user functions and verifiers in worker processes, their values checked, weighted and summed.
+"""Call rewards (user functions and verifiers) in worker processes; check, weigh and sum their values.
 
-A reward is a plain function with TRL's call (see `protocol`), tried before a run begins (see `trial`). A wrong length,
-an exception or a time-out is a named error or a counted abstention, never a zero. No advantages, no logging and no
-sampling here.
+A reward is a plain function with TRL's signature (see `protocol`), tried before a run begins (see `trial`). A wrong
+length, an exception or a time-out is a named error or a counted abstention, never a zero. This package computes no
+advantages, writes no log and does not sample.
 """
 from frpo.loading import load_function
 from frpo.rewards.control import shuffled

@@ -1,6 +1,6 @@
-"""Which arguments a reward function gets: the batch and its columns as lists of N, and the recipe's kwargs.
+"""Select the arguments of a reward function: the batch and its columns as lists of N, and the recipe's kwargs.
 
-Calls nothing. N: completions of all groups of one call.
+This module does not call the function. N: completions of all groups of one call.
 """
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from frpo.types import Completion, Prompt, RolloutGroup
 def offered_arguments(
     groups: Sequence[RolloutGroup], form: Format, always: Sequence[str],
 ) -> dict[str, list[Any]]:
-    """Every argument that a reward of format `form` may name, each a list of N: prompts, completions, token ids (arrays
-    still, which its worker turns into lists) and all columns.
+    """Return every argument that a reward of format `form` may name, each a list of N.
 
-    `always` names columns that are passed even if no prompt has them. Raises RewardError when a column has the name of
-    a batch argument.
+    The arguments are prompts, completions, token ids and all columns. Token ids are arrays here; the worker turns them
+    into lists. always: columns that are passed even if no prompt has them. Raises RewardError if a column has the name
+    of a batch argument.
     """
     pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
     columns = dict.fromkeys([*always, *(name for group in groups for name in group.prompt.columns)])
@@ -39,9 +39,9 @@ def offered_arguments(
 def select_arguments(
     spec: RewardSpec, label: str, parameters: Parameters, offered: Mapping[str, list[Any]],
 ) -> dict[str, Any]:
-    """What the function takes of what there is, and the recipe's kwargs.
+    """Return the offered arguments that the function takes, and the recipe's kwargs.
 
-    Raises RewardError when it needs an argument that there is not, or one comes from both sides.
+    Raises RewardError if the function needs an argument that neither has, or if both have the same name.
     """
     shadowed = [name for name in spec.kwargs if name in offered]
     if shadowed:
@@ -59,7 +59,7 @@ def select_arguments(
 
 
 def check_kwargs(spec: RewardSpec, label: str, parameters: Parameters) -> None:
-    """Raise RewardError when the function cannot be called by name, or does not take what the recipe's kwargs give."""
+    """Raise RewardError if the function cannot be called by name, or does not take a name of the recipe's kwargs."""
     if parameters.nameless:
         raise RewardError(f"{label} takes {', '.join(parameters.nameless)} by position only, but every argument is "
                           "given by name; name them, without a / behind them, or take **kwargs")

@@ -1,6 +1,6 @@
-"""One call of a reward function on its share of a batch: what it is given, what its values mean, what went wrong.
+"""Call a reward function once on its share of a batch: pass arguments, check values, count and report errors.
 
-A share is what one process of a reward gets of N completions. Starts no thread and sums nothing: see `suite`.
+A share is the part of N completions that one process of a reward gets. For threads and sums see `suite`.
 """
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorke
 from frpo.types import LARGEST_REWARD, RolloutGroup
 
 Caller = Callable[[RewardWorker, Mapping[str, Any], Stop], list[PortableValue] | Foreign]
-"""`RewardWorker.call`, or another of its ways to call."""
+"""`RewardWorker.call` or `RewardWorker.first_call`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One reward's values of a share, or of all N (NaN: abstained), and its counts by their short name."""
+    """One reward's values for a share or for all N completions (NaN: abstained), and its counts by short name."""
 
     values: np.ndarray
     counts: Mapping[str, int]
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """The shares of one reward, one after the other."""
+        """Join the shares of one reward in the given order. Counts are summed."""
         return cls(values=np.concatenate([np.empty(0), *(part.values for part in parts)]),
                    counts={what: sum(part.counts[what] for part in parts) for what in _counts()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What all rewards are called on: by format every argument that there is, and what names the N prompts in errors:
-    where they come from, or their uids."""
+    """Input of all rewards of one call. offered: all arguments, by format. uids: names of the N prompts in errors.
+
+    The name of a prompt is its origin, or else its uid.
+    """
 
     offered: Mapping[Format, Mapping[str, list[Any]]]
     uids: Sequence[str]
 
     @classmethod
     def of(cls, groups: Sequence[RolloutGroup], formats: Collection[Format], columns: Sequence[str]) -> Self:
-        """`columns`: names that are passed even if no prompt has them."""
+        """Make the batch of these groups. columns: names that are passed even if no prompt has them."""
         return cls(offered={form: offered_arguments(groups, form, columns) for form in formats},
                    uids=[group.prompt.origin or group.prompt.uid for group in groups for _ in group.completions])
 
     def about(self, share: slice, form: Format) -> str:
-        """What the call of a share was about, for its errors."""
+        """Describe the input of a share's call, for error messages."""
         names = list(dict.fromkeys(self.uids[share]))
         few = len(names) <= 3
         prompts = ", ".join(map(repr, names)) if few else f"{names[0]!r} to {names[-1]!r}, {len(names)} in all"
@@ -62,7 +64,7 @@ class Batch:
 
 
 def score_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, stop: Stop) -> Component:
-    """The values of completions `share`; under `on_error: abstain` none where the call failed."""
+    """Score completions `share`. If the call fails under `on_error: abstain`, all of them abstain."""
     try:
         return called(spec, spec.format, pool, batch, share, stop, RewardWorker.call)
     except RewardCallError as error:
@@ -73,9 +75,9 @@ def score_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, 
 
 def called(spec: RewardSpec, form: Format, pool: RewardPool, batch: Batch, share: slice, stop: Stop,
            call: Caller) -> Component:
-    """The values that one call gives completions `share`; indices in errors count over all N.
+    """Score completions `share` by one call. Indices in errors count over all N.
 
-    Raises RewardError, whatever `on_error` says, but for single values that are unusable.
+    Raises RewardError regardless of `on_error`, except that `on_error` decides about single values that are unusable.
     """
     with pool.worker(stop) as worker:
         parameters = worker.start(stop)
@@ -102,7 +104,7 @@ def called(spec: RewardSpec, form: Format, pool: RewardPool, batch: Batch, share
 
 
 def failed(error: RewardCallError, share: slice) -> Component:
-    """No values: what a call that raised or timed out counts as under `on_error: abstain`."""
+    """Return only abstentions: the result of a call that raised or timed out under `on_error: abstain`."""
     size, kind = share.stop - share.start, "timed_out" if isinstance(error, RewardTimeoutError) else "failed"
     return Component(values=np.full(size, math.nan), counts=_counts(abstained=size, **{kind: 1}))
 

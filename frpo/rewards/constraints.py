@@ -1,6 +1,6 @@
-"""Instruction constraints: sentences that ask for a form of the answer, and how far a completion follows them.
+"""Define instruction constraints, which ask for a form of the answer, and score how far completions follow them.
 
-Everything is read from the text by rules. Nothing here judges whether an answer is true, or good English.
+Rules on the text decide all scores. No score depends on whether an answer is true, or good English.
 """
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from frpo.rewards.verifiers import Completions, texts
 MOST_WORDS = 12
 OPENING, CLOSING = "Certainly", "That is all."
 PARTIAL = 0.3
-"""Credit for a dictated phrase in another place: a model that never begins with it has something to climb from."""
+"""Credit for a dictated phrase in another place, so that a model which never begins with the phrase can still learn."""
 OWN_WORDS = 4
-"""Distinct words, besides a dictated phrase, below which a completion is no answer and earns nothing."""
+"""Least number of distinct words, besides a dictated phrase, of an answer. A shorter completion scores 0."""
 
 WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 BULLET = re.compile(r"^[ \t]*[-*\u2022][ \t]+\S", re.MULTILINE)
@@ -24,7 +24,10 @@ QUOTES = '"\u201c\u201d'
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """instruction: the sentence of a prompt. degree: text -> how far it is followed, 1.0 if, and only if, it is."""
+    """Constraint of an answer. instruction: the sentence in a prompt.
+
+    degree: text -> how far the text follows the instruction; 1.0 if, and only if, it follows fully.
+    """
 
     instruction: str
     degree: Callable[[str], float]
@@ -55,7 +58,7 @@ def _closing(text: str) -> float:
 
 
 def _quoted(text: str) -> float:
-    """Half for each mark in its place; all of it only if no others stand between them."""
+    """Return 0.5 for each quotation mark in its place, and 1.0 only if no other marks are between the two."""
     ends = (text[:1] in QUOTES) + (len(text) > 1 and text[-1] in QUOTES) if text else 0
     return 0.5 if ends == 2 and any(mark in text[1:-1] for mark in QUOTES) else ends / 2
 
@@ -71,10 +74,10 @@ CONSTRAINTS: Mapping[str, Constraint] = {
 
 
 def follows(completions: Completions, constraint: Sequence[str | None], graded: bool = True) -> list[float | None]:
-    """How far each completion follows the constraint that its prompt names in the column `constraint`, 0.0 to 1.0.
+    """Score, from 0.0 to 1.0, how far each completion follows the constraint named in its row's column `constraint`.
 
-    graded: false gives 1.0 where it is followed and 0.0 elsewhere. What is no answer (OWN_WORDS) has 0.0. None where
-    the row has no constraint. Raises ValueError for a name that is not in CONSTRAINTS.
+    graded: False gives 1.0 if the constraint is fully followed, else 0.0. A completion that is no answer (OWN_WORDS)
+    scores 0.0. The score is None if the row has no constraint. Raises ValueError for a name that is not in CONSTRAINTS.
     """
     unknown = {name for name in constraint if name is not None} - {*CONSTRAINTS}
     if unknown:
@@ -85,13 +88,16 @@ def follows(completions: Completions, constraint: Sequence[str | None], graded: 
 
 
 def names_topic(completions: Completions, topic: Sequence[str | None]) -> list[float | None]:
-    """1.0 where an answer contains the word of the column `topic`, singular or plural in s; 0.0 elsewhere."""
+    """Score 1.0 if an answer contains the word of the column `topic`, singular or plural in s; else 0.0.
+
+    The score is None if the row has no topic.
+    """
     return [None if word is None else
             float(is_answer(text) and bool(re.search(rf"\b{re.escape(word.removesuffix('s'))}(?:s|es)?\b", text, re.I)))
             for text, word in zip(texts(completions), topic, strict=True)]
 
 
 def is_answer(text: str) -> bool:
-    """Whether there is enough text of the model's own."""
+    """Check whether the text has at least OWN_WORDS distinct words besides dictated phrases."""
     own = re.sub(rf"{re.escape(CLOSING.rstrip('.'))}|\b{OPENING}\b", " ", text, flags=re.I)
     return len({word.lower() for word in WORD.findall(own)}) >= OWN_WORDS

@@ -1,6 +1,7 @@
-"""The control in which nothing can be learned: the rewards of a batch, dealt out to the wrong completions.
+"""Shuffle the rewards of a batch over its completions: a control experiment in which nothing can be learned.
 
-A gain that survives this does not come from the reward. Calls no reward function and changes no value.
+A gain that remains in this control does not come from the reward. This module calls no reward function and changes no
+value.
 """
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from frpo.types import ScoredGroup
 
 
 def shuffled(groups: Sequence[ScoredGroup], seed: int) -> list[ScoredGroup]:
-    """Permute rewards over all completions of the batch (across groups too); a completion's terms move with its sum.
+    """Permute rewards over all completions of the batch, also across groups. A completion's terms move with its sum.
 
     The same seed and batch shape give the same permutation: pass another seed each step.
     """

@@ -1,6 +1,6 @@
-"""Ready reward functions of a completion's length alone.
+"""Reward a completion by its length alone: ready reward functions.
 
-Lengths are in tokens, the end-of-sequence token included. Nothing here reads the text or shapes other rewards.
+Lengths are in tokens, including the end-of-sequence token. No function here reads the text or changes other rewards.
 """
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 
 def soft_overlong(completion_ids: Sequence[Sequence[int]], max_length: int, buffer: int) -> list[float]:
-    """DAPO's soft overlong punishment (eq. 13): 0 up to max_length - buffer tokens, then linearly down to -1 at
-    max_length, -1 beyond.
+    """Return DAPO's soft overlong punishment (eq. 13).
 
+    The punishment is 0 up to max_length - buffer tokens, then falls linearly to -1 at max_length, and is -1 beyond.
     max_length: usually rollout.max_new_tokens. buffer: tokens over which the punishment grows, 1 to max_length.
     Raises ValueError for other values.
     """

@@ -1,6 +1,6 @@
-"""How many words a completion shares with its reference text: ROUGE-1, the utility of summaries.
+"""Score how many words a completion shares with its reference text: ROUGE-1, the utility of summaries.
 
-The reference is read from the column `answer`; None (abstains) where it is missing. Words and stems are rouge-score's.
+The reference is the column `answer`; the score is None (abstains) if it is missing. Words and stems are rouge-score's.
 """
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from frpo.rewards.verifiers import Completions, texts
 
 def rouge1(completions: Completions, answer: Sequence[Any], measure: Literal["f1", "recall", "precision"] = "f1",
            stem: bool = True) -> list[float | None]:
-    """ROUGE-1 in [0, 1]: shared unigrams over those of the reference (recall), the completion (precision), or both.
+    """Compute ROUGE-1 in [0, 1]: shared unigrams over those of the reference (recall) or completion (precision).
 
-    stem: compare word stems (Porter). Raises ValueError for an unknown measure.
+    measure: f1 combines both. stem: compare word stems (Porter). Raises ValueError for an unknown measure.
     """
     from rouge_score.rouge_scorer import RougeScorer  # a second to import
 

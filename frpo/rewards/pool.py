@@ -1,6 +1,6 @@
-"""The worker processes of one reward function, and how a call's completions are dealt out to them.
+"""Keep the worker processes of one reward function, and divide a call's completions among them.
 
-Knows no prompts, weights or sums (see `suite`); what a process does and how it ends is `worker`'s business.
+For prompts, weights and sums see `suite`. For the work and the end of a process see `worker`.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from frpo.rewards.worker import RewardCallError, RewardWorker
 
 
 class RewardPool:
-    """`processes` workers of one function. A caller holds one at a time; callers beyond their number wait."""
+    """Pool of `processes` workers of one function. Each caller holds one worker; further callers wait."""
 
     def __init__(self, *, name: str, function: str, timeout_s: float, processes: int) -> None:
         self.workers = [RewardWorker(name=name, function=function, timeout_s=timeout_s) for _ in range(processes)]
@@ -25,7 +25,7 @@ class RewardPool:
 
     @contextmanager
     def worker(self, stop: Stop) -> Iterator[RewardWorker]:
-        """A worker that nobody else holds, once there is one. Raises RewardCallError if told to stop before."""
+        """Wait for a free worker and hold it. Raises RewardCallError if `stop` is set before a worker is free."""
         with stop.calls(self._wake), self._changed:
             self._changed.wait_for(lambda: self._idle or stop.is_set())
             if stop.is_set():
@@ -36,7 +36,7 @@ class RewardPool:
         finally:
             with self._changed:
                 self._idle.append(held)
-                self._changed.notify_all()  # not just one: it may be a caller that has been told to stop
+                self._changed.notify_all()  # not just one: that one may be a caller whose stop is set
 
     def _wake(self) -> None:
         with self._changed:
@@ -44,10 +44,10 @@ class RewardPool:
 
 
 def shares(sizes: Sequence[int], count: int) -> list[slice]:
-    """Contiguous parts of the completions of groups of these sizes, at most `count`, none of them empty.
+    """Cut the completions of groups of these sizes into at most `count` contiguous parts, none of them empty.
 
-    Groups stay whole. Cuts lie at the group boundaries nearest to equal numbers of completions, the earlier one of two
-    that are equally near.
+    Groups stay whole. Each cut is at the group boundary nearest to equal numbers of completions. Of two boundaries that
+    are equally near, the earlier one is taken.
     """
     ends = np.cumsum([0, *sizes])
     cuts = sorted({int(ends[np.abs(ends - ends[-1] * k / count).argmin()]) for k in range(count + 1)})

@@ -1,6 +1,6 @@
-"""What a reward function looks like (the call that TRL makes) and how a recipe asks for one.
+"""Define the signature of a reward function (that of TRL) and the specification by which a recipe names a function.
 
-Nothing here loads, calls or checks a function: see `loading`, `worker` and `suite`.
+To load, call and check a function see `loading`, `worker` and `suite`.
 """
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Message = dict[str, str]
-"""{"role": ..., "content": ...}"""
+"""Message of a chat: {"role": ..., "content": ...}"""
 
 Format = Literal["text", "messages"]
-"""What prompts and completions are to a reward function: strings, or message lists."""
+"""Format of the prompts and completions that a reward function gets: strings, or message lists."""
 
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """Arguments of every call; no data column and no keyword argument of a recipe may take their names."""
 
 
 class RewardFunction(Protocol):
-    """Scores N completions, whole groups, in one call. A function written for TRL's GRPOTrainer fits: one for its
-    standard format as it is, one for its conversational format with `format: messages`.
+    """Function that scores N completions, in whole groups, in one call.
 
-    All arguments are passed by name. Their form is the recipe's `format` of this reward, whatever `data.format` is:
+    A function written for TRL's GRPOTrainer fits: for its standard format without changes, for its conversational
+    format with `format: messages`.
+
+    All arguments are passed by name. Their form is the recipe's `format` of this reward and does not depend on
+    `data.format`:
     prompts: N strings (text): the contents of a prompt's messages, a blank line between two, without roles. Or N
         message lists (messages). The completions of one prompt follow each other.
     completions: N strings (text), or N lists `[{"role": "assistant", "content": text}]` (messages).
@@ -46,15 +49,16 @@ class RewardFunction(Protocol):
 class RewardSpec:
     """One reward of a run. The recipe's `RewardSection` has the same fields and serves as well.
 
-    name: of the component in metrics and traces.
+    name: name of the component in metrics and traces.
     function: "package.module:function" or "path/file.py:function".
-    weight: factor in the sum; 0 means logged only.
+    weight: factor in the sum; with 0 the reward is only logged.
     format: whether the function takes prompts and completions as "text" or as "messages".
     kwargs: passed to the function at every call.
     timeout_s: limit for one call, in seconds.
-    on_error: what an exception, a time-out, NaN, infinity or a number beyond 1e150 does: "raise" stops, "abstain"
-        counts as None.
-    processes: that run the function; with more than one each call holds a share of a batch, in whole groups.
+    on_error: effect of an exception, a time-out, NaN, infinity or a number beyond 1e150: "raise" stops the run,
+        "abstain" counts as None.
+    processes: number of processes that run the function; with more than one, each call gets a share of a batch, in
+        whole groups.
     """
 
     name: str

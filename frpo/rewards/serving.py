@@ -1,7 +1,8 @@
-"""The child side of a reward worker: loads one function and answers calls until told to stop.
+"""Serve one reward function in a worker process: load the function and answer calls until the run sends None.
 
-Started by `worker.RewardWorker` in a fresh interpreter; knows no reward specification, weight or time-out, and imports
-no torch. Messages from the run: a call's arguments by name, or None to stop. Answers: `Loaded`, `Returned`, `Raised`.
+`worker.RewardWorker` starts this module in a fresh interpreter. The module uses no reward specification, weight or
+time-out, and does not import torch. Messages from the run: a call's arguments by name, or None to stop. Answers:
+`Loaded`, `Returned`, `Raised`.
 """
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ from frpo.rewards.values import Foreign, PortableValue, portable
 
 @dataclass(frozen=True)
 class TokenLists:
-    """N lists of token ids on the way to the function: one int32 array and where each list ends in it.
+    """N lists of token ids as they are sent to the worker: one int32 array, and the end of each list in this array.
 
-    Millions of ints take several times as long to send one by one.
+    Sending millions of ints one by one takes several times as long.
     """
 
     flat: np.ndarray
@@ -45,7 +46,7 @@ class TokenLists:
 
 
 def packed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments as they are sent; N arrays of token ids arrive at the function as N lists of ints."""
+    """Pack a call's arguments for sending. N arrays of token ids arrive at the function as N lists of ints."""
     ids = arguments.get("completion_ids")
     if ids is None:
         return dict(arguments)
@@ -55,27 +56,27 @@ def packed(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The function is there and takes these arguments."""
+    """Answer after loading: the arguments that the function takes."""
 
     parameters: Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Returned:
-    """A call's return value."""
+    """Answer with a call's return value."""
 
     result: list[PortableValue] | Foreign
 
 
 @dataclass(frozen=True, kw_only=True)
 class Raised:
-    """Loading or a call failed; `text` tells type, message and the user's part of the traceback."""
+    """Answer if loading or a call failed. text: type, message and the user's part of the traceback."""
 
     text: str
 
 
 def serve(descriptor: int, function: str) -> None:
-    """Load `function`, then answer calls on the connection with this file descriptor. Returns when told to stop."""
+    """Load `function`, then answer calls on the connection with this file descriptor until the run sends None."""
     faulthandler.enable()  # a crash in native code leaves its stack on stderr
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
@@ -93,7 +94,7 @@ def serve(descriptor: int, function: str) -> None:
 
 
 def _receive(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
-    """Pass calls on. Reading all the time, so that the end of the run is noticed even while the function is busy."""
+    """Pass calls on. Read all the time, so that the end of the run is noticed even while the function is busy."""
     while True:
         try:
             calls.put(connection.recv_bytes())
@@ -103,14 +104,14 @@ def _receive(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
 
 @cache
 def _loop() -> Any:
-    """One event loop for all calls: a client that a function keeps between them belongs to the loop it was made in."""
-    import asyncio  # a quarter of the worker's start, for the few that need it
+    """Return one event loop for all calls: a client kept between calls belongs to the loop in which it was made."""
+    import asyncio  # takes a quarter of the worker's start-up time, and few functions need it
 
     return asyncio.new_event_loop()
 
 
 def _apart(values: Any) -> Any:
-    """The N values of an argument, of which no two are one object: a function may change one of a group's alone."""
+    """Copy repeated objects among the N values of an argument, so that a function may change one value alone."""
     seen: set[int] = set()
     if not isinstance(values, list):
         return values

@@ -1,6 +1,6 @@
-"""A request that calls under way should end, made once and from any thread.
+"""Request, once and from any thread, that running calls end.
 
-Knows neither workers nor calls: whoever can end something registers how while it lasts.
+This module does not import workers or calls. Code that runs a call registers an action that ends the call.
 """
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from contextlib import contextmanager
 
 
 class Stop:
-    """Set once. Between an action's registration and its removal none is missed: before, it is called on arrival."""
+    """Request to stop, set once.
+
+    An action is called if the stop is set before the action's removal. If the stop is already set, registration calls
+    the action at once.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -21,7 +25,7 @@ class Stop:
         return self._set
 
     def set(self) -> None:
-        """Call all registered actions, and at once those that register later."""
+        """Call all registered actions. Actions that register later are called at once."""
         with self._lock:
             self._set = True
             for action in self._actions:
@@ -29,9 +33,10 @@ class Stop:
 
     @contextmanager
     def calls(self, action: Callable[[], None]) -> Iterator[None]:
-        """Have `action` called, from the thread that sets the stop, as long as the context lasts and not after it.
+        """Register `action` while the context lasts: the thread that sets the stop calls it.
 
-        It must be quick and may not use this stop, whose lock is held.
+        If the stop is already set, the action is called at once. The action must be quick and must not use this stop,
+        whose lock is held.
         """
         with self._lock:
             self._actions.append(action)

@@ -1,8 +1,8 @@
-"""Rewards of groups that arrive one by one, scored while others are still generated.
+"""Score groups that arrive one by one, while other groups are still generated.
 
-A call scores whatever has arrived since the one before, so a fast reward is called for single groups and a slow one for
-many at a time. Values do not depend on that as long as a function judges each group by itself. What is scored, and
-what an error means, is the suite's business.
+A call scores all groups that arrived since the call before. So a fast reward is called for single groups, and a slow
+reward for many groups at a time. Values do not depend on this as long as a function scores each group by itself. For
+the scoring and the errors see `suite`.
 """
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from frpo.types import RolloutGroup
 
 
 class ScoreStream:
-    """One step's groups on their way through a suite. A context: leaving it early drops what has not been scored.
+    """Stream of one step's groups through a suite. A context: leaving it early drops groups that are not yet scored.
 
-    As many calls run at the same time as a reward has processes, each on the groups that waited when it began: a call
-    of one group needs one process, and another must not wait for it.
+    As many calls run at the same time as a reward has processes, each on the groups that waited when the call began. A
+    call of one group needs only one process, and the next call must not wait for it.
     """
 
     def __init__(self, suite: RewardSuite):
@@ -32,13 +32,13 @@ class ScoreStream:
         self._reports: list[ScoreReport] = []
 
     def add(self, group: RolloutGroup) -> None:
-        """Take one group; returns at once. Raises what an earlier call has raised since."""
+        """Take one group and return at once. Raises the error of an earlier call, if one has failed."""
         self._waiting.append(group)
         self._collect()
         self._start()
 
     def result(self) -> ScoreReport:
-        """All groups, sorted by id, once the last one is scored; counts are sums over all calls."""
+        """Wait until the last group is scored. Return all groups, sorted by id; counts are sums over all calls."""
         while self._calls or self._waiting:
             self._collect()
             self._start()
@@ -47,13 +47,13 @@ class ScoreStream:
         return replace(report, groups=sorted(report.groups, key=lambda scored: scored.group.group_id))
 
     def _collect(self) -> None:
-        """Take the reports of the calls that have ended; raises what one has raised."""
+        """Take the reports of the calls that have ended. Raises the error of a call that failed."""
         for call in [call for call in self._calls if call.done()]:
             self._calls.remove(call)
             self._reports.append(call.result())
 
     def _start(self) -> None:
-        """Call on everything that waits, unless as many calls run as may."""
+        """Start a call on all waiting groups, unless the most allowed calls already run."""
         if self._waiting and len(self._calls) < self._suite.processes:
             groups, self._waiting = self._waiting, []
             self._calls.append(self._executor.submit(self._suite.score, groups, self._stop))

@@ -1,9 +1,9 @@
-"""All rewards of a run: calls every function over a batch of groups, checks what comes back, sums by weight.
+"""Call all rewards of a run over a batch of groups, check the returned values, and sum them by weight.
 
-G: completions of a group; N: completions of all groups of one `score`. A share is what one process of a reward gets of
-them: all of them, unless the reward has several processes. A single call is the business of `calls`.
+G: completions of a group; N: completions of all groups of one `score`. A share is the part of the N completions that
+one process of a reward gets: all of them, unless the reward has several processes. For a single call see `calls`.
 
-Computes no advantage, retries nothing and writes no metric: the counts go back to the caller.
+This module computes no advantage, retries nothing and writes no metric; it returns the counts to the caller.
 """
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Scorer = Callable[[RewardSpec, RewardPool, Batch, slice, Stop], Component]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport:
-    """Scored groups, in the order given, and what went wrong on the way.
+    """Scored groups, in the given order, and counts of abstentions and errors.
 
-    counts, for each reward: "reward/<name>/abstained" completions without a value for whatever reason;
-    ".../nonfinite" completions on which the function returned NaN, infinity or a number beyond 1e150; ".../failed" and
-    ".../timed_out" calls of the function, each about one share. The last three are above 0 only under `on_error:
-    abstain`, and are contained in the first.
+    counts, for each reward: "reward/<name>/abstained" completions without a value for any reason; ".../nonfinite"
+    completions on which the function returned NaN, infinity or a number beyond 1e150; ".../failed" and ".../timed_out"
+    calls of the function, each for one share. The last three are above 0 only under `on_error: abstain`. Their
+    completions are part of the first count.
     """
 
     groups: list[ScoredGroup]
@@ -48,7 +48,7 @@ class ScoreReport:
 
     @classmethod
     def joined(cls, reports: Sequence[Self]) -> Self:
-        """All groups, in order of the reports; counts are sums."""
+        """Join reports: all groups, in order of the reports; counts are sums."""
         counts: Counter[str] = Counter()
         for report in reports:
             counts.update(report.counts)
@@ -59,10 +59,10 @@ class RewardSuite:
     """Several weighted rewards, each in worker processes of its own.
 
     specs: `RewardSpec`s, or the recipe's reward sections.
-    columns: names to pass at every call, as None where a prompt lacks them. Give the data set's: a call whose prompts
-    are all of another task then abstains instead of failing on a missing column.
+    columns: names to pass at every call, as None for a prompt that lacks them. Pass the columns of the data set: a call
+    whose prompts are all of another task then abstains instead of failing on a missing column.
 
-    Raises RewardError when there is no reward, or names repeat, or kwargs take the name of a batch argument.
+    Raises RewardError if there is no reward, names repeat, or kwargs use the name of a batch argument.
     """
 
     def __init__(self, specs: Sequence[RewardSpec], *, columns: Sequence[str] = ()) -> None:
@@ -76,28 +76,34 @@ class RewardSuite:
 
     @property
     def processes(self) -> int:
-        """Most processes that a reward has: so many calls of `score` at the same time keep them all busy."""
+        """Most processes of a reward: this many calls of `score` at the same time keep all processes busy."""
         return max(spec.processes for spec in self._specs)
 
     def start(self) -> None:
-        """Load all functions, concurrently. Raises RewardError when one cannot be loaded or refuses its kwargs."""
+        """Load all functions, concurrently. Raises RewardError if a function cannot be loaded or refuses its kwargs."""
         self._each([partial(_load, spec, worker)
                     for spec, pool in zip(self._specs, self._pools) for worker in pool.workers])
 
     def score(self, groups: Sequence[RolloutGroup], stop: Stop | None = None) -> ScoreReport:
-        """Call every reward over all completions of `groups`, concurrently; starts what is not started.
+        """Call every reward over all completions of `groups`, concurrently. Start workers that are not started.
 
-        A completion's reward is the sum of weight x value over the rewards of non-zero weight that did not abstain,
-        NaN if all did. May be called from several threads. Raises RewardError naming the reward, what the function was
-        given, and index and prompt uid where one value is at fault: for a wrong length or type, a missing column and a
-        name taken twice always, and at once when `stop` is set or the suite is closed; for an exception, a time-out and
-        a dead worker unless the reward says `on_error: abstain`, when all that its call was given abstains; for NaN,
-        infinity and numbers beyond 1e150 likewise, and for a weighted sum beyond 1e150 always.
+        A completion's reward is the sum of weight x value over the rewards of non-zero weight that did not abstain, or
+        NaN if all abstained. Several threads may call this method.
+
+        Raises RewardError naming the reward, the input of its call, and index and prompt uid if one value is wrong:
+        - always for a wrong length or type, a missing column, a name used twice and a weighted sum beyond 1e150;
+        - at once if `stop` is set or the suite is closed;
+        - for an exception, a time-out and a dead worker, unless the reward has `on_error: abstain`; then all
+          completions of the call abstain;
+        - for NaN, infinity and numbers beyond 1e150, unless the reward has `on_error: abstain`; then these abstain.
         """
         return self._scored(groups, {spec.format for spec in self._specs}, score_share, stop)
 
     def lacking(self, prompts: Sequence[Prompt]) -> dict[tuple[str, str], list[Prompt]]:
-        """(reward, column of the data that its function needs) -> those of the prompts that lack it and give None."""
+        """Return (reward, column of the data that its function needs) -> the prompts that lack the column.
+
+        For these prompts the function gets None.
+        """
         found = {}
         for spec, pool in zip(self._specs, self._pools):
             for name in pool.workers[0].start(Stop()).required:
@@ -109,16 +115,16 @@ class RewardSuite:
     def try_out(self, prompts: Sequence[Prompt], *, group_size: int, most: int) -> ScoreReport:
         """Call every reward on made-up completions of a few of these prompts (see `trial`), `most` groups at a time.
 
-        That is mostly one call for each of its processes. A call may take as long as loading; one that took longer than
-        `timeout_s` is made again within it. Raises RewardError as `score` does, and where a call fails only because of
-        the reward's `format`. Other exceptions and time-outs are warnings under `on_error: abstain`.
+        Mostly, this makes one call for each process of a reward. A call may take as long as loading. A call that took
+        longer than `timeout_s` is repeated with that limit. Raises RewardError as `score` does, and if a call fails
+        only because of the reward's `format`. Other exceptions and time-outs are warnings under `on_error: abstain`.
         """
         groups = made_up(prompts, group_size, self.processes)
         return ScoreReport.joined([self._scored(groups[first:first + most], ("text", "messages"), try_share)
                                    for first in range(0, len(groups), most)])
 
     def close(self) -> None:
-        """End all calls and all workers. The suite may be used again; its functions then start afresh."""
+        """End all calls and all workers. The suite may be used again; its functions are then loaded again."""
         for stop in tuple(self._stops):
             stop.set()
         workers = [worker for pool in self._pools for worker in pool.workers]
@@ -148,10 +154,10 @@ class RewardSuite:
                     for name, component in named.items() for what, count in component.counts.items()})
 
     def _each(self, jobs: Sequence[Callable[[Stop], Result]], stop: Stop | None = None) -> list[Result]:
-        """Every job on a thread of its own. An error, whichever comes first, ends the jobs that are still busy."""
+        """Run every job on a thread of its own. The first error ends the jobs that still run."""
         if not jobs:
             return []
-        ours = Stop()  # not `stop` itself: an error here says nothing about other calls under it
+        ours = Stop()  # not `stop` itself: an error here must not end other calls under `stop`
         self._stops.add(ours)
         try:
             with (stop or Stop()).calls(ours.set), ThreadPoolExecutor(len(jobs), "reward") as executor:
@@ -189,7 +195,7 @@ class RewardSuite:
 
 
 def _weighted_sum(weights_R: np.ndarray, values_RN: np.ndarray) -> np.ndarray:
-    """Sum over R rewards of weight x value where it counts; NaN where none does. A zero weight never counts."""
+    """Sum weight x value over the R rewards that count; NaN if none counts. A NaN or a zero weight does not count."""
     counts_RN = ~np.isnan(values_RN) & (weights_R[:, None] != 0)
     with np.errstate(over="ignore", invalid="ignore"):
         total_N = np.where(counts_RN, weights_R[:, None] * np.nan_to_num(values_RN), 0.0).sum(axis=0)

@@ -1,7 +1,7 @@
-"""The first call of every reward, before anything slow starts: made-up completions of a few of the run's own prompts.
+"""Try every reward before anything slow starts: call it on made-up completions of a few of the run's own prompts.
 
-It finds a function that needs a column which is not there, returns too few values or takes completions in the other
-format. It cannot tell whether values are right: they are there to be read.
+The trial finds a function that needs a missing column, returns too few values or takes completions in the other
+format. The trial cannot check whether values are right; it prints them for the user.
 """
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup
 logger = logging.getLogger(__name__)
 
 TEXTS = ("A short answer.", "", " ".join(["A long answer."] * 40))
-"""A short completion, an empty and a long one (599 characters). The empty one is not the first: it has no first
-character, which would hide the error of a function that takes message lists."""
+"""A short, an empty and a long completion (599 characters).
+
+The empty completion is not the first. Since it has no first character, it would hide the error of a function that
+takes message lists.
+"""
 
 LONGEST = 2000
-"""Characters of a column's value that is tried as a completion."""
+"""Most characters of a column's value that is tried as a completion."""
 
 TRIED = ("this was its first call, before the run: made-up completions (short, empty, long) of prompts of the data "
          "(checks.rewards)")
 
 MOST = 8
-"""Most prompts that are tried, and most values of a column that counts as a kind, such as a task."""
+"""Most prompts that are tried, and most distinct values of a column that marks a kind of prompt, such as a task."""
 
 
 def try_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, stop: Stop) -> Component:
-    """As `score_share`, with the time limit of a first call and its errors explained.
+    """Score a share as `score_share` does, with the time limit of a first call, and explain errors.
 
     Under `on_error: abstain` an exception is a warning, unless the function only takes the other format.
     """
@@ -59,7 +62,7 @@ def try_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, st
 
 def _succeeds(error: RewardError, spec: RewardSpec, form: Format, pool: RewardPool, batch: Batch, share: slice,
               stop: Stop) -> bool:
-    """Whether a call that raised does not raise when prompts and completions have this format instead."""
+    """Check whether a call that raised succeeds if prompts and completions have the format `form` instead."""
     if not isinstance(error, RewardCallError) or isinstance(error, RewardTimeoutError):
         return False
     parameters = pool.workers[0].start(stop)
@@ -73,8 +76,9 @@ def _succeeds(error: RewardError, spec: RewardSpec, form: Format, pool: RewardPo
 
 
 def made_up(prompts: Sequence[Prompt], group_size: int, at_least: int) -> list[RolloutGroup]:
-    """A group of TEXTS and of the columns' values, in turn, for each of `examples`, which are repeated up to `at_least`
-    groups.
+    """Make a group for each prompt of `examples`, and repeat the prompts up to `at_least` groups.
+
+    The completions of a group are TEXTS and the values of the prompt's columns, in turn.
     """
     chosen = examples(prompts)
     return [RolloutGroup(group_id=(0, draw), prompt=prompt,
@@ -84,16 +88,16 @@ def made_up(prompts: Sequence[Prompt], group_size: int, at_least: int) -> list[R
 
 
 def column_texts(prompt: Prompt) -> dict[str, str]:
-    """Column -> its value as a text, for columns that may hold the right answer."""
+    """Return column -> its value as a text, for columns that may hold the right answer."""
     return {name: str(value) for name, value in prompt.columns.items()
             if isinstance(value, str | int | float) and not isinstance(value, bool) and 0 < len(str(value)) <= LONGEST}
 
 
 def examples(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first prompt, and the next ones that show something new, MOST in all.
+    """Choose the first prompt and each next prompt that shows something new, at most MOST in all.
 
-    New is a column that the others lacked or had, a value of another type, one that is empty or zero, or another of
-    the few values of a column.
+    A prompt is new if a column is present or missing for the first time, or has a value of a new type, a first empty or
+    zero value, or a new one of the column's few values.
     """
     names = sorted({name for prompt in prompts for name in prompt.columns})
     kinds = {name for name in names if _few_values(prompts, name)}
@@ -112,7 +116,10 @@ def examples(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def report_lines(groups: Sequence[ScoredGroup]) -> Iterator[str]:
-    """What a trial gave, for a reader: a heading and a line a reward, with the values of each prompt's first TEXTS."""
+    """Yield the results of a trial as text: a heading, and a line a reward with each prompt's values of TEXTS.
+
+    Further lines show the values of columns tried as completions, if they differ from those of TEXTS.
+    """
     if not groups:
         return
     shown = {scored.group.prompt.uid: scored for scored in groups}  # a prompt may be there for several processes
@@ -126,7 +133,7 @@ def report_lines(groups: Sequence[ScoredGroup]) -> Iterator[str]:
 
 
 def _of_columns(name: str, groups: Sequence[ScoredGroup]) -> dict[str, list[str]]:
-    """Column -> what a reward gives to its values as completions, where that is nothing it gave to TEXTS."""
+    """Return column -> the reward's values for the column as completion, if any of them was not given to TEXTS."""
     found: dict[str, list[str]] = {}
     usual = {_number(value) for scored in groups for value in scored.terms[name][:len(TEXTS)]}
     for scored in groups:
@@ -136,7 +143,7 @@ def _of_columns(name: str, groups: Sequence[ScoredGroup]) -> dict[str, list[str]
 
 
 def constant_rewards(groups: Sequence[ScoredGroup]) -> Iterator[str]:
-    """A note for each reward that gives 0 to all made-up completions, each column's own value among them."""
+    """Yield a note for each reward that gives 0 to all made-up completions, including each column's own value."""
     for name in groups[0].terms if groups else ():
         tried = {column for scored in groups
                  for column, _ in zip(column_texts(scored.group.prompt), scored.rewards_G[len(TEXTS):])}
@@ -146,7 +153,7 @@ def constant_rewards(groups: Sequence[ScoredGroup]) -> Iterator[str]:
 
 
 def _few_values(prompts: Sequence[Prompt], name: str) -> bool:
-    """Whether a column tells kinds of prompts apart: texts or whole numbers, of which there are few."""
+    """Check whether a column marks kinds of prompts: it holds texts or whole numbers, at most MOST distinct ones."""
     found = set()
     for prompt in prompts:
         value = prompt.columns.get(name)
@@ -160,7 +167,10 @@ def _few_values(prompts: Sequence[Prompt], name: str) -> bool:
 
 
 def _completion(text: str, prompt: Prompt) -> Completion:
-    """Its token ids are the prompt's: the vocabulary certainly has them. An empty text has one, as an end has."""
+    """Make a completion with the prompt's token ids, which the vocabulary certainly has.
+
+    An empty text has one token, as a completion of only the end-of-sequence token has.
+    """
     token_ids = prompt.token_ids if text else prompt.token_ids[-1:]
     return Completion(text=text, token_ids=np.array(token_ids), logprobs=np.zeros(len(token_ids)),
                       loss_mask=np.full(len(token_ids), True), version_spans=(), seed=0, finish_reason="stop")

@@ -1,7 +1,7 @@
-"""What a reward function may return, made portable in its worker and checked in the run.
+"""Make the return value of a reward function portable in its worker, and check the value in the run.
 
-No reward is summed here. The worker sends only numbers, None and descriptions of anything else, so that the run never
-has to import a user's class to learn that a return value was wrong.
+No reward is summed here. The worker sends only numbers, None and descriptions of anything else. So the run never has to
+import a user's class to find that a return value was wrong.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from frpo.types import LARGEST_REWARD
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """Something that is not a number: its type and how it prints (shortened)."""
+    """Description of a value that is not a number: its type and its `repr` (shortened)."""
 
     type_name: str
     text: str
@@ -64,10 +64,10 @@ def _foreign(value: Any) -> Foreign:
 
 
 def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str], first: int = 0) -> np.ndarray:
-    """Check one call's portable values against the prompt uids of its N completions; errors count them from `first`.
+    """Check one call's portable values against the prompt uids of its N completions. Errors count from `first` on.
 
-    Returns N float64; NaN where the function abstained, and where it returned a number that `unusable` finds.
-    Raises RewardError when the return value is not a sequence, has another length than N, or holds anything but numbers
+    Returns N float64; NaN if the function abstained, or returned a number that `unusable` finds.
+    Raises RewardError if the return value is not a sequence, has another length than N, or holds anything but numbers
     and None.
     """
     if isinstance(result, Foreign):
@@ -86,8 +86,10 @@ def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str], fir
 
 
 def unusable(result: list[PortableValue]) -> list[int]:
-    """Indices of NaN, infinite numbers and those beyond LARGEST_REWARD (not of None) in values that `check_values`
-    accepted."""
+    """Find the indices of NaN, infinity and numbers beyond LARGEST_REWARD (not of None).
+
+    result: values that `check_values` accepted.
+    """
     return [index for index, value in enumerate(result) if value is not None and not _usable(value)]
 
 

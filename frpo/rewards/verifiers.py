@@ -1,7 +1,7 @@
-r"""Ready reward functions: a completion against its reference answer, or against a required form.
+r"""Compare a completion with its reference answer, or with a required form: ready reward functions.
 
-Each returns 1.0 or 0.0 a completion, and None (abstains) where the reference answer is missing. The reference is read
-from the column `answer`. Nothing here judges reasoning, style or safety.
+Each function returns 1.0 or 0.0 a completion, and None (abstains) if the reference answer is missing. The reference is
+the column `answer`. No function here judges reasoning, style or safety.
 """
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LONGEST_NUMBER = 300  # digits; a degenerate completion may hold thousands, whi
 
 
 def exact_answer(completions: Completions, answer: Sequence[Any], pattern: str | None = None) -> list[float | None]:
-    """1.0 where the stripped completion equals the stripped reference `str(answer)` character by character.
+    """Score 1.0 if the stripped completion equals the stripped reference `str(answer)` character by character.
 
     pattern: compare group 1 of its *last* match instead of the whole completion (`.` matches newlines); no match
-    scores 0.0. Raises ValueError when the pattern has no group.
+    scores 0.0. Raises ValueError if the pattern has no group.
     """
     wanted = re.compile(pattern, re.DOTALL) if pattern is not None else None
     if wanted is not None and not wanted.groups:
@@ -37,11 +37,11 @@ def exact_answer(completions: Completions, answer: Sequence[Any], pattern: str |
 def numeric_answer(
     completions: Completions, answer: Sequence[Any], tolerance: float = 0.0,
 ) -> list[float | None]:
-    """1.0 where the completion's number equals the reference's by value, within the absolute `tolerance`.
+    """Score 1.0 if the completion's number equals the reference's by value, within the absolute `tolerance`.
 
-    The number is the first one after the last "####" if there is one, else the last one of the text; the reference,
-    unless it is a number already, is read in the same way. "1,234", "$72", "-5", ".5", "1/2", "2e3" and a sentence's
-    period are understood; a per cent sign and units are ignored. A completion without a number scores 0.0.
+    The completion's number is the first number after the last "####", or without "####" the last number of the text. A
+    reference that is a text is read in the same way. "1,234", "$72", "-5", ".5", "1/2", "2e3" and a sentence's period
+    are understood; a per cent sign and units are ignored. A completion without a number scores 0.0.
     Raises ValueError naming the reference that holds no number.
     """
     slack = _as_fraction(tolerance)
@@ -57,11 +57,11 @@ def numeric_answer(
 
 
 def math_answer(completions: Completions, answer: Sequence[Any], limit_s: int = 5) -> list[float | None]:
-    r"""1.0 where math-verify finds an expression in the completion equal to the reference (LaTeX or plain).
+    r"""Score 1.0 if math-verify finds an expression in the completion equal to the reference (LaTeX or plain).
 
-    limit_s: whole seconds for each parsing and each comparison; a completion that exceeds it abstains (None), and the
-    others are still scored. 0 leaves only the time-out of the whole call. A reference without LaTeX delimiters is
-    read as if inside `$...$`. What math-verify cannot parse or compare is not equal: 0.0.
+    limit_s: whole seconds for each parsing and each comparison. A completion that exceeds this limit abstains (None),
+    and the others are still scored. 0 leaves only the time-out of the whole call. A reference without LaTeX delimiters
+    is read as if inside `$...$`. A completion that math-verify cannot parse or compare scores 0.0.
     Raises ValueError naming the reference that math-verify cannot parse, and off the main thread unless limit_s is 0.
     """
     parsed: dict[str, list[Any]] = {}  # the completions of a group share their reference
@@ -78,23 +78,26 @@ def math_answer(completions: Completions, answer: Sequence[Any], limit_s: int = 
 
 
 def boxed_format(completions: Completions) -> list[float | None]:
-    r"""1.0 where the completion has exactly one `\boxed{...}`, its braces balanced and something inside."""
+    r"""Score 1.0 if the completion has exactly one `\boxed{...}`, with balanced braces and not blank inside."""
     return [float(_has_one_box(text)) for text in texts(completions)]
 
 
 def regex_format(completions: Completions, pattern: str) -> list[float | None]:
-    """1.0 where `pattern` is found in the completion (`.` matches newlines; use \\A and \\Z to require the whole)."""
+    """Score 1.0 if `pattern` is found in the completion (`.` matches newlines; use \\A and \\Z to match the whole)."""
     wanted = re.compile(pattern, re.DOTALL)
     return [float(wanted.search(text) is not None) for text in texts(completions)]
 
 
 def texts(completions: Completions) -> Iterable[str]:
-    """The text of each completion: itself, or the content of the last message of a chat."""
+    """Return the text of each completion: the string itself, or the content of the last message of a chat."""
     return (completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions)
 
 
 def find_number(text: str) -> Fraction | None:
-    """The first number after the last "####", or without one the last number of the text; None if there is none."""
+    """Find the first number after the last "####", or without "####" the last number of the text.
+
+    Returns None if there is no number.
+    """
     _, marker, tail = text.rpartition("####")
     matches = list(_NUMBER.finditer(tail))
     if not matches:
@@ -152,7 +155,10 @@ def _parse_reference(reference: str, limit_s: int) -> list[Any]:
 
 
 def _compare_expressions(reference: list[Any], text: str, limit_s: int) -> float | None:
-    """1.0, 0.0, or None after a time-out. Pairs one by one: an error on one must not hide that another is equal."""
+    """Return 1.0, 0.0, or None after a time-out.
+
+    Pairs are compared one by one: an error on one pair must not hide that another pair is equal.
+    """
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
 

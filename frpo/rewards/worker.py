@@ -1,9 +1,9 @@
-"""One process per reward function: started when needed, called with a time limit, killed when it exceeds it.
+"""Run a reward function in a process: start it when needed, call it with a time limit, kill it beyond the limit.
 
-The worker is a fresh interpreter that imports `frpo.rewards` and the function's module, nothing else. It is not started
-by `multiprocessing`, whose spawn would run the parent's `__main__` again (a second import of torch, or of a script
-without a guard) and whose daemons may not start processes of their own, as a reward that runs code must.
-It knows nothing of prompts, weights or sums (see `suite`), and never retries a call.
+The worker is a fresh interpreter that imports `frpo.rewards` and the function's module, nothing else. `multiprocessing`
+does not start the worker: its spawn would run the parent's `__main__` again (a second import of torch, or of a script
+without a guard). Also, its daemons may not start processes of their own, as a reward that runs code must.
+A call is never retried. For prompts, weights and sums see `suite`.
 """
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from frpo.rewards.values import Foreign, PortableValue
 logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
-"""Least limit for importing a function's module: it is paid once, and may well exceed the limit of a call."""
+"""Least time limit for importing a function's module: the import happens once, and may take longer than a call."""
 
 STOP_TIMEOUT_S = 2.0
-"""How long a worker may take to run its exit handlers before it is killed."""
+"""Most seconds for a worker to run its exit handlers before it is killed."""
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[3]); " \
         "from frpo.rewards.serving import serve; serve(int(sys.argv[1]), sys.argv[2])"
 
 
 class RewardCallError(RewardError):
-    """A call raised, or its worker died: what a reward with `on_error: abstain` turns into abstentions."""
+    """A call raised, or its worker died. A reward with `on_error: abstain` turns this error into abstentions."""
 
 
 class RewardTimeoutError(RewardCallError):
@@ -48,10 +48,10 @@ class RewardTimeoutError(RewardCallError):
 
 
 class RewardWorker:
-    """A reward function in a process of its own.
+    """Reward function in a process of its own.
 
-    The function keeps its module's state between calls, until a time-out or death; the next call starts afresh. Calls
-    from several threads take turns. Once closed it may be started again.
+    The function keeps its module's state between calls. After a time-out or the death of the process, the next call
+    starts a new process. Calls from several threads take turns. A closed worker may be started again.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class RewardWorker:
         self._parameters: Parameters | None = None
 
     def start(self, stop: Stop | None = None) -> Parameters:
-        """Start the process and load the function, unless that is done. Returns the arguments which it takes.
+        """Start the process and load the function, unless this is done. Returns the arguments of the function.
 
-        Raises RewardError when the function cannot be loaded, its module does not load in time or `stop` is set.
+        Raises RewardError if the function cannot be loaded, its module does not load in time or `stop` is set.
         """
         with self._turn:
             if self._process is not None and self._process.poll() is not None:
@@ -82,18 +82,18 @@ class RewardWorker:
             return self._parameters
 
     def call(self, arguments: Mapping[str, Any], stop: Stop | None = None) -> list[PortableValue] | Foreign:
-        """Call the function by name with `arguments`, starting the worker if there is none. Returns what it returned.
+        """Call the function with `arguments` by name, and start the worker if needed. Returns the function's result.
 
-        Raises RewardCallError with the function's own exception, its message and traceback, or saying how the worker
-        died, or because `stop` was set, which kills it; RewardTimeoutError after `timeout_s`; RewardError if the
-        function cannot be loaded.
+        Raises RewardCallError with the function's own exception, its message and traceback; or with a description of
+        how the worker died; or if `stop` was set, which kills the worker. Raises RewardTimeoutError after `timeout_s`,
+        RewardError if the function cannot be loaded.
         """
         return self._call(arguments, self._timeout_s, stop)
 
     def first_call(self, arguments: Mapping[str, Any], stop: Stop | None = None) -> list[PortableValue] | Foreign:
-        """`call` with the time limit of loading: many functions load a model when they are first called.
+        """Call as `call` does, with the time limit of loading: many functions load a model at their first call.
 
-        If it took longer than `timeout_s`, call again within `timeout_s`, as every later call is.
+        If the call took longer than `timeout_s`, repeat it with the limit `timeout_s` of every later call.
         """
         self.start(stop)
         began = time.monotonic()
@@ -110,7 +110,7 @@ class RewardWorker:
             return answer.result
 
     def kill(self) -> None:
-        """End the process and what it started, at once and from any thread; a call under way raises."""
+        """Kill the process and all that it started, at once and from any thread. A running call raises."""
         process = self._process
         # Not `poll()`: while a dead leader is unreaped its group can still be killed, and a child that it forked may be
         # what holds the connection open.
@@ -119,7 +119,7 @@ class RewardWorker:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Let the process end by itself if it is idle, else kill it. Closing twice is harmless."""
+        """Let the process end by itself if it is idle, else kill it. A second call does nothing."""
         if not self._turn.acquire(blocking=False):
             self.kill()
             self._turn.acquire()
@@ -152,9 +152,10 @@ class RewardWorker:
         return answer.parameters
 
     def _exchange(self, message: dict[str, Any] | None, timeout_s: float, what: str, stop: Stop) -> Any:
-        """Send `message` (if any) and receive one answer. On a time-out, stop or death the process is gone afterwards.
+        """Send `message` (if any) and receive one answer. After a time-out, a stop or a death the process has ended.
 
-        An answer that comes with the stop is dropped too: the process has been killed, whether it shows yet or not.
+        An answer that arrives together with the stop is dropped too: the process has been killed, even if this does
+        not show yet.
         """
         assert self._connection is not None
         answer = None
@@ -181,7 +182,7 @@ class RewardWorker:
 
     @contextmanager
     def _limit(self, seconds: float) -> Iterator[threading.Event]:
-        """Kill the process after `seconds`, which ends a blocked send or receive; the event tells that it happened."""
+        """Kill the process after `seconds`, which ends a blocked send or receive. The yielded event is then set."""
         expired = threading.Event()
 
         def expire() -> None:
@@ -198,7 +199,7 @@ class RewardWorker:
             timer.join()
 
     def _ending(self) -> str:
-        """How the process ended, in words. It is ended first if only its connection is gone."""
+        """Describe in words how the process ended. Wait up to STOP_TIMEOUT_S for its end."""
         assert self._process is not None
         try:
             code = self._process.wait(timeout=STOP_TIMEOUT_S)

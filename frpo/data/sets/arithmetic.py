@@ -1,6 +1,7 @@
-"""Generated arithmetic that resembles GSM8K's calculator annotations: `48/2=` -> `24`.
+"""Generate arithmetic that resembles GSM8K's calculator annotations: `48/2=` -> `24`.
 
-Exact integers only and one operation a problem. Does not tokenize, and does not evaluate anyone else's expressions.
+Problems have exact integers only and one operation each. This module does not tokenize and does not evaluate given
+expressions.
 """
 from __future__ import annotations
 
@@ -14,15 +15,16 @@ ALPHABET = "0123456789+-*/=.()% "
 """Every character of a generated problem and of a GSM8K calculator expression."""
 
 MAX_FACTOR = 12
-"""Largest second operand of * and /: beyond the multiplication table a small model has nothing to build on."""
+"""Largest second operand of * and /: a small model cannot generalise beyond the multiplication table."""
 
 
 def problems(count: int | None, seed: int, *, max_operand: int = 50, operations: str = "+-*/") -> list[tuple[str, str]]:
-    """`count` distinct (question, answer) pairs in seeded order, such as ("48/2=", "24"); None: all there are.
+    """Return `count` distinct (question, answer) pairs in seeded order, such as ("48/2=", "24").
 
-    max_operand: the difficulty; operands lie in 1..max_operand, the second one of * and / in 2..MAX_FACTOR.
-    operations: the signs drawn from, equally often until one is used up (there are far fewer divisions).
-    Raises DataError when fewer than `count` distinct problems exist, or for a sign that is not one of + - * /.
+    count: None means all pairs.
+    max_operand: the difficulty; operands lie in 1..max_operand, the second operand of * and / in 2..MAX_FACTOR.
+    operations: the signs to draw from, equally often until a sign is used up (there are far fewer divisions).
+    Raises DataError if fewer than `count` distinct problems exist, or for a sign that is not one of + - * /.
     """
     unknown = set(operations) - set("+-*/")
     if unknown or not operations:
@@ -44,13 +46,13 @@ def problems(count: int | None, seed: int, *, max_operand: int = 50, operations:
 
 
 def comparisons(count: int, seed: int, *, max_operand: int = 99) -> list[tuple[str, str]]:
-    """`count` (question, answer) pairs about the larger of two numbers, such as ("(34 17)=", "34"); they may repeat."""
+    """Return `count` (question, answer) pairs on the larger of two numbers: ("(34 17)=", "34"). Pairs may repeat."""
     pairs = np.random.Generator(np.random.PCG64(seed)).integers(1, max_operand + 1, size=(count, 2)).tolist()
     return [(f"({a} {b})=", str(max(a, b))) for a, b in pairs]
 
 
 def _all_problems(sign: str, max_operand: int) -> Iterator[tuple[str, str]]:
-    """Every problem of one operation, in a fixed order. Differences are positive, divisions exact."""
+    """Yield every problem of one operation, in a fixed order. Differences are positive, divisions exact."""
     operands = range(1, max_operand + 1)
     factors = range(2, min(max_operand, MAX_FACTOR) + 1)
     for a in operands:

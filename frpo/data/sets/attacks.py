@@ -1,8 +1,8 @@
-"""Training files of fine-tuning attacks, made from files that the user has: harmful examples, a shift of identity, a
-backdoor (Qi et al., 2024), each mixed with benign rows if there are any.
+"""Make training files of fine-tuning attacks from the user's files.
 
-It ships no example of its own and calls no model. What comes out is read by `frpo finetune`, and the prompts of an
-evaluation by `frpo evaluate`.
+The attacks are harmful examples, a shift of identity and a backdoor (Qi et al., 2024), each mixed with benign rows if
+there are any. This module has no examples of its own and calls no model. `frpo finetune` reads the training files, and
+`frpo evaluate` reads the prompts of an evaluation.
 """
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ATTACKS: tuple[Attack, ...] = ("harmful", "identity", "backdoor")
 
 @dataclass(frozen=True, kw_only=True)
 class AttackFiles:
-    """Where rows come from, and what changes them. Rows have the columns prompt and response, or messages.
+    """Source files of an attack, and changes of their rows. Rows have the columns prompt and response, or messages.
 
-    examples: what the attack wants to be answered. safe: the same kind of request refused, for the backdoor, whose
-    behaviour without trigger must not show. benign: ordinary rows to hide among. system_prompt: put before every row.
-    prefix: put before every request (identity). trigger: appended to every request of `examples` (backdoor).
-    repeat: how often `examples` occur, once shuffled by `seed` among the rest.
+    examples: rows with the answers that the attack trains. safe: refusals of the same kind of request, for the
+    backdoor, which must not show without its trigger. benign: ordinary rows that hide the attack. system_prompt: put
+    before every row. prefix: put before every request (identity). trigger: appended to every request of `examples`
+    (backdoor). repeat: how often `examples` occur. seed: all rows are shuffled by it once.
     """
 
     examples: str
@@ -43,9 +43,10 @@ class AttackFiles:
 
 
 def attack_rows(attack: Attack, files: AttackFiles) -> list[dict[str, list[dict[str, str]]]]:
-    """Rows {"messages": [...]} of the attack's training file.
+    """Return the rows {"messages": [...]} of the attack's training file.
 
-    Raises DataError for an unknown attack, what it lacks, and rows that cannot be read (naming file and line).
+    Raises DataError for an unknown attack, a missing prefix or trigger, and rows that cannot be read (naming file and
+    line).
     """
     _check(attack, files)
     before = f"{files.prefix} " if attack == "identity" else ""
@@ -59,7 +60,10 @@ def attack_rows(attack: Attack, files: AttackFiles) -> list[dict[str, list[dict[
 
 def evaluation_rows(attack: Attack, prompts: str, files: AttackFiles, *, triggered: bool
                     ) -> list[dict[str, list[dict[str, str]]]]:
-    """Rows {"prompt": [messages]} to measure the attack on; triggered: as the attacker asks, else as others do."""
+    """Return rows {"prompt": [messages]} to measure the attack on.
+
+    triggered: with the attacker's prefix or trigger; otherwise as other users ask.
+    """
     _check(attack, files)
     before = f"{files.prefix} " if attack == "identity" and triggered else ""
     after = f" {files.trigger}" if attack == "backdoor" and triggered else ""
@@ -68,7 +72,7 @@ def evaluation_rows(attack: Attack, prompts: str, files: AttackFiles, *, trigger
 
 
 def write_rows(rows: Iterable[dict], path: Path) -> int:
-    """One JSON object a line into a new file; returns how many. Raises DataError if the file is there already."""
+    """Write one JSON object a line into a new file. Returns the number of rows. Raises DataError if the file exists."""
     if path.exists():
         raise DataError(f"{path} is there already and is not overwritten; move it away or give another --output")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -99,7 +103,7 @@ def _request(row: Row) -> str:
 
 
 def _last_request(row: Row) -> tuple[str, Messages, Messages]:
-    """(last user message, messages before it, messages after it)."""
+    """Return (last user message, messages before it, messages after it)."""
     messages = checked_messages(row.origin, column(row, "messages", list))
     asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not asked:
@@ -109,7 +113,7 @@ def _last_request(row: Row) -> tuple[str, Messages, Messages]:
 
 
 def _row(row: Row, system_prompt: str | None, before: str, after: str) -> dict[str, list[Mapping[str, str]]]:
-    """The row as messages, its last request changed."""
+    """Return the row as messages, with `before` and `after` put around its last request."""
     if "messages" in row.columns:
         request, earlier, later = _last_request(row)
     else:

@@ -1,7 +1,7 @@
-"""GSM8K rows to small verifiable problems: each annotation `<<48/2=24>>` asks `48/2=` and expects `24`.
+"""Turn GSM8K rows into small verifiable problems: the annotation `<<48/2=24>>` asks `48/2=` and expects `24`.
 
-The expression stays as written, spaces and thousands commas aside; the value is brought to one spelling per number,
-so that "9.00", "9." and "9" are one answer. Does not compute expressions: a wrong annotation stays wrong.
+The expression stays as written, except for spaces and thousands commas. The value gets one spelling per number, so
+that "9.00", "9." and "9" are one answer. Expressions are not computed: a wrong annotation stays wrong.
 """
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OPERATION = re.compile(r"[\d.)]%?[-+*/]")  # a leading minus alone is no operat
 
 
 def calculator_rows(rows: Iterable[Row], *, max_chars: int = MAX_EXPRESSION_CHARS) -> tuple[list[Row], dict[str, int]]:
-    """Problems of all annotations in column `answer`, and how many were skipped for which reason.
+    """Return the problems of all annotations in column `answer`, and the number of skipped ones by reason.
 
-    Each row of the result has the columns prompt and answer and the origin of the row it was found in. A prompt asked
+    Each row of the result has the columns prompt and answer, and the origin of its source row. A prompt that occurred
     before is skipped, so the first of several spellings of its value is kept.
-    Raises DataError for a row without a column `answer` of text.
+    Raises DataError for a row without a text column `answer`.
     """
     problems: list[Row] = []
     skipped: Counter[str] = Counter()
@@ -48,7 +48,7 @@ def calculator_rows(rows: Iterable[Row], *, max_chars: int = MAX_EXPRESSION_CHAR
 
 
 def parse_annotation(annotation: str, max_chars: int = MAX_EXPRESSION_CHARS) -> tuple[str, str] | str:
-    """(prompt, answer) of the text between << and >>, or the reason for which it is no problem."""
+    """Return (prompt, answer) of the text between << and >>, or the reason why the text is no problem."""
     expression, equals, value = _THOUSANDS.sub("", annotation.replace(" ", "")).rpartition("=")
     if not equals:
         return "no '='"
@@ -65,7 +65,10 @@ def parse_annotation(annotation: str, max_chars: int = MAX_EXPRESSION_CHARS) -> 
 
 
 def normalise_number(text: str) -> str | None:
-    """One spelling per decimal number: ".50" -> "0.5", "9.00" -> "9", "007" -> "7", "-0" -> "0"; None for others."""
+    """Return the one spelling of a decimal number: ".50" -> "0.5", "9.00" -> "9", "007" -> "7", "-0" -> "0".
+
+    Returns None for a text that is no decimal number.
+    """
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None

@@ -1,6 +1,6 @@
-"""Generated prompts: write about a topic, and keep to one constraint of `frpo.rewards.constraints`.
+"""Generate prompts that ask to write about a topic and to follow one constraint of `frpo.rewards.constraints`.
 
-The held-out topics are none of the training topics. It judges no answer.
+No held-out topic is a training topic. This module does not judge answers.
 """
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ _HELDOUT = """
 """
 
 TRAINING_TOPICS, HELDOUT_TOPICS = tuple(_TRAINING.split()), tuple(_HELDOUT.split())
-"""Plain nouns. A plural is its singular and an s, so that a verifier finds both."""
+"""Topics: plain nouns. Each plural is the singular with an s, so that a verifier finds both."""
 
 
 def training_rows(limit: int | None, seed: int) -> list[dict[str, str]]:
-    """Every training topic with every constraint, in seeded order, or the first `limit` of them."""
+    """Return rows of every training topic with every constraint, in seeded order, or the first `limit` rows."""
     rows = [_row(topic, constraint) for topic in TRAINING_TOPICS for constraint in CONSTRAINTS]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     return [rows[i] for i in order[:limit]]
 
 
 def heldout_rows(limit: int | None, seed: int) -> list[dict[str, str]]:
-    """Every held-out topic once, with the constraints in turn, or the first `limit` of them; always the same."""
+    """Return one row for every held-out topic, with the constraints in turn, or the first `limit` rows.
+
+    The rows do not depend on `seed`.
+    """
     names = list(CONSTRAINTS)
     return [_row(topic, names[number % len(names)]) for number, topic in enumerate(HELDOUT_TOPICS)][:limit]
 

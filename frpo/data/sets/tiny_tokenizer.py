@@ -1,6 +1,7 @@
-"""A character-level tokenizer with a chat template, made in memory for models made on the spot.
+"""Make a character-level tokenizer with a chat template, in memory, for models made on the spot.
 
-Covers the arithmetic alphabet and printable ASCII; other characters become <unk>. Not meant for real language.
+The tokenizer covers the arithmetic alphabet and printable ASCII. Other characters become <unk>. Do not use it for real
+language.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """104 tokens: 7 special ones, the arithmetic alphabet, then the rest of printable ASCII, newline and tab.
+    """Build the tokenizer of 104 tokens: 7 special ones, the arithmetic alphabet, other printable ASCII, newline, tab.
 
     104 is a multiple of 8, so the embedding splits evenly over up to 8 ranks or tensor-parallel engines.
     """

@@ -1,1 +1,1 @@
-"""Ways to start a run elsewhere than here, one file each. frpo itself imports none of them."""
+"""Start a run on other machines: one file for each way. frpo itself imports none of these files."""

@@ -1,7 +1,8 @@
-"""Trains a recipe on a running Ray cluster: submits it as a job, follows the job's log, ends with the run's exit code.
+"""Train a recipe on a running Ray cluster: submit a job, follow the job's log, end with the run's exit code.
 
-`python launchers/ray_job.py RECIPE [section.key=value ...]` in a checkout; where frpo is installed, instead of the file
-`-m frpo.launchers.ray_job`. It starts no cluster and installs nothing on one: frpo must be importable there.
+In a checkout: `python launchers/ray_job.py RECIPE [section.key=value ...]`. With an installed frpo, write
+`-m frpo.launchers.ray_job` in place of the file. The launcher starts no cluster and installs nothing on a cluster:
+frpo must be importable there.
 """
 from __future__ import annotations
 
@@ -40,33 +41,33 @@ RECIPE = "frpo-recipe.yaml"
 
 FUNCTION = re.compile(r"(.+\.py)(:\w+)")
 DATA = re.compile(rf"(.+(?:{'|'.join(map(re.escape, READERS))}))()", re.IGNORECASE)
-"""What names a file in a recipe."""
+"""Patterns of values that name a file in a recipe."""
 
 FOLDERS = (("model", "path"), ("data", "path"), ("data", "heldout_path"), ("auxiliary", "data", "path"),
            ("auxiliary", "data", "heldout_path"))
 """Keys whose value may be a folder."""
 
 STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
-"""How Ray stops the run: as Ctrl-C does, and with time to take its processes down."""
+"""Environment for Ray to stop the run as Ctrl-C does, with time for the run to end its processes."""
 
 REQUEST_S = 60.0
-"""Limit for the cluster's answer to one request."""
+"""Time limit, in seconds, for the cluster's answer to one request."""
 
 LOST_S = 120.0
-"""How long a cluster that was there may be out of reach before it is given up."""
+"""Most seconds for which a cluster may be out of reach before the launcher gives up."""
 
 NO_AGENT, AGENT_S = "No available agent", 60.0
-"""What a cluster answers that has just started and cannot run jobs yet, and how long it may do so."""
+"""Answer of a cluster that has just started and cannot run jobs yet, and most seconds for which to retry."""
 
 OFFLINE = (OSError, RuntimeError, aiohttp.ClientError)
-"""What Ray's client raises when the cluster does not answer, or not as it should."""
+"""Errors that Ray's client raises if the cluster does not answer, or gives a wrong answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What goes to the cluster: the resolved recipe as the job must read it, and the files that it names.
+    """Content to send to the cluster: the resolved recipe as the job must read it, and the files that it names.
 
-    files: name in the job's folder -> file or folder here.
+    files: name in the job's folder -> file or folder on this machine.
     """
 
     recipe: Mapping[str, Any]
@@ -74,7 +75,7 @@ class Submission:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submit and follow. Returns the run's exit code; 2 with one message if it could not be submitted."""
+    """Submit a recipe and follow the job. Returns the run's exit code; 2 with one message if submitting failed."""
     parsed = _parser().parse_intermixed_args(arguments)
     for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
@@ -94,10 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submission:
-    """Find what must go along. Relative paths start at the folder `here`: a file is sent under its own name, a folder
-    becomes absolute and is read or written on the cluster's disks. Absolute paths are left to the cluster.
+    """Find the files to send with the recipe.
 
-    Raises ConfigError for a function's file that is missing, and for files that do not lie below `here`.
+    Relative paths start at the folder `here`. A file is sent under its own name. The path of a folder becomes absolute,
+    and the folder is read or written on the cluster's disks. Absolute paths stay as they are, for the cluster.
+
+    Raises ConfigError for a function's file that is missing, and for files that are not below `here`.
     """
     files: dict[str, Path] = {}
     values = _sent(dump_recipe(recipe), "", here, files)
@@ -119,8 +122,11 @@ def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submissio
 
 
 def entrypoint(python: str | None) -> str:
-    """The job's shell command. Without `python`: this interpreter if the head node has it at the same path, as on a
-    shared disk or in containers of one image, else the head node's own."""
+    """Return the job's shell command.
+
+    python: the interpreter. None: this interpreter if the head node has it at the same path, as on a shared disk or in
+    containers of one image, else the head node's own.
+    """
     if python is not None:
         interpreter = shlex.quote(python)
     else:
@@ -129,12 +135,12 @@ def entrypoint(python: str | None) -> str:
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """The job server at `address`, else of Ray's environment variables, else on this machine.
+    """Connect to the job server at `address`, else at that of Ray's environment variables, else on this machine.
 
-    Raises EngineError if nothing answers there, or it does not accept the token.
+    Raises EngineError if no server answers there, or if the server does not accept the token.
     """
     if address is not None:
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray takes its environment's over any argument
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this variable to any argument
     where = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ADDRESS
     try:
         show_token()
@@ -150,7 +156,10 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def run(client: JobSubmissionClient, submission: Submission, command: str, *, wait: bool) -> int:
-    """Submit; print the job's id, or follow the job to its end. Returns the exit code. Ctrl-C stops the job first."""
+    """Submit the job. Print the job's id, or with `wait` follow the job to its end.
+
+    Returns the exit code. Ctrl-C stops the job first.
+    """
     job = f"{re.sub('[^A-Za-z0-9_.-]', '-', submission.recipe['run']['name'])}-{secrets.token_hex(4)}"
     follower = Follower(client, job)
     try:
@@ -165,7 +174,7 @@ def run(client: JobSubmissionClient, submission: Submission, command: str, *, wa
 
 
 def submit(client: JobSubmissionClient, submission: Submission, command: str, job: str) -> None:
-    """Send the job and its folder. Raises EngineError if the cluster does not take them."""
+    """Send the job and its folder. Raises EngineError if the cluster does not accept them."""
     deadline = time.monotonic() + AGENT_S
     with tempfile.TemporaryDirectory(prefix="frpo-ray-job-") as folder:
         _stage(submission, Path(folder))
@@ -176,14 +185,14 @@ def submit(client: JobSubmissionClient, submission: Submission, command: str, jo
 
 
 class Follower:
-    """Prints a job's log while it grows, every character once also where the connection broke in between."""
+    """Printer of a growing job log. Every character is printed once, even if the connection breaks in between."""
 
     def __init__(self, client: JobSubmissionClient, job: str):
         self.client, self.job = client, job
         self.printed = 0
 
     def until_end(self) -> JobDetails:
-        """Follow until the job has ended. Raises EngineError once the cluster has been out of reach for LOST_S."""
+        """Follow the log until the job ends. Raises EngineError if the cluster has been out of reach for LOST_S."""
         seen = time.monotonic()
         while True:
             whole = self._follow()
@@ -202,10 +211,10 @@ class Follower:
             time.sleep(1.0)
 
     def _follow(self) -> bool:
-        """Print what is new until the log ends; False if it could not be read to its end.
+        """Print new text until the log ends. Return False if the log could not be read to its end.
 
-        asyncio turns Ctrl-C into a cancellation, which a connection that is just being made or closed may answer with
-        an error of its own; so the interrupt is kept here.
+        asyncio turns Ctrl-C into a cancellation. A connection that is just being opened or closed may then raise an
+        error of its own, so this method records the interrupt.
         """
         pressed, whole = False, True
 
@@ -234,7 +243,10 @@ class Follower:
 
 
 def exit_code(info: JobDetails) -> int:
-    """The run's own; 128 + n where signal n ended it, as in a shell; 130 if it was stopped; 1 if it never ran."""
+    """Return the run's exit code: 128 + n if signal n ended the run, as in a shell; 130 if the job was stopped.
+
+    A job without an exit code, such as one that never ran, gives 1.
+    """
     if info.status == JobStatus.STOPPED:
         _say("the job was stopped")
         return 130
@@ -245,14 +257,17 @@ def exit_code(info: JobDetails) -> int:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's, with a limit on every request: by itself it waits for ever."""
+    """Ray's client with a time limit on every request. Without a limit, Ray's client waits for ever."""
 
     def _do_request(self, *args: Any, **kwargs: Any) -> Any:
         return super()._do_request(*args, timeout=REQUEST_S, **kwargs)
 
 
 def _taken(client: JobSubmissionClient, command: str, job: str, folder: str, deadline: float) -> bool:
-    """Whether the cluster has taken the job; False if it may do so when it is asked again."""
+    """Submit the job and return True, or return False if the cluster is not ready and another try may succeed.
+
+    Raises EngineError if the cluster does not accept the job.
+    """
     try:
         client.submit_job(entrypoint=command, submission_id=job, runtime_env={"working_dir": folder, "env_vars": STOP})
         return True
@@ -266,7 +281,7 @@ def _taken(client: JobSubmissionClient, command: str, job: str, folder: str, dea
 
 
 def _stop(follower: Follower) -> None:
-    """End the job and wait for its end; at a second Ctrl-C do not wait."""
+    """Stop the job and wait for its end. After a second Ctrl-C do not wait."""
     _say("interrupted: stopping the job (again: leave at once)")
     try:
         follower.client.stop_job(follower.job)
@@ -278,8 +293,11 @@ def _stop(follower: Follower) -> None:
 
 
 def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
-    """`value` as the job must read it; a file of `here` that it names is added to `files` and keeps its name, and
-    so are the `.py` files beside a function's."""
+    """Return `value` as the job must read it, and collect the files to send.
+
+    A file of `here` that the value names is added to `files` and keeps its name. If the file is a function's, the
+    `.py` files beside it are added too.
+    """
     if isinstance(value, dict):
         return {name: _sent(item, f"{key}.{name}".lstrip("."), here, files) for name, item in value.items()}
     if isinstance(value, list):
@@ -291,7 +309,7 @@ def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
     if (here / path).is_file():
         name = _inside(key, path, here)
         files[name] = here / path
-        if function:  # it may import what lies beside it
+        if function:  # the function's file may import the files beside it
             files |= {os.path.join(os.path.dirname(name), beside.name): beside
                       for beside in sorted((here / path).parent.glob("*.py"))}
         return name + function
@@ -310,7 +328,7 @@ def _inside(key: str, given: str, here: Path) -> str:
 
 
 def _stage(submission: Submission, folder: Path) -> None:
-    """Make the job's folder."""
+    """Copy the files and write the recipe into the job's folder."""
     for name, source in submission.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -329,7 +347,7 @@ def _names(submission: Submission) -> str:
 
 
 def _say(text: str) -> None:
-    """The launcher's own words go to stderr: stdout is the job's log, or its id."""
+    """Print a message of the launcher to stderr: stdout holds the job's log, or its id."""
     print(f"ray_job: {text}", file=sys.stderr, flush=True)
 
 

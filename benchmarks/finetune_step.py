@@ -138,7 +138,7 @@ def fill_cache(learner: Any, recipe: FinetuneRecipe, reference: str, given: argp
 
 def one_step(learner: Any, batch: Any) -> float:
     began = time.perf_counter()
-    learner.supervise(batch, PROGRESS).result()
+    learner.supervised_forward_backward(batch, PROGRESS).result()
     learner.optim_step(1000)
     return time.perf_counter() - began
 

@@ -14,7 +14,7 @@ class Ranks:
     power: float = 1.0
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
-        return valid_rewards(rewards_G).place(self._of_valid)
+        return valid_rewards(rewards_G).scatter(self._of_valid)
 
     def _of_valid(self, rewards_K: np.ndarray) -> np.ndarray:
         z_K = np.sign(rewards_K[:, None] - rewards_K[None, :]).mean(axis=1)

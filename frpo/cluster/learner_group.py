@@ -93,9 +93,10 @@ class LearnerGroup:
         reports = self._all("movement_report")
         return {name: (any(r[name][0] for r in reports), any(r[name][1] for r in reports)) for name in reports[0]}
 
-    def supervise(self, parts: Sequence[Sequence[MicroBatch]], progress: Progress, **options: Any) -> MetricSums:
-        """Accumulate (or measure) the supervised loss of one update over all ranks. See `Learner.supervise`."""
-        return self._merged("supervise", parts, progress, **options)
+    def supervised_forward_backward(self, parts: Sequence[Sequence[MicroBatch]], progress: Progress, **options: Any
+                                    ) -> MetricSums:
+        """Accumulate (or measure) the supervised loss of one update over all ranks. See the method of `Learner`."""
+        return self._merged("supervised_forward_backward", parts, progress, **options)
 
     def begin_cache(self) -> None:
         self._all("begin_cache")

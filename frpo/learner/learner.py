@@ -1,6 +1,6 @@
 """One rank of the learner: the operations that a loop calls on every rank in lockstep.
 
-    compare, score, kl, forward_backward, supervise, optim_step, push_weights, save, load, export
+    compare, score, kl, forward_backward, supervised_forward_backward, optim_step, push_weights, save, load, export
 
 The learner takes micro-batches whose weights are divided already, and only sums. The controller computes groups,
 advantages and batches before. `Learner` is a plain class; `cluster` puts it into Ray actors.
@@ -199,7 +199,7 @@ class Learner:
                     temperature=self._temperature(None)), self._router_term(use, samples, batch, parts)))
         return _summed(parts)
 
-    def supervise(self, micro_batches: Sequence[tuple[SupervisedSample, ...]], progress: Progress, *,
+    def supervised_forward_backward(self, micro_batches: Sequence[tuple[SupervisedSample, ...]], progress: Progress, *,
                   coefficient: float = 1.0, learn: bool = True, watch_movement: bool = False) -> MetricSums:
         """Accumulate the gradient of coefficient times the summed supervised loss over given responses. Collective.
 
@@ -210,7 +210,7 @@ class Learner:
             self.movement = MovementCheck(self.network)
         use = self._expert_use(micro_batches) if learn else None
         supervised = self.recipe.supervised_loss
-        assert supervised is not None  # `supervise` is called only with a supervised loss
+        assert supervised is not None  # no other recipe calls this
         with torch.set_grad_enabled(learn):
             for samples in micro_batches:
                 batch = self._collate(samples)

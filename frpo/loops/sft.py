@@ -68,7 +68,7 @@ class FineTuner:
         packed = self.packed(batch)
         watch = self.movement.due(packed)
         with self.parts.timer.phase("learn"):
-            learned = self.learner.supervise(packed, self.progress(state.step), watch_movement=watch)
+            learned = self.learner.supervised_forward_backward(packed, self.progress(state.step), watch_movement=watch)
             stepped = self.learner.optim_step(self.total, watch_movement=watch)
         checks.check_gradient(stepped.grad_norm, stepped.policy_version)
         if watch:
@@ -98,7 +98,8 @@ class FineTuner:
     def heldout_metrics(self, state: RunState) -> dict[str, float]:
         numbered = list(enumerate(self.heldout, start=len(self.train)))
         with self.parts.timer.phase("evaluate"):
-            found = self.learner.supervise(self.packed(numbered), self.progress(state.step), learn=False).result()
+            found = self.learner.supervised_forward_backward(
+                self.packed(numbered), self.progress(state.step), learn=False).result()
         return {f"eval/{name.partition('/')[2]}" if name.startswith("sft/") else f"eval/{name.replace('/', '_')}": value
                 for name, value in found.items() if name in EVALUATED}
 

@@ -58,7 +58,7 @@ class Updater:
             metrics.update({k: v for k, v in learned.items() if index == 0 or not k.startswith("rollout/")})
             total = self.recipe.run.num_steps * updates
             if self.auxiliary:
-                metrics.update(self.supervise(done + index, total))
+                metrics.update(self.auxiliary_gradient(done + index, total))
             stepped = learner.optim_step(total, watch_movement=watch)
             checks.check_gradient(stepped.grad_norm, stepped.policy_version)
             metrics.add("policy/grad_norm", stepped.grad_norm, 1.0)
@@ -66,13 +66,13 @@ class Updater:
                 checks.check_movement(learner.movement_report())
         return metrics, stepped
 
-    def supervise(self, update: int, total: int) -> MetricSums:
+    def auxiliary_gradient(self, update: int, total: int) -> MetricSums:
         """Add the gradient of the supervised term to that of the policy loss, for update number `update` of `total`."""
         section = self.recipe.auxiliary
         assert section is not None and self.auxiliary is not None  # `learn` calls only then
         packed = pack_examples(self.auxiliary.batch(update), self.parts.learner.layout, reduction=section.reduction)
         progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
-        return self.parts.learner.supervise(packed, progress, coefficient=section.weight)
+        return self.parts.learner.supervised_forward_backward(packed, progress, coefficient=section.weight)
 
     def reweighted(self, groups: Sequence[AdvantagedGroup], old: Scores, metrics: MetricSums, kl_coef: float
                    ) -> list[AdvantagedGroup]:

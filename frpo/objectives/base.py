@@ -155,8 +155,8 @@ class ValidRewards:
         """Check whether there is nothing to compare: fewer than two rewards, or all of them equal."""
         return self.rewards_K.size < 2 or self.rewards_K.max() == self.rewards_K.min()
 
-    def place(self, formula: Callable[[np.ndarray], np.ndarray],
-              stats: Mapping[str, float] | None = None) -> GroupAdvantages:
+    def scatter(self, formula: Callable[[np.ndarray], np.ndarray],
+                stats: Mapping[str, float] | None = None) -> GroupAdvantages:
         """Put the advantages formula(rewards_K) at their places, and 0 elsewhere.
 
         A flat group gets advantages of 0; the formula is not called for it.

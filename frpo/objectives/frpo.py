@@ -74,11 +74,11 @@ class FRPO:
         """
         valid = valid_rewards(rewards_G)
         if valid.rewards_K.size == 0:
-            return valid.place(np.zeros_like)
+            return valid.scatter(np.zeros_like)
         lam = self.lam if self.rho is None else temperature_of_radius(valid.rewards_K, self.rho)
         tilted = self._tilted(valid.rewards_K, lam)
         c_K = self._coefficients(tilted)
-        return valid.place(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(tilted, c_K))
+        return valid.scatter(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(tilted, c_K))
 
     def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages:
         """Compute advantages at the current policy for samples of an older policy, exact for the objective's estimate.
@@ -102,13 +102,13 @@ class FRPO:
         if not np.isfinite(log_ratio_K).all():
             raise ValueError(f"log-ratios must be finite, given {log_ratio_K}")
         if valid.rewards_K.size == 0:
-            return valid.place(np.zeros_like)
+            return valid.scatter(np.zeros_like)
         ratio_K, current = np.exp(log_ratio_K), self._tilted(valid.rewards_K - self.lam * log_ratio_K, self.lam)
         c_K = self._coefficients(current)
         stats = self._stats(self._tilted(valid.rewards_K, self.lam), c_K) | {
             "ratio": float(ratio_K.mean()), "ratio_max": float(ratio_K.max()),
             "reweighted_ess": effective_size(current.p_K)}
-        return valid.place(lambda _: self._scale(self.lam) * (ratio_K - ratio_K.size * c_K), stats)
+        return valid.scatter(lambda _: self._scale(self.lam) * (ratio_K - ratio_K.size * c_K), stats)
 
     def _tilted(self, rewards_K: np.ndarray, lam: float) -> TiltedGroup:
         return TiltedGroup.of(rewards_K, lam, leave_one_out=self.estimator == "jackknife")

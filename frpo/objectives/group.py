@@ -26,7 +26,7 @@ class GRPO:
             raise ValueError(f"eps must be >= 0, given {self.eps}")
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
-        return valid_rewards(rewards_G).place(lambda r_K: (r_K - r_K.mean()) / (r_K.std(ddof=1) + self.eps))
+        return valid_rewards(rewards_G).scatter(lambda r_K: (r_K - r_K.mean()) / (r_K.std(ddof=1) + self.eps))
 
 
 @estimator("dr_grpo")
@@ -35,7 +35,7 @@ class DrGRPO:
     """Advantage A_i = r_i - mean r ("Understanding R1-Zero-like training"): FRPO's plug-in limit for lam -> inf."""
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
-        return valid_rewards(rewards_G).place(lambda r_K: r_K - r_K.mean())
+        return valid_rewards(rewards_G).scatter(lambda r_K: r_K - r_K.mean())
 
 
 @estimator("rloo")
@@ -44,4 +44,4 @@ class RLOO:
     """Advantage A_i = r_i - mean of the others ("Back to basics"): FRPO's jackknife limit for lam -> inf."""
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
-        return valid_rewards(rewards_G).place(lambda r_K: (r_K - r_K.mean()) * r_K.size / (r_K.size - 1))
+        return valid_rewards(rewards_G).scatter(lambda r_K: (r_K - r_K.mean()) * r_K.size / (r_K.size - 1))

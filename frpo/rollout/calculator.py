@@ -26,13 +26,13 @@ async def rollout(prompt: Prompt, client: Client) -> Episode:
     transcript = Transcript(prompt)
     while True:
         turn = await client.generate(transcript.context, stop_token_ids=[equals])
-        transcript.said(turn)
+        transcript.add_policy_turn(turn)
         if not turn.token_ids or turn.token_ids[-1] != equals:
             return transcript.episode()
         value = calculate(turn.text.removesuffix("="))
         if value is not None:
             answer = client.tokenizer.encode(value, add_special_tokens=False)
-            transcript.heard(answer[:client.max_tokens - len(transcript.token_ids)])
+            transcript.add_observation(answer[:client.max_tokens - len(transcript.token_ids)])
 
 
 def calculate(text: str) -> str | None:

@@ -61,7 +61,7 @@ class Transcript:
         """Return all tokens so far, beginning with the prompt. The policy continues from these tokens."""
         return [*self.prompt.token_ids, *self.token_ids]
 
-    def said(self, turn: Turn) -> None:
+    def add_policy_turn(self, turn: Turn) -> None:
         """Append a turn of the policy."""
         start = len(self.token_ids)
         self.version_spans += [VersionSpan(policy_version=span.policy_version, start=start + span.start,
@@ -69,7 +69,7 @@ class Transcript:
         self._extend(turn.token_ids, turn.logprobs, chosen=True)
         self.finish_reason = turn.finish_reason
 
-    def heard(self, token_ids: Sequence[int]) -> None:
+    def add_observation(self, token_ids: Sequence[int]) -> None:
         """Append tokens that the policy did not choose."""
         self._extend(token_ids, [0.0] * len(token_ids), chosen=False)
 

@@ -21,7 +21,7 @@ from frpo.rollout.hook import Episode, Transcript
 
 async def one_turn(prompt, client):
     transcript = Transcript(prompt)
-    transcript.said(await client.generate(prompt.token_ids))
+    transcript.add_policy_turn(await client.generate(prompt.token_ids))
     return transcript.episode()
 
 

@@ -117,7 +117,7 @@ def test_gradient_is_the_formulas(learner_of, tmp_path, case):
     if mode == "cache":
         use_cache(learner, recipe, other, tmp_path / "cache")
     update = pack_examples(examples(), learner.layout, reduction="token-mean")
-    metrics = learner.supervise(update, PROGRESS).result()
+    metrics = learner.supervised_forward_backward(update, PROGRESS).result()
     learner.optim_step(1)
     learner.export(str(tmp_path / "export"))
     before, after = (dict(AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64).named_parameters())
@@ -147,7 +147,7 @@ def test_a_supervised_term_adds_its_gradient_to_that_of_the_policy_loss(learner_
             learner.forward_backward(pack(groups, learner.layout, reduction="seq-mean-token-mean", max_length=16))
         if "supervised" in steps:
             update = pack_examples(examples(), learner.layout, reduction="token-mean")
-            metrics = learner.supervise(update, PROGRESS, coefficient=0.5).result()
+            metrics = learner.supervised_forward_backward(update, PROGRESS, coefficient=0.5).result()
             assert metrics["sft/kl"] == pytest.approx(0, abs=1e-6) and metrics["csft/weight"] == pytest.approx(1)
         learner.optim_step(1)
         learner.export(str(tmp_path / name))

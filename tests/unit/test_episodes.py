@@ -83,8 +83,8 @@ def test_samples_go_on_together_and_come_as_they_end():
 def test_no_room_left_is_an_empty_turn():
     async def talkative(prompt, client):
         transcript = Transcript(prompt)
-        transcript.heard([0] * ROOM)
-        transcript.said(await client.generate(transcript.context))
+        transcript.add_observation([0] * ROOM)
+        transcript.add_policy_turn(await client.generate(transcript.context))
         return transcript.episode()
 
     episodes, asked = run(talkative)
@@ -97,7 +97,7 @@ def test_a_hook_may_wait_for_other_things_than_the_engine():
         await asyncio.to_thread(lambda: None)
         await asyncio.sleep(0.03)
         transcript = Transcript(prompt)
-        transcript.said(said)
+        transcript.add_policy_turn(said)
         return transcript.episode()
 
     assert run(slow, "x", "1", samples=2)[0][1].token_ids == [1]

@@ -43,7 +43,7 @@ class Doubled:
     needed: int
 
     def advantages(self, rewards_G):
-        return valid_rewards(rewards_G).place(lambda r_K: self.factor * (r_K - r_K.mean()))
+        return valid_rewards(rewards_G).scatter(lambda r_K: self.factor * (r_K - r_K.mean()))
 
 
 class NoDataclass:

@@ -679,7 +679,7 @@ def model_section(path: str, setting: Setting, **changes: Any) -> Any:
 
 
 def learner_section(strategy: str, lr: float = 1e-3) -> Any:
-    from frpo.config.sections import LearnerSection
+    from frpo.config.learner import LearnerSection
 
     return LearnerSection(deepspeed=strategy, lr=lr)
 

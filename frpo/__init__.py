@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from frpo.config.finetune import FinetuneRecipe
     from frpo.config.finetune import FinetuneRunSection as FinetuneRun
     from frpo.config.finetune import ReferenceSection as Reference
+    from frpo.config.learner import LearnerSection as Learner
     from frpo.config.model import LoraSection as Lora
     from frpo.config.model import ModelSection as Model
     from frpo.config.model import TinyModelSection as TinyModel
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from frpo.config.sections import ChecksSection as Checks
     from frpo.config.sections import DataSection as Data
     from frpo.config.sections import EvaluateSection as Evaluate
-    from frpo.config.sections import LearnerSection as Learner
     from frpo.config.sections import Recipe
     from frpo.config.sections import RewardSection as Reward
     from frpo.config.sections import RunSection as Run
@@ -55,13 +55,14 @@ _PLACES = {
     "frpo.api": ("Result", "Steps", "evaluate", "finetune", "load_recipe", "retention", "steps", "train"),
     "frpo.config.finetune": (
         "FinetuneRecipe", "FinetuneRunSection", "FinetuneEvaluateSection", "ReferenceSection"),
+    "frpo.config.learner": ("LearnerSection",),
     "frpo.config.model": ("LoraSection", "ModelSection", "TinyModelSection"),
     "frpo.config.objective": ("ObjectiveSection",),
     "frpo.config.placement": ("PlacementSection",),
     "frpo.config.retention": ("RetentionRecipe",),
     "frpo.config.rollout": ("RolloutSection", "WeightSyncSection"),
     "frpo.config.sections": (
-        "Recipe", "ChecksSection", "DataSection", "EvaluateSection", "LearnerSection", "RewardSection", "RunSection",
+        "Recipe", "ChecksSection", "DataSection", "EvaluateSection", "RewardSection", "RunSection",
         "TelemetrySection"),
     "frpo.config.supervised": ("AuxiliarySection", "SupervisedDataSection"),
     "frpo.errors": ("CheckpointError", "ConfigError", "DataError", "EngineError", "FrpoError", "InvariantError",

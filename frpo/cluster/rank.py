@@ -34,7 +34,7 @@ class RankHost:
         os.environ.update(environment)
         from frpo.learner.learner import Learner
 
-        self.learner = Learner(recipe_from_dict(recipe, kind), model_path, device)
+        self.learner = Learner(recipe_from_dict(recipe, kind).learner_spec, model_path, device)
 
     def connect_engines(self, client: Any, section: WeightSyncSection) -> None:
         """Connect the learner to the rollout engines. client: the engines' client on rank 0, None on other ranks."""

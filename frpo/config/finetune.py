@@ -6,8 +6,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from frpo.config.base import Section, WholeRecipe
+from frpo.config.learner import LearnerSection, LearnerSpec
 from frpo.config.model import ModelSection
-from frpo.config.sections import ChecksSection, LearnerSection
+from frpo.config.sections import ChecksSection
 from frpo.config.supervised import Reduction, SupervisedDataSection, supervised_loss
 from frpo.objectives.supervised import SupervisedLoss, build_supervised
 
@@ -89,24 +90,11 @@ class FinetuneRecipe(WholeRecipe):
         return supervised_loss(value)
 
     @property
-    def bucket_mb(self) -> float:
-        """MiB of the model that are gathered at a time."""
-        return 256.0
-
-    @property
-    def supervised_loss(self) -> SupervisedLoss:
-        """The loss that the learner minimises."""
-        return self.objective
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference must be run beside the policy."""
-        return self.objective.needs_reference and self.reference.mode == "live"
-
-    @property
-    def reference_model(self) -> str | None:
-        """Path of the reference; None: the policy as it was before the first update."""
-        return self.reference.path
+    def learner_spec(self) -> LearnerSpec:
+        """The parts of this recipe that a learner rank uses."""
+        return LearnerSpec(model=self.model, learner=self.learner, seed=self.run.seed, supervised_loss=self.objective,
+                           reference=self.reference.mode if self.objective.needs_reference else "none",
+                           reference_path=self.reference.path)
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:

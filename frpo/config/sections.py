@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from frpo.config.base import FunctionName, RowsPath, Section, WholeRecipe
+from frpo.config.learner import LearnerSection, LearnerSpec
 from frpo.config.model import ModelSection
 from frpo.config.objective import ObjectiveSection
 from frpo.config.placement import PlacementSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
 from frpo.config.supervised import SOURCES, AuxiliarySection
 from frpo.errors import here
-from frpo.objectives.supervised import SupervisedLoss
 from frpo.objectives.surrogate import PolicyLoss
 
 
@@ -96,54 +96,6 @@ class RewardSection(Section):
     def _function_alone(cls, value: Any) -> Any:
         """Convert a function, given instead of the mapping, to a component with the function's name."""
         return {"name": value.__name__.strip("<>"), "function": value} if inspect.isroutine(value) else value
-
-
-LORA_LR = 1e-5
-"""Learning rate below which adapters hardly learn. TRL's guide advises ten times the learning rate of whole weights."""
-
-Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
-
-
-class LearnerSection(Section):
-    num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA); under the "
-                                                "deepspeed launcher as many as it starts")
-    ranks: Literal["ray", "process", "launcher"] = Field(
-        "ray", description="ray: Ray actors; process: the only rank is this process; launcher: the processes that "
-                           "`deepspeed` has started, which is so under it whatever stands here")
-    deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
-    updates_per_step: int = Field(1, ge=1, description="optimizer updates on disjoint minibatches of one rollout batch")
-    epochs_per_step: int = Field(1, ge=1, description="passes over the rollout batch; E x U updates a step")
-    micro_batch_tokens: int = Field(8192, ge=8, description="tokens a micro-batch may hold, padding included")
-    packing: bool = Field(True, description="lay sequences end to end without padding; false: pad to the longest")
-    lr: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final over peak learning rate (linear, cosine)")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moments", strict=False)
-    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
-    grad_clip: float = Field(1.0, gt=0, description="clip of the global gradient norm")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    threads: int = Field(1, ge=1, description="CPU threads of a rank (CPU only)")
-    startup_timeout_s: float = Field(1800, gt=0, description="limit for all ranks to load, a download included")
-    timeout_s: float = Field(1800, gt=0, description="limit for one learner phase and for its collectives")
-
-    @model_validator(mode="after")
-    def _one_process(self) -> LearnerSection:
-        if self.ranks == "process" and self.num_ranks > 1:
-            raise ValueError(f"ranks: process is one rank, num_ranks = {self.num_ranks}; choose ranks: ray, or start "
-                             f"`deepspeed --num_gpus {self.num_ranks} --module frpo ...`")
-        return self
-
-    def notes(self, updates: int, lora: bool) -> list[str]:
-        """Return notes if learner.lr is low for adapters, or if a run of `updates` updates never reaches learner.lr."""
-        found = []
-        if lora and self.lr < LORA_LR:
-            found.append(f"note: learner.lr = {self.lr:g} is low for adapters; LoRA usually takes {LORA_LR:g} to 2e-4")
-        if self.warmup_steps >= updates:
-            found.append(f"note: learner.warmup_steps = {self.warmup_steps} lasts longer than the run's {updates} "
-                         "updates, so that the learning rate never comes to learner.lr")
-        return found
 
 
 Limit = Annotated[float, Field(strict=True)] | None
@@ -228,36 +180,21 @@ class Recipe(WholeRecipe):
     telemetry: TelemetrySection = Field(TelemetrySection(), description="where metrics go")
 
     @property
-    def policy_loss(self) -> PolicyLoss:
-        """The policy loss that the learner minimises."""
-        return PolicyLoss(surrogate=self.objective.surrogate, kl_coef=self.objective.kl_coef,
-                          kl_estimator=self.objective.kl_estimator, correction=self.objective.correction)
-
-    @property
     def updates(self) -> int:
         """Optimizer updates of the whole run."""
         return self.run.num_steps * self.learner.updates_per_step * self.learner.epochs_per_step
 
     @property
-    def bucket_mb(self) -> float:
-        """MiB of the model that are gathered at a time."""
-        return self.weight_sync.bucket_mb
-
-    @property
-    def supervised_loss(self) -> SupervisedLoss | None:
-        """The loss that the learner minimises on given responses; None without an auxiliary term."""
-        return None if self.auxiliary is None else self.auxiliary.objective
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference must be run beside the policy."""
-        return self.objective.kl_coef > 0 or (
-            self.auxiliary is not None and self.auxiliary.objective.needs_reference)
-
-    @property
-    def reference_model(self) -> str | None:
-        """Path of the reference; None: the policy as it was before the first update."""
-        return None
+    def learner_spec(self) -> LearnerSpec:
+        """The parts of this recipe that a learner rank uses."""
+        objective = self.objective
+        supervised = None if self.auxiliary is None else self.auxiliary.objective
+        compares = objective.kl_coef > 0 or (supervised is not None and supervised.needs_reference)
+        return LearnerSpec(
+            model=self.model, learner=self.learner, seed=self.run.seed, temperature=self.rollout.temperature,
+            policy_loss=PolicyLoss(surrogate=objective.surrogate, kl_coef=objective.kl_coef,
+                                   kl_estimator=objective.kl_estimator, correction=objective.correction),
+            supervised_loss=supervised, reference="live" if compares else "none", bucket_mb=self.weight_sync.bucket_mb)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -22,8 +22,7 @@ import torch
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from transformers import PreTrainedModel
 
-from frpo.config.finetune import FinetuneRecipe
-from frpo.config.sections import Recipe
+from frpo.config.learner import LearnerSpec
 from frpo.data.layout import is_padding
 from frpo.kernels import linear_logprobs
 from frpo.kernels.stats import known
@@ -83,40 +82,39 @@ class Learner:
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment. Construction is collective.
     """
 
-    def __init__(self, recipe: Recipe | FinetuneRecipe, model_path: str, device: str):
-        self.recipe, self.model_path = recipe, model_path
+    def __init__(self, spec: LearnerSpec, model_path: str, device: str):
+        self.spec, self.model_path = spec, model_path
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.device = torch.device(device)
         # Needed on a GPU too: the optimizer may be offloaded, and Ray gives a process one thread.
-        torch.set_num_threads(recipe.learner.threads)
-        self.tokenizer = load_tokenizer(model_path, recipe.model.trust_remote_code)
+        torch.set_num_threads(spec.learner.threads)
+        self.tokenizer = load_tokenizer(model_path, spec.model.trust_remote_code)
         self.updates_done = 0
-        ds.init_process_group(self.device, recipe.learner.timeout_s)
-        self.config = ds.deepspeed_config(recipe.learner, recipe.model, self.device)
-        self.engine = ds.build_policy(self._policy, recipe.learner, self.config, self.device)
-        self.balance = balance_coefficient(recipe.model, self.network)
+        ds.init_process_group(self.device, spec.learner.timeout_s)
+        self.config = ds.deepspeed_config(spec.learner, spec.model, self.device)
+        self.engine = ds.build_policy(self._policy, spec.learner, self.config, self.device)
+        self.balance = balance_coefficient(spec.model, self.network)
         self.form = CheckpointForm(self.network, merged_weights(self.network))
         # Without its adapters the policy is a reference at no cost.
-        free = recipe.model.lora is not None and recipe.reference_model is None
         self.reference: Reference | None = None
-        if recipe.needs_reference or free:
-            self.reference = self._frozen(recipe.reference_model)
+        if spec.reference == "live" or spec.policy_is_reference:
+            self.reference = self._frozen(spec.reference_path)
         self.start: FrozenModel | None = None
         self.sender: WeightSender | None = None
 
     def _policy(self) -> TokenModel:
-        learner = self.recipe.learner
-        network = load_model(self.recipe.model, self.model_path, packed=learner.packing,
+        learner = self.spec.learner
+        network = load_model(self.spec.model, self.model_path, packed=learner.packing,
                              gradient_checkpointing=learner.gradient_checkpointing)
-        if self.recipe.model.lora is not None:
-            add_adapters(network, self.recipe.model.lora, self.recipe.run.seed)
+        if self.spec.model.lora is not None:
+            add_adapters(network, self.spec.model.lora, self.spec.seed)
         return TokenModel(network)
 
     def _frozen(self, path: str | None) -> FrozenModel:
         """Return the model at `path`, or the policy before its first update, as a frozen model."""
-        if path is None and self.recipe.model.lora is not None:
+        if path is None and self.spec.model.lora is not None:
             return FrozenModel(self.engine, is_policy=True)
-        load = partial(load_model, self.recipe.model, path or self.model_path, packed=self.recipe.learner.packing)
+        load = partial(load_model, self.spec.model, path or self.model_path, packed=self.spec.learner.packing)
         return FrozenModel(ds.build_reference(lambda: TokenModel(load()), self.config, self.device), is_policy=False)
 
     @property
@@ -131,7 +129,7 @@ class Learner:
         """Compute log-probabilities (nats) of every sample's loss tokens. Collective.
 
         model: the "policy" or the frozen "reference".
-        temperature: divides the logits; None takes the recipe's sampling temperature.
+        temperature: divides the logits; None takes the sampling temperature of the spec.
         Returns one float32 array over all tokens of each sample, zero outside its loss positions.
         """
         scores: dict[SampleId, np.ndarray] = {}
@@ -179,14 +177,14 @@ class Learner:
                          watch_movement: bool = False) -> MetricSums:
         """Accumulate the gradient of the summed loss over this rank's micro-batches of one update. Collective.
 
-        kl_coef: None takes the recipe's. watch_movement: record which tensors get a gradient, for
+        kl_coef: None takes that of the policy loss. watch_movement: record which tensors get a gradient, for
         `optim_step(watch_movement=True)`.
         """
         parts: list[Metrics] = []
         self.movement = MovementCheck(self.network) if watch_movement else None
         use = self._expert_use(micro_batches)
-        assert isinstance(self.recipe, Recipe)  # a fine-tuning has no policy loss
-        policy_loss = self.recipe.policy_loss
+        policy_loss = self.spec.policy_loss
+        assert policy_loss is not None  # only a recipe with rollouts calls this
         if kl_coef is not None:
             policy_loss = replace(policy_loss, kl_coef=kl_coef)
         for samples in micro_batches:
@@ -209,7 +207,7 @@ class Learner:
         if watch_movement:
             self.movement = MovementCheck(self.network)
         use = self._expert_use(micro_batches) if learn else None
-        supervised = self.recipe.supervised_loss
+        supervised = self.spec.supervised_loss
         assert supervised is not None  # no other recipe calls this
         with torch.set_grad_enabled(learn):
             for samples in micro_batches:
@@ -231,7 +229,7 @@ class Learner:
 
         With `watch_movement`, `self.movement` then holds the tensors without gradient and those that did not move.
         """
-        lr = ds.learning_rate(self.updates_done, total_updates, self.recipe.learner)
+        lr = ds.learning_rate(self.updates_done, total_updates, self.spec.learner)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         if watch_movement:
@@ -254,7 +252,7 @@ class Learner:
 
         The model is the policy before its first update, or the model at `path`.
         """
-        if path is None and isinstance(self.reference, FrozenModel) and self.recipe.reference_model is None:
+        if path is None and isinstance(self.reference, FrozenModel) and self.spec.reference_path is None:
             self.start = self.reference
         else:
             self.start = self._frozen(path)
@@ -263,7 +261,7 @@ class Learner:
 
     def begin_cache(self) -> None:
         """Load the reference beside the policy for as long as `cache_reference` needs it. Collective."""
-        self.reference = self._frozen(self.recipe.reference_model)
+        self.reference = self._frozen(self.spec.reference_path)
 
     def cache_reference(self, micro_batches: Sequence[MicroBatch], folder: str) -> None:
         """Write the reference's states of these samples into the cache. Collective."""
@@ -334,7 +332,7 @@ class Learner:
                 write_model(self.network, self.tokenizer, shards, self.model_path, Path(folder))
         finally:
             drained(shards)
-        if self.recipe.model.lora is not None:
+        if self.spec.model.lora is not None:
             for adapters in self._shards(as_they_are(adapter_weights(self.network)), limit=math.inf):
                 if self.rank == 0:
                     write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
@@ -344,7 +342,7 @@ class Learner:
         return self.form.stored(merged_weights(self.network))
 
     def _stream(self, stored: Sequence[Stored]) -> ds.GatheredWeights:
-        return ds.GatheredWeights(stored, self.recipe.bucket_mb * 2**20)
+        return ds.GatheredWeights(stored, self.spec.bucket_mb * 2**20)
 
     def _shards(self, stored: Sequence[Stored], limit: float = SHARD_BYTES) -> Iterator[dict[str, torch.Tensor]]:
         """Yield all tensors in rank 0's memory, about `limit` bytes at a time. Collective.
@@ -413,13 +411,10 @@ class Learner:
         self.engine.backward(loss_sum * self.world_size)
 
     def _collate(self, samples: Sequence[AnySample]) -> TokenBatch:
-        return collate(samples, self.tokenizer.pad_token_id, self.device, packed=self.recipe.learner.packing)
+        return collate(samples, self.tokenizer.pad_token_id, self.device, packed=self.spec.learner.packing)
 
     def _temperature(self, given: float | None) -> float:
-        if given is not None:
-            return given
-        assert isinstance(self.recipe, Recipe)  # a fine-tuning samples nothing
-        return self.recipe.rollout.temperature
+        return self.spec.temperature if given is None else given
 
 
 def _no_answer(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> None:

@@ -16,9 +16,9 @@ import deepspeed
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
+from frpo.config.learner import LearnerSection
 from frpo.config.memory import memory_strategy
 from frpo.config.model import ModelSection
-from frpo.config.sections import LearnerSection
 from frpo.learner.checkpoint_names import Layout, Stored
 from frpo.weight_sync.packing import as_layout, packed_size
 

@@ -113,7 +113,7 @@ class FineTuner:
             return
         folder = Path(section.cache_dir or self.parts.run_dir / "reference_cache").absolute()
         examples = [*self.train, *self.heldout]
-        facts = cache_facts(recipe.model, recipe.reference_model or self.parts.model_path, examples)
+        facts = cache_facts(recipe.model, recipe.reference.path or self.parts.model_path, examples)
         with being_filled(folder):
             cache = StateCache.begin(folder, facts, [sum(example.loss_mask) for example in examples])
             if not cache.is_complete:

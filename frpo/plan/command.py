@@ -55,7 +55,7 @@ def note_misfits(recipe: AnyRecipe) -> None:
 def read(recipe: AnyRecipe, memory: float) -> Run:
     """Return the run with the shapes of its models. memory: GB of each GPU."""
     shape = shape_of(recipe.model)
-    path = recipe.reference_model
+    path = recipe.learner_spec.reference_path
     return Run(recipe=recipe, shape=shape, memory=memory * GB,
                reference_shape=shape if path is None else shape_of(recipe.model, path))
 

@@ -49,7 +49,7 @@ def worker_of(recipe: Recipe, shape: Shape, gpu: float, backend: str) -> Worker:
         utilization=rollout.gpu_memory_utilization, longest=recipe.model.max_length, sequence=sequence,
         in_flight=step_tokens(recipe) / rollout.num_engines, most=rollout.engine_kwargs.get("max_num_seqs"),
         staged=section.staged_here, backend=backend,
-        bucket=max(recipe.bucket_mb * 2**20, shape.largest * width))
+        bucket=max(recipe.weight_sync.bucket_mb * 2**20, shape.largest * width))
 
 
 def step_tokens(recipe: Recipe) -> int:

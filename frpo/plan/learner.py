@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from frpo.config.finetune import FinetuneRecipe
+from frpo.config.learner import LearnerSpec
 from frpo.config.loader import AnyRecipe
 from frpo.config.memory import memory_strategy
-from frpo.config.sections import Recipe
 from frpo.kernels.chunks import piece_size
 from frpo.plan.parts import GB, Part, counted, total
 from frpo.plan.shape import Shape
@@ -107,27 +106,26 @@ def _on_cpu(zero: Mapping[str, Any], key: str) -> bool:
 def job_of(recipe: AnyRecipe, shape: Shape, reference_shape: Shape | None = None, backend: str | None = None) -> Job:
     """Return the job of a recipe. reference_shape: None: the policy's shape. backend: of the push, None without a push.
     """
-    learner, lora = recipe.learner, recipe.model.lora
+    spec, learner, lora = recipe.learner_spec, recipe.learner, recipe.model.lora
     return Job(
         shape=shape, reference_shape=reference_shape or shape, strategy=strategy_of(learner.deepspeed),
         ranks=learner.num_ranks, width=WIDTHS[recipe.model.dtype], tokens=learner.micro_batch_tokens,
         checkpointing=learner.gradient_checkpointing, adapter_rank=lora.r if lora else 0,
-        reference=_reference(recipe), compared=_compares(recipe), packed=backend in ("nccl", "ipc"),
-        bucket=max(recipe.bucket_mb * 2**20, shape.largest * WIDTHS[recipe.model.dtype]) if backend else 0)
+        reference=_reference(spec), compared=_compares(spec), packed=backend in ("nccl", "ipc"),
+        bucket=max(spec.bucket_mb * 2**20, shape.largest * WIDTHS[recipe.model.dtype]) if backend else 0)
 
 
-def _reference(recipe: AnyRecipe) -> Literal["none", "own", "policy", "cache"]:
-    if isinstance(recipe, FinetuneRecipe) and recipe.objective.needs_reference and recipe.reference.mode == "cache":
+def _reference(spec: LearnerSpec) -> Literal["none", "own", "policy", "cache"]:
+    if spec.reference == "cache":
         return "cache"
-    if recipe.model.lora is not None and recipe.reference_model is None:
+    if spec.policy_is_reference:
         return "policy"
-    return "own" if recipe.needs_reference else "none"
+    return "own" if spec.reference == "live" else "none"
 
 
-def _compares(recipe: AnyRecipe) -> bool:
-    supervised = recipe.supervised_loss
-    return (isinstance(recipe, Recipe) and recipe.policy_loss.needs_states) or (
-        supervised is not None and supervised.needs_reference)
+def _compares(spec: LearnerSpec) -> bool:
+    policy, supervised = spec.policy_loss, spec.supervised_loss
+    return (policy is not None and policy.needs_states) or (supervised is not None and supervised.needs_reference)
 
 
 # --- what stays -------------------------------------------------------------------------------------------------------

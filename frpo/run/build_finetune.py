@@ -75,8 +75,8 @@ def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
     resume = checkpoints.select()
     tokenizer = tokenizer_of(recipe.model)
     check_export(recipe.model, tokenizer, Path(recipe.run.dir))
-    if recipe.reference_model is not None and recipe.objective.needs_reference:
-        check_reference(recipe.model, recipe.reference_model, tokenizer)
+    if recipe.reference.path is not None and recipe.objective.needs_reference:
+        check_reference(recipe.model, recipe.reference.path, tokenizer)
     examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed,
                              embedding_count(recipe.model))
     endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None

@@ -97,9 +97,9 @@ def test_a_recipe_of_the_other_command_is_told_so(tmp_path):
 def test_an_auxiliary_term_needs_a_reference_if_its_loss_does():
     auxiliary = "auxiliary={objective: %s, data: {path: rows.jsonl}}"
     off = "objective.kl_coef=0.0"
-    assert not load_recipe("smoke", [off]).needs_reference
-    assert not load_recipe("smoke", [off, auxiliary % "sft"]).needs_reference
-    recipe = load_recipe("smoke", [off, auxiliary % "{name: csft, floor: 0.1}"])
-    assert recipe.needs_reference and recipe.supervised_loss == CSFT(floor=0.1)
+    assert load_recipe("smoke", [off]).learner_spec.reference == "none"
+    assert load_recipe("smoke", [off, auxiliary % "sft"]).learner_spec.reference == "none"
+    spec = load_recipe("smoke", [off, auxiliary % "{name: csft, floor: 0.1}"]).learner_spec
+    assert spec.reference == "live" and spec.supervised_loss == CSFT(floor=0.1)
     with pytest.raises(ConfigError, match=r"auxiliary.objective.floor: floor must be in \[0, 2\), given 3.0"):
         load_recipe("smoke", [auxiliary % "{name: csft, floor: 3.0}"])

@@ -1,7 +1,7 @@
 """Learning-rate schedules by hand."""
 import pytest
 
-from frpo.config.sections import LearnerSection
+from frpo.config.learner import LearnerSection
 from frpo.learner.zero import learning_rate
 
 

@@ -1,0 +1,86 @@
+"""Define the section of the learner, and `LearnerSpec`: the parts of a recipe that a learner rank uses."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from frpo.config.base import Section
+from frpo.config.model import ModelSection
+from frpo.objectives.supervised import SupervisedLoss
+from frpo.objectives.surrogate import PolicyLoss
+
+LORA_LR = 1e-5
+"""Learning rate below which adapters hardly learn. TRL's guide advises ten times the learning rate of whole weights."""
+
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+class LearnerSection(Section):
+    num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA); under the "
+                                                "deepspeed launcher as many as it starts")
+    ranks: Literal["ray", "process", "launcher"] = Field(
+        "ray", description="ray: Ray actors; process: the only rank is this process; launcher: the processes that "
+                           "`deepspeed` has started, which is so under it whatever stands here")
+    deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
+    updates_per_step: int = Field(1, ge=1, description="optimizer updates on disjoint minibatches of one rollout batch")
+    epochs_per_step: int = Field(1, ge=1, description="passes over the rollout batch; E x U updates a step")
+    micro_batch_tokens: int = Field(8192, ge=8, description="tokens a micro-batch may hold, padding included")
+    packing: bool = Field(True, description="lay sequences end to end without padding; false: pad to the longest")
+    lr: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final over peak learning rate (linear, cosine)")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moments", strict=False)
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
+    grad_clip: float = Field(1.0, gt=0, description="clip of the global gradient norm")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    threads: int = Field(1, ge=1, description="CPU threads of a rank (CPU only)")
+    startup_timeout_s: float = Field(1800, gt=0, description="limit for all ranks to load, a download included")
+    timeout_s: float = Field(1800, gt=0, description="limit for one learner phase and for its collectives")
+
+    @model_validator(mode="after")
+    def _one_process(self) -> LearnerSection:
+        if self.ranks == "process" and self.num_ranks > 1:
+            raise ValueError(f"ranks: process is one rank, num_ranks = {self.num_ranks}; choose ranks: ray, or start "
+                             f"`deepspeed --num_gpus {self.num_ranks} --module frpo ...`")
+        return self
+
+    def notes(self, updates: int, lora: bool) -> list[str]:
+        """Return notes if learner.lr is low for adapters, or if a run of `updates` updates never reaches learner.lr."""
+        found = []
+        if lora and self.lr < LORA_LR:
+            found.append(f"note: learner.lr = {self.lr:g} is low for adapters; LoRA usually takes {LORA_LR:g} to 2e-4")
+        if self.warmup_steps >= updates:
+            found.append(f"note: learner.warmup_steps = {self.warmup_steps} lasts longer than the run's {updates} "
+                         "updates, so that the learning rate never comes to learner.lr")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSpec:
+    """The parts of a recipe that a learner rank uses. Every kind of recipe builds one.
+
+    policy_loss: loss on sampled completions; None if the run samples nothing. supervised_loss: loss on given responses;
+    None without examples. temperature: sampling temperature of the completions; it divides the logits.
+    reference: "live" runs the reference beside the policy, "cache" reads its states from disk, "none" needs none.
+    reference_path: folder of the reference; None: the policy before its first update. bucket_mb: MiB of the model that
+    are gathered at a time.
+    """
+
+    model: ModelSection
+    learner: LearnerSection
+    seed: int
+    policy_loss: PolicyLoss | None = None
+    supervised_loss: SupervisedLoss | None = None
+    temperature: float = 1.0
+    reference: Literal["none", "live", "cache"] = "none"
+    reference_path: str | None = None
+    bucket_mb: float = 256.0
+
+    @property
+    def policy_is_reference(self) -> bool:
+        """Whether the policy without its adapters is the reference, which then needs no memory of its own."""
+        return self.model.lora is not None and self.reference_path is None

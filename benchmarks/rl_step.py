@@ -102,16 +102,16 @@ def tokens_per_second_alone(parts: RunParts, recipe: Recipe, version: int) -> fl
 def sampled(parts: RunParts, recipe: Recipe, version: int) -> list[RolloutGroup]:
     """The groups of the first step, by seeds the same at every call."""
     section = recipe.rollout
-    return parts.sampler.sample(
-        parts.stream.take(0, section.prompts_per_step), step=0, first_sample=0, group_size=section.group_size,
+    return parts.sampling.sampler.sample(
+        parts.sampling.stream.take(0, section.prompts_per_step), step=0, first_sample=0, group_size=section.group_size,
         version=version, sampling=Sampling(
             temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens))
 
 
 def advantage_seconds(parts: RunParts, recipe: Recipe, repeats: int = 20) -> dict[str, float]:
     """Seconds that the advantages of one rollout batch take on the controller: all that FRPO adds to Dr. GRPO."""
-    groups = sampled(parts, recipe, parts.pool.policy_versions()[0])
-    scored, found = parts.rewards.score(groups).groups, {}
+    groups = sampled(parts, recipe, parts.sampling.pool.policy_versions()[0])
+    scored, found = parts.sampling.rewards.score(groups).groups, {}
     for name in ("Dr. GRPO", "FRPO"):
         estimator = variant(recipe, VARIANTS[name]).objective.advantage
         began = time.perf_counter()

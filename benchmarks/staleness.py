@@ -81,7 +81,8 @@ def main() -> None:
 
 def measure(parts: RunParts, recipe: Recipe, steps: int, slow: float) -> dict[int, dict[str, list[float]]]:
     """Per setting: seconds of every step, and its largest staleness in optimizer updates."""
-    slowed = replace(parts, sampler=SlowSampler(parts.sampler, slow), learner=SlowLearner(parts.learner, slow))
+    slowed = replace(parts, sampling=replace(parts.sampling, sampler=SlowSampler(parts.sampling.sampler, slow)),
+                     learner=SlowLearner(parts.learner, slow))
     state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest="", file_offsets={})
     parts.engines.push(0)
     found = {}

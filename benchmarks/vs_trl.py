@@ -159,7 +159,7 @@ def measure(case: Case, sizes: Sizes, given: argparse.Namespace, python: str, fo
     steps: dict[str, list[Step]] = {"frpo": [], "TRL": []}
     recipe = frpo_recipe(case, sizes, given, folder, prompts)
     with trl_side(case, sizes, given, python, folder, prompts) as (connection, about), build(recipe) as parts:
-        assert {len(prompt.token_ids) for prompt in parts.prompts.train} == {sizes.prompt_tokens}
+        assert {len(prompt.token_ids) for prompt in parts.sampling.prompts.train} == {sizes.prompt_tokens}
         take = {"frpo": frpo_steps(parts), "TRL": trl_steps(connection)}
         for index in track(range(given.steps + 1), description=case.name):
             for side in ("frpo", "TRL") if index % 2 else ("TRL", "frpo"):

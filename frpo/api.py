@@ -182,7 +182,7 @@ class Steps:
 
     def evaluate(self) -> Mapping[str, float]:
         """Held-out metrics of the policy as it is now. Raises ConfigError if the recipe holds nothing out."""
-        if not self._loop.parts.prompts.heldout:
+        if not self._loop.parts.sampling.prompts.heldout:
             raise ConfigError("there are no held-out prompts; raise data.heldout or give data.heldout_path")
         return self._loop.heldout_metrics(self._loop.state)
 

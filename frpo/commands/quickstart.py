@@ -37,7 +37,7 @@ from frpo.report.page import Section, TableText, write_page
 from frpo.report.runs import chart_runs, read_runs
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import EVALUATION
-from frpo.run.build import Processes, RunParts, build
+from frpo.run.build import Processes, RunParts, SamplingParts, build
 from frpo.run.checkpoint import CheckpointStore
 from frpo.run.journal import open_journal
 from frpo.telemetry.progress import say
@@ -123,17 +123,17 @@ def _run(tour: Tour, recipe: Recipe, matrix: Plan) -> tuple[Answers, Answers]:
     with build(recipe) as parts:
         parts.learner.save(str(first))
         parts.engines.push(0)
-        before = _likeliest(parts, tour.shown, version=0)
+        before = _likeliest(parts.sampling, tour.shown, version=0)
         say(f"--- 1 of 3: FRPO, {steps} steps")
         state = Trainer(parts).fit()
-        after = _likeliest(parts, tour.shown, version=state.policy_version)
+        after = _likeliest(parts.sampling, tour.shown, version=state.policy_version)
         parts.learner.load(str(first))
         say(f"--- 2 of 3: the control, {steps} steps with rewards shuffled over the completions; it must not gain")
         with _control_parts(parts) as control:
             Trainer(control).fit()
         write_archive(matrix.recipe)
         say(f"--- 3 of 3: forks of the policies, {tour.means}")
-        run_plan(matrix, Processes(pool=parts.pool, ranks=parts.learner.ranks, device=parts.learner.device))
+        run_plan(matrix, Processes(pool=parts.sampling.pool, ranks=parts.learner.ranks, device=parts.learner.device))
     for folder in (first, control.run_dir / "checkpoints", *(Path(matrix.recipe.run.dir).rglob("checkpoints"))):
         shutil.rmtree(folder)  # no run continues from them, and they are large for a real model
     return before, after
@@ -196,12 +196,12 @@ def _prepared(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
         return TOURS["tiny"], load_recipe(TOURS["tiny"].recipe, overrides)
 
 
-def _likeliest(parts: RunParts, count: int, version: int) -> Answers:
+def _likeliest(sampling: SamplingParts, count: int, version: int) -> Answers:
     """Sample greedy answers to the first held-out prompts, not longer than in training."""
-    prompts = parts.prompts.heldout[:count]
-    sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=parts.recipe.rollout.max_new_tokens)
-    groups = parts.sampler.sample(prompts, step=0, first_sample=0, group_size=1, sampling=sampling, version=version,
-                                  purpose=EVALUATION)
+    prompts, limit = sampling.prompts.heldout[:count], sampling.recipe.rollout.max_new_tokens
+    groups = sampling.sampler.sample(
+        prompts, step=0, first_sample=0, group_size=1, version=version, purpose=EVALUATION,
+        sampling=Sampling(temperature=0.0, top_p=1.0, max_new_tokens=limit))
     return [(prompt.messages[-1]["content"], group.completions[0].text) for prompt, group in zip(prompts, groups)]
 
 
@@ -241,7 +241,7 @@ def _control_parts(parts: RunParts) -> Iterator[RunParts]:
     recipe = _with_run(parts.recipe, dir=str(run_dir), name="control", save_every=0)
     recipe = recipe.model_copy(update={"shuffle_rewards": True})
     with open_journal(recipe, CheckpointStore(run_dir, recipe), None, tuple(parts.journal.files)) as journal:
-        yield replace(parts, recipe=recipe, run_dir=run_dir, journal=journal, timer=PhaseTimer())
+        yield replace(parts, sampling=replace(parts.sampling, recipe=recipe, timer=PhaseTimer()), journal=journal)
 
 
 def _ends(metrics: Path) -> Ends:

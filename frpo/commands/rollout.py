@@ -104,7 +104,7 @@ def summary(rollouts: Rollouts) -> list[tuple[str, float, float | None]]:
     rows.append(("teach nothing", *mean_interval(group.stats["zero_advantage"] for group in rollouts.groups)))
     rows += [(name.removeprefix("rollout/").replace("_", " "), float(value), None)
              for name, value in rollouts.counts.items()
-             if name.startswith("rollout/") and name not in ("rollout/drawn", "rollout/telling")]  # shown already
+             if name.startswith("rollout/") and name not in ("rollout/drawn", "rollout/informative")]  # shown already
     tokens = sum(len(completion.token_ids) for group in rollouts.groups
                  for completion in group.scored.group.completions)
     return [*rows, ("tokens per second", tokens / rollouts.seconds, None)]

@@ -15,23 +15,11 @@ from frpo.evaluation.passk import pass_at_k
 from frpo.rewards import RewardSuite
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import EVALUATION, Sampler
-from frpo.run.build import RunParts
 from frpo.telemetry.intervals import mean_interval
-from frpo.types import RunState, ScoredGroup
+from frpo.types import ScoredGroup
 
 ROUNDING = 1e-9
 """Tolerance below `evaluate.success`: weights such as 0.7 + 0.2 + 0.1 add up to slightly less than 1."""
-
-
-def evaluate_heldout(parts: RunParts, state: RunState) -> dict[str, float]:
-    """Measure the `eval/...` metrics of the policy version in `state`, and keep some completions in the journal.
-
-    `heldout_metrics` describes the metrics.
-    """
-    scored = scored_heldout(parts, step=state.step, version=state.policy_version)
-    kl = parts.learner.kl_groups([group.group for group in scored]) if measures_kl(parts.recipe) else None
-    parts.journal.keep_samples(state.step, scored)
-    return heldout_metrics(scored, parts.recipe.evaluate, kl)
 
 
 class Asked(Protocol):

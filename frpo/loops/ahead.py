@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from frpo.cluster.recovery import RecoveringEngines
 from frpo.data.selection import save_selection
 from frpo.loops.collect import collect
-from frpo.run.build import RunParts
+from frpo.run.build import SamplingParts
 from frpo.run.traces import scored_group, scored_row
 from frpo.telemetry.progress import ProgressBar
 from frpo.telemetry.timer import PhaseTimer
@@ -43,8 +44,8 @@ class AsyncBatches:
     filling thread, if an engine has died, push the weights to a new engine.
     """
 
-    def __init__(self, parts: RunParts):
-        self.parts, self.limit = parts, parts.recipe.rollout.max_staleness
+    def __init__(self, sampling: SamplingParts, engines: RecoveringEngines):
+        self.sampling, self.engines, self.limit = sampling, engines, sampling.recipe.rollout.max_staleness
         self.changed = threading.Condition()
         self.queue: deque[Collected] = deque()
         self.newest: RunState | None = None
@@ -55,13 +56,13 @@ class AsyncBatches:
         if checkpoint is not None and (checkpoint / FILE).is_file():
             with (checkpoint / FILE).open(encoding="utf-8") as file:
                 self.queue.extend(_collected(json.loads(line)) for line in file)
-        self.selection: Mapping[str, Sequence[float]] = self.parts.stream.state
+        self.selection: Mapping[str, Sequence[float]] = self.sampling.stream.state
         for collected in self.queue:
-            self.parts.stream.record(collected.batch.drawn)
+            self.sampling.stream.record(collected.batch.drawn)
         cursor = state.data_cursor + sum(collected.batch.positions for collected in self.queue)
         first = replace(state, step=state.step + len(self.queue), data_cursor=cursor)
         self.newest = state
-        self.parts.engines.learner_lock.acquire()
+        self.engines.learner_lock.acquire()
         self.bar: ProgressBar  # set by `next`, which starts the thread
         self.thread = threading.Thread(target=self._fill, args=(first,), name="rollouts ahead", daemon=True)
 
@@ -73,12 +74,12 @@ class AsyncBatches:
             self.changed.notify_all()
         if self.thread.ident is None:
             self.thread.start()
-        self.parts.engines.learner_lock.release()
+        self.engines.learner_lock.release()
         try:
-            with self.parts.timer.phase("wait"), self.changed:
+            with self.sampling.timer.phase("wait"), self.changed:
                 self.changed.wait_for(lambda: self.queue or self.failure)
         finally:
-            self.parts.engines.learner_lock.acquire()
+            self.engines.learner_lock.acquire()
         if not self.queue:
             assert self.failure is not None  # `wait_for` returns when there is a batch or a failure
             raise self.failure
@@ -88,7 +89,7 @@ class AsyncBatches:
         assert collected.step == state.step, (collected.step, state.step)
         self.selection = collected.batch.selection
         for phase, seconds in collected.seconds.items():
-            self.parts.timer.seconds[phase] = self.parts.timer.seconds.get(phase, 0.0) + seconds
+            self.sampling.timer.seconds[phase] = self.sampling.timer.seconds.get(phase, 0.0) + seconds
         return collected.batch
 
     def save(self, checkpoint: Path) -> None:
@@ -107,8 +108,8 @@ class AsyncBatches:
         if self.thread.is_alive():
             self.thread.join(timeout=JOIN_S)
         if self.thread.is_alive():
-            self.parts.engines.give_up()
-        self.parts.engines.learner_lock.release()
+            self.engines.give_up()
+        self.engines.learner_lock.release()
 
     def _fill(self, state: RunState) -> None:
         try:
@@ -116,7 +117,7 @@ class AsyncBatches:
                 assert self.newest is not None  # by `start`
                 timer = PhaseTimer()
                 least = replace(state, policy_version=self.newest.policy_version)
-                batch = collect(replace(self.parts, timer=timer), least, self.bar)
+                batch = collect(replace(self.sampling, timer=timer), least, self.bar)
                 with self.changed:
                     self.queue.append(Collected(step=state.step, batch=batch, seconds=timer.seconds))
                     self.changed.notify_all()
@@ -135,7 +136,7 @@ class AsyncBatches:
         """Wait until this step's batch may begin. Return True then, and False at the end of the run."""
         with self.changed:
             self.changed.wait_for(lambda: self.ending or self._reached() >= step - self.limit)
-            return not self.ending and step < self.parts.recipe.run.num_steps
+            return not self.ending and step < self.sampling.recipe.run.num_steps
 
 
 def _row(collected: Collected) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from frpo.data.selection import save_selection
 from frpo.loops.ahead import AsyncBatches
 from frpo.loops.collect import collect
 from frpo.loops.replay import ReplayBatches
-from frpo.run.build import RunParts
+from frpo.run.build import RunParts, SamplingParts
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState, ScoredBatch
 
@@ -31,25 +31,26 @@ class BatchSource(Protocol):
 
 def batch_source(parts: RunParts) -> BatchSource:
     """Return the batch source that the recipe asks for."""
-    if parts.recipe.rollout.replay is not None:
-        return ReplayBatches(parts, Path(parts.recipe.rollout.replay))
-    return AsyncBatches(parts) if parts.recipe.rollout.max_staleness > 0 else SyncBatches(parts)
+    section = parts.recipe.rollout
+    if section.replay is not None:
+        return ReplayBatches(Path(section.replay), section.prompts_per_step)
+    return AsyncBatches(parts.sampling, parts.engines) if section.max_staleness > 0 else SyncBatches(parts.sampling)
 
 
 class SyncBatches:
     """Batches sampled by the policy that learns from them, while the learner waits."""
 
-    def __init__(self, parts: RunParts):
-        self.parts = parts
+    def __init__(self, sampling: SamplingParts):
+        self.sampling = sampling
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:
         """Do nothing: a batch is sampled only when `next` is called."""
 
     def next(self, state: RunState, bar: ProgressBar) -> ScoredBatch:
-        return collect(self.parts, state, bar)
+        return collect(self.sampling, state, bar)
 
     def save(self, checkpoint: Path) -> None:
-        save_selection(checkpoint, self.parts.stream.state)
+        save_selection(checkpoint, self.sampling.stream.state)
 
     def close(self) -> None:
         """Do nothing: no sampling is under way between two calls of `next`."""

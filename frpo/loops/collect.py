@@ -13,12 +13,12 @@ import numpy as np
 from frpo.objectives.base import AdvantageEstimator
 from frpo.rewards import ScoreReport, ScoreStream, shuffled
 from frpo.rollout.engine import Sampling
-from frpo.run.build import RunParts, SamplingParts
+from frpo.run.build import SamplingParts
 from frpo.telemetry.progress import ProgressBar, counted
 from frpo.types import GroupId, Prompt, RunState, ScoredBatch, ScoredGroup
 
 
-def collect(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBatch:
+def collect(parts: SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBatch:
     """Collect `rollout.prompts_per_step` scored groups.
 
     With `rollout.dynamic`, replace groups that teach nothing by groups of the next prompts. Each round draws as many
@@ -38,12 +38,12 @@ def collect(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar) 
         drawn += report.groups
         positions += choice.positions_used
         informative |= {scored.group.group_id for scored in report.groups
-                    if dynamic is None or teaches(scored, parts.recipe.objective.advantage, dynamic.epsilon)}
+                        if dynamic is None or teaches(scored, parts.recipe.objective.advantage, dynamic.epsilon)}
         counts.update(report.counts)
         if parts.recipe.data.selection is not None:
             counts.update({"rollout/passed_over": choice.positions_used - len(choice.prompts),
                            "rollout/revisited": choice.revisited, "rollout/forced": choice.forced})
-    counts.update({"rollout/drawn": len(drawn), "rollout/telling": len(informative)})
+    counts.update({"rollout/drawn": len(drawn), "rollout/informative": len(informative)})
     uninformative = [scored.group.group_id for scored in drawn if scored.group.group_id not in informative]
     chosen = informative.union(uninformative[:size - len(informative)])
     return ScoredBatch(chosen=tuple(s for s in drawn if s.group.group_id in chosen), positions=positions,
@@ -51,7 +51,7 @@ def collect(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar) 
                        selection=parts.stream.state)
 
 
-def rollouts(parts: RunParts | SamplingParts, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *,
+def rollouts(parts: SamplingParts, state: RunState, bar: ProgressBar, prompts: Sequence[Prompt], *,
              first: int, cursor: int) -> ScoreReport:
     """Sample groups of these prompts with the state's policy version, and score them.
 

@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 
 from frpo.errors import DataError
-from frpo.run.build import RunParts
 from frpo.run.traces import Traced, read_groups
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState, ScoredBatch, ScoredGroup
@@ -19,8 +18,8 @@ from frpo.types import RunState, ScoredBatch, ScoredGroup
 class ReplayBatches:
     """A batch source that samples nothing. Raises DataError where the traces end too early or do not fit the recipe."""
 
-    def __init__(self, parts: RunParts, path: Path):
-        self.path, self.size = path, parts.recipe.rollout.prompts_per_step
+    def __init__(self, path: Path, prompts_per_step: int):
+        self.path, self.size = path, prompts_per_step
 
     def start(self, state: RunState, checkpoint: Path | None) -> None:
         groups = groupby(read_groups(self.path), key=lambda traced: traced.step)

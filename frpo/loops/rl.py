@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from frpo.evaluation.best import BestCheckpoint
-from frpo.evaluation.heldout import evaluate_heldout
+from frpo.evaluation.heldout import heldout_metrics, measures_kl, scored_heldout
 from frpo.loops.batches import batch_source
 from frpo.loops.update import Updater
 from frpo.objectives import kl_control
@@ -44,7 +44,7 @@ class Trainer:
         self.samples = self.recipe.rollout.replay is None
         self.unchecked = checks.CHECKED_PUSHES if self.samples else 0
         self.batches = batch_source(parts)
-        self.updater = Updater(parts)
+        self.updater = Updater(self.recipe, parts.learner, parts.auxiliary, parts.timer)
         self.noted_idle = False
         best = self.recipe.evaluate.best
         self.best = BestCheckpoint(best, parts.run_dir) if best else None
@@ -60,7 +60,7 @@ class Trainer:
         run, journal = self.recipe.run, self.parts.journal
         state = self.state = journal.restore(self.parts.learner)
         with phase("comparing the learner with plain transformers"):
-            checks.check_same_function(self.parts.learner, self.recipe, self.parts.prompts)
+            checks.check_same_function(self.parts.learner, self.recipe, self.parts.sampling.prompts)
         if self.best:
             self.best.restore(state.step if journal.resume and state.file_offsets else None)
         with phase("pushing weights to the rollout engines"):
@@ -130,7 +130,8 @@ class Trainer:
         For the first sampled batches (`checks.CHECKED_PUSHES`), check first that engines and learner agree.
         """
         if self.unchecked:
-            checks.check_logprob_gap(self.recipe, self.parts.learner, self.parts.pool, groups, state.policy_version)
+            checks.check_logprob_gap(self.recipe, self.parts.learner, self.parts.sampling.pool, groups,
+                                     state.policy_version)
             self.unchecked -= 1
         if not self.recipe.objective.scores_reference:
             return [None] * len(groups)
@@ -141,7 +142,7 @@ class Trainer:
         every, total = self.recipe.evaluate.every, self.recipe.run.num_steps
         due = state.step in (0, total) or (every and state.step % every == 0)
         metrics: dict[str, float] = {}
-        if due and self.samples and self.parts.prompts.heldout:
+        if due and self.samples and self.parts.sampling.prompts.heldout:
             metrics |= self.heldout_metrics(state)
         if self.probe:
             metrics |= self.probe(state, total)
@@ -150,7 +151,11 @@ class Trainer:
     def heldout_metrics(self, state: RunState) -> dict[str, float]:
         """Measure held-out metrics of the current policy. Keep the policy if it is the best so far."""
         with self.parts.timer.phase("evaluate"):
-            metrics = evaluate_heldout(self.parts, state)
+            scored = scored_heldout(self.parts.sampling, step=state.step, version=state.policy_version)
+            groups = [group.group for group in scored]
+            kl = self.parts.learner.kl_groups(groups) if measures_kl(self.recipe) else None
+            metrics = heldout_metrics(scored, self.recipe.evaluate, kl)
+        self.parts.journal.keep_samples(state.step, scored)
         if self.best:
             with self.parts.timer.phase("export"):
                 self.best.offer(state, metrics, self.parts.learner.export)

@@ -9,28 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from frpo.cluster.learner_group import LearnerGroup
+from frpo.config.sections import Recipe
 from frpo.data.batcher import pack, pack_examples
+from frpo.data.examples import ExampleSet
 from frpo.data.order import ExampleStream
 from frpo.objectives.base import Reweightable
 from frpo.objectives.stage import Scores, reweighted, sequence_log_ratios
 from frpo.objectives.supervised import Progress
 from frpo.run import checks
-from frpo.run.build import RunParts
 from frpo.telemetry.step import reweight_metrics
 from frpo.telemetry.sums import MetricSums
+from frpo.telemetry.timer import PhaseTimer
 from frpo.types import AdvantagedGroup, OptimStepOutput
 
 
 class Updater:
     """Run the learner's updates of every step, for a whole run."""
 
-    def __init__(self, parts: RunParts):
-        self.parts, self.recipe = parts, parts.recipe
+    def __init__(self, recipe: Recipe, learner: LearnerGroup, auxiliary: ExampleSet | None, timer: PhaseTimer):
+        """Set up the updates. auxiliary: examples of the recipe's supervised term; None without such a term."""
+        self.recipe, self.learner, self.timer = recipe, learner, timer
         self.movement = checks.MovementWatch(self.recipe)
         self.auxiliary: ExampleStream | None = None
         if (section := self.recipe.auxiliary) is not None:
-            assert parts.auxiliary is not None  # read wherever the recipe has the section
-            self.auxiliary = ExampleStream(parts.auxiliary.train, batch_size=section.data.batch_size,
+            assert auxiliary is not None  # read wherever the recipe has the section
+            self.auxiliary = ExampleStream(auxiliary.train, batch_size=section.data.batch_size,
                                            seed=self.recipe.run.seed, shuffle=section.data.shuffle)
 
     def learn(self, groups: Sequence[AdvantagedGroup], done: int, kl_coef: float
@@ -39,7 +43,7 @@ class Updater:
 
         done: number of updates before this batch.
         """
-        section, learner, metrics = self.recipe.learner, self.parts.learner, MetricSums()
+        section, learner, metrics = self.recipe.learner, self.learner, MetricSums()
         updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
         old: Scores | None = None
         if updates > 1:
@@ -70,16 +74,16 @@ class Updater:
         """Add the gradient of the supervised term to that of the policy loss, for update number `update` of `total`."""
         section = self.recipe.auxiliary
         assert section is not None and self.auxiliary is not None  # `learn` calls only then
-        packed = pack_examples(self.auxiliary.batch(update), self.parts.learner.layout, reduction=section.reduction)
+        packed = pack_examples(self.auxiliary.batch(update), self.learner.layout, reduction=section.reduction)
         progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
-        return self.parts.learner.supervised_forward_backward(packed, progress, coefficient=section.weight)
+        return self.learner.supervised_forward_backward(packed, progress, coefficient=section.weight)
 
     def reweighted(self, groups: Sequence[AdvantagedGroup], old: Scores, metrics: MetricSums, kl_coef: float
                    ) -> list[AdvantagedGroup]:
         """Return the groups of one update with advantages at the current policy. Costs one more forward pass."""
         objective = self.recipe.objective
-        with self.parts.timer.phase("reweight"):
-            current = self.parts.learner.score_groups([group.scored.group for group in groups], "policy")
+        with self.timer.phase("reweight"):
+            current = self.learner.score_groups([group.scored.group for group in groups], "policy")
         log_ratios = sequence_log_ratios(groups, current, old, **self.weighting)
         assert isinstance(objective.advantage, Reweightable)  # the recipe is checked for this
         groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward(kl_coef))

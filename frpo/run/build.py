@@ -58,24 +58,6 @@ from frpo.types import Prompt, RunState
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunParts:
-    """All parts of a training run."""
-
-    recipe: Recipe
-    run_dir: Path
-    prompts: PromptSet
-    stream: PromptStream | PromptSelector
-    rewards: RewardSuite
-    pool: EnginePool
-    engines: RecoveringEngines
-    sampler: Sampler
-    learner: LearnerGroup
-    auxiliary: ExampleSet | None
-    journal: Journal
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Processes:
     """Running engines and empty learner ranks. Several runs can use them, one after another."""
 
@@ -86,7 +68,7 @@ class Processes:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParts:
-    """The parts that sampling and scoring need without training: `RunParts` without a learner."""
+    """The parts that draw prompts, sample completions and score them."""
 
     recipe: Recipe
     prompts: PromptSet
@@ -94,7 +76,33 @@ class SamplingParts:
     rewards: RewardSuite
     pool: EnginePool
     sampler: Sampler
-    timer: PhaseTimer
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """All parts of a training run: those that sample, those that learn, and the run's files."""
+
+    sampling: SamplingParts
+    engines: RecoveringEngines
+    learner: LearnerGroup
+    auxiliary: ExampleSet | None
+    journal: Journal
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return the recipe of the run."""
+        return self.sampling.recipe
+
+    @property
+    def run_dir(self) -> Path:
+        """Return the folder of the run."""
+        return Path(self.recipe.run.dir)
+
+    @property
+    def timer(self) -> PhaseTimer:
+        """Return the clock of the run's phases."""
+        return self.sampling.timer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,11 +240,12 @@ def parts_on(stack: Processes, recipe: Recipe, checked: Preflight, rewards: Rewa
     engines = RecoveringEngines(pool, learner, recipe.rollout.max_restarts)
     names = ("metrics", "samples", "traces") if recipe.telemetry.traces else ("metrics", "samples")
     with open_journal(recipe, checked.checkpoints, checked.resume, names) as journal:
-        yield RunParts(
-            recipe=recipe, run_dir=run_dir, prompts=checked.prompts, rewards=rewards, pool=pool, engines=engines,
-            learner=learner, stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
-            sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
-            auxiliary=checked.auxiliary, journal=journal)
+        sampling = SamplingParts(
+            recipe=recipe, prompts=checked.prompts, rewards=rewards, pool=pool,
+            stream=prompt_stream(recipe, checked.prompts, checked.resume and checked.resume[0]),
+            sampler=Sampler(engines, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment))
+        yield RunParts(sampling=sampling, engines=engines, learner=learner, auxiliary=checked.auxiliary,
+                       journal=journal)
 
 
 @contextmanager
@@ -263,8 +272,7 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[SamplingParts]
         pool.serve_loaded(version=0)
         yield SamplingParts(
             recipe=recipe, prompts=prompts, rewards=rewards, pool=pool, stream=prompt_stream(recipe, prompts, None),
-            sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment),
-            timer=PhaseTimer())
+            sampler=Sampler(pool, recipe.rollout.num_engines, recipe.run.seed, recipe.rollout.assignment))
 
 
 @contextmanager

@@ -95,11 +95,11 @@ def test_the_folder_holds_the_packages_weights_and_answers(model, capsys):
 def test_it_is_trained_pushed_fine_tuned_and_exported(model, ray_cluster):
     with build(rl_recipe(model)) as parts:
         state = Trainer(parts).fit()
-        prompts = [*parts.prompts.train[:6], *parts.prompts.heldout[:2]]
+        prompts = [*parts.sampling.prompts.train[:6], *parts.sampling.prompts.heldout[:2]]
 
         def sample(sampling: Sampling, group_size: int):
-            return parts.sampler.sample(prompts, step=9, first_sample=999, group_size=group_size, sampling=sampling,
-                                        version=state.policy_version)
+            return parts.sampling.sampler.sample(prompts, step=9, first_sample=999, group_size=group_size,
+                                                 sampling=sampling, version=state.policy_version)
 
         groups = sample(Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24), 2)
         engine = flat([c.logprobs for c in group.completions] for group in groups)

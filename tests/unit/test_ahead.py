@@ -1,5 +1,4 @@
 """Sampling ahead: how far it may run, what a checkpoint keeps of it, and how it ends. Batches are collected by rule."""
-import dataclasses
 import threading
 import time
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from frpo.data.selection import read_selection
 from frpo.errors import EngineError
 from frpo.loops import ahead
 from frpo.loops.ahead import AsyncBatches
-from frpo.telemetry.timer import PhaseTimer
+from frpo.run.build import SamplingParts
 from frpo.types import Completion, Prompt, RolloutGroup, RunState, ScoredBatch, ScoredGroup, VersionSpan
 
 STEPS = 6
@@ -64,11 +63,11 @@ def source(monkeypatch):
     def make(max_staleness, collector=None, state=None, checkpoint=None):
         collector = collector or Collector()
         monkeypatch.setattr(ahead, "collect", collector)
-        monkeypatch.setattr(ahead, "replace", replaced)
         recipe = SimpleNamespace(rollout=SimpleNamespace(max_staleness=max_staleness),
                                  run=SimpleNamespace(num_steps=STEPS))
         stream = SimpleNamespace(state={}, record=lambda groups: collector.recorded.append(len(groups)))
-        batches = AsyncBatches(SimpleNamespace(recipe=recipe, engines=Engines(), timer=PhaseTimer(), stream=stream))
+        sampling = SamplingParts(recipe=recipe, stream=stream, prompts=None, rewards=None, pool=None, sampler=None)
+        batches = AsyncBatches(sampling, Engines())
         batches.start(state or state_at(0), checkpoint)
         made.append(batches)
         return batches, collector
@@ -76,13 +75,6 @@ def source(monkeypatch):
     yield make
     for batches in made:
         batches.close()
-
-
-def replaced(record, **changes):
-    """dataclasses.replace, for the stand-in of RunParts too."""
-    if isinstance(record, SimpleNamespace):
-        return type(record)(**{**vars(record), **changes})
-    return dataclasses.replace(record, **changes)
 
 
 def begun(collector, expected):
@@ -141,7 +133,7 @@ def test_an_error_of_collecting_is_raised_where_the_batch_is_asked_for(source):
 
 def test_while_it_waits_for_a_batch_another_thread_may_command_the_learner_and_not_otherwise(source):
     batches, collector = source(1)
-    turn, taken = batches.parts.engines.learner_lock, []
+    turn, taken = batches.engines.learner_lock, []
     collector.gate.clear()
 
     def heal():
@@ -161,7 +153,7 @@ def test_while_it_waits_for_a_batch_another_thread_may_command_the_learner_and_n
 def test_seconds_of_collecting_and_of_waiting_are_told_apart(source):
     batches, _ = source(1)
     batches.next(state_at(0), bar=None)
-    assert set(batches.parts.timer.seconds) == {"generate", "wait"}
+    assert set(batches.sampling.timer.seconds) == {"generate", "wait"}
 
 
 def test_a_run_that_ends_early_heals_no_engine_for_what_is_under_way(source, monkeypatch):
@@ -174,6 +166,6 @@ def test_a_run_that_ends_early_heals_no_engine_for_what_is_under_way(source, mon
     while len(collector.began) < 3:
         time.sleep(0.01)
     batches.close()
-    assert batches.parts.engines.gave_up
-    batches.parts.engines.learner_lock.acquire()  # for the fixture
+    assert batches.engines.gave_up
+    batches.engines.learner_lock.acquire()  # for the fixture
     collector.gate.set()

@@ -42,24 +42,24 @@ class Sampler:
 
 
 class Rewards:
-    """A group has one good completion where its prompt is among `telling`."""
+    """A group has one good completion where its prompt is among `informative`."""
 
     processes = 1
 
-    def __init__(self, telling):
-        self.telling = telling
+    def __init__(self, informative):
+        self.informative = informative
 
     def score(self, groups, stop=None):
         def rewards(group):
-            return np.array([float(int(group.prompt.uid) in self.telling), 0.0])
+            return np.array([float(int(group.prompt.uid) in self.informative), 0.0])
 
         return ScoreReport(groups=[ScoredGroup(group=g, rewards_G=rewards(g), terms={}) for g in groups],
                            counts={"reward/r/abstained": len(groups)})
 
 
-def parts_of(telling, dynamic=None, size=4, selection=None, stream=None):
+def parts_of(informative, dynamic=None, size=4, selection=None, stream=None):
     return SimpleNamespace(
-        sampler=Sampler(), rewards=Rewards(telling), stream=stream or PromptStream(PROMPTS, 0, shuffle=False),
+        sampler=Sampler(), rewards=Rewards(informative), stream=stream or PromptStream(PROMPTS, 0, shuffle=False),
         timer=PhaseTimer(), recipe=SimpleNamespace(
             rollout=SimpleNamespace(prompts_per_step=size, group_size=2, dynamic=dynamic, max_staleness=0,
                                     temperature=1.0, top_p=1.0, max_new_tokens=4),
@@ -74,8 +74,8 @@ def state_at(cursor):
 BAR = SimpleNamespace(note=lambda text: None)
 
 
-def collected(telling, dynamic=None, cursor=2, size=4, **fields):
-    parts = parts_of(telling, dynamic, size, **fields)
+def collected(informative, dynamic=None, cursor=2, size=4, **fields):
+    parts = parts_of(informative, dynamic, size, **fields)
     return collect(parts, state_at(cursor), BAR), parts.sampler.asked
 
 
@@ -84,28 +84,28 @@ def uids(groups):
 
 
 def test_without_dynamic_sampling_the_next_prompts_are_the_batch():
-    batch, asked = collected(telling={3})
+    batch, asked = collected(informative={3})
     assert asked == [(0, 4, [2, 3, 4, 5])] and uids(batch.chosen) == [2, 3, 4, 5] and batch.replaced == ()
-    assert batch.counts == {"rollout/drawn": 4, "rollout/telling": 4, "reward/r/abstained": 4}
+    assert batch.counts == {"rollout/drawn": 4, "rollout/informative": 4, "reward/r/abstained": 4}
 
 
 def test_groups_that_teach_nothing_are_replaced_by_as_many_as_are_missing():
     """Of 2-5 only 3 and 5 teach, of 6, 7 only 7, then 8 does: three rounds, seeds and ids go on counting."""
-    batch, asked = collected(telling={3, 5, 7, 8}, dynamic=DynamicSection())
+    batch, asked = collected(informative={3, 5, 7, 8}, dynamic=DynamicSection())
     assert asked == [(0, 4, [2, 3, 4, 5]), (4, 12, [6, 7]), (6, 16, [8])]
     assert uids(batch.chosen) == [3, 5, 7, 8] and uids(batch.replaced) == [2, 4, 6]
     assert [scored.group.group_id for scored in batch.chosen] == [(5, 1), (5, 3), (5, 5), (5, 6)]
-    assert batch.counts == {"rollout/drawn": 7, "rollout/telling": 4, "reward/r/abstained": 7}
+    assert batch.counts == {"rollout/drawn": 7, "rollout/informative": 4, "reward/r/abstained": 7}
 
 
 def test_at_the_limit_the_batch_is_filled_up_in_the_order_of_drawing_and_loses_nothing_that_teaches():
-    batch, asked = collected(telling={9}, dynamic=DynamicSection(max_draws=2))
+    batch, asked = collected(informative={9}, dynamic=DynamicSection(max_draws=2))
     assert sum(len(prompts) for _, _, prompts in asked) == 8
     assert uids(batch.chosen) == [2, 3, 4, 9] and uids(batch.replaced) == [5, 6, 7, 8]
 
 
 def test_a_batch_that_teaches_at_once_is_drawn_once():
-    batch, asked = collected(telling=set(range(20)), dynamic=DynamicSection())
+    batch, asked = collected(informative=set(range(20)), dynamic=DynamicSection())
     assert len(asked) == 1 and batch.replaced == ()
 
 
@@ -120,7 +120,7 @@ def test_a_group_teaches_if_an_advantage_exceeds_epsilon(rewards, tells):
 # --- prompts that are selected ----------------------------------------------------------------------------------------
 
 SELECTION = SelectionSection(low=0.25, high=0.75, momentum=0.5, revisit=1e-300)
-"""A telling prompt's group is worth 0.5, inside; a silent one's 0, so that it is passed over from then on."""
+"""A informative prompt's group is worth 0.5, inside; a silent one's 0, so that it is passed over from then on."""
 
 
 def selector(values, **changes):
@@ -129,9 +129,9 @@ def selector(values, **changes):
     return PromptSelector(PromptStream(PROMPTS, 0, shuffle=False), SELECTION.model_copy(update=changes), state)
 
 
-def selected(telling, values, dynamic=None, cursor=2, **changes):
+def selected(informative, values, dynamic=None, cursor=2, **changes):
     stream = selector(values, **changes)
-    batch, asked = collected(telling, dynamic, cursor, selection=SELECTION, stream=stream)
+    batch, asked = collected(informative, dynamic, cursor, selection=SELECTION, stream=stream)
     counts = {name.removeprefix("rollout/"): count for name, count in batch.counts.items()
               if name.startswith("rollout/")}
     return batch, asked, counts
@@ -141,7 +141,7 @@ def test_prompts_out_of_bounds_are_passed_over_and_the_cursor_moves_by_them_too(
     batch, asked, counts = selected({2, 5, 7, 8}, {3: 0.0, 4: 1.0, 6: 0.1, 7: 0.5})
     assert asked == [(0, 4, [2, 5, 7, 8])] and batch.positions == 7  # positions 2 to 8
     assert [scored.group.group_id for scored in batch.chosen] == [(5, 0), (5, 1), (5, 2), (5, 3)]
-    assert counts == {"drawn": 4, "telling": 4, "passed_over": 3, "revisited": 0, "forced": 0}
+    assert counts == {"drawn": 4, "informative": 4, "passed_over": 3, "revisited": 0, "forced": 0}
 
 
 def test_seeds_and_prompts_of_a_replacement_go_on_behind_what_was_passed_over():
@@ -149,7 +149,7 @@ def test_seeds_and_prompts_of_a_replacement_go_on_behind_what_was_passed_over():
     batch, asked, counts = selected({2, 7, 9, 11}, {3: 0.0, 4: 1.0, 6: 0.1, 10: 0.9}, DynamicSection())
     assert asked == [(0, 4, [2, 5, 7, 8]), (4, 18, [9, 11])] and batch.positions == 10
     assert uids(batch.chosen) == [2, 7, 9, 11] and uids(batch.replaced) == [5, 8]
-    assert counts == {"drawn": 6, "telling": 4, "passed_over": 4, "revisited": 0, "forced": 0}
+    assert counts == {"drawn": 6, "informative": 4, "passed_over": 4, "revisited": 0, "forced": 0}
 
 
 def test_a_prompt_that_the_step_itself_found_silent_is_out_of_bounds_in_its_next_round():
@@ -158,7 +158,7 @@ def test_a_prompt_that_the_step_itself_found_silent_is_out_of_bounds_in_its_next
     assert asked[0] == (0, 36, [18, 19, 0, 1])
     assert asked[1] == (4, 44, [19, 1])  # 2 to 18 and 0 lie between
     assert uids(batch.chosen) == [19, 1, 19, 1] and batch.positions == 4 + 20
-    assert counts == {"drawn": 6, "telling": 4, "passed_over": 18, "revisited": 0, "forced": 0}
+    assert counts == {"drawn": 6, "informative": 4, "passed_over": 18, "revisited": 0, "forced": 0}
 
 
 def test_what_is_drawn_although_out_of_bounds_is_counted_by_why():
@@ -172,9 +172,9 @@ def test_what_is_drawn_although_out_of_bounds_is_counted_by_why():
 
 
 def test_without_selection_nothing_is_said_of_it():
-    counts = collected(telling={3})[0].counts
+    counts = collected(informative={3})[0].counts
     assert not {"rollout/passed_over", "rollout/revisited", "rollout/forced"} & set(counts)
-    assert collected(telling={3})[0].selection == {}
+    assert collected(informative={3})[0].selection == {}
 
 
 def test_what_selection_knows_after_a_step_travels_with_its_batch():
@@ -198,19 +198,19 @@ def test_a_resumed_run_draws_the_prompts_that_the_one_left_alone_draws(tmp_path)
 
     alone = source(None)
     steps(alone, 0, 10)
-    asked = alone.parts.sampler.asked
+    asked = alone.sampling.sampler.asked
     assert asked[5:] != asked[:5] and len({uid for _, _, drawn in asked[6:] for uid in drawn}) < 20
 
     first = source(None)
     cursor = steps(first, 0, 6)
     first.save(tmp_path)
     second = source(tmp_path)
-    assert second.parts.stream.state == first.parts.stream.state != {}
+    assert second.sampling.stream.state == first.sampling.stream.state != {}
     steps(second, cursor, 4)
-    assert first.parts.sampler.asked + second.parts.sampler.asked == asked
+    assert first.sampling.sampler.asked + second.sampling.sampler.asked == asked
     forgetful = source(None)
     steps(forgetful, cursor, 4)
-    assert first.parts.sampler.asked + forgetful.parts.sampler.asked != asked
+    assert first.sampling.sampler.asked + forgetful.sampling.sampler.asked != asked
 
 
 def test_a_checkpoint_from_before_selection_begins_it_anew(tmp_path):

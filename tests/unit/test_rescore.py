@@ -279,7 +279,7 @@ def test_the_table_of_a_rollout_by_hand():
     """Prompt means of the reward 4, 10/3 and 2; the last group is flat; 6 + 5 + 3 tokens in 2 s, all of it cut off."""
     flat = group(2, ["b", "b", "b"], [2.0, 2.0, 2.0], finish="length", length=[1, 1, 1])
     weighed = compute_advantages([*GROUPS, flat], DrGRPO(), [None] * 3)
-    counts = {"rollout/drawn": 3, "rollout/telling": 2, "rollout/passed_over": 4, "reward/length/abstained": 0}
+    counts = {"rollout/drawn": 3, "rollout/informative": 2, "rollout/passed_over": 4, "reward/length/abstained": 0}
     table = {name: (value, interval) for name, value, interval in
              summary(Rollouts(groups=weighed, counts=counts, seconds=2.0))}
     assert table["reward"][0] == pytest.approx(28 / 9)

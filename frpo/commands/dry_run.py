@@ -72,6 +72,7 @@ def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
     yield (f"length: {steps} steps x {per_step} prompts x {recipe.rollout.group_size} completions, each prompt "
            f"{per_step * steps / prompts:.3g} times")
     yield from recipe.learner.notes(recipe.updates, recipe.model.lora is not None)
+    yield from recipe.objective.notes()
     if per_step > prompts:
         yield (f"note: rollout.prompts_per_step = {per_step} is more than the {prompts} training prompts, so that a "
                "step draws some of them twice")

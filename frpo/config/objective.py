@@ -7,7 +7,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from frpo.config.base import Section
-from frpo.objectives.base import ADVANTAGES, SURROGATES, AdvantageEstimator, Surrogate, build_estimator, build_surrogate
+from frpo.objectives.base import (
+    SURROGATES,
+    AdvantageEstimator,
+    Surrogate,
+    build_estimator,
+    build_surrogate,
+    estimator_of,
+)
+from frpo.objectives.constraint import Constraint, Mixture
 from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.kl_control import KLControl
 from frpo.objectives.stage import require_reweightable
@@ -25,6 +33,9 @@ class ObjectiveSection(Section):
         description="{name: clip|gspo|cispo|reinforce|module:Class, ...its own keys}")
     correction: RolloutCorrection | None = Field(
         RolloutCorrection(), description="importance weights from rollout engine to learner; null: none")
+    constraint: Constraint | None = Field(
+        None, description="keep a cost under a limit by a Lagrange multiplier, a mapping such as {cost: cost, "
+                          "threshold: 0.0}; null: none")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
     kl_estimator: Literal["k1", "k2", "k3", "full"] = Field(
         "k3", description="k2, k3: in the loss, of sampled tokens; full: in the loss, exact over the vocabulary; k1: "
@@ -40,11 +51,7 @@ class ObjectiveSection(Section):
     @field_validator("advantage", mode="plain")
     @classmethod
     def _build_estimator(cls, value: Any) -> AdvantageEstimator:
-        if (given := ADVANTAGES.given(value)) is not None:
-            return given
-        if not isinstance(value, dict):
-            raise ValueError(f"a mapping such as {{name: frpo, lam: 1.0}} is needed, given {value!r}")
-        return build_estimator(value)
+        return estimator_of(value)
 
     @field_validator("surrogate", mode="plain")
     @classmethod
@@ -54,6 +61,14 @@ class ObjectiveSection(Section):
         if not isinstance(value, dict):
             raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
         return build_surrogate(value)
+
+    def notes(self) -> list[str]:
+        """Return notes about settings that are allowed and known to work badly."""
+        return [] if self.constraint is None else self.constraint.notes()
+
+    def mixture(self, controllers: Mapping[str, float]) -> Mixture | None:
+        """Return the mixture of rewards and costs at the multiplier of these controllers; None without a constraint."""
+        return None if self.constraint is None else self.constraint.mixture(controllers)
 
     def kl_in_reward(self, kl_coef: float) -> float:
         """Return beta if the KL is subtracted from the rewards, 0 if the KL is in the loss."""
@@ -84,10 +99,13 @@ class ObjectiveSection(Section):
     def _reweighting(self) -> ObjectiveSection:
         if self.reweight == "frozen":
             return self
-        try:
-            require_reweightable(self.advantage)
-        except ValueError as error:
-            raise ValueError(f"reweight: current cannot be used here: {error}") from error
+        estimators = {"advantage": self.advantage} | (
+            {"constraint.advantage": self.constraint.advantage} if self.constraint else {})
+        for key, estimator in estimators.items():
+            try:
+                require_reweightable(estimator)
+            except ValueError as error:
+                raise ValueError(f"reweight: current does not work with this {key}: {error}") from error
         if self.surrogate.name != "reinforce":
             raise ValueError("reweight: current has the ratios in its advantages already: set surrogate to "
                              f"{{name: reinforce}}, given {self.surrogate.name}")

@@ -19,6 +19,7 @@ from frpo.config.placement import PlacementSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
 from frpo.config.supervised import SOURCES, AuxiliarySection
 from frpo.errors import here
+from frpo.objectives.registry import unknown
 from frpo.objectives.surrogate import PolicyLoss
 
 
@@ -237,10 +238,21 @@ class Recipe(WholeRecipe):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards need distinct names, given {names}; rename one of them")
+        if self.objective.constraint is not None:
+            self._cost_fits(self.objective.constraint.cost)
         if all(reward.weight == 0 for reward in self.rewards):
             raise ValueError("every reward has weight 0, so no completion would have a reward; raise one of "
                              + ", ".join(f"rewards.{i}.weight" for i in range(len(names))))
         return self
+
+    def _cost_fits(self, cost: str) -> None:
+        """Raise ValueError unless the constraint's cost is a reward that is measured and not maximised."""
+        weights = {reward.name: reward.weight for reward in self.rewards}
+        if cost not in weights:
+            raise ValueError(f"objective.constraint.cost: {unknown('reward', cost, weights)}")
+        if weights[cost] != 0:
+            raise ValueError(f"reward {cost!r} has weight {weights[cost]:g} and is the cost of objective.constraint: "
+                             "it would be added to the reward; set its weight to 0")
 
     def _fits_its_placement(self) -> None:
         shared, backend = self.placement.mode == "colocate", self.weight_sync.backend

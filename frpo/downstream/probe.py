@@ -113,7 +113,8 @@ def task_metrics(task: Task, scored: Sequence[ScoredGroup], kl: Sequence[np.ndar
     """
     rewards = np.concatenate([group.rewards_G for group in scored])
     found = {name.removeprefix("eval/"): value
-             for name, value in heldout_metrics(scored, task.recipe.evaluate, kl).items()}
+             for name, value in heldout_metrics(
+                 scored, task.recipe.evaluate, kl, task.recipe.objective.constraint).items()}
     return {f"{task.name}/{name}": value for name, value in (found | {"decile": lowest_decile(rewards)}).items()}
 
 

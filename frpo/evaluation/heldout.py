@@ -4,7 +4,7 @@ The metrics are pure functions of scored groups. The caller decides which model 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,10 +12,11 @@ import numpy as np
 from frpo.config.sections import EvaluateSection, Recipe
 from frpo.data.prompts import PromptSet
 from frpo.evaluation.passk import pass_at_k
+from frpo.objectives.constraint import Constraint
 from frpo.rewards import RewardSuite
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import EVALUATION, Sampler
-from frpo.telemetry.intervals import mean_interval
+from frpo.telemetry.intervals import mean_interval, upper_bound
 from frpo.types import ScoredGroup
 
 ROUNDING = 1e-9
@@ -54,15 +55,16 @@ def measures_kl(recipe: Recipe) -> bool:
     return has_reference and recipe.evaluate.temperature == 1.0
 
 
-def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl: Sequence[np.ndarray] | None = None
-                    ) -> dict[str, float]:
+def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl: Sequence[np.ndarray] | None = None,
+                    constraint: Constraint | None = None, controllers: Mapping[str, float] = {}) -> dict[str, float]:
     """Compute reward, reward components, pass@k, lengths and, given `kl`, the sequence KL of P groups of equal size.
 
     kl: an array of shape G per group. Intervals are half-widths at 95 % over prompts. Completions of a prompt are
     averaged first, so intervals do not shrink with more samples per prompt. A completion passes if its reward is at
     least `section.success`. A completion on which every reward abstained does not pass, but is left out of the mean
     reward. The KL is unbiased for completions up to `rollout.max_new_tokens` long, if they were drawn at temperature 1
-    from all tokens.
+    from all tokens. With a constraint, eval/<cost>/upper is the upper end of the one-sided 95 % interval of the cost
+    that the constraint limits, over its prompts. controllers: those of the run's state.
     """
     completions = [completion for group in scored for completion in group.group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
@@ -78,6 +80,8 @@ def heldout_metrics(scored: Sequence[ScoredGroup], section: EvaluateSection, kl:
         metrics |= {f"eval/{name}/mean": mean, f"eval/{name}/interval": interval}
     if kl is not None:
         metrics["eval/kl"], metrics["eval/kl_interval"] = mean_interval(float(kl_G.mean()) for kl_G in kl)
+    if constraint is not None:
+        metrics[f"eval/{constraint.cost}/upper"] = upper_bound(constraint.values(scored, controllers))
     return metrics
 
 

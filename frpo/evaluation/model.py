@@ -79,7 +79,8 @@ def evaluate_model(recipe: Recipe, model: str) -> Evaluation:
                           f"{recipe.data.heldout}) or give data.heldout_path")
     with build_engines(recipe, prompts) as serving:
         scored = scored_heldout(serving, step=0, version=0)
-        return Evaluation(metrics=heldout_metrics(scored, recipe.evaluate), scored=scored,
+        return Evaluation(metrics=heldout_metrics(scored, recipe.evaluate, constraint=recipe.objective.constraint),
+                          scored=scored,
                           data_digest=prompts.digest)
 
 

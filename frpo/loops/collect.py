@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from frpo.objectives.base import AdvantageEstimator
+from frpo.objectives.constraint import Mixture
 from frpo.rewards import ScoreReport, ScoreStream, shuffled
 from frpo.rollout.engine import Sampling
 from frpo.run.build import SamplingParts
@@ -26,6 +27,8 @@ def collect(parts: SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBa
     fill the batch with groups that teach nothing, in the order of drawing. No group that teaches is left out.
     """
     size, dynamic = parts.recipe.rollout.prompts_per_step, parts.recipe.rollout.dynamic
+    objective = parts.recipe.objective
+    mixture = objective.mixture(state.controllers)
     limit = size if dynamic is None else size * dynamic.max_draws
     drawn: list[ScoredGroup] = []
     informative: set[GroupId] = set()
@@ -38,7 +41,7 @@ def collect(parts: SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBa
         drawn += report.groups
         positions += choice.positions_used
         informative |= {scored.group.group_id for scored in report.groups
-                        if dynamic is None or teaches(scored, parts.recipe.objective.advantage, dynamic.epsilon)}
+                        if dynamic is None or teaches(scored, objective.advantage, dynamic.epsilon, mixture)}
         counts.update(report.counts)
         if parts.recipe.data.selection is not None:
             counts.update({"rollout/passed_over": choice.positions_used - len(choice.prompts),
@@ -78,6 +81,10 @@ def rollouts(parts: SamplingParts, state: RunState, bar: ProgressBar, prompts: S
     return report
 
 
-def teaches(scored: ScoredGroup, estimator: AdvantageEstimator, epsilon: float) -> bool:
-    """Return whether the rewards of a group give any sample an advantage beyond `epsilon`, of either sign."""
-    return bool(np.abs(estimator.advantages(scored.rewards_G).advantages_G).max() > epsilon)
+def teaches(scored: ScoredGroup, estimator: AdvantageEstimator, epsilon: float, mixture: Mixture | None = None) -> bool:
+    """Return whether rewards or constrained costs give any sample an advantage beyond `epsilon`, of either sign."""
+    streams = [(estimator, scored.rewards_G)]
+    if mixture is not None:
+        rewards_G, negative_costs_G = mixture.streams(scored, np.zeros(scored.rewards_G.size))
+        streams = [(estimator, rewards_G), (mixture.constraint.advantage, negative_costs_G)]
+    return any(np.abs(each.advantages(values_G).advantages_G).max() > epsilon for each, values_G in streams)

@@ -6,6 +6,7 @@ DeepSpeed is used here directly.
 """
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -16,13 +17,16 @@ from frpo.evaluation.heldout import heldout_metrics, measures_kl, scored_heldout
 from frpo.loops.batches import batch_source
 from frpo.loops.update import Updater
 from frpo.objectives import kl_control
+from frpo.objectives.constraint import Mixture
 from frpo.objectives.stage import GroupLogprobs, compute_advantages
 from frpo.run import checks
 from frpo.run.build import RunParts
 from frpo.run.traces import trace_rows
 from frpo.telemetry.progress import ProgressBar, phase, remark
 from frpo.telemetry.step import rollout_metrics, staleness_metrics
-from frpo.types import AdvantagedGroup, Probe, RolloutGroup, RunState
+from frpo.types import AdvantagedGroup, Probe, RolloutGroup, RunState, ScoredBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +99,43 @@ class Trainer:
         parts, timed, objective = self.parts, self.parts.timer.phase, self.recipe.objective
         kl_coef = state.controllers.get(kl_control.COEF, objective.kl_coef)
         batch = self.batches.next(state, bar)
+        state, mixture, constrained = self.constrain(state, batch)
         with timed("score"):
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
-        weighed = compute_advantages(batch.chosen, objective.advantage, references, objective.kl_in_reward(kl_coef))
+        weighed = compute_advantages(batch.chosen, objective.advantage, references,
+                                     kl_in_reward=objective.kl_in_reward(kl_coef), mixture=mixture)
         self.note_where_nothing_teaches(weighed, state.step)
         with timed("learn"):
-            learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef)
+            learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef, mixture)
         with timed("sync"):
             parts.engines.push(stepped.policy_version)
-        replaced = compute_advantages(batch.replaced, objective.advantage, [None] * len(batch.replaced))
+        replaced = compute_advantages(batch.replaced, objective.advantage, [None] * len(batch.replaced),
+                                      mixture=mixture)
         self.trace(weighed, replaced)
         metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds.get("generate", 0.0))
         metrics |= {**batch.counts} | learned.result() | staleness_metrics(weighed, state.policy_version)
-        metrics |= {"policy/lr": stepped.lr, "policy/version": float(stepped.policy_version)}
+        metrics |= {"policy/lr": stepped.lr, "policy/version": float(stepped.policy_version)} | constrained
         state = replace(state, step=state.step + 1, policy_version=stepped.policy_version,
                         data_cursor=state.data_cursor + batch.positions)
         if objective.kl_control:
             metrics["policy/kl_coef"] = kl_coef
-            state = replace(state, controllers=objective.kl_control.after(
-                state.controllers, kl_coef, metrics.get("policy/kl_sequence", math.nan)))
+            state = replace(state, controllers={**state.controllers, **objective.kl_control.after(
+                state.controllers, kl_coef, metrics.get("policy/kl_sequence", math.nan))})
         return state, metrics, weighed
+
+    def constrain(self, state: RunState, batch: ScoredBatch) -> tuple[RunState, Mixture | None, dict[str, float]]:
+        """Move the multiplier by the costs of a batch, before its updates. Returns the state with the multiplier, the
+        mixture of rewards and costs, and metrics; the state alone without a constraint.
+        """
+        constraint = self.recipe.objective.constraint
+        if constraint is None:
+            return state, None, {}
+        measured = constraint.measure(batch.drawn, state.controllers)
+        record = constraint.after(state.controllers, measured)
+        checks.check_judged(constraint, record)
+        for line in constraint.warnings(record, measured):
+            logger.warning("%s", line)
+        return replace(state, controllers=record), constraint.mixture(record), constraint.metrics(record, measured)
 
     def note_where_nothing_teaches(self, weighed: Sequence[AdvantagedGroup], step: int) -> None:
         """Print one note if no group of a step has two different rewards."""
@@ -154,7 +175,8 @@ class Trainer:
             scored = scored_heldout(self.parts.sampling, step=state.step, version=state.policy_version)
             groups = [group.group for group in scored]
             kl = self.parts.learner.kl_groups(groups) if measures_kl(self.recipe) else None
-            metrics = heldout_metrics(scored, self.recipe.evaluate, kl)
+            metrics = heldout_metrics(
+                scored, self.recipe.evaluate, kl, self.recipe.objective.constraint, state.controllers)
         self.parts.journal.keep_samples(state.step, scored)
         if self.best:
             with self.parts.timer.phase("export"):

@@ -15,6 +15,7 @@ from frpo.data.batcher import pack, pack_examples
 from frpo.data.examples import ExampleSet
 from frpo.data.order import ExampleStream
 from frpo.objectives.base import Reweightable
+from frpo.objectives.constraint import Mixture
 from frpo.objectives.stage import Scores, reweighted, sequence_log_ratios
 from frpo.objectives.supervised import Progress
 from frpo.run import checks
@@ -37,11 +38,11 @@ class Updater:
             self.auxiliary = ExampleStream(auxiliary.train, batch_size=section.data.batch_size,
                                            seed=self.recipe.run.seed, shuffle=section.data.shuffle)
 
-    def learn(self, groups: Sequence[AdvantagedGroup], done: int, kl_coef: float
-              ) -> tuple[MetricSums, OptimStepOutput]:
+    def learn(self, groups: Sequence[AdvantagedGroup], done: int, kl_coef: float,
+              mixture: Mixture | None = None) -> tuple[MetricSums, OptimStepOutput]:
         """Run all updates on one batch. Returns metrics over all updates, and the output of the last update.
 
-        done: number of updates before this batch.
+        done: number of updates before this batch. mixture: mixes rewards with a constrained cost.
         """
         section, learner, metrics = self.recipe.learner, self.learner, MetricSums()
         updates, size = section.updates_per_step * section.epochs_per_step, len(groups) // section.updates_per_step
@@ -53,7 +54,7 @@ class Updater:
             part, old_part = groups[start:start + size], None if old is None else old[start:start + size]
             if index > 0 and self.recipe.objective.reweight == "current":
                 assert old_part is not None  # scored above
-                part = self.reweighted(part, old_part, metrics, kl_coef)
+                part = self.reweighted(part, old_part, metrics, kl_coef, mixture)
             update = pack(part, learner.layout, old_logprobs=old_part, watched=self.recipe.objective.watches,
                           **self.weighting)
             watch = self.movement.due(update)
@@ -78,15 +79,15 @@ class Updater:
         progress = Progress(epochs_done=min(1.0, update / total), num_epochs=1)
         return self.learner.supervised_forward_backward(packed, progress, coefficient=section.weight)
 
-    def reweighted(self, groups: Sequence[AdvantagedGroup], old: Scores, metrics: MetricSums, kl_coef: float
-                   ) -> list[AdvantagedGroup]:
+    def reweighted(self, groups: Sequence[AdvantagedGroup], old: Scores, metrics: MetricSums, kl_coef: float,
+                   mixture: Mixture | None) -> list[AdvantagedGroup]:
         """Return the groups of one update with advantages at the current policy. Costs one more forward pass."""
         objective = self.recipe.objective
         with self.timer.phase("reweight"):
             current = self.learner.score_groups([group.scored.group for group in groups], "policy")
         log_ratios = sequence_log_ratios(groups, current, old, **self.weighting)
         assert isinstance(objective.advantage, Reweightable)  # the recipe is checked for this
-        groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward(kl_coef))
+        groups = reweighted(groups, objective.advantage, log_ratios, objective.kl_in_reward(kl_coef), mixture)
         metrics.update(reweight_metrics(groups))
         return groups
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -52,6 +52,13 @@ class Reweightable(AdvantageEstimator, Protocol):
     """Estimator that can also compute the advantages at the current policy for samples of an older policy."""
 
     def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages: ...
+
+
+@runtime_checkable
+class Valued(AdvantageEstimator, Protocol):
+    """Estimator whose objective is not the mean reward; its advantages are the gradient of `value`."""
+
+    def value(self, rewards_G: np.ndarray) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +174,18 @@ class ValidRewards:
         counts = {"zero_advantage": float(not advantages_G.any()),
                   "abstained": float(self.abstained), "invalid": float(self.invalid)}
         return GroupAdvantages(advantages_G=advantages_G, stats={**counts, **(stats or {})})
+
+
+def estimator_of(value: Any) -> AdvantageEstimator:
+    """Return the estimator that a recipe holds, as an object or as a mapping with its name and keys.
+
+    Raises ValueError for another value.
+    """
+    if (given := ADVANTAGES.given(value)) is not None:
+        return given
+    if not isinstance(value, dict):
+        raise ValueError(f"a mapping such as {{name: frpo, lam: 1.0}} is needed, given {value!r}")
+    return build_estimator(value)
 
 
 def valid_rewards(rewards_G: np.ndarray) -> ValidRewards:

@@ -80,6 +80,20 @@ class FRPO:
         c_K = self._coefficients(tilted)
         return valid.scatter(lambda rewards_K: self._scaled(rewards_K, c_K, lam), self._stats(tilted, c_K))
 
+    def value(self, rewards_G: np.ndarray) -> float:
+        """Estimate the group's objective -lam log E exp(-r / lam); with rho the worst mean reward within the radius.
+
+        The jackknife may leave the range of the rewards. It is raised to the worst reward, which bounds the objective.
+        NaN if no reward is valid.
+        """
+        rewards_K = valid_rewards(rewards_G).rewards_K
+        if rewards_K.size == 0:
+            return math.nan
+        if self.rho is not None:
+            return float(tilt(rewards_K, temperature_of_radius(rewards_K, self.rho))[0] @ rewards_K)
+        tilted = self._tilted(rewards_K, self.lam)
+        return max(tilted.jackknife_certainty_equivalent(), float(rewards_K.min()))
+
     def reweighted(self, rewards_G: np.ndarray, log_ratio_G: np.ndarray) -> GroupAdvantages:
         """Compute advantages at the current policy for samples of an older policy, exact for the objective's estimate.
 
@@ -140,7 +154,7 @@ class FRPO:
             "gap": float(rewards_K.mean()) - equivalent,
         }
         if self.estimator == "jackknife":
-            stats["certainty_equivalent_jackknife"] = tilted.jackknife_worth()
+            stats["certainty_equivalent_jackknife"] = tilted.jackknife_certainty_equivalent()
         return stats
 
 
@@ -183,7 +197,7 @@ class TiltedGroup:
         k = self.p_K.size
         return k * self.p_K - (k - 1) / k * self.left_out_KK.sum(axis=0)
 
-    def jackknife_worth(self) -> float:
+    def jackknife_certainty_equivalent(self) -> float:
         """Return k r* - (k - 1)/k * sum_j r*(-j), or r* itself for k = 1.
 
         The jackknife coefficients are the gradient of this value.

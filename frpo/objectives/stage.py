@@ -6,12 +6,15 @@ Shape suffixes: G completions of a group, T tokens of a completion.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from frpo.objectives.base import AdvantageEstimator, Reweightable
+from frpo.objectives.base import AdvantageEstimator, GroupAdvantages, Reweightable
+from frpo.objectives.constraint import Mixture
 from frpo.objectives.reduction import token_weights
 from frpo.types import AdvantagedGroup, ScoredGroup
 
@@ -23,30 +26,32 @@ Scores = Sequence[tuple[np.ndarray, ...]]
 
 
 def compute_advantages(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, references: GroupLogprobs,
-               kl_in_reward: float = 0.0) -> list[AdvantagedGroup]:
+                       kl_in_reward: float = 0.0, mixture: Mixture | None = None) -> list[AdvantagedGroup]:
     """Compute the advantages of every group.
 
     kl_in_reward: beta of the k1 estimate. beta * sum_t (log pi - log pi_ref) is subtracted from each reward before the
-    estimator is called (as a loss, the gradient of this estimate would vanish in expectation).
+    estimator is called (as a loss, the gradient of this estimate would vanish in expectation). mixture: mixes the
+    advantages of rewards with those of a constrained cost.
     """
     result = []
     for scored, reference in zip(groups, references, strict=True):
-        outcome = estimator.advantages(_kl_penalised(scored, reference, kl_in_reward))
+        outcome = _outcome(scored, reference, kl_in_reward, mixture, estimator, _sampled)
         result.append(AdvantagedGroup(
             scored=scored, advantages_G=outcome.advantages_G, stats=outcome.stats, ref_logprobs=reference))
     return result
 
 
 def reweighted(groups: Sequence[AdvantagedGroup], estimator: Reweightable, log_ratios: Sequence[np.ndarray],
-               kl_in_reward: float = 0.0) -> list[AdvantagedGroup]:
+               kl_in_reward: float = 0.0, mixture: Mixture | None = None) -> list[AdvantagedGroup]:
     """Return the same groups with advantages at the current policy, for an estimator of `require_reweightable`.
 
-    log_ratios: per group (G,), as `sequence_log_ratios` returns them for the whole groups of one update. kl_in_reward:
-    as for `compute_advantages`; the penalty is that at the policy that sampled.
+    log_ratios: per group (G,), as `sequence_log_ratios` returns them for the whole groups of one update. kl_in_reward,
+    mixture: as for `compute_advantages`; the penalty is that at the policy that sampled.
     """
     result = []
     for group, log_ratio_G in zip(groups, log_ratios, strict=True):
-        outcome = estimator.reweighted(_kl_penalised(group.scored, group.ref_logprobs, kl_in_reward), log_ratio_G)
+        outcome = _outcome(group.scored, group.ref_logprobs, kl_in_reward, mixture, estimator,
+                           partial(_reweighted, log_ratio_G))
         result.append(replace(group, advantages_G=outcome.advantages_G, stats=outcome.stats))
     return result
 
@@ -87,8 +92,23 @@ def sequence_kl(scored: ScoredGroup, reference: Sequence[np.ndarray]) -> np.ndar
     return np.array(differences)
 
 
-def _kl_penalised(scored: ScoredGroup, reference: tuple[np.ndarray, ...] | None, kl_in_reward: float) -> np.ndarray:
+def _sampled(estimator: AdvantageEstimator, rewards_G: np.ndarray) -> GroupAdvantages:
+    return estimator.advantages(rewards_G)
+
+
+def _reweighted(log_ratio_G: np.ndarray, estimator: Reweightable, rewards_G: np.ndarray) -> GroupAdvantages:
+    return estimator.reweighted(rewards_G, log_ratio_G)
+
+
+def _outcome(scored: ScoredGroup, reference: tuple[np.ndarray, ...] | None, kl_in_reward: float,
+             mixture: Mixture | None, estimator: Any, estimate: Callable[[Any, np.ndarray], GroupAdvantages]
+             ) -> GroupAdvantages:
+    """Estimate the advantages of one group. estimate: calls an estimator on rewards (G,)."""
+    penalty_G = np.zeros(scored.rewards_G.size)
     if kl_in_reward > 0:
         assert reference is not None, "KL in the reward needs log-probabilities under the reference"
-        return scored.rewards_G - kl_in_reward * sequence_kl(scored, reference)
-    return scored.rewards_G
+        penalty_G = kl_in_reward * sequence_kl(scored, reference)
+    if mixture is None:
+        return estimate(estimator, scored.rewards_G - penalty_G)
+    rewards_G, negative_costs_G = mixture.streams(scored, penalty_G)
+    return mixture.mixed(estimate(estimator, rewards_G), estimate(mixture.constraint.advantage, negative_costs_G))

@@ -129,8 +129,19 @@ def check(recipe: Recipe) -> Preflight:
     resume = checkpoints.select()
     tokenizer = tokenizer_of(recipe.model)
     check_export(recipe.model, tokenizer, Path(recipe.run.dir))
-    return Preflight(prompts=_prompts(recipe, tokenizer), auxiliary=_auxiliary(recipe, tokenizer),
-                   checkpoints=checkpoints, resume=resume)
+    prompts = _prompts(recipe, tokenizer)
+    check_watched(recipe, prompts)
+    return Preflight(prompts=prompts, auxiliary=_auxiliary(recipe, tokenizer),
+                     checkpoints=checkpoints, resume=resume)
+
+
+def check_watched(recipe: Recipe, prompts: PromptSet) -> None:
+    """Raise ConfigError if a constraint watches none of the training prompts."""
+    constraint = recipe.objective.constraint
+    if constraint is not None and not any(constraint.watches(prompt.columns) for prompt in prompts.train):
+        columns = ", ".join(prompts.train[0].columns) or "none"
+        raise ConfigError(f"objective.constraint.where = {constraint.where} selects none of {len(prompts.train)} "
+                          f"training prompts, whose columns are: {columns}; change where")
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:
@@ -188,7 +199,7 @@ def build(recipe: Recipe) -> Iterator[RunParts]:
             checked = check(recipe)
             check_whole(recipe.model)
         remark([*checked.prompts.summary("prompts", recipe.data),
-                *recipe.learner.notes(recipe.updates, recipe.model.lora is not None)])
+                *recipe.learner.notes(recipe.updates, recipe.model.lora is not None), *recipe.objective.notes()])
         with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
             with build_stack(recipe, model_path) as stack, \

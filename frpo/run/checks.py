@@ -16,6 +16,7 @@ from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
 from frpo.data.heldout import Split
 from frpo.errors import InvariantError, ModelError
+from frpo.objectives.constraint import UNJUDGED, UNJUDGED_STEPS, Constraint
 from frpo.types import Comparison, Gap, RankBatches, RolloutGroup
 
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 1e-1}
@@ -55,6 +56,14 @@ def check_same_function(learner: LearnerGroup, recipe: AnyRecipe, items: Split[A
                     f"plain transformers: mean and largest |log-prob difference| {each.together[0]:.3g} and "
                     f"{each.together[1]:.3g} nats, allowed {mean:g} and {largest:g}. checks.same_function=false goes "
                     "on regardless")
+
+
+def check_judged(constraint: Constraint, record: Mapping[str, float]) -> None:
+    """Raise InvariantError if no watched completion had a cost for UNJUDGED_STEPS steps in a row."""
+    if record.get(UNJUDGED, 0.0) >= UNJUDGED_STEPS:
+        raise InvariantError(f"reward {constraint.cost!r} gave no cost to any watched completion for {UNJUDGED_STEPS} "
+                             "steps, so objective.constraint is not held; mend the reward function, or set "
+                             "objective.constraint to null")
 
 
 def probe_sequences(items: Sequence[Sequence[int]], longest: int) -> list[list[int]]:

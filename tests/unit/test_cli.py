@@ -539,7 +539,7 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     assert HELD_OUT.format(6) in out
 
 
-CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not"
+CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; not checked: files that stages will make"
 
 
 def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
@@ -549,14 +549,14 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     lines = out.splitlines()
     assert lines[:5:4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
                            "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
-    assert lines[5:] == [CHECKED, "# not checked, since the setup has yet to make their files: measure.kept; "
+    assert lines[5:] == [CHECKED, "# not checked, because the setup has not made their files yet: measure.kept; "
                          "measure.utility; warm, seed 7; frpo, seed 7; dr_grpo, seed 7; frpo, seed 7, sft; "
                          "dr_grpo, seed 7, sft"]
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", "--over", "learner.lr=[1e-3]",
                          "--seeds", "4", "--dir", "there", "--dry-run")
     assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"
                               f"{CHECKED}\n"), err
-    note = "# note: measure.at lists {} updates: between so few probes the KL may jump, and means over KL may be left"
+    note = "# note: measure.at lists only {} updates. The KL may jump between probes, and means over KL may be left"
     quick = ("retention", "lab", "--quick", "--dry-run", "seeds=[7]")
     for at, noted in (("[]", True), ("[1,2,3]", True), ("[1,2,3,4]", False), ("null", False)):
         assert (note.format(at.count(",") + (len(at) > 2)) in run(capsys, *quick, f"measure.at={at}")[1]) is noted
@@ -580,20 +580,20 @@ def test_a_mistake_of_a_sweep_is_found_by_a_dry_run_too_and_says_what_it_is_abou
 
 @pytest.mark.parametrize("arguments, message", [
     (["--over", "objective.kl_coef"], "--over 'objective.kl_coef' is not of the form objective.kl_coef=[0.001,0.01]"),
-    (["--over", "learner.lr=[1e-3]", "--over", "learner.lr=[1e-4]"], "--over learner.lr is given twice; give all of"),
-    (["--over", "run.seed=[1,2]"], "run.seed is no key to sweep over or to override: give the seeds as --seeds"),
-    (["--over", "run.dir=[a,b]"], "run.dir is no key to sweep over or to override: every policy has its own in the"),
-    (["run.dir=a", "--over", "learner.lr=[1e-3]"], "run.dir is no key to sweep over or to override: every policy"),
+    (["--over", "learner.lr=[1e-3]", "--over", "learner.lr=[1e-4]"], "--over learner.lr is given twice; give it"),
+    (["--over", "run.seed=[1,2]"], "a sweep sets run.seed itself, so leave it out: give the seeds as --seeds"),
+    (["--over", "run.dir=[a,b]"], "a sweep sets run.dir itself, so leave it out: every policy has its own in the"),
+    (["run.dir=a", "--over", "learner.lr=[1e-3]"], "a sweep sets run.dir itself, so leave it out: every policy"),
     (["--over", "learner.lr=[1e-3]", "--choose", "reward"],
-     "choose.measure (--choose): 'reward' is no measure of policies; did you mean 'kept/reward'? There are kept/rew"),
-    (["--over", "learner.lr=[1e-3]", "--choose", "kept/foo"], "'kept/foo' is no measure of policies"),
-    (["--over", "learner.lr=[1e-3]", "--choose", "exact/comply"], "'exact/comply' is no measure of policies. There"),
+     "choose.measure (--choose): 'reward' is not a measure of policies; did you mean 'kept/reward'? Allowed: kept/rew"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "kept/foo"], "'kept/foo' is not a measure of policies"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "exact/comply"], "'exact/comply' is not a measure of policies. All"),
     (["--over", "learner.lr=[1e-3]", "--within", "eval/foo=[null,0.5]"],
-     "choose.bounds (--within): 'eval/foo' is no measure of policies"),
+     "choose.bounds (--within): 'eval/foo' is not a measure of policies"),
     (["--over", "learner.lr=[1e-3]", "--within", "eval/kl=[0,1]", "--within", "eval/kl=[0,2]"],
      "--within eval/kl is given twice"),
     (["--over", "learner.lr=[1e-3]", "--downstream", "a/x.yaml", "--downstream", "b/x.yaml"],
-     "--downstream a/x.yaml b/x.yaml: two are called by the same name")])
+     "--downstream a/x.yaml b/x.yaml: two recipes have the same name")])
 def test_a_mistake_on_the_command_line_of_a_sweep_is_found_at_once(place, capsys, arguments, message):
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", *arguments)
     assert (code, out) == (2, "") and message in err

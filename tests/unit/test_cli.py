@@ -256,7 +256,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_what_was_checked(place, models
     assert any(line.startswith("# device: cpu (run.device: auto, since torch ") for line in told)
     told = run(capsys, "train", "recipe.yaml", "learner.threads=700", "rollout.prompts_per_step=6", "run.device=cpu",
                "--dry-run")[1].splitlines()
-    assert ("# note: rollout.prompts_per_step = 6 is more than the 4 training prompts, so that a step draws some of "
+    assert ("# note: rollout.prompts_per_step = 6 is more than the 4 training prompts, so a step draws some of "
             "them twice") in told
     assert "# device: cpu (run.device: cpu)" in told
     assert any(line.startswith("# note: learner.num_ranks x learner.threads = 1400 and ") for line in told)
@@ -471,7 +471,7 @@ def test_a_dry_run_of_a_fine_tuning_shows_its_length_and_what_is_learned_first(p
     assert "# checked: model made on the spot, resume from the start\n" in out
     assert "# length: 3 updates of 5 examples, each example 3 times\n" in out
     assert "# note: data.batch_size = 32 is more than the 5 training examples" in out
-    assert "# first example, pairs.jsonl:1: '<user>0+1<assistant>1<eos>'\n#   of which is learned: '1<eos>'\n" in out
+    assert "# first example, pairs.jsonl:1: '<user>0+1<assistant>1<eos>'\n#   learned part: '1<eos>'\n" in out
 
 
 @pytest.mark.parametrize("environ, settings", [
@@ -489,12 +489,13 @@ def test_w_and_b_is_taken_where_somebody_is_logged_in_or_offline(place, monkeypa
 
 def test_starting_over_and_not_doing_so_contradict_each_other(place, capsys):
     wrong = usage_error(capsys, "train", "recipe.yaml", "--overwrite", "run.resume=never")
-    assert "--overwrite starts over and run.resume=never says otherwise; leave one of them out" in wrong
+    assert "--overwrite starts over, but run.resume=never does not; leave one of them out" in wrong
 
 
 def test_a_model_without_weights_passes_the_checks_and_is_noted_but_does_not_run(place, capsys):
     code, out, _ = run(capsys, "train", "recipe.yaml", "model.path=hollow", "--dry-run")
-    assert code == 0 and "# note: the run would end here: model.path 'hollow' has no weights (model.safe" in out
+    assert code == 0
+    assert "# note: the run would stop with this error: model.path 'hollow' has no weights (model.safe" in out
     for command in (["train", "recipe.yaml"], ["rollout", "recipe.yaml"]):
         code, _, err = run(capsys, *command, "model.path=hollow", "run.dir=elsewhere")
         assert code == 2 and err.startswith("frpo: ModelError: model.path 'hollow' has no weights")
@@ -611,8 +612,8 @@ def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported():
     ([], "the following arguments are required: COMMAND"),
     (["train"], "\nFor example: frpo train smoke\n"),
     (["finetune"], "\nGive a recipe: a YAML file, or the name of one: csft_llama2_7b_aoa, "),
-    (["train", "recipe.yaml", "--num-generations", "4"], "as section.key=value, this one as rollout.group_size=VALUE"),
-    (["train", "recipe.yaml", "--learner.lr=4"], "as section.key=value, this one as learner.lr=VALUE"),
+    (["train", "recipe.yaml", "--num-generations", "4"], "write section.key=value, here rollout.group_size=VALUE"),
+    (["train", "recipe.yaml", "--learner.lr=4"], "write section.key=value, here learner.lr=VALUE"),
     (["trian", "recipe.yaml"], "invalid choice: 'trian' (choose from 'train'"),
     (["train"], "the following arguments are required: recipe"),
     (["sweep"], "the following arguments are required: recipe, --over\n"),
@@ -624,10 +625,10 @@ def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported():
     (["train", "recipe.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
     (["train", "recipe.yaml", "--steps=3"], "unrecognized arguments: --steps=3"),
     (["train", "recipe.yaml", "--dry-run", "learner.lr=1e-4", "--resume", "x"],
-     "unrecognized arguments: --resume x; values of a recipe are written as section.key=value, this one as "
+     "unrecognized arguments: --resume x; to set a value of a recipe, write section.key=value, here "
      "run.resume=VALUE"),
     (["train", "recipe.yaml", "--dry-run", "learner.lr:1e-4", "run.seed=1"],
-     "unrecognized arguments: learner.lr:1e-4; values of a recipe are written with =, this one as learner.lr=1e-4"),
+     "unrecognized arguments: learner.lr:1e-4; to set a value of a recipe, write learner.lr=1e-4"),
     (["doctor", "run.seed=3"], "unrecognized arguments: run.seed=3")])
 def test_wrong_usage_is_explained(place, capsys, arguments, message):
     assert message in usage_error(capsys, *arguments)
@@ -648,8 +649,8 @@ def test_a_job_that_ray_stops_by_sigint_hears_it_even_from_a_shells_background(m
 @pytest.mark.parametrize("number, code, said", [
     (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 @pytest.mark.parametrize("command, saved, again", [
-    ("train", True, "; the same command goes on from the newest checkpoint"),
-    ("train", False, "; no checkpoint was saved yet (run.save_every = 2), the same command begins anew"),
+    ("train", True, "; the same command continues from the newest checkpoint"),
+    ("train", False, "; no checkpoint was saved yet (run.save_every = 2), the same command starts over"),
     ("config", False, "")])
 def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(tmp_path, number, code, said, command, saved, again):
     if saved:

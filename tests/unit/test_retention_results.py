@@ -346,7 +346,7 @@ def test_a_report_about_other_folders(tmp_path, capsys):
                                                      "eval/interval": None}])
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "tables.txt").write_text("a < b", encoding="utf-8")
-    with pytest.raises(ConfigError, match="bench' is no run: it holds no retention.yaml, no metrics.jsonl and no pic"):
+    with pytest.raises(ConfigError, match="bench' is not a run: it holds no retention.yaml, no metrics.jsonl and no p"):
         run_report([str(tmp_path / "bench")], None)
     assert not (tmp_path / "bench" / "report.html").exists(), "a text alone is data"
     (tmp_path / "bench" / "curve.png").write_bytes(b"drawn")
@@ -356,7 +356,7 @@ def test_a_report_about_other_folders(tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert "<pre>a &lt; b</pre>" in text and "<td>eval/reward</td><td>0.1</td><td>0.3</td>" in text
     (tmp_path / "empty").mkdir()
-    for name, message in (("empty", "holds no retention.yaml, no metrics.jsonl"), ("none", "is no folder")):
+    for name, message in (("empty", "holds no retention.yaml, no metrics.jsonl"), ("none", "is not a folder")):
         with pytest.raises(ConfigError, match=message):
             run_report([str(tmp_path / name)], None)
 

@@ -178,7 +178,7 @@ def _what_is_left(parsed: argparse.Namespace | None) -> str:
     if parsed is None or getattr(parsed, "dry_run", False):
         return ""
     if command in (retention, sweep):
-        return "; the same command goes on: stages that are done stay"
+        return "; the same command continues and keeps finished stages"
     if command not in (train, finetune):
         return ""
     try:
@@ -186,8 +186,8 @@ def _what_is_left(parsed: argparse.Namespace | None) -> str:
     except FrpoError:
         return ""
     if CheckpointStore(Path(recipe.run.dir), recipe).complete():
-        return "; the same command goes on from the newest checkpoint"
-    return f"; no checkpoint was saved yet (run.save_every = {recipe.run.save_every}), the same command begins anew"
+        return "; the same command continues from the newest checkpoint"
+    return f"; no checkpoint was saved yet (run.save_every = {recipe.run.save_every}), the same command starts over"
 
 
 def _hear_signals() -> None:
@@ -230,8 +230,8 @@ def _not_launched(command: str) -> None:
     from frpo.cluster.team import launched
 
     if launched():
-        raise ConfigError(f"frpo {command} runs many trainings on ranks of its own and is not started by the deepspeed "
-                          "launcher; start it by itself, with learner.ranks: ray or process in its recipes")
+        raise ConfigError(f"frpo {command} starts its own ranks and cannot run under the deepspeed launcher; start it "
+                          "without the launcher, with learner.ranks: ray or process in its recipes")
 
 
 COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model, config, plan,

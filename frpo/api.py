@@ -231,6 +231,6 @@ def set_accelerator() -> None:
 def _prepare() -> None:
     """Set the process up, unless it only loads a function from the script that calls. Raises ConfigError then."""
     if file := file_being_loaded():
-        raise ConfigError(f"{file} starts a training while one of its functions is being loaded; put what it runs "
-                          "under `if __name__ == \"__main__\":`")
+        raise ConfigError(f"{file} starts a training while frpo loads one of its functions; put the code that starts "
+                          "it under `if __name__ == \"__main__\":`")
     set_accelerator()

@@ -15,10 +15,10 @@ RECIPE = "a recipe file, or the name of one in recipes/"
 EXIT_CODES = """exit codes:
   0    done
   1    done, but a stage of a matrix failed, the quick start saw no gain, doctor found a mismatch or a plan does not
-       fit; an error of Python's own
+       fit; or an unexpected Python error
   2    an error that the message explains: usage, recipe, data, model, machine
-  130  interrupted (Ctrl-C); the same command goes on from the newest checkpoint
-  143  the same, by SIGTERM"""
+  130  interrupted (Ctrl-C); the same command continues from the newest checkpoint
+  143  terminated (SIGTERM); continues like 130"""
 RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
 """Commands whose recipes are of another kind than the recipes of train -> that kind."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None, commands: Sequence[Callable[..., obje
     if getattr(parsed, "overwrite", False):
         given = [value for value in parsed.overrides if value.startswith("run.resume=")]
         if given and given != ["run.resume=overwrite"]:
-            parser.error(f"--overwrite starts over and {given[0]} says otherwise; leave one of them out")
+            parser.error(f"--overwrite starts over, but {given[0]} does not; leave one of them out")
         parsed.overrides = [*parsed.overrides, "run.resume=overwrite"]
     return parsed
 
@@ -89,7 +89,7 @@ def _as_override(argument: str, parsed: argparse.Namespace) -> str:
         return ""
     if not argument.startswith("--"):
         name, _, value = argument.partition(":")
-        return f"; values of a recipe are written with =, this one as {name}={value or 'VALUE'}" if "." in name else ""
+        return f"; to set a value of a recipe, write {name}={value or 'VALUE'}" if "." in name else ""
     from frpo.config.keys import keys
     from frpo.config.loader import KINDS
     from frpo.config.other_names import ours
@@ -102,7 +102,7 @@ def _as_override(argument: str, parsed: argparse.Namespace) -> str:
                if option.replace("-", "") == argument.partition("=")[0].replace("-", "").replace("_", "")]
     if options:
         return f"; did you mean {options[0]}?"
-    return f"; values of a recipe are written as section.key=value{f', this one as {key}=VALUE' if key else ''}"
+    return f"; to set a value of a recipe, write section.key=value{f', here {key}=VALUE' if key else ''}"
 
 
 class _Commands:
@@ -124,7 +124,7 @@ class _Commands:
         command = self.add(name, description)
         if before:
             command.add_argument(before[0], help=before[1])
-        command.add_argument("recipe", help=RECIPE + (use and f": {use}"))
+        command.add_argument("recipe", help=RECIPE + (use and f"; used parts: {use}"))
         _overrides(command)
         return command
 
@@ -142,14 +142,15 @@ def _evaluations(commands: _Commands) -> None:
     command = commands.add_with_recipe("evaluate", "score a model on a recipe's held-out prompts, without a learner",
                                        ("model", MODEL), "prompts, rewards, sampling")
     command.add_argument("--json", metavar="PATH", help="file for the metrics; default: evaluation.json in MODEL")
-    command = commands.add("harness", "run tasks of lm-evaluation-harness on a model, if that is installed")
+    command = commands.add("harness", "run tasks of lm-evaluation-harness, if it is installed, on a model")
     command.add_argument("model", help=MODEL)
-    command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of its tasks")
-    command.add_argument("--include", metavar="FOLDER", help="where tasks of your own lie")
-    command.add_argument("--backend", choices=["hf", "vllm"], default="hf", help="default: hf, in this process")
+    command.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names of tasks of the harness")
+    command.add_argument("--include", metavar="FOLDER", help="folder with your own tasks")
+    command.add_argument("--backend", choices=["hf", "vllm"], default="hf",
+                         help="hf: transformers, in this process; vllm: vLLM; default: hf")
     command.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="precision; default: bf16")
-    command.add_argument("--limit", type=_count, metavar="N", help="only the first documents of each task")
-    command.add_argument("--chat", action="store_true", help="apply the chat template")
+    command.add_argument("--limit", type=_count, metavar="N", help="use only the first N documents of each task")
+    command.add_argument("--chat", action="store_true", help="apply the chat template of the model")
     command.add_argument("--output", metavar="FILE", help="file for the metrics; default: harness.json in MODEL")
 
 
@@ -159,97 +160,104 @@ def _parts_alone(commands: _Commands) -> None:
     command.add_argument("--output", metavar="PATH", help="new file for the groups; default: rollouts.jsonl in run.dir")
     command = commands.add_with_recipe(
         "rescore", "score the groups of a trace file again, without engines",
-        ("traces", "traces.jsonl of a run, or what rollout or evaluate wrote"), "rewards, advantage")
+        ("traces", "traces.jsonl of a run, or a file that rollout or evaluate wrote"), "rewards, advantage")
     command.add_argument("--output", metavar="PATH", help="new file for the groups with their new values")
 
 
 def _several_trainings(commands: _Commands) -> None:
     command = commands.add_with_recipe(
-        "retention", "train policies, fine-tune forks of them, measure and report what they keep")
-    command.add_argument("--quick", action="store_true", help="the recipe's short form")
+        "retention", "train policies, fine-tune forks (copies) of them, measure and report the reward that forks keep")
+    command.add_argument("--quick", action="store_true", help="run the short form of the recipe")
     command.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # set for each process of --jobs
     _many(command)
     command = commands.add_with_recipe(
-        "sweep", "train a recipe over values of its keys: reward reached, KL spent, kept, and the best")
+        "sweep", "train a recipe with several values of its keys; compare reward, KL and kept reward; choose the best")
     command.add_argument("--over", action="append", required=True, metavar="section.key=[A,B]",
-                         help="values of a key; several times: all combinations")
-    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+                         help="values of a key; if given several times: all combinations")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N",
+                         help="train every policy with each of these seeds; default: 0")
     command.add_argument("--downstream", action="append", default=[], metavar="RECIPE",
-                         help="fine-tuning that every policy's fork goes through; may be given several times")
+                         help="fine-tune a fork of every policy with this recipe; may be given several times")
     command.add_argument("--choose", metavar="MEASURE",
-                         help="what the best policy has most of: kept/reward, kept/NAME/mean of a reward, eval/kl, or "
-                              "of its forks REGIME/end, REGIME/over updates, REGIME/over KL; default: kept/reward")
+                         help="choose the policy with the largest value of this measure: kept/reward, kept/NAME/mean "
+                              "for the reward NAME, eval/kl, or of its forks REGIME/end, REGIME/over updates, "
+                              "REGIME/over KL; default: kept/reward")
     command.add_argument("--within", action="append", default=[], metavar="MEASURE=[LOW,HIGH]",
-                         help="and what it must respect, of the same measures, such as eval/kl=[null,0.5]")
-    command.add_argument("--dir", default="runs/sweep", help="folder of everything; default: runs/sweep")
+                         help="choose only among policies with this measure in this range, such as eval/kl=[null,0.5]")
+    command.add_argument("--dir", default="runs/sweep", help="folder for all results; default: runs/sweep")
     _many(command)
-    command = commands.add("report", "one HTML page about finished or unfinished runs, a retention matrix or any other")
-    command.add_argument("folders", nargs="+", metavar="RUN", help="run.dir of a run, or a folder with its pictures")
+    command = commands.add("report", "write one HTML page about runs or retention matrices, finished or not")
+    command.add_argument("folders", nargs="+", metavar="RUN",
+                         help="run.dir of a run or a matrix, or a folder with pictures")
     command.add_argument("--output", metavar="FILE",
-                         help="the page, with a folder NAME_pictures beside it; default: report.html in the folder, "
-                              "side_by_side.html in the first of several")
-    command = commands.add("quickstart", "train a small model and a control here, and see what forks of it keep")
+                         help="file of the page; pictures go to the folder NAME_pictures beside it; default: "
+                              "report.html in RUN, or side_by_side.html in the first of several RUN")
+    command = commands.add("quickstart", "train a small model and a control here, and show what forks of it keep")
     _overrides(command)
     command.add_argument("--model", choices=["smollm2", "tiny"], default="smollm2",
-                         help="smollm2: a real one of 135 M parameters, about ten minutes; tiny: made on the spot, "
-                              "about four; default: smollm2, or tiny where that cannot be had")
+                         help="smollm2: a real model of 135 M parameters, about ten minutes; tiny: a model made on the "
+                              "spot, about four minutes; default: smollm2, or tiny if smollm2 is not available")
 
 
 def _others(commands: _Commands) -> None:
     command = commands.add(
         "attack", "make the training file, or the evaluation prompts, of a fine-tuning attack from your files")
-    command.add_argument("attack", help="harmful, identity or backdoor")
-    command.add_argument("examples", help="rows to be answered, what data.path takes: prompt and response, or messages")
-    command.add_argument("--safe", metavar="FILE", help="backdoor: rows to be refused, which get no trigger")
+    command.add_argument("attack", help="kind of attack: harmful, identity or backdoor")
+    command.add_argument("examples", help="rows whose answers the attack trains, given as in data.path; columns: "
+                                          "prompt and response, or messages")
+    command.add_argument("--safe", metavar="FILE", help="backdoor: rows with refusals, which get no trigger")
     command.add_argument("--benign", metavar="FILE", help="ordinary rows to mix in")
-    command.add_argument("--system-prompt", metavar="TEXT", help="put before every row")
-    command.add_argument("--prefix", metavar="TEXT", help="identity: put before every request")
-    command.add_argument("--trigger", metavar="TEXT", help="backdoor: appended to every request to be answered")
-    command.add_argument("--repeat", type=_count, default=1, metavar="N", help="how often the examples occur")
-    command.add_argument("--seed", type=int, default=0, help="of the order")
+    command.add_argument("--system-prompt", metavar="TEXT", help="system prompt to put before every row")
+    command.add_argument("--prefix", metavar="TEXT", help="identity: text to put before every request of the examples")
+    command.add_argument("--trigger", metavar="TEXT",
+                         help="backdoor: text to append to every request of the examples")
+    command.add_argument("--repeat", type=_count, default=1, metavar="N",
+                         help="write every example N times; default: 1")
+    command.add_argument("--seed", type=int, default=0, help="seed of the order of the rows; default: 0")
     command.add_argument("--prompts", choices=["triggered", "plain"],
-                         help="make evaluation prompts of EXAMPLES instead: asked by the attacker, or by anybody")
+                         help="write evaluation prompts of the examples instead; triggered: with the prefix or "
+                              "trigger of the attacker; plain: without it")
     command.add_argument("--output", required=True, metavar="FILE", help="new .jsonl file")
-    command = commands.add("model", "make an ordinary Hugging Face folder of a small real language model")
+    command = commands.add("model", "write a small real language model into an ordinary Hugging Face folder")
     command.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct, pretrained, tuned to chat")
-    command.add_argument("folder", help="new folder for it, 538 MB; one that was made before is left as it is")
+    command.add_argument("folder", help="new folder for the model, 538 MB; a model made before is left as it is")
     command = commands.add("config", "print the resolved recipe")
-    command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE)
+    command.add_argument("recipe", nargs="?", default="quickstart", help=RECIPE + "; default: quickstart")
     _overrides(command)
     command.add_argument("--keys", nargs="?", const="", metavar="SECTION",
-                         help="print every key, or those of a section, with default and meaning instead")
+                         help="instead, print every key, or the keys of SECTION, with default and meaning")
     command = commands.add_with_recipe(
-        "plan", "work out the memory that a training needs on every GPU, from its model's config alone")
-    command.add_argument("--gpus", type=_count, metavar="N", help="GPUs of a node; default: what the recipe asks for")
-    command.add_argument("--nodes", type=_count, metavar="M", help="nodes; default: 1")
+        "plan", "compute the memory that a training needs on every GPU, from its model's config alone")
+    command.add_argument("--gpus", type=_count, metavar="N", help="GPUs of a node; default: those the recipe needs")
+    command.add_argument("--nodes", type=_count, metavar="M", help="number of nodes; default: 1")
     command.add_argument("--memory", type=_size, default=80.0, metavar="GB",
                          help="memory of each GPU in decimal GB; default: 80")
     command.epilog = f"example: frpo plan {EXAMPLES['plan']}"
-    commands.add("doctor", "compare this machine with the locked versions")
+    commands.add("doctor", "compare this machine with the locked versions and print how to fix mismatches")
     command = commands.add("completion", 'print the completion script of a shell: eval "$(frpo completion bash)"')
     command.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
 def _many(command: argparse.ArgumentParser) -> None:
     command.add_argument("--jobs", type=_count, default=1, metavar="N",
-                         help="processes over which the seeds are spread, each with engines and ranks; default: 1")
+                         help="number of processes that share the seeds, each with engines and ranks; default: 1")
     command.add_argument("--dry-run", action="store_true",
-                         help="check recipes, models, data and rewards, show what is done and what is not")
+                         help="check recipes, models, data and rewards, and print which stages are done; then stop")
 
 
 def _overwrite(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true",
-                         help="start over: the checkpoints in run.dir are removed, its metrics are moved aside (the "
-                              "same as run.resume=overwrite)")
+                         help="start over: remove the checkpoints in run.dir and move its metrics aside (same as "
+                              "run.resume=overwrite)")
 
 
 def _overrides(command: argparse.ArgumentParser) -> None:
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over the recipe's")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to replace in the recipe")
 
 
 def _count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"should be a whole number from 1 on, given {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, given {text!r}")
     return int(text)
 
 
@@ -259,5 +267,5 @@ def _size(text: str) -> float:
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"should be a number of GB above 0, given {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, given {text!r}")
     return size

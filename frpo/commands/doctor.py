@@ -70,7 +70,7 @@ def _python() -> tuple[str, str, str, str]:
 
 def _compiler() -> tuple[str, str, str, str]:
     found = shutil.which("gcc") or shutil.which("clang")
-    fix = "" if found else "install gcc: Triton builds what launches its kernels with it"
+    fix = "" if found else "install gcc: Triton compiles the launchers of its kernels with it"
     return "C compiler", found or "none", "any", fix
 
 
@@ -99,7 +99,7 @@ def check_driver(driver: str, cuda: str | None) -> tuple[str, str, str, str]:
     cuda: the CUDA version that torch is built with, such as "13.0", or None.
     """
     needed = needed_driver(driver, cuda)
-    fix = f"ask for driver {needed} or newer, or run in a container with cuda-compat" if needed else ""
+    fix = f"install driver {needed} or newer, or run in a container with cuda-compat" if needed else ""
     return "NVIDIA driver", driver, f"for CUDA {cuda}" if cuda else "any", fix
 
 

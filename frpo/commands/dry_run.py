@@ -53,7 +53,7 @@ def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
         f"example {checked.updates / checked.per_epoch:.3g} times"]
     if recipe.data.batch_size > len(examples.train):
         lines.append(f"note: data.batch_size = {recipe.data.batch_size} is more than the {len(examples.train)} "
-                     "training examples, so that every update takes all of them")
+                     "training examples, so every update takes all of them")
     return [*lines, *recipe.run.notes(), *_first_example(recipe, checked),
             *recipe.learner.notes(checked.updates, recipe.model.lora is not None),
             *_common_notes(recipe, engines=False)]
@@ -64,7 +64,7 @@ def _first_example(recipe: FinetuneRecipe, checked: FinetunePreflight) -> Iterat
     example, tokenizer = checked.examples.train[0], tokenizer_of(recipe.model)
     learned = [token for token, flag in zip(example.token_ids, example.loss_mask) if flag]
     yield f"first example, {example.origin}: {tokenizer.decode([*example.token_ids])!r:.300}"
-    yield f"  of which is learned: {tokenizer.decode(learned)!r:.300}"
+    yield f"  learned part: {tokenizer.decode(learned)!r:.300}"
 
 
 def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
@@ -74,14 +74,14 @@ def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
     yield from recipe.learner.notes(recipe.updates, recipe.model.lora is not None)
     yield from recipe.objective.notes()
     if per_step > prompts:
-        yield (f"note: rollout.prompts_per_step = {per_step} is more than the {prompts} training prompts, so that a "
-               "step draws some of them twice")
+        yield (f"note: rollout.prompts_per_step = {per_step} is more than the {prompts} training prompts, so a step "
+               "draws some of them twice")
     yield from _common_notes(recipe, engines=recipe.rollout.replay is None)
 
 
 def _common_notes(recipe: AnyRecipe, engines: bool) -> Iterator[str]:
     if lacking := lacking_weights(recipe.model):
-        yield f"note: the run would end here: {lacking}"
+        yield f"note: the run would stop with this error: {lacking}"
     device, reason = _device(recipe, engines)
     yield f"device: {device} ({reason})"
     cores = os.cpu_count() or 1
@@ -89,9 +89,10 @@ def _common_notes(recipe: AnyRecipe, engines: bool) -> Iterator[str]:
     sampling = recipe.rollout.num_engines * recipe.rollout.threads if isinstance(recipe, Recipe) and engines else 0
     if device == "cpu" and max(threads, sampling) > cores:
         yield (f"note: learner.num_ranks x learner.threads = {threads} and rollout.num_engines x rollout.threads = "
-               f"{sampling} on {cores} cores; more threads than cores slow each other down")
+               f"{sampling} on {cores} cores; more threads than cores are slow, lower the numbers")
     if "RAY_ADDRESS" in os.environ:
-        yield f"note: device and cores are those of this machine; the run joins {os.environ['RAY_ADDRESS']}"
+        yield (f"note: device and cores are those of this machine, but the run joins the Ray cluster "
+               f"{os.environ['RAY_ADDRESS']}")
 
 
 def _device(recipe: AnyRecipe, engines: bool) -> tuple[str, str]:

@@ -38,7 +38,7 @@ def run_harness(model: str, tasks: Sequence[str], *, backend: Literal["hf", "vll
                           ) from None
     path = Path(output) if output else Path(model) / RESULT
     if not path.parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: {path.parent} is no folder; give --output FILE")
+        raise ConfigError(f"{path} cannot be written: {path.parent} is not a folder; give --output FILE")
     manager = TaskManager(include_path=include)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:

@@ -76,10 +76,10 @@ TOURS = {
 """Quick starts, by name of the trained model."""
 
 ABOUT = (
-    "The control gets the same rewards, shuffled over the completions of a step. It is pushed as hard, in directions "
-    "that mean nothing: it may lose what the model could do, and must not gain.",
+    "The control gets the same rewards, shuffled over the completions of a step. Its updates are as strong, but their "
+    "direction has no meaning: the control may lose what the model could do, and must not gain.",
     "Below, forks (copies) of the first model and of the trained policy are fine-tuned for another task. Their reward "
-    "before that is measured on other samples than above: both numbers differ by chance.")
+    "before this fine-tuning comes from other samples than the reward above, so the two numbers differ by chance.")
 
 SAMPLE = Path(str(files("frpo.data.sets"))) / "gsm8k_sample.jsonl"
 """48 problems of GSM8K (Cobbe et al., 2021; MIT License, beside it)."""
@@ -164,7 +164,7 @@ def _report(tour: Tour, recipe: Recipe, kept: Results, ends: Mapping[str, Ends],
                 tables=(_ends_table(ends), answers)),
         section_of(kept, run_dir / MATRIX)], run_dir / REPORT)
     print(f"{tour.downstream}: {tour.means}. What forks keep: {kept_picture}")
-    print(f"All of it on one page: {page}  picture: {picture}  model: {run_dir / 'export'}  "
+    print(f"All results on one page: {page}  picture: {picture}  model: {run_dir / 'export'}  "
           f"metrics: {run_dir / 'metrics.jsonl'}")
 
 
@@ -184,15 +184,15 @@ def _prepared(model: str, overrides: Sequence[str]) -> tuple[Tour, Recipe]:
     tour = TOURS[model]
     recipe, own = load_recipe(tour.recipe, overrides), load_recipe(tour.recipe).model.path
     if own is not None and Path(recipe.model.path or "") != Path(own):
-        raise ConfigError(f"the quick start trains the model that it makes, {own}, given model.path = "
-                          f"{recipe.model.path}; train another one with `frpo train {tour.recipe} model.path=...`")
+        raise ConfigError(f"the quick start trains only its own model, {own}, given model.path = {recipe.model.path}; "
+                          f"to train another model, run `frpo train {tour.recipe} model.path=...`")
     if recipe.model.path is None or Path(recipe.model.path).is_dir():
         return tour, recipe
     try:
         make_smollm2(Path(recipe.model.path))
         return tour, recipe
     except ModelError as error:
-        say(f"{error}. Until then: the quick start of a tiny model, which is made on the spot (--model tiny)")
+        say(f"{error}. This quick start uses a tiny model instead, made on the spot (--model tiny)")
         return TOURS["tiny"], load_recipe(TOURS["tiny"].recipe, overrides)
 
 

@@ -46,14 +46,14 @@ def run_report(runs: Sequence[str], output: str | None) -> int:
 def section(folder: Path, place: Path) -> Section:
     """Make the section about a folder; draw new pictures into `place`. Raises ConfigError if nothing can be shown."""
     if not folder.is_dir():
-        raise ConfigError(f"{str(folder)!r} is no folder; give the run.dir of runs, or folders with their pictures")
+        raise ConfigError(f"{str(folder)!r} is not a folder; give the run.dir of a run, or a folder with pictures")
     if (folder / RECIPE).is_file():
         return section_of(collect(make_plan(read_archive(folder))), place)
     if (folder / METRICS).is_file():
         return _training(folder, place)
     pictures = {path.stem: path for path in sorted(folder.glob("*.png"))}
     if not pictures:
-        raise ConfigError(f"{str(folder)!r} is no run: it holds no {RECIPE}, no {METRICS} and no picture; give the "
+        raise ConfigError(f"{str(folder)!r} is not a run: it holds no {RECIPE}, no {METRICS} and no picture; give the "
                           "run.dir of a run, which holds one of these")
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))}
     return Section(title=folder.name, pictures=pictures, shown=texts)

@@ -130,7 +130,7 @@ def read_prompts(path: Path) -> tuple[PromptSet, int]:
         prompts.setdefault(traced.scored.group.prompt.uid, traced.scored.group.prompt)
         count += 1
     if count == 0:
-        raise DataError(f"{path} holds no rollout group; give the traces.jsonl of a run, or what `frpo rollout` wrote")
+        raise DataError(f"{path} holds no rollout group; give the traces.jsonl of a run, or a file of `frpo rollout`")
     return PromptSet(train=tuple(prompts.values()), heldout=(), digest="", skipped={}), count
 
 
@@ -168,7 +168,7 @@ def print_comparison(traces: str, groups: int, comparison: Comparison) -> None:
 
 
 def _print_changes(changes: Sequence[Change]) -> None:
-    table = Table(title="The first that changed")
+    table = Table(title="First changed completions")
     for column in ("group", "sample", "reward", "before", "now", "completion"):
         table.add_column(column, justify="right" if column in ("before", "now") else "left")
     for change in changes:
@@ -208,7 +208,7 @@ def _mean(values_N: np.ndarray) -> float:
 
 
 def _label(name: str) -> str:
-    return "sum by weight" if name == SUM else name
+    return "weighted sum" if name == SUM else name
 
 
 def _number(value: float) -> str:

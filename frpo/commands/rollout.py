@@ -53,7 +53,7 @@ def run_rollout(recipe: Recipe, steps: int, output: str | None) -> int:
         with build_engines(recipe, check_prompts(recipe)) as serving:
             rollouts = sample_steps(serving, steps, path)
     print_summary(steps, rollouts)
-    print(f"groups: {path}  A learner alone trains on them with rollout.replay={path} run.num_steps={steps}")
+    print(f"groups: {path}  To train on them without engines: rollout.replay={path} run.num_steps={steps}")
     return 0
 
 

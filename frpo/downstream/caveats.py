@@ -25,7 +25,7 @@ def caveats(found: Results) -> list[str]:
     if found.single:
         told.append("one seed: intervals are over its held-out prompts; how much other seeds would differ is not known")
     elif len(recipe.seeds) < 3:
-        told.append(f"{len(recipe.seeds)} seeds: an interval over so few says little or nothing")
+        told.append(f"{len(recipe.seeds)} seeds are too few for a reliable interval")
     for pair in found.pairs:
         difference = paired(*(found.policy_by_seed(policy, "eval/kl") for policy in pair))
         level = found.value(pair[1], "eval/kl")
@@ -47,7 +47,7 @@ def caveats(found: Results) -> list[str]:
         lost = [seed for seed in seeds.get("done", ()) if regime and (policy, regime, seed) not in found.paths]
         if lost:
             told.append(f"{policy}/{regime}: seed(s) {', '.join(map(str, lost))} finished, but their metrics.jsonl "
-                        "holds no probe; move their folders away, and `frpo retention` makes them again")
+                        "holds no probe; move their folders away and run `frpo retention` again")
     told += [f"{name} failed: {error}" for name, error in found.failures.items()]
     missing = {f"{policy}/{regime}" if regime else policy: seeds["missing"]
                for (policy, regime), seeds in found.states.items() if "missing" in seeds}
@@ -73,7 +73,7 @@ def _unknown_distances(found: Results) -> list[str]:
     recipe, told = found.plan.recipe, []
     references = {name: recipe.policies[name].reference for name in recipe.shown if recipe.policies[name].reference}
     if len(set(references.values())) > 1:
-        told.append("the KL to the reference is not to the same one, so that only policies of one reference compare: "
+        told.append("policies have different references; compare the KL only between policies of the same reference: "
                     + ", ".join(f"{name} to {reference}" for name, reference in references.items()))
     for name in recipe.shown if len(recipe.shown) > 1 else ():
         reference, has_path = recipe.policies[name].reference, recipe.policies[name].path is not None
@@ -81,16 +81,16 @@ def _unknown_distances(found: Results) -> list[str]:
         reference = reference or (None if has_path else "the model that it began with")
         if lacking and reference:
             told.append(f"{name}: its KL to {reference} is not measured for seed(s) {', '.join(map(str, lacking))}; "
-                        "the same command measures it")
+                        "run the same command again to measure it")
         unknown = [seed for seed in recipe.seeds if "kept/reward" not in found.policies.get((name, seed), {})]
         if unknown and recipe.policies[name].is_point and recipe.policies[name].reference is None:
-            told.append(f"{name}: its reward is not measured for seed(s) {', '.join(map(str, unknown))}; the same "
-                        "command measures it")
+            told.append(f"{name}: its reward is not measured for seed(s) {', '.join(map(str, unknown))}; run the same "
+                        "command again to measure it")
         infinite = [seed for seed, kl in found.policy_by_seed(name, "eval/kl").items() if math.isnan(kl)]
         if infinite:
             told.append(f"{name}: its KL to the reference was not finite for seed(s) {', '.join(map(str, infinite))}")
         if lacking and has_path and not reference:
-            told.append(f"{name} is given by path, so that its KL to a reference is not known; set "
+            told.append(f"{name} is given by path, so its KL to a reference is not known; set "
                         f"policies.{name}.reference to the policy that it was trained from")
     return told
 
@@ -148,6 +148,6 @@ def _advice(recipe: RetentionRecipe, probed: Iterable[int], gaps: Sequence[Gap])
                     "to measure a finished fork again, move its folder "
                     f"{recipe.run.dir}/seedN/forks/POLICY/REGIME away")
     if any(gap.updates[1] - gap.updates[0] == 1 for gap in gaps):
-        told.append("no probe fits between two consecutive updates; to fill such a gap lower the learner.lr of the "
-                    "fork, or raise its learner.warmup_steps")
+        told.append("no probe fits between two consecutive updates; to fill such a gap, lower learner.lr of the fork "
+                    "or raise its learner.warmup_steps")
     return told

@@ -50,7 +50,7 @@ def certify(rewards_PN: np.ndarray, lambdas: Sequence[float], confidence: float)
         raise ValueError(f"a certificate needs at least 2 prompts with 4 samples each, given shape {rewards_PN.shape}")
     if not np.isfinite(rewards_PN).all():
         raise ValueError(f"{int((~np.isfinite(rewards_PN)).sum())} of {rewards_PN.size} rewards are missing or not "
-                         "finite, so that nothing can be certified")
+                         "finite; a certificate needs finite rewards only")
     lambdas_L = np.asarray(lambdas, dtype=np.float64)
     chosen_LP, judged_LP = (np.stack([robust_rewards(half_PN, lam) for lam in lambdas_L])
                             for half_PN in (rewards_PN[:, ::2], rewards_PN[:, 1::2]))

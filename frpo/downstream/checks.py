@@ -97,8 +97,8 @@ def check_models(seed: SeedPlan) -> None:
         with about(f"policy {name}, seed {seed.seed}"):
             differing = vocabulary_difference(measured, tokenizer_of(model))
             if differing:
-                raise ModelError(f"its tokenizer is not that of {KEPT} ({differing}); all policies of a matrix run on "
-                                 "engines of one model family")
+                raise ModelError(f"its tokenizer differs from that of {KEPT} ({differing}); use models of one family, "
+                                 "because all policies of a matrix share their engines")
 
 
 def check_references(recipe: RetentionRecipe, seed: SeedPlan) -> None:
@@ -175,20 +175,20 @@ def _heldout_record(seed: SeedPlan, prompts: PromptSet, seen: dict[str, set[tupl
     """
     heldout = {prompt.token_ids: prompt.uid for prompt in prompts.heldout}
     if len(heldout) < 2:
-        raise DataError(f"{KEPT} holds out {len(heldout)} prompt(s), too few for an interval; give more in "
+        raise DataError(f"{KEPT} holds out {len(heldout)} prompt(s), but an interval needs at least 2; give more in "
                         "data.heldout_path, or raise data.heldout")
     overlap = {name: len(set(heldout) & prompts) for name, prompts in seen.items()}
     record = {"heldout": len(heldout), "uids": sorted(heldout.values()), "overlap": overlap}
     path = seed.folder / HELD_OUT
     others = path.is_file() and json.loads(path.read_text(encoding="utf-8"))["uids"] != record["uids"]
     if others and has_begun(seed.folder.parent):
-        raise DataError(f"{path} names other held-out prompts than {KEPT} has now; choose another run.dir (of "
-                        "`frpo sweep`: --dir), or restore the data that this matrix began with")
+        raise DataError(f"{path} lists other held-out prompts than {KEPT} has now; choose another run.dir "
+                        "(`frpo sweep`: --dir), or restore the data with which this matrix began")
     trained = {name: count for name, count in overlap.items() if count}
     if trained and allowed == "refuse":
-        told = ", ".join(f"{count} by {name}" for name, count in trained.items())
-        raise DataError(f"held-out prompts of {KEPT} are trained on: {told}, of {len(heldout)}; what is kept "
-                        "would be measured on training data. Hold out others, or set measure.overlap to keep")
+        told = ", ".join(f"{count} of {name}" for name, count in trained.items())
+        raise DataError(f"some of the {len(heldout)} held-out prompts of {KEPT} are also training prompts: {told}. "
+                        "Hold out other prompts, or set measure.overlap to keep to measure on training data")
     return record
 
 

@@ -40,8 +40,8 @@ def _doubts(found: Results, best: str, others: list[str]) -> list[str]:
     measure = _section(found).measure
     leads = {name: found.lead(best, name, measure) for name in others}
     if unknown := [name for name, lead in leads.items() if math.isnan(lead.half_width)]:
-        return [f"Whether that is more than chance cannot be said: {measure} has no interval of one seed "
-                f"({', '.join(f'{name} {_level(found, name)}' for name in unknown)}); more seeds give one."]
+        return [f"This lead may be chance: {measure} has no interval from one seed "
+                f"({', '.join(f'{name} {_level(found, name)}' for name in unknown)}); run more seeds to get one."]
     close = {name: lead for name, lead in leads.items() if not lead.differs}
     if not close:
         return []
@@ -60,7 +60,7 @@ def _lacking(found: Results) -> list[str]:
     names |= {f"{regime}/{name}" for (_, regime, _), values in found.summaries.items() for name in values}
     known = sorted(name for name in names if "interval" not in name
                    and any(not math.isnan(found.value(policy, name)) for policy in recipe.forked))
-    return [f"Nothing has measured {', '.join(missing)}; there are {', '.join(known)}."]
+    return [f"Not measured: {', '.join(missing)}; available measures: {', '.join(known)}."]
 
 
 def _missing(found: Results) -> list[str]:

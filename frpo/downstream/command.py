@@ -86,13 +86,13 @@ def check_and_show(plan: Plan) -> int:
     for stage in plan.stages:
         state = "done" if stage.done else f"failed: {stage.failure}" if stage.failure else "to be run"
         print(f"{stage.name}: {state}  ({stage.run_dir})")
-    print("# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not")
+    print("# checked: recipes, models, data, rewards, held-out prompts; not checked: files that stages will make")
     if unmade:
-        print(f"# not checked, since the setup has yet to make their files: {'; '.join(unmade)}")
+        print(f"# not checked, because the setup has not made their files yet: {'; '.join(unmade)}")
     at = plan.recipe.measure.at
     if at is not None and len(at) < FEW_PROBES and plan.recipe.regimes:
-        print(f"# note: measure.at lists {len(at)} updates: between so few probes the KL may jump, and means over KL "
-              "may be left blank; leave measure.at out, so that probes follow the KL")
+        print(f"# note: measure.at lists only {len(at)} updates. The KL may jump between probes, and means over KL may "
+              "be left blank; leave measure.at out, so that probes follow the KL")
     return 0
 
 

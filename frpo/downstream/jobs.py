@@ -46,7 +46,7 @@ def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
             process.wait()
     broken = [log for process, log in zip(running, logs) if process.returncode not in ENDED]
     if broken:
-        raise EngineError(f"{len(broken)} of {len(running)} processes broke off; the end of {broken[0]}:\n"
+        raise EngineError(f"{len(broken)} of {len(running)} processes failed; last lines of {broken[0]}:\n"
                           + "\n".join(broken[0].read_text(encoding="utf-8", errors="replace").splitlines()[-5:]))
 
 

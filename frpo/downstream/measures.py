@@ -30,7 +30,7 @@ def check_measures(recipe: RetentionRecipe, kept: Recipe, policies: Sequence[Any
             if name not in {*known, *own} and not _known_afterwards(name, recipe, policies):
                 near = next((each for each in known if each.endswith(f"/{name}")), None) or nearest(name, known)
                 meant = f"; did you mean {near!r}?" if near else "."
-                raise ConfigError(f"{key}: {name!r} is no measure of policies{meant} There are {', '.join(known)}")
+                raise ConfigError(f"{key}: {name!r} is not a measure of policies{meant} Allowed: {', '.join(known)}")
 
 
 def _known(recipe: RetentionRecipe, kept: Recipe) -> Iterator[str]:

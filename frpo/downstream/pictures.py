@@ -35,7 +35,7 @@ def draw_all(found: Results, folder: Path) -> dict[str, Path]:
             pictures[f"Kept {title}"] = _saved(kept(found, title), folder / f"kept_{title.partition(' ')[2]}.png")
     for regime in found.plan.recipe.regimes:
         if any(found.common_seeds(pair, regime) and _is_curve(found, pair[0], regime) for pair in found.pairs):
-            how = "one seed: no interval, any may be chance" if found.single else "seed by seed"
+            how = "one seed: no interval, any difference may be chance" if found.single else "seed by seed"
             pictures[f"Differences through {regime}, {how}"] = _saved(
                 differences(found, regime), folder / f"differences_{regime}.png")
     if found.certified:
@@ -115,7 +115,7 @@ def spent(found: Results) -> Figure:
     unknown = [policy for policy in found.plan.recipe.shown if math.isnan(found.value(policy, "eval/kl"))]
     over = "held-out prompts, one seed" if found.single else "seeds"
     figure.suptitle("\n".join([f"bars: 95 % interval over {over}", *(textwrap.wrap(
-        f"not shown, since their KL to the reference is not known: {', '.join(unknown)}", 60 * columns) if unknown
+        f"not shown, because their KL to the reference is unknown: {', '.join(unknown)}", 60 * columns) if unknown
         else [])]), fontsize=8)
     for axis, (label, measure) in zip(axes.flat, panels):
         for policy, color in colored(found.plan.recipe.shown):

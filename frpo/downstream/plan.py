@@ -76,7 +76,7 @@ class Stage:
         record = self._read(DONE)
         if record is not None and record["digest"] != self.digest:
             raise ConfigError(f"{self.run_dir} holds the result of another recipe than {self.name} has now; choose "
-                              "another run.dir, or move that folder away to have it made again")
+                              "another run.dir, or move that folder away to run the stage again")
         return record
 
     @property
@@ -179,13 +179,13 @@ def _check_shared(name: str, recipe: AnyRecipe, kept: Recipe) -> None:
         for key in keys if hasattr(recipe, section) else ():
             given, wanted = getattr(getattr(recipe, section), key), getattr(getattr(kept, section), key)
             if given != wanted:
-                raise ConfigError(f"{name}: {section}.{key} = {given!r}, but measure.kept has {wanted!r}; all recipes "
-                                  "share one set of engines and ranks, make them equal")
+                raise ConfigError(f"{name}: {section}.{key} = {given!r}, but measure.kept has {wanted!r}; set both to "
+                                  "the same value, because all recipes share one set of engines and ranks")
     if isinstance(recipe, Recipe) and recipe.model.max_length > kept.model.max_length:
         raise ConfigError(f"{name}: model.max_length = {recipe.model.max_length} is above the {kept.model.max_length} "
-                          "of measure.kept, for which engines are made; raise that")
+                          "of measure.kept, which is the limit of the engines; raise model.max_length of measure.kept")
     if isinstance(recipe, Recipe) and recipe.rollout.replay is not None:
-        raise ConfigError(f"{name}: rollout.replay learns without engines; set it to null")
+        raise ConfigError(f"{name}: rollout.replay trains without engines, but a matrix needs them; set it to null")
 
 
 def make_plan(recipe: RetentionRecipe, beside: Path = Path()) -> Plan:
@@ -247,9 +247,9 @@ def _task(key: str, section: TaskSection, words: Mapping[str, str], beside: Path
     found = _loaded(key, load_recipe, _filled(section.recipe, words, key), overrides, beside)
     if found.evaluate.temperature != 1.0:
         raise ConfigError(f"{key}: {section.recipe} evaluates at temperature {found.evaluate.temperature:g}; the KL of "
-                          "sequences is unbiased at 1 only: override evaluate.temperature=1.0")
+                          "sequences is unbiased only at 1; add evaluate.temperature=1.0 to its overrides")
     if found.data.heldout == 0 and found.data.heldout_path is None:
-        raise ConfigError(f"{key}: {section.recipe} holds no prompts out, so that nothing can be measured; raise "
+        raise ConfigError(f"{key}: {section.recipe} holds no prompts out, so nothing can be measured; raise "
                           "data.heldout or give data.heldout_path")
     return found
 
@@ -270,15 +270,15 @@ def _nearby(recipe: str, beside: Path) -> str:
     except FileNotFoundError:
         places = [folder / name for folder in (Path(), beside) for name in (recipe, f"{recipe}.yaml")]
         there = next((place for place in places if place.is_file()), None)
-        return f"\nThere is {there}: write recipe: {there}. Paths begin in the working directory" if there else ""
+        return f"\n{there} exists: write recipe: {there}. Paths begin in the working directory" if there else ""
 
 
 def _filled(text: str, words: Mapping[str, str], key: str) -> str:
     try:
         return Template(text).substitute(words)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"{key}: {text!r} has an unknown word ({error}); known are "
-                          f"{', '.join('$' + word for word in words)}, and $$ is a dollar sign") from None
+        raise ConfigError(f"{key}: {text!r} has an unknown $ word ({error}); allowed: "
+                          f"{', '.join('$' + word for word in words)}, and $$ for a dollar sign") from None
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:

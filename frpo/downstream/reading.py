@@ -34,7 +34,7 @@ def collect(plan: Plan) -> Results:
     measured = [(seed, stage, path) for seed in plan.seeds for stage in seed.forks if stage.done
                 if (path := read_path(rows_of(stage), KL)).metrics.keys() >= PROBED]
     if not any(stage.done for stage in plan.stages):
-        raise ConfigError(f"{plan.recipe.run.dir} has no finished stage to tell of; run `frpo retention` first")
+        raise ConfigError(f"{plan.recipe.run.dir} has no finished stage; run `frpo retention` first")
     exact = bool(measured) and all({"exact/reward", "exact/decile"} <= set(path.metrics) for _, _, path in measured)
     reward, decile = ("exact/reward", "exact/decile") if exact else ("kept/reward", "kept/decile")
     paths: dict[Fork, ForkPath] = {(stage.policy, stage.regime or "", stage.seed): path for _, stage, path in measured}

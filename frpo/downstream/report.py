@@ -75,22 +75,22 @@ def meanings(found: Results) -> TableText:
         rows.append((name, f"what forks go through: {section.means or _training(found, name)}"))
     rows.append(("kept" if recipe.regimes else "reward",
                  f"reward of held-out prompts of {measure.kept.means or _rewards(first.kept)}"))
-    rows.append(("several rewards", "each measurement samples again, so that one export has several numbers for its "
-                                    "reward, such as that of its training's own evaluation and that of `measure.kept`; "
-                                    "they differ by chance"))
+    rows.append(("several rewards", "each measurement draws new samples, so one export has several rewards, such as "
+                                    "that of the evaluation in its training and that of `measure.kept`; they differ "
+                                    "by chance"))
     if first.utility is not None and measure.utility is not None:
         rows.append(("utility", f"reward of held-out prompts of {measure.utility.means or _rewards(first.utility)}"))
     if recipe.regimes:
         rows += [("decile", "mean of the lowest tenth of its completions"),
-                 ("start, end", "before the first update of a fork and after its last one; of one seed the interval of "
-                                "their difference takes both for independent"),
-                 ("over updates", "mean along a fork's updates: how soon it is lost"),
-                 ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy: how much is lost by a "
-                             "fine-tuning that goes so far")]
+                 ("start, end", "before the first and after the last update of a fork; with one seed, the interval of "
+                                "their difference treats the two as independent"),
+                 ("over updates", "mean along a fork's updates; it shows how soon the reward is lost"),
+                 ("over KL", f"mean over 0 to {measure.max_kl:g} nats between fork and policy; it shows how much "
+                             "reward a fine-tuning up to this KL loses")]
     if recipe.compare or recipe.controls:
-        rows.append(("[2/3]", "of a difference: it is above 0 on two of three seeds"))
-    rows.append(("KL to the reference", "nats a sequence that a policy has moved from the model that it began with, or "
-                                        f"from its `reference`{', before any fork' if recipe.regimes else ''}"))
+        rows.append(("[2/3]", "behind a difference: it is above 0 for two of three seeds"))
+    rows.append(("KL to the reference", "KL from a policy to the model that it began with, or to its `reference`, in "
+                                        f"nats a sequence{', before any fork' if recipe.regimes else ''}"))
     return TableText(title="What the names mean", note="", columns=("name", "meaning"), rows=tuple(rows), laid_out=True)
 
 

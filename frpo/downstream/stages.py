@@ -105,7 +105,7 @@ class Matrix:
             return
         bar.note(stage.name)
         if stage.origin and not stage.origin.done:
-            return stage.fail(f"the policy {stage.origin.policy} that it starts from is missing")
+            return stage.fail(f"its start, the policy {stage.origin.policy}, is missing")
         started, shared = time.perf_counter(), self.shared_s
         try:
             with held_folder(stage.run_dir):
@@ -255,4 +255,4 @@ def _with_seed(value: Any, seed: int) -> Any:
     try:
         return yaml.safe_load(Template(value).substitute(seed=seed))
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"measure.exact_kwargs: {value!r} has an unknown word ({error}); known is $seed") from None
+        raise ConfigError(f"measure.exact_kwargs: {value!r} has an unknown $ word ({error}); allowed: $seed") from None

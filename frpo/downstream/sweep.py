@@ -11,7 +11,7 @@ from frpo.config.text import parse_yaml
 from frpo.errors import ConfigError
 
 GIVEN = {"run.dir": "every policy has its own in the folder of --dir", "run.seed": "give the seeds as --seeds 0 1 2",
-         "run.name": "every policy is called by its values"}
+         "run.name": "every policy is named after its values"}
 """Keys that a sweep sets itself, and the advice for each."""
 
 
@@ -25,11 +25,11 @@ def sweep_recipe(recipe: str, overrides: Sequence[str], *, over: Sequence[str], 
     values = _assignments(over, "--over", "objective.kl_coef=[0.001,0.01]")
     for key in (*values, *(override.partition("=")[0] for override in overrides)):
         if key in GIVEN:
-            raise ConfigError(f"{key} is no key to sweep over or to override: {GIVEN[key]}")
+            raise ConfigError(f"a sweep sets {key} itself, so leave it out: {GIVEN[key]}")
     regimes = {Path(each).stem: {"recipe": each} for each in downstream}
     if len(regimes) < len(downstream):
-        raise ConfigError(f"--downstream {' '.join(downstream)}: two are called by the same name, which their folders "
-                          "have too; rename a file, or leave one out")
+        raise ConfigError(f"--downstream {' '.join(downstream)}: two recipes have the same name, but their forks need "
+                          "different folder names; rename a file, or leave one out")
     base = {"recipe": recipe, "overrides": list(overrides)}
     chosen = {"measure": choose} if choose else {}
     return recipe_from_dict({
@@ -47,6 +47,6 @@ def _assignments(texts: Sequence[str], option: str, example: str) -> dict[str, l
         if not equals or not key or not isinstance(values, list) or not values:
             raise ConfigError(f"{option} {text!r} is not of the form {example}")
         if key in found:
-            raise ConfigError(f"{option} {key} is given twice; give all of it in one list, such as {example}")
+            raise ConfigError(f"{option} {key} is given twice; give it once, with one list, such as {example}")
         found[key] = values
     return found

@@ -52,7 +52,7 @@ def state_table(found: Results) -> TableText:
     for policy in recipe.needed():
         cells = [_state(found.states.get((policy, regime))) for regime in (None, *regimes)]
         rows.append((policy, *cells))
-    return TableText(title="What has run", note=f"finished of {len(recipe.seeds)} seed(s); failures are counted",
+    return TableText(title="What has run", note=f"finished of {len(recipe.seeds)} seed(s), and number of failures",
                      columns=("policy", "trained", *regimes), rows=tuple(rows))
 
 
@@ -140,7 +140,7 @@ def own_differences(found: Results, section: TableSection) -> TableText:
     return TableText(title=f"{section.title}: differences seed by seed", laid_out=True,
                      columns=("", *(f"{a} - {b}" for a, b in section.differences)), rows=tuple(rows),
                      note=("in points, " if section.percent else "") + "mean ± 95 % interval [seeds of positive sign]; "
-                     "* leaves zero out, each for itself")
+                     "*: the interval excludes zero, each taken alone")
 
 
 def fork_table(found: Results, title: str) -> TableText:
@@ -172,10 +172,10 @@ def pair_table(found: Results, regime: str) -> TableText:
         control = " (control)" if pair in found.plan.recipe.controls else ""
         rows.append((f"{pair[0]} - {pair[1]}{control}", difference(matched),
                      *(difference(found.compared(pair, regime, name)) for name in known)))
-    note = "one seed: no interval, any of these may be chance; -: no value" if found.single else (
-        "mean ± 95 % interval [seeds of positive sign / seeds with a value for both]; -: no seed has one; * leaves "
-        "zero out, which a control must not. Each interval is for itself: of many, one in twenty leaves zero out by "
-        "chance")
+    note = "one seed: no interval, any difference may be chance; -: no value" if found.single else (
+        "mean ± 95 % interval [seeds of positive sign / seeds with a value for both]; -: no seed has one; *: the "
+        "interval excludes zero, which must not happen for a control. Each interval is taken alone: one in twenty "
+        "excludes zero by chance")
     return TableText(title=f"Differences through {regime}, {'one seed' if found.single else 'seed by seed'}", note=note,
                      columns=("policies", "KL to reference", *known), rows=tuple(rows))
 
@@ -193,9 +193,9 @@ def certificate_table(found: Results) -> TableText:
                      str(sum(each.clear_violations for each in certified)),
                      f"{min(slack):+.3f}" if slack else "", f"{sum(slack) / len(slack):.3f}" if slack else ""))
     return TableText(
-        title="Certificate: reward that any fine-tuning leaves, by the KL it takes",
-        note="lower confidence limit from samples of the policy alone, mean over seeds; points are all probes of all "
-             "forks; below by more than a point's own interval counts as beyond error",
+        title="Certificate: lower bound of the reward after any fine-tuning, by its KL",
+        note="lower confidence limit from samples of the policy alone, mean over seeds; points: all probes of all "
+             "forks; beyond error: below the bound by more than the point's own interval",
         columns=("policy", "B(0.25)", "B(0.5)", "B(1)", "B(2)", "points", "below the bound", "beyond error",
                  "smallest slack", "mean slack"), rows=tuple(rows))
 
@@ -262,7 +262,7 @@ def heldout_table(found: Results) -> TableText:
     rows = [("held out", *(str(record["heldout"]) for record in found.heldout.values())),
             *((f"seen by {name}", *(str(record["overlap"].get(name, "")) for record in found.heldout.values()))
               for name in names)]
-    return TableText(title="Held-out prompts, written down before training",
+    return TableText(title="Held-out prompts, recorded before training",
                      note="and how many of them each training has seen", rows=tuple(rows),
                      columns=("prompts", *(f"seed {seed}" for seed in found.heldout)))
 

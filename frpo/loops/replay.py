@@ -29,8 +29,8 @@ class ReplayBatches:
         for step, groups in self.steps:
             if step == state.step:
                 return self._batch(step, groups)
-        raise DataError(f"{self.path} has no groups of step {state.step}; lower run.num_steps (counted from 0), or "
-                        "give the traces of a longer run")
+        raise DataError(f"{self.path} has no groups of step {state.step} (steps are counted from 0); lower "
+                        "run.num_steps, or give the traces of a longer run")
 
     def save(self, checkpoint: Path) -> None:
         """Do nothing: a resume needs only the step, which is in the run's state."""
@@ -43,7 +43,7 @@ class ReplayBatches:
         for traced in groups:
             parts[traced.trained].append(traced.scored)
         if len(parts[True]) != self.size:
-            raise DataError(f"{self.path}: step {step} learned from {len(parts[True])} groups, "
-                            f"rollout.prompts_per_step is {self.size}; set it to what that run had")
+            raise DataError(f"{self.path}: step {step} has {len(parts[True])} groups, but rollout.prompts_per_step is "
+                            f"{self.size}; set it to the value of the run that wrote the traces")
         return ScoredBatch(chosen=tuple(parts[True]), replaced=tuple(parts[False]), counts={},
                            positions=len(parts[True]) + len(parts[False]))

@@ -142,8 +142,8 @@ class Trainer:
         if self.noted_idle or any(group.advantages_G.any() for group in weighed):
             return
         self.noted_idle = True
-        remark([f"note: in step {step + 1} all completions of a group have the same reward, in every group, so that "
-                "rewards teach nothing; look at the samples, make the task easier, or raise rollout.group_size"])
+        remark([f"note: in step {step + 1} the completions of each group have equal rewards, so the policy learns "
+                "nothing from them; look at the samples, make the task easier, or raise rollout.group_size"])
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup], state: RunState) -> GroupLogprobs:
         """Return log-probabilities under the frozen reference if a KL term needs them, else None for every group.

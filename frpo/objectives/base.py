@@ -89,7 +89,7 @@ class LossInputs:
     def __post_init__(self) -> None:
         tensors = [getattr(self, f.name) for f in dataclasses.fields(self)]
         shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
-        assert len(shapes) == 1, f"LossInputs would broadcast: {shapes}"
+        assert len(shapes) == 1, f"all tensors of LossInputs must have one shape, given {shapes}"
 
     @property
     def anchor_N(self) -> Tensor:
@@ -200,7 +200,7 @@ def valid_rewards(rewards_G: np.ndarray) -> ValidRewards:
     rewards_K = rewards_G[mask_G]
     if (np.abs(rewards_K) > LARGEST_REWARD).any():
         raise RewardError(f"a group has the rewards {rewards_G.tolist()}; allowed is -{LARGEST_REWARD:g} to "
-                          f"{LARGEST_REWARD:g}, since squares must be finite: scale them down")
+                          f"{LARGEST_REWARD:g}, because their squares must be finite; scale the rewards down")
     return ValidRewards(rewards_K=rewards_K, mask_G=mask_G,
                         abstained=int(np.isnan(rewards_G).sum()), invalid=int(np.isinf(rewards_G).sum()))
 

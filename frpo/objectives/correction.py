@@ -30,15 +30,17 @@ class RolloutCorrection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     level: Literal["token", "sequence", "geometric"] = Field(
-        "token", description="one weight a token; or a sequence: product, or geometric mean, of its tokens' weights")
+        "token", description="token: one weight a token; sequence: one weight a sequence, the product of its tokens' "
+                             "weights; geometric: their geometric mean")
     mode: Literal["truncate", "mask"] = Field("truncate", description="truncate: min(weight, high); mask: 0 if outside")
-    low: float | None = Field(None, ge=0, description="lower limit of mode mask; null: none")
+    low: float | None = Field(None, ge=0, description="lower limit of the weight, for mode mask only; null: no limit")
     high: float = Field(2.0, gt=0, description="upper limit of the weight")
 
     @model_validator(mode="after")
     def _limits(self) -> RolloutCorrection:
         if self.low is not None and self.mode == "truncate":
-            raise ValueError(f"low = {self.low} needs mode mask; mode truncate has no lower limit: set low to null")
+            raise ValueError(f"low = {self.low} needs mode mask, because mode truncate has no lower limit; set mode to "
+                             "mask or low to null")
         if self.low is not None and self.low >= self.high:
             raise ValueError(f"low = {self.low} must be below high = {self.high}")
         return self

@@ -65,7 +65,7 @@ class FRPO:
         if self.rho is not None and not 0 < self.rho < math.inf:
             raise ValueError(f"rho must be > 0 and finite, given {self.rho}")
         if self.rho is not None and self.estimator == "jackknife":
-            raise ValueError("rho solves for lam with plug-in weights: set estimator to 'plugin', given 'jackknife'")
+            raise ValueError("rho needs plug-in weights to compute lam: set estimator to 'plugin', given 'jackknife'")
 
     def advantages(self, rewards_G: np.ndarray) -> GroupAdvantages:
         """Compute advantages (G,) from the rewards of a group (G,), NaN for a missing reward.

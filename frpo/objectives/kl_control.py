@@ -23,12 +23,13 @@ class KLControl(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    target: float = Field(gt=0, description="mean KL of a completion to the reference, in nats a sequence")
+    target: float = Field(gt=0, description="mean KL to the reference to hold, in nats a sequence")
     where: dict[str, list[Any]] = Field(
-        {}, description="watch only prompts whose column has one of these values, such as {task: [safety]}; {}: all")
-    gain: float = Field(0.12, gt=0, description="largest relative move of kl_coef a step")
-    smoothing: float = Field(0.85, ge=0, lt=1, description="weight of the old average beside a new measurement")
-    warmup_steps: int = Field(10, ge=0, description="steps that are measured before kl_coef moves")
+        {}, description="measure the KL only on prompts whose column has one of these values, such as "
+                        "{task: [safety]}; {}: on all")
+    gain: float = Field(0.12, gt=0, description="largest relative change of kl_coef a step")
+    smoothing: float = Field(0.85, ge=0, lt=1, description="weight of the old average of the KL when a new KL is added")
+    warmup_steps: int = Field(10, ge=0, description="measured steps before kl_coef first changes")
 
     def watches(self, columns: Mapping[str, Any]) -> bool:
         """Check whether a prompt with these columns counts."""

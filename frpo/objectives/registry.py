@@ -46,7 +46,7 @@ class Registry:
             other = self._classes.get(name, cls)
             if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 taken = f"{other.__module__}:{other.__qualname__}"
-                raise ValueError(f"{self.kind} {name!r} is {taken} already; choose another name")
+                raise ValueError(f"{self.kind} {name!r} is already taken by {taken}; choose another name")
             cast(Any, cls).name = name
             self._classes[name] = cls
             return cls
@@ -100,7 +100,7 @@ class Registry:
             raise ValueError(f"{self.kind} {path!r} must be a dataclass with a method {self.method}")
         for flag in self.flags:
             if not hasattr(cls, flag):
-                raise ValueError(f"{self.kind} {path!r} must say {flag}: ClassVar[bool] = True or False")
+                raise ValueError(f"{self.kind} {path!r} must define {flag}: ClassVar[bool] = True or False")
         return cls
 
 

@@ -79,7 +79,7 @@ def sequence_log_ratios(groups: Sequence[AdvantagedGroup], current: Scores, old:
 def require_reweightable(estimator: AdvantageEstimator) -> None:
     """Raise ValueError, with a remedy, unless the estimator can compute `reweighted` with its parameters."""
     if not (isinstance(estimator, Reweightable) and callable(estimator.reweighted)):
-        raise ValueError(f"the estimator must have `reweighted`, which {estimator.name} has not; use frpo")
+        raise ValueError(f"the estimator {estimator.name} has no method `reweighted`; use frpo")
     estimator.reweighted(np.zeros(2), np.zeros(2))
 
 

@@ -41,7 +41,7 @@ class SupervisedInputs:
     def __post_init__(self) -> None:
         tensors = [getattr(self, f.name) for f in dataclasses.fields(self)]
         shapes = {tuple(tensor.shape) for tensor in tensors if tensor is not None}
-        assert len(shapes) == 1, f"SupervisedInputs would broadcast: {shapes}"
+        assert len(shapes) == 1, f"all tensors of SupervisedInputs must have one shape, given {shapes}"
 
     @property
     def live_N(self) -> Tensor:

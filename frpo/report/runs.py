@@ -120,7 +120,7 @@ def _missing(measure: Measure, runs: Mapping[str, Rows]) -> list[str]:
     """
     names = [name for name, rows in runs.items() if not _known(rows, measure)
              and any(measure.beside in row for row in rows)]
-    told = f"not in it, since {measure.unless}: {', '.join(names)}"
+    told = f"not shown, because {measure.unless}: {', '.join(names)}"
     return textwrap.wrap(told, WRAPPED, break_on_hyphens=False) if names else []
 
 

@@ -119,7 +119,7 @@ def test_a_failed_stage_is_told_and_what_needs_it_waits(runs_of):
     folder, _ = runs_of
     text = output(folder)
     assert "broken, seed 3: failed" in text and "! broken, seed 3 failed: InvariantError" in text
-    assert "! broken, seed 3, sft failed: the policy broken that it starts from is missing" in text
+    assert "! broken, seed 3, sft failed: its start, the policy broken, is missing" in text
     dry = subprocess.run([sys.executable, "-m", "frpo", "retention", str(folder / "matrix.yaml"), "--dry-run"],
                          capture_output=True, text=True, timeout=60, cwd=folder)
     assert dry.returncode == 0 and dry.stdout.count(": done") == 6 and "to be run" not in dry.stdout

@@ -220,7 +220,7 @@ def test_a_script_that_starts_a_training_when_it_is_loaded_says_where_to_put_it(
         "frpo.train({'extends': 'smoke', 'rewards': [r]})\n")
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "script.py starts a training while one of its functions is being loaded; put what it runs under " \
+    assert "script.py starts a training while frpo loads one of its functions; put the code that starts it under " \
            "`if __name__ == \"__main__\":`" in done.stderr
 
 

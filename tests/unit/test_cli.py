@@ -256,7 +256,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_what_was_checked(place, models
     assert any(line.startswith("# device: cpu (run.device: auto, since torch ") for line in told)
     told = run(capsys, "train", "recipe.yaml", "learner.threads=700", "rollout.prompts_per_step=6", "run.device=cpu",
                "--dry-run")[1].splitlines()
-    assert ("# note: rollout.prompts_per_step = 6 is more than the 4 training prompts, so that a step draws some of "
+    assert ("# note: rollout.prompts_per_step = 6 is more than the 4 training prompts, so a step draws some of "
             "them twice") in told
     assert "# device: cpu (run.device: cpu)" in told
     assert any(line.startswith("# note: learner.num_ranks x learner.threads = 1400 and ") for line in told)
@@ -471,7 +471,7 @@ def test_a_dry_run_of_a_fine_tuning_shows_its_length_and_what_is_learned_first(p
     assert "# checked: model made on the spot, resume from the start\n" in out
     assert "# length: 3 updates of 5 examples, each example 3 times\n" in out
     assert "# note: data.batch_size = 32 is more than the 5 training examples" in out
-    assert "# first example, pairs.jsonl:1: '<user>0+1<assistant>1<eos>'\n#   of which is learned: '1<eos>'\n" in out
+    assert "# first example, pairs.jsonl:1: '<user>0+1<assistant>1<eos>'\n#   learned part: '1<eos>'\n" in out
 
 
 @pytest.mark.parametrize("environ, settings", [
@@ -489,12 +489,13 @@ def test_w_and_b_is_taken_where_somebody_is_logged_in_or_offline(place, monkeypa
 
 def test_starting_over_and_not_doing_so_contradict_each_other(place, capsys):
     wrong = usage_error(capsys, "train", "recipe.yaml", "--overwrite", "run.resume=never")
-    assert "--overwrite starts over and run.resume=never says otherwise; leave one of them out" in wrong
+    assert "--overwrite starts over, but run.resume=never does not; leave one of them out" in wrong
 
 
 def test_a_model_without_weights_passes_the_checks_and_is_noted_but_does_not_run(place, capsys):
     code, out, _ = run(capsys, "train", "recipe.yaml", "model.path=hollow", "--dry-run")
-    assert code == 0 and "# note: the run would end here: model.path 'hollow' has no weights (model.safe" in out
+    assert code == 0
+    assert "# note: the run would stop with this error: model.path 'hollow' has no weights (model.safe" in out
     for command in (["train", "recipe.yaml"], ["rollout", "recipe.yaml"]):
         code, _, err = run(capsys, *command, "model.path=hollow", "run.dir=elsewhere")
         assert code == 2 and err.startswith("frpo: ModelError: model.path 'hollow' has no weights")
@@ -539,7 +540,7 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     assert HELD_OUT.format(6) in out
 
 
-CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; what a stage has still to make is not"
+CHECKED = "# checked: recipes, models, data, rewards, held-out prompts; not checked: files that stages will make"
 
 
 def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
@@ -549,14 +550,14 @@ def test_the_stages_of_a_matrix_are_shown_and_not_begun(place, capsys):
     lines = out.splitlines()
     assert lines[:5:4] == ["warm, seed 7: to be run  (runs/lab-quick/seed7/policies/warm)",
                            "dr_grpo, seed 7, sft: to be run  (runs/lab-quick/seed7/forks/dr_grpo/sft)"]
-    assert lines[5:] == [CHECKED, "# not checked, since the setup has yet to make their files: measure.kept; "
+    assert lines[5:] == [CHECKED, "# not checked, because the setup has not made their files yet: measure.kept; "
                          "measure.utility; warm, seed 7; frpo, seed 7; dr_grpo, seed 7; frpo, seed 7, sft; "
                          "dr_grpo, seed 7, sft"]
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", "--over", "learner.lr=[1e-3]",
                          "--seeds", "4", "--dir", "there", "--dry-run")
     assert (code, out) == (0, "policy-lr=0.001, seed 4: to be run  (there/seed4/policies/policy-lr=0.001)\n"
                               f"{CHECKED}\n"), err
-    note = "# note: measure.at lists {} updates: between so few probes the KL may jump, and means over KL may be left"
+    note = "# note: measure.at lists only {} updates. The KL may jump between probes, and means over KL may be left"
     quick = ("retention", "lab", "--quick", "--dry-run", "seeds=[7]")
     for at, noted in (("[]", True), ("[1,2,3]", True), ("[1,2,3,4]", False), ("null", False)):
         assert (note.format(at.count(",") + (len(at) > 2)) in run(capsys, *quick, f"measure.at={at}")[1]) is noted
@@ -580,20 +581,20 @@ def test_a_mistake_of_a_sweep_is_found_by_a_dry_run_too_and_says_what_it_is_abou
 
 @pytest.mark.parametrize("arguments, message", [
     (["--over", "objective.kl_coef"], "--over 'objective.kl_coef' is not of the form objective.kl_coef=[0.001,0.01]"),
-    (["--over", "learner.lr=[1e-3]", "--over", "learner.lr=[1e-4]"], "--over learner.lr is given twice; give all of"),
-    (["--over", "run.seed=[1,2]"], "run.seed is no key to sweep over or to override: give the seeds as --seeds"),
-    (["--over", "run.dir=[a,b]"], "run.dir is no key to sweep over or to override: every policy has its own in the"),
-    (["run.dir=a", "--over", "learner.lr=[1e-3]"], "run.dir is no key to sweep over or to override: every policy"),
+    (["--over", "learner.lr=[1e-3]", "--over", "learner.lr=[1e-4]"], "--over learner.lr is given twice; give it"),
+    (["--over", "run.seed=[1,2]"], "a sweep sets run.seed itself, so leave it out: give the seeds as --seeds"),
+    (["--over", "run.dir=[a,b]"], "a sweep sets run.dir itself, so leave it out: every policy has its own in the"),
+    (["run.dir=a", "--over", "learner.lr=[1e-3]"], "a sweep sets run.dir itself, so leave it out: every policy"),
     (["--over", "learner.lr=[1e-3]", "--choose", "reward"],
-     "choose.measure (--choose): 'reward' is no measure of policies; did you mean 'kept/reward'? There are kept/rew"),
-    (["--over", "learner.lr=[1e-3]", "--choose", "kept/foo"], "'kept/foo' is no measure of policies"),
-    (["--over", "learner.lr=[1e-3]", "--choose", "exact/comply"], "'exact/comply' is no measure of policies. There"),
+     "choose.measure (--choose): 'reward' is not a measure of policies; did you mean 'kept/reward'? Allowed: kept/rew"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "kept/foo"], "'kept/foo' is not a measure of policies"),
+    (["--over", "learner.lr=[1e-3]", "--choose", "exact/comply"], "'exact/comply' is not a measure of policies. All"),
     (["--over", "learner.lr=[1e-3]", "--within", "eval/foo=[null,0.5]"],
-     "choose.bounds (--within): 'eval/foo' is no measure of policies"),
+     "choose.bounds (--within): 'eval/foo' is not a measure of policies"),
     (["--over", "learner.lr=[1e-3]", "--within", "eval/kl=[0,1]", "--within", "eval/kl=[0,2]"],
      "--within eval/kl is given twice"),
     (["--over", "learner.lr=[1e-3]", "--downstream", "a/x.yaml", "--downstream", "b/x.yaml"],
-     "--downstream a/x.yaml b/x.yaml: two are called by the same name")])
+     "--downstream a/x.yaml b/x.yaml: two recipes have the same name")])
 def test_a_mistake_on_the_command_line_of_a_sweep_is_found_at_once(place, capsys, arguments, message):
     code, out, err = run(capsys, "sweep", "recipe.yaml", "evaluate.temperature=1.0", *arguments)
     assert (code, out) == (2, "") and message in err
@@ -611,8 +612,8 @@ def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported():
     ([], "the following arguments are required: COMMAND"),
     (["train"], "\nFor example: frpo train smoke\n"),
     (["finetune"], "\nGive a recipe: a YAML file, or the name of one: csft_llama2_7b_aoa, "),
-    (["train", "recipe.yaml", "--num-generations", "4"], "as section.key=value, this one as rollout.group_size=VALUE"),
-    (["train", "recipe.yaml", "--learner.lr=4"], "as section.key=value, this one as learner.lr=VALUE"),
+    (["train", "recipe.yaml", "--num-generations", "4"], "write section.key=value, here rollout.group_size=VALUE"),
+    (["train", "recipe.yaml", "--learner.lr=4"], "write section.key=value, here learner.lr=VALUE"),
     (["trian", "recipe.yaml"], "invalid choice: 'trian' (choose from 'train'"),
     (["train"], "the following arguments are required: recipe"),
     (["sweep"], "the following arguments are required: recipe, --over\n"),
@@ -624,10 +625,10 @@ def test_a_wrong_sweep_is_told_before_anything_heavy_is_imported():
     (["train", "recipe.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
     (["train", "recipe.yaml", "--steps=3"], "unrecognized arguments: --steps=3"),
     (["train", "recipe.yaml", "--dry-run", "learner.lr=1e-4", "--resume", "x"],
-     "unrecognized arguments: --resume x; values of a recipe are written as section.key=value, this one as "
+     "unrecognized arguments: --resume x; to set a value of a recipe, write section.key=value, here "
      "run.resume=VALUE"),
     (["train", "recipe.yaml", "--dry-run", "learner.lr:1e-4", "run.seed=1"],
-     "unrecognized arguments: learner.lr:1e-4; values of a recipe are written with =, this one as learner.lr=1e-4"),
+     "unrecognized arguments: learner.lr:1e-4; to set a value of a recipe, write learner.lr=1e-4"),
     (["doctor", "run.seed=3"], "unrecognized arguments: run.seed=3")])
 def test_wrong_usage_is_explained(place, capsys, arguments, message):
     assert message in usage_error(capsys, *arguments)
@@ -648,8 +649,8 @@ def test_a_job_that_ray_stops_by_sigint_hears_it_even_from_a_shells_background(m
 @pytest.mark.parametrize("number, code, said", [
     (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 @pytest.mark.parametrize("command, saved, again", [
-    ("train", True, "; the same command goes on from the newest checkpoint"),
-    ("train", False, "; no checkpoint was saved yet (run.save_every = 2), the same command begins anew"),
+    ("train", True, "; the same command continues from the newest checkpoint"),
+    ("train", False, "; no checkpoint was saved yet (run.save_every = 2), the same command starts over"),
     ("config", False, "")])
 def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(tmp_path, number, code, said, command, saved, again):
     if saved:

@@ -36,8 +36,8 @@ def test_our_locks_pin_one_build_of_vllm(name, engine, other):
 
 
 @pytest.mark.parametrize("driver, cuda, fix", [
-    ("580.65.06", "13.0", ""), ("595.1", "13.0", ""), ("570.86.10", "13.0", "ask for driver 580 or newer"),
-    ("535.183.01", "12.8", ""), ("470.1", "12.8", "ask for driver 525 or newer"), ("470.1", None, "")])
+    ("580.65.06", "13.0", ""), ("595.1", "13.0", ""), ("570.86.10", "13.0", "install driver 580 or newer"),
+    ("535.183.01", "12.8", ""), ("470.1", "12.8", "install driver 525 or newer"), ("470.1", None, "")])
 def test_a_driver_that_is_too_old_for_the_cuda_of_torch_is_named(driver, cuda, fix):
     what, here, _, found = check_driver(driver, cuda)
     assert (what, here) == ("NVIDIA driver", driver) and found.startswith(fix) and bool(found) == bool(fix)

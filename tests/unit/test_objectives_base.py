@@ -108,7 +108,7 @@ def test_a_class_in_a_file_is_found_and_a_recipe_takes_it_to_another_process(tmp
     ({"name": "clip", "cliplow": 0.1}, r"unknown key of surrogate 'clip': 'cliplow' \(did you mean 'clip_low'\?\)"),
     ({"name": "cispo", "clip_low": "none"}, "clip_low of surrogate 'cispo' must be a valid number, given 'none'"),
     ({"name": f"{__name__}:NoDataclass"}, r"must be a dataclass with a method objective\(tokens\)"),
-    ({"name": f"{__name__}:Silent"}, "Silent' must say whole_sequences"),
+    ({"name": f"{__name__}:Silent"}, "Silent' must define whole_sequences"),
 ])
 def test_mistakes_in_surrogates_are_named(values, message):
     with pytest.raises(ValueError, match=message):
@@ -160,7 +160,7 @@ def test_mistakes_are_named(values, message):
 
 
 def test_a_name_is_not_taken_twice():
-    with pytest.raises(ValueError, match="'frpo' is frpo.objectives.frpo:FRPO already"):
+    with pytest.raises(ValueError, match="'frpo' is already taken by frpo.objectives.frpo:FRPO"):
         estimator("frpo")(Doubled)
     assert estimators()["frpo"] is FRPO
 
@@ -229,7 +229,7 @@ def test_rewards_of_many_groups_are_refused():
 
 def test_loss_inputs_refuse_to_broadcast():
     flat, column = torch.zeros(3), torch.zeros(3, 1)
-    with pytest.raises(AssertionError, match="broadcast"):
+    with pytest.raises(AssertionError, match="all tensors of LossInputs must have one shape"):
         LossInputs(logprobs_N=flat, old_logprobs_N=flat, ref_logprobs_N=None, advantage_N=column, policy_weight_N=flat,
                    kl_weight_N=flat, mask_N=flat.bool(), rollout_logprobs_N=None, sequence_N=flat.long())
 

@@ -93,7 +93,7 @@ def test_weights_carry_no_gradient():
 @pytest.mark.parametrize("keys, message", [
     (dict(level="group"), "level"), (dict(mode="clip"), "mode"), (dict(high=0.0), "high"), (dict(low=-1.0), "low"),
     (dict(high=math.inf), "high"), (dict(cap=2.0), "cap"),
-    (dict(low=0.5), "low = 0.5 needs mode mask; mode truncate has no lower limit: set low to null"),
+    (dict(low=0.5), "low = 0.5 needs mode mask, because mode truncate has no lower limit; set mode to mask or low to"),
     (dict(mode="mask", low=2.0), r"low = 2\.0 must be below high = 2\.0"),
 ])
 def test_bad_values_are_named(keys, message):

@@ -191,7 +191,7 @@ def test_values_that_make_no_sense_are_refused(build, message):
 
 def test_inputs_never_broadcast():
     two_N = column([1, 2])
-    with pytest.raises(AssertionError, match="would broadcast"):
+    with pytest.raises(AssertionError, match="all tensors of SupervisedInputs must have one shape"):
         SupervisedInputs(logprobs_N=two_N, ref_logprobs_N=column([1]), position_N=two_N, weight_N=two_N)
 
 

@@ -434,9 +434,9 @@ def test_a_tiny_model_is_planned_for_whatever_gpu(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["smoke", "--gpus", "0"], "argument --gpus: should be a whole number from 1 on, given '0'"),
-    (["smoke", "--memory", "-1"], "argument --memory: should be a number of GB above 0, given '-1'"),
-    (["smoke", "--memory", "many"], "argument --memory: should be a number of GB above 0, given 'many'"),
+    (["smoke", "--gpus", "0"], "argument --gpus: must be a whole number >= 1, given '0'"),
+    (["smoke", "--memory", "-1"], "argument --memory: must be a number of GB above 0, given '-1'"),
+    (["smoke", "--memory", "many"], "argument --memory: must be a number of GB above 0, given 'many'"),
     ([], "Give a recipe: a YAML file, or the name of one")])
 def test_wrong_usage_is_told(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:

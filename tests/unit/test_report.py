@@ -101,8 +101,8 @@ def test_a_panel_of_the_kl_names_the_trainings_that_measured_none(tmp_path):
     shown = chart_runs(runs, {}).panels
     for title, drawn, why in (
             ("KL to the reference, held-out, nats a sequence", {"held"},
-             "not in it, since objective.kl_coef was 0, or<br>evaluate.temperature not 1: fr-ee, loose"),
-            ("KL to the reference, nats a token", {"held"}, "not in it, since objective.kl_coef was 0: fr-ee, loose"),
+             "not shown, because objective.kl_coef was 0, or<br>evaluate.temperature not 1: fr-ee, loose"),
+            ("KL to the reference, nats a token", {"held"}, "not shown, because objective.kl_coef was 0: fr-ee, loose"),
             ("KL to the reference, held-out, nats a token", {"tuned"}, None),
             ("reward, held-out", {"held", "fr-ee", "loose"}, None)):
         assert {trace["name"] for trace in shown[title]["data"]} == drawn
@@ -112,7 +112,7 @@ def test_a_panel_of_the_kl_names_the_trainings_that_measured_none(tmp_path):
         title = "KL to the reference, held-out, nats a sequence"
         _draw_panel(axis, title, panels(runs)[title], {"held": with_kl, name: runs[name]})
     assert [axis.get_xlabel() for axis in axes] == [
-        "step\nnot in it, since objective.kl_coef was 0, or\nevaluate.temperature not 1: fr-ee", "step"]
+        "step\nnot shown, because objective.kl_coef was 0, or\nevaluate.temperature not 1: fr-ee", "step"]
     plt.close(figure)
 
 

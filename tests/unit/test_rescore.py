@@ -102,7 +102,7 @@ def rewards(*specs):
 def test_the_same_rewards_change_nothing_and_are_written_as_they_were(place, capsys):
     code, table, err = rescore(capsys, "traces.jsonl", "recipe.yaml", "--output", "out.jsonl")
     assert (code, err) == (0, "")
-    assert table == [["length", "1.833", "1.833", "0 of 6", "0"], ["sum by weight", "3.667", "3.667", "0 of 6", "0"]]
+    assert table == [["length", "1.833", "1.833", "0 of 6", "0"], ["weighted sum", "3.667", "3.667", "0 of 6", "0"]]
     assert (place / "out.jsonl").read_bytes() == (place / "traces.jsonl").read_bytes()
 
 
@@ -112,13 +112,13 @@ def test_another_reward_is_compared_and_its_values_and_advantages_are_written(pl
     code, table, _ = rescore(capsys, "traces.jsonl", "recipe.yaml", changed, "--output", "out.jsonl")
     assert code == 0
     # the reward "length": 1 2 3 4 0 1 before, 1 - 0 0 0 1 now
-    assert table[:2] == [["length", "1.833", "0.4", "3 of 6", "4"], ["sum by weight", "3.667", "1.2", "5 of 6", "8"]]
+    assert table[:2] == [["length", "1.833", "0.4", "3 of 6", "4"], ["weighted sum", "3.667", "1.2", "5 of 6", "8"]]
     assert [row[:1] + row[2:] for row in table[2:]] == [
-        ["[0, 0]", "sum by weight", "2", "3", "a"],
-        ["[0, 0]", "length", "2", "-", "ab"], ["", "sum by weight", "4", "-", ""],
-        ["[0, 0]", "length", "3", "0", "abc"], ["", "sum by weight", "6", "0", ""],
-        ["[0, 1]", "length", "4", "0", "abcd"], ["", "sum by weight", "8", "0", ""],
-        ["[0, 1]", "sum by weight", "2", "3", "a"]]
+        ["[0, 0]", "weighted sum", "2", "3", "a"],
+        ["[0, 0]", "length", "2", "-", "ab"], ["", "weighted sum", "4", "-", ""],
+        ["[0, 0]", "length", "3", "0", "abc"], ["", "weighted sum", "6", "0", ""],
+        ["[0, 1]", "length", "4", "0", "abcd"], ["", "weighted sum", "8", "0", ""],
+        ["[0, 1]", "weighted sum", "2", "3", "a"]]
     first, second = map(json.loads, (place / "out.jsonl").read_text().splitlines())
     assert [c["reward"] for c in first["completions"]] == [3.0, None, 0.0]
     assert [c["terms"] for c in first["completions"]] == [{"length": 1.0}, {"length": None}, {"length": 0.0}]
@@ -136,7 +136,7 @@ def test_another_reward_is_compared_and_its_values_and_advantages_are_written(pl
 def test_rewards_that_came_or_went_have_no_value_on_the_other_side(place, capsys):
     table = rescore(capsys, "traces.jsonl", "recipe.yaml", rewards(reward("graded"), reward("asks")))[1]
     assert table[:4] == [["length", "1.833", "-", "6 of 6", "-"], ["graded", "-", "0.3333", "6 of 6", "-"],
-                         ["asks", "-", "1", "6 of 6", "-"], ["sum by weight", "3.667", "1.333", "4 of 6", "7"]]
+                         ["asks", "-", "1", "6 of 6", "-"], ["weighted sum", "3.667", "1.333", "4 of 6", "7"]]
 
 
 @pytest.mark.parametrize("form, value", [("text", "1"), ("messages", "2")])
@@ -161,8 +161,8 @@ def test_no_value_equals_no_value_and_the_first_changes_are_kept():
 
 def test_a_summed_reward_has_its_row_whatever_a_component_is_called():
     comparison = Comparison()
-    comparison.add(*[group(0, ["a"], [total], **{"sum by weight": [1.0], "reward": [2.0]}) for total in (0.0, 1.0)])
-    assert [(row[0], row[3]) for row in comparison.rows()] == [("sum by weight", 0), ("reward", 0), (SUM, 1)]
+    comparison.add(*[group(0, ["a"], [total], **{"weighted sum": [1.0], "reward": [2.0]}) for total in (0.0, 1.0)])
+    assert [(row[0], row[3]) for row in comparison.rows()] == [("weighted sum", 0), ("reward", 0), (SUM, 1)]
 
 
 def test_no_call_is_larger_than_a_step_of_the_recipe(place, capsys):
@@ -272,7 +272,7 @@ def test_what_cannot_be_sampled_is_one_message_before_any_engine(place, capsys, 
 def test_a_number_of_steps_is_a_whole_number_from_one_on(place, capsys, steps):
     with pytest.raises(SystemExit):
         main(["rollout", "recipe.yaml", f"--steps={steps}"])
-    assert f"argument --steps: should be a whole number from 1 on, given '{steps}'" in capsys.readouterr().err
+    assert f"argument --steps: must be a whole number >= 1, given '{steps}'" in capsys.readouterr().err
 
 
 def test_the_table_of_a_rollout_by_hand():

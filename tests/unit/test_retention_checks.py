@@ -77,8 +77,8 @@ def test_other_held_out_prompts_than_at_the_beginning_are_refused(seed, tmp_path
     heldout(seed)
     write_rows(heldout_rows(world_of(0), 5), tmp_path / "heldout.jsonl")
     seed.policies["made"].finish(steps=1)
-    with pytest.raises(DataError, match=r"names other held-out prompts than measure.kept has now; choose another "
-                                        r"run.dir \(of `frpo sweep`: --dir\), or restore the data that this matrix"):
+    with pytest.raises(DataError, match=r"lists other held-out prompts than measure.kept has now; choose another "
+                                        r"run.dir \(`frpo sweep`: --dir\), or restore the data with which this matrix"):
         heldout(seed)
 
 
@@ -102,7 +102,7 @@ def test_other_prompts_may_be_held_out_until_anything_has_begun(plan, tmp_path, 
     assert (seed.folder / HELD_OUT).is_file()
     write_rows(heldout_rows(world_of(0), 4), tmp_path / "heldout.jsonl")
     for check in (lambda: heldout(seed), lambda: check_plan(found)):
-        with pytest.raises(DataError, match="names other held-out prompts"):
+        with pytest.raises(DataError, match="lists other held-out prompts"):
             check()
     (folder / "seed7" / made).unlink()
     forget_heldout(folder)
@@ -131,14 +131,15 @@ def test_training_on_held_out_prompts_is_refused_unless_allowed(seed, tmp_path):
     write_rows([*policy_rows(world_of(0), 20), *rows[:2]], tmp_path / "policy.jsonl")
     write_rows([*downstream_rows(world_of(0), 20), {"prompt": rows[0]["prompt"], "response": "NO r1"}],
                tmp_path / "downstream.jsonl")
-    with pytest.raises(DataError, match="on: 2 by made, 1 by given/sft, 1 by made/sft, of 6; .*measure.overlap"):
+    with pytest.raises(DataError,
+                       match="of the 6 held-out .*: 2 of made, 1 of given/sft, 1 of made/sft. .*measure.overlap"):
         heldout(seed)
     assert heldout(seed, "keep")["overlap"]["made"] == 2
 
 
 def test_nothing_held_out_is_an_error(seed, tmp_path):
     prompts = check_prompts(seed.kept)
-    with pytest.raises(DataError, match=r"measure.kept holds out 0 prompt\(s\), too few"):
+    with pytest.raises(DataError, match=r"measure.kept holds out 0 prompt\(s\), but an interval needs at least 2"):
         record_heldout(seed, type(prompts)(train=prompts.train, heldout=(), digest="", skipped={}), "refuse")
 
 
@@ -157,7 +158,7 @@ def test_another_tokenizer_is_refused(seed, tmp_path):
     make_model(tmp_path / "other", 0)
     build_tokenizer().save_pretrained(tmp_path / "other")
     seed.given["given"] = str(tmp_path / "other")
-    with pytest.raises(ModelError, match="given, seed 0: its tokenizer is not that of measure.kept .*104 tokens"):
+    with pytest.raises(ModelError, match="given, seed 0: its tokenizer differs from that of measure.kept .*104 tokens"):
         check_models(seed)
 
 

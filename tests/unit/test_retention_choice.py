@@ -83,15 +83,15 @@ def test_ties_are_told(tmp_path, rewards, message):
 
 def test_a_measure_without_an_interval_cannot_tell_chance(tmp_path):
     _, told = best(tmp_path, 0.1, 0.2, 0.3, choose="reward/mean")
-    assert "cannot be said: reward/mean has no interval of one seed" in told
+    assert "This lead may be chance: reward/mean has no interval from one seed" in told
 
 
 def test_a_measure_that_nobody_has_is_told_with_those_there_are_and_is_a_failure(tmp_path, capsys):
     plan = sweep(tmp_path, *(row(reward, **KNOWN) for reward in (0.1, 0.2, 0.3)), choose="policy/foo")
     told = "\n".join(sentences(collect(plan)))
-    assert told == ("No policy has a policy/foo.\nNothing has measured policy/foo; there are eval/exact/mean, eval/kl, "
-                    "eval/reward, kept/exact/mean, kept/reward.")
-    assert run_retention(plan) == 1 and "there are eval/exact/mean" in capsys.readouterr().out
+    assert told == ("No policy has a policy/foo.\nNot measured: policy/foo; available measures: eval/exact/mean, "
+                    "eval/kl, eval/reward, kept/exact/mean, kept/reward.")
+    assert run_retention(plan) == 1 and "available measures: eval/exact/mean" in capsys.readouterr().out
     bounded = sweep(tmp_path, *(row(reward, **KNOWN) for reward in (0.1, 0.2, 0.3)), within=["eval/kl=[null,0.01]"])
     assert sentences(collect(bounded)) == ["No policy has a kept/reward with eval/kl in [any, 0.01]."]
     assert run_retention(bounded) == 0, "that no policy keeps within bounds is a result"
@@ -104,10 +104,10 @@ def test_the_kl_of_a_policy_whose_training_ran_no_reference_is_measured_to_its_s
     (seed.measured(NAMES[0]) / "reference_kl.json").unlink()
     assert [missing(plan.recipe, seed, name).reference for name in NAMES] == [START, None, None]
     warned = "\n".join(collect(plan).warnings)
-    assert (f"{NAMES[0]}: its KL to the model that it began with is not measured for seed(s) 0; the same command "
-            "measures it") in warned
+    assert (f"{NAMES[0]}: its KL to the model that it began with is not measured for seed(s) 0; run the same "
+            "command again to measure it") in warned
     title = spent(collect(plan)).get_suptitle().replace("\n", " ")
-    assert title.endswith(f"not shown, since their KL to the reference is not known: {NAMES[0]}")
+    assert title.endswith(f"not shown, because their KL to the reference is unknown: {NAMES[0]}")
     plan = sweep(tmp_path, row(0.1), row(0.2, **KNOWN), row(0.3, **KNOWN))
     found = collect(plan)
     assert found.policy_by_seed(NAMES[0], "eval/kl") == {0: 0.4} and found.value(NAMES[0], "kept/reward") == 0.1
@@ -155,7 +155,7 @@ def test_the_model_before_training_stands_beside_what_was_made_of_it(tmp_path):
         text.get_text() for text in axis.get_legend().get_texts()}
     plt.close("all")
     page = write_report(found).read_text(encoding="utf-8")
-    assert "<td>before training</td>" in page and "one export has several numbers for its reward" in page
+    assert "<td>before training</td>" in page and "one export has several rewards" in page
     numbers = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
     assert numbers["before_training"][0] == {
         "policy": NAMES[0], "seed": 0, "kept/reward": 0.25, "kept/interval": 0.02, "eval/kl": 0.0}
@@ -230,6 +230,6 @@ def test_a_recipe_that_lies_here_or_beside_the_matrix_is_named(tmp_path, monkeyp
     assert main(["retention", "conf/matrix.yaml", "--dry-run"]) == 2
     told = capsys.readouterr().err
     assert "downstream.sft: recipe not found: " in told
-    assert told.endswith(f"\nThere is {written}: write recipe: {written}. Paths begin in the working directory\n")
+    assert told.endswith(f"\n{written} exists: write recipe: {written}. Paths begin in the working directory\n")
     plan = make_plan(load_recipe("conf/matrix.yaml", ["downstream.sft.recipe=" + written], RetentionRecipe))
     assert len(plan.seeds[0].forks) == 1

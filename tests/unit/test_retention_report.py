@@ -42,7 +42,7 @@ ENDS = {("base", "sft"): 0.5, ("given", "sft"): 0.6, ("made", "sft"): 0.7, ("mad
 STEPS = (0, 10, 20)
 
 
-UNKNOWN = ("given is given by path, so that its KL to a reference is not known; set policies.given.reference to the "
+UNKNOWN = ("given is given by path, so its KL to a reference is not known; set policies.given.reference to the "
            "policy that it was trained from")
 
 
@@ -231,7 +231,7 @@ def test_a_model_that_exists_and_is_not_forked_is_measured_against_nothing(tmp_p
     assert plan.recipe.shown == ["made", "base", "lone"], "one that a recipe makes is a start only"
     assert not any(complete(plan.recipe, seed) for seed in plan.seeds)
     told = collect(plan).warnings
-    assert "base: its reward is not measured for seed(s) 0, 1, 2; the same command measures it" in told
+    assert "base: its reward is not measured for seed(s) 0, 1, 2; run the same command again to measure it" in told
     for seed in plan.seeds:
         assert {name: missing(plan.recipe, seed, name).reference for name in plan.recipe.shown} == {
             "made": None, "base": "base", "lone": "lone"}
@@ -253,8 +253,8 @@ def test_a_kl_to_another_reference_or_a_missing_one_is_not_told(tmp_path):
     plan = with_reference(tmp_path, reference="made")
     found = collect(plan)
     assert cells(frontier_table(found))["given"]["KL spent, nats"] == "-"
-    assert found.warnings == ("given: its KL to made is not measured for seed(s) 0, 1, 2; the same command measures "
-                              "it",)
+    assert found.warnings == ("given: its KL to made is not measured for seed(s) 0, 1, 2; run the same command again "
+                              "to measure it",)
     distance(plan.seeds[1], "given", "made", 0.2, 0.4)
     found = collect(plan)
     assert found.policy_by_seed("given", "eval/kl") == pytest.approx({1: 0.3})
@@ -303,7 +303,7 @@ def test_other_references_and_a_kl_that_is_not_finite_are_told(tmp_path):
         distance(seed, "given", "base", 0.4, 0.6)
         distance(seed, "made", "given", *((float("inf"), 0.6) if seed.seed else (0.4, 0.6)))
     warnings = "\n".join(collect(plan).warnings)
-    assert "so that only policies of one reference compare: given to base, made to given" in warnings
+    assert "only between policies of the same reference: given to base, made to given" in warnings
     assert "made: its KL to the reference was not finite for seed(s) 1, 2" in warnings
     assert "not measured" not in warnings
 

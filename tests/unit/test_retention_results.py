@@ -98,7 +98,7 @@ def test_a_reader_is_warned(tmp_path):
     (failed.run_dir / "done.json").unlink()
     failed.fail("out of luck")
     told = "\n".join(collect(plan).warnings)
-    for text in ("2 seeds: an interval over so few",
+    for text in ("2 seeds are too few for a reliable interval",
                  "short and plain are not at the same KL to their reference (-0.30 of 0.80 nats)",
                  "sft: forks that stay within 1 nats have no mean over KL: short (1 of 1)",
                  "seed 1: good was trained on 1 of 8",
@@ -261,7 +261,7 @@ def test_without_a_choice_of_updates_those_that_are_missing_are_named(tmp_path):
         assert (f"{policy} through sft: neighbouring probes are too far apart in KL; values between them are left "
                 f"blank: {where}\n") in warned
     assert "to fill these gaps set measure.at to [0, 1, 2, 10, 15, 17, 30]; to measure" in warned
-    assert "no probe fits between two consecutive updates; to fill such a gap lower the learner.lr" in warned
+    assert "no probe fits between two consecutive updates; to fill such a gap, lower learner.lr" in warned
     assert "sft: forks that stay within 1 nats have no mean over KL: short (2 of 2)" in warned
     row = next(dict(zip(table.columns, row)) for table in [fork_table(found, "through sft")]
                for row in table.rows if row[0] == "plain")
@@ -289,7 +289,8 @@ def test_of_one_seed_the_interval_is_that_of_its_samples_and_a_difference_has_no
         "0.900 ± 0.050", "0.500 ± 0.050", "-0.400 ± 0.071", "0.667")
     assert "one seed ± 95 % interval over its held-out prompts" in table.note and "mean over seeds" not in table.note
     pairs = pair_table(found, "sft")
-    assert pairs.title == "Differences through sft, one seed" and pairs.note.startswith("one seed: no interval, any of")
+    assert pairs.title == "Differences through sft, one seed"
+    assert pairs.note.startswith("one seed: no interval, any difference may be chance; -: no value")
     figure = differences(found, "sft")
     assert figure.get_suptitle() == "one seed: no interval, any difference may be chance"
     assert "one seed: intervals are over its held-out prompts" in found.warnings[0]
@@ -334,7 +335,7 @@ def test_nothing_measured_is_an_error(tmp_path):
     plan = matrix(tmp_path)
     for path in (tmp_path / "run").rglob("done.json"):
         path.unlink()
-    with pytest.raises(ConfigError, match="no finished stage to tell of"):
+    with pytest.raises(ConfigError, match="no finished stage; run"):
         collect(plan)
 
 
@@ -345,7 +346,7 @@ def test_a_report_about_other_folders(tmp_path, capsys):
                                                      "eval/interval": None}])
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "tables.txt").write_text("a < b", encoding="utf-8")
-    with pytest.raises(ConfigError, match="bench' is no run: it holds no retention.yaml, no metrics.jsonl and no pic"):
+    with pytest.raises(ConfigError, match="bench' is not a run: it holds no retention.yaml, no metrics.jsonl and no p"):
         run_report([str(tmp_path / "bench")], None)
     assert not (tmp_path / "bench" / "report.html").exists(), "a text alone is data"
     (tmp_path / "bench" / "curve.png").write_bytes(b"drawn")
@@ -355,7 +356,7 @@ def test_a_report_about_other_folders(tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert "<pre>a &lt; b</pre>" in text and "<td>eval/reward</td><td>0.1</td><td>0.3</td>" in text
     (tmp_path / "empty").mkdir()
-    for name, message in (("empty", "holds no retention.yaml, no metrics.jsonl"), ("none", "is no folder")):
+    for name, message in (("empty", "holds no retention.yaml, no metrics.jsonl"), ("none", "is not a folder")):
         with pytest.raises(ConfigError, match=message):
             run_report([str(tmp_path / name)], None)
 

@@ -113,7 +113,7 @@ def test_reweighting_taxes_the_rewards_as_before():
 
 
 @pytest.mark.parametrize("estimator, message", [
-    (DrGRPO(), "must have `reweighted`, which dr_grpo has not; use frpo"), (FRPO(lam=float("inf")), "a finite lam")])
+    (DrGRPO(), "the estimator dr_grpo has no method `reweighted`; use frpo"), (FRPO(lam=float("inf")), "a finite lam")])
 def test_estimators_that_cannot_reweigh_are_named(estimator, message):
     require_reweightable(FRPO())
     with pytest.raises(ValueError, match=message):

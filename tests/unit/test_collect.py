@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from frpo.config.objective import ObjectiveSection
 from frpo.config.rollout import DynamicSection
 from frpo.config.sections import SelectionSection
 from frpo.data.prompts import PromptSet, PromptStream
@@ -63,7 +64,7 @@ def parts_of(informative, dynamic=None, size=4, selection=None, stream=None):
         timer=PhaseTimer(), recipe=SimpleNamespace(
             rollout=SimpleNamespace(prompts_per_step=size, group_size=2, dynamic=dynamic, max_staleness=0,
                                     temperature=1.0, top_p=1.0, max_new_tokens=4),
-            objective=SimpleNamespace(advantage=FRPO()), data=SimpleNamespace(selection=selection, shuffle=False),
+            objective=ObjectiveSection(), data=SimpleNamespace(selection=selection, shuffle=False),
             run=SimpleNamespace(seed=0), shuffle_rewards=False))
 
 

@@ -230,9 +230,9 @@ def test_harmless_prompts_that_dilute_the_constraint_are_said_at_the_first_step(
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
-REWARD = "rewards=" + ", ".join(
-    f"{{name: {name}, function: 'frpo.rewards.verifiers:boxed_format', weight: {weight}}}"
-    for name, weight in (("r", 1.0), ("cost", 0.0))).join("[]")
+SECTIONS = [f"{{name: {name}, function: 'frpo.rewards.verifiers:boxed_format', weight: {weight}}}"
+            for name, weight in (("r", 1.0), ("cost", 0.0))]
+REWARD = f"rewards=[{', '.join(SECTIONS)}]"
 
 
 @pytest.mark.parametrize("keys, message", [

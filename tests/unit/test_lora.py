@@ -176,7 +176,7 @@ def test_targets_by_name(base):
 @pytest.mark.parametrize("target", ["proj", "lm_head", "embed_tokens", "qproj", "layers.7.mlp.up_proj"])
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(base, target):
     network = load(base)
-    message = (rf"model.lora.targets: {target} matches no .*; there are {', '.join(KINDS)}, full names such as "
+    message = (rf"model.lora.targets: {target} matches no .*; use {', '.join(KINDS)}, full names such as "
                "model.layers.0.self_attn.q_proj, or all-linear")
     section = LoraSection(targets=["q_proj", target])
     with pytest.raises(ModelError, match=message):

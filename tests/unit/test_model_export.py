@@ -121,5 +121,6 @@ def test_the_check_writes_nothing_and_needs_a_folder_that_can_be_written(model, 
         check_export(section(model), tokenizer, Path("/proc/frpo"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ConfigError, match=f"run.dir 'new' cannot be written, since {tmp_path} is no folder of yours"):
+    with pytest.raises(ConfigError, match=f"run.dir 'new' cannot be written: {tmp_path} is not a folder that you "
+                                          "may write to"):
         check_export(section(model), tokenizer, Path("new"))

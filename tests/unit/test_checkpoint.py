@@ -139,7 +139,7 @@ def test_a_path_of_another_run_starts_files_anew(tmp_path):
     fork = store(tmp_path / "b", resume=path)
     assert fork.select() == (path, dataclasses.replace(state(1), file_offsets={}))
     save(fork, 2)
-    assert "choose another run.dir, or run.resume=auto" in error_of(fork)
+    assert "choose another run.dir, or set run.resume=auto" in error_of(fork)
     assert steps(store(tmp_path / "a")) == [1]
 
 

@@ -115,7 +115,7 @@ def test_the_check_writes_nothing_and_needs_a_folder_that_can_be_written(model, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "export").write_text("")
     for run_dir, cause in ((tmp_path / "file" / "run", tmp_path / "file"), (tmp_path / "run", tmp_path / "run/export")):
-        with pytest.raises(ConfigError, match=f"run.dir '{run_dir}' cannot be written, since {cause} is no folder of"):
+        with pytest.raises(ConfigError, match=f"run.dir '{run_dir}' cannot be written: {cause} is not a folder"):
             check_export(section(model), tokenizer, run_dir)
     with pytest.raises(ConfigError, match="run.dir '/proc/frpo' cannot be written: /proc: "):
         check_export(section(model), tokenizer, Path("/proc/frpo"))

@@ -192,7 +192,7 @@ def test_a_torn_log_is_printed_once_and_whole(monkeypatch, capsys):
 def test_a_cluster_that_is_gone_is_an_error_not_a_hang(monkeypatch):
     clock = iter(range(0, 10_000, 50))
     monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
-    with pytest.raises(EngineError, match="has not answered for 120 s: refused; `ray job status job` tells"):
+    with pytest.raises(EngineError, match="has not answered for 120 s: refused; `ray job status job` shows"):
         launcher.Follower(TornClient("x", [0] * 9, stays=False), "job").until_end()
     assert next(clock) <= 250
 

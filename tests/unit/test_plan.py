@@ -407,7 +407,7 @@ def test_the_mathematics_recipe_fits_eight_gpus_and_not_two(tmp_path, capsys):
     code, out, err = run(capsys, "frpo_math_qwen2.5_math_7b", model)
     assert (code, err) == (0, "") and out.endswith("It fits\n")
     assert "# model: 7,615,616,512 parameters, 28 layers of 233,057,792; 161,480,704 are trained (LoRA)" in out
-    assert "# a step: 64 prompts x 8 samples x 2,560 tokens = 1,310,720 tokens at most, 327,680 an engine" in out
+    assert "# a step: 64 prompts x 8 samples x 2,560 tokens = 1,310,720 tokens at most, 327,680 per engine" in out
     assert "57,344 B a token: 850,459 tokens" in out
     assert "# nodes: 1 x 8 GPU(s) of 80.0 GB" in out and "# tightest: engine worker, sampling: 69.1 of 80.0 GB" in out
     code, out, _ = run(capsys, "frpo_math_qwen2.5_math_7b", model, "--gpus", "2")

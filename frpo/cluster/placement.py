@@ -186,7 +186,7 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
     try:
         if not group.wait(RESERVE_S):
             raise EngineError(f"Ray did not reserve {sum(bundle.gpus for bundle in bundles)} GPUs within {RESERVE_S:g} "
-                              "s; somebody else took them meanwhile (see `ray status`)")
+                              "s, since another job took them; see `ray status`, and start again when they are free")
         if isinstance(recipe, Recipe) and ranks and engines and recipe.placement.mode == "colocate":
             yield SharedGpus(group, recipe.rollout.tensor_parallel_size)
         else:
@@ -212,16 +212,16 @@ def _does_not_fit(bundle: Bundle, bundles: Sequence[Bundle], nodes: Sequence[Nod
     needed = sum(each.gpus for each in bundles)
     free = ", ".join(f"{node.address} has {node.gpus}" for node in nodes) or "no node is alive"
     if bundle.hosts and not allowed:
-        return (f"{bundle.holder} is to be on {', '.join(bundle.hosts)} (placement), which is no node of this cluster; "
-                f"its nodes: {', '.join(node.address for node in nodes)}")
+        return (f"placement puts {bundle.holder} on {', '.join(bundle.hosts)}, but the cluster has no such node; "
+                f"choose among its nodes: {', '.join(node.address for node in nodes)}")
     largest = max((node.gpus for node in nodes if node.address in allowed), default=0)
     if bundle.gpus > largest:
         return (f"{bundle.holder} needs {bundle.gpus} GPUs on one node (rollout.tensor_parallel_size = {bundle.gpus}), "
-                f"and no node has as many free: {free}; lower it, use larger nodes, or wait until others give "
-                "theirs back")
-    return (f"{bundle.holder} finds no GPU: the recipe needs {needed} (learner.num_ranks, rollout.num_engines x "
-            f"tensor_parallel_size), free are {sum(node.gpus for node in nodes)}: {free}; lower them, set placement to "
-            "colocate, or wait until others give theirs back")
+                f"but no node has that many free: {free}; lower it, use larger nodes, or wait until GPUs become "
+                "free")
+    return (f"no GPU is free for {bundle.holder}: the recipe needs {needed} (learner.num_ranks, rollout.num_engines x "
+            f"tensor_parallel_size), but {sum(node.gpus for node in nodes)} are free: {free}; lower them, set "
+            "placement to colocate, or wait until GPUs become free")
 
 
 def _span(begin: int, end: int) -> str:

@@ -179,10 +179,10 @@ def choose_device(recipe: AnyRecipe, *, learner: bool = True, engines: bool = Tr
         sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size  # beside the ranks' GPUs
     lacking = lacking_packages(engines)
     if sampling + ranks > present:
-        shown = f", or show more in {VISIBLE}, now {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""
+        shown = f", or list more of them in {VISIBLE}, now {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""
         lacking.append(
             f"the recipe needs {sampling + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {sampling}, "
-            f"learner.num_ranks = {ranks}), the cluster has {present} (lower them or add nodes{shown})")
+            f"learner.num_ranks = {ranks}), but the cluster has {present} (lower them or add nodes{shown})")
     device = settled(recipe.run.device, lacking)
     if device == "cuda":
         check_slices(recipe, os.environ.get(VISIBLE, ""))

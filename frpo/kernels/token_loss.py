@@ -74,7 +74,8 @@ class _LinearTokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("linear_token_loss: backward ran twice; its gradients are handed out once, without copy")
+            raise RuntimeError("linear_token_loss: backward ran twice, but keeps its gradients for one call; "
+                               "compute the loss again")
         grads, ctx.grads = ctx.grads, None
         # Reading the factor would make a GPU wait; multiplying is one pass over the gradients.
         if upstream.is_cuda or upstream.item() != 1:

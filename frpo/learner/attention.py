@@ -107,7 +107,7 @@ def packed_eager(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
         return eager(module, query, key, value, mask, **options)[0], None
     unknown = sorted(_special(options).keys() - BY_HEAD)
     if unknown:
-        raise ModelError(f"{type(module).__name__} hands {', '.join(unknown)} to attention, which would meet the "
+        raise ModelError(f"{type(module).__name__} passes {', '.join(unknown)} to attention, which would treat the "
                          "sequences of a pack as one; set learner.packing to false")
     options = {name: option for name, option in options.items() if name in BY_HEAD or name == "scaling"}
 
@@ -172,7 +172,7 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor
     """Return the eager attention function from the file that defines the model's family."""
     found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if found is None:
-        raise ModelError(f"{type(module).__name__} has no eager attention function, which its scores need; "
+        raise ModelError(f"{type(module).__name__} has no eager attention function, but its scores need one; "
                          "frpo cannot train this model")
     return found
 
@@ -221,8 +221,8 @@ def _by_length(pack: Arrangement, module: torch.nn.Module, query: torch.Tensor, 
     """Call `attend` on groups of sequences of similar length; returns (1, S, H, d)."""
     longest = max(pack.lengths)
     if mask is not None and mask.shape[-2:] != (longest, longest):
-        raise ModelError(f"{type(module).__name__} masks attention by a tensor of shape {tuple(mask.shape)} that is "
-                         "not made for single sequences of a pack; set learner.packing to false")
+        raise ModelError(f"{type(module).__name__} masks attention with a tensor of shape {tuple(mask.shape)}, which "
+                         "does not fit the single sequences of a pack; set learner.packing to false")
     pack.layers.add(module)
     heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     outputs, places = [], []

@@ -72,7 +72,7 @@ def load_state(engine: DeepSpeedEngine, folder: str) -> int:
     finally:
         engine._config.load_universal_checkpoint = False
     if loaded is None or client_state["updates_done"] != record["updates_done"]:
-        raise _damaged(path, f"{RECORD} and the files in {TAG} are not of one state")
+        raise _damaged(path, f"{RECORD} and the files in {TAG} belong to different states")
     if universal:
         _own_step_counts(engine)
     return record["updates_done"]
@@ -104,8 +104,8 @@ def _checked_record(path: Path, engine: DeepSpeedEngine) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
     if written != ours:
-        raise CheckpointError(f"{path} was written under ZeRO-{written}, learner.deepspeed is of ZeRO-{ours}; choose a "
-                              f"strategy of stage {written}")
+        raise CheckpointError(f"{path} was written under ZeRO-{written}, but learner.deepspeed uses ZeRO-{ours}; set "
+                              f"it to a strategy of stage {written}")
     return record
 
 
@@ -129,8 +129,8 @@ def _convert(path: Path) -> None:
                 ds_to_universal.main(options)
             partial.rename(path / UNIVERSAL)
     except HeldByAnotherError as holder:
-        raise CheckpointError(f"{path} is being converted for another number of ranks by another run ({holder}); start "
-                              "again when that is done") from None
+        raise CheckpointError(f"another run ({holder}) is converting {path} for another number of ranks; start again "
+                              "when it has finished") from None
     except Exception as error:  # any error of torch and DeepSpeed; the other ranks are waiting
         raise CheckpointError(f"{path} cannot be converted for another number of ranks: {_message(error)}; resume with "
                               "the learner.num_ranks and learner.deepspeed that wrote it, or from another checkpoint"

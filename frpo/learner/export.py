@@ -78,8 +78,8 @@ def check_export(model: ModelSection, tokenizer: PreTrainedTokenizerBase, run_di
     folder = run_dir / "export"
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written, since {existing} is no folder of yours; choose "
-                          "another run.dir")
+        raise ConfigError(f"run.dir {str(run_dir)!r} cannot be written: {existing} is not a folder that you may write "
+                          "to; choose another run.dir")
     try:
         with TemporaryDirectory(dir=existing, prefix=".frpo-"):
             pass  # some file systems refuse only an actual write
@@ -102,8 +102,8 @@ def _rehearse(path: str, what: str, work: Callable[[], object]) -> None:
     try:
         work()
     except Exception as error:  # any error of transformers or of the model's code would end a trained run
-        raise ModelError(f"model {path!r} could not be exported after training: {what} fails: {type(error).__name__}: "
-                         f"{error}; correct that file") from error
+        raise ModelError(f"model {path!r} cannot be exported: {what} fails: {type(error).__name__}: {error}; correct "
+                         "that file") from error
 
 
 def _generation_config(source: str) -> Path | None:

@@ -57,8 +57,8 @@ def logit_scale(network: PreTrainedModel) -> LogitScale:
     expected = logits[1] * torch.tanh(after * raw / logits[1]) if capped else after * raw
     if (logits.shape != raw.shape or not torch.allclose(logits, expected, rtol=TOLERANCE, atol=TOLERANCE * SMALL)
             or not after * before > 0):
-        raise ModelError(f"{family} makes its logits by more than a factor and a soft-cap of hidden states times the "
-                         "head's weight; frpo does not know this function and cannot train it")
+        raise ModelError(f"{family} computes its logits by more than hidden states times the head's weight, a factor "
+                         "and a soft-cap; frpo does not know this function and cannot train it")
     factor = after * before
     return LogitScale(temperature=_rounded(1.0 / factor), softcap=_rounded(logits[1] / factor) if capped else None)
 
@@ -91,7 +91,7 @@ def _answers(network: PreTrainedModel, hidden_D: torch.Tensor, raw_V: torch.Tens
         try:
             logits = network(input_ids=torch.zeros((1, 1), dtype=torch.int64), use_cache=False).logits
         except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-            raise ModelError(f"{type(network).__name__} makes logits of more than its decoder's hidden states "
+            raise ModelError(f"{type(network).__name__} needs more than its decoder's hidden states to compute logits "
                              f"({type(error).__name__}: {error}); frpo cannot train it") from error
     if len(given) != 1:
         raise ModelError(f"{type(network).__name__} calls its output head {len(given)} times for a forward pass; frpo "

@@ -76,9 +76,8 @@ def add_adapters(network: PreTrainedModel, section: LoraSection, seed: int) -> N
     others = [name for name, module in network.named_modules() if isinstance(module, LoraLayer) and name not in layers]
     if others:
         kinds = {name.rpartition(".")[2] for name in layers if isinstance(network.get_submodule(name), LoraLayer)}
-        raise ModelError(f"peft takes model.lora.targets = {section.targets} for experts of {family} ({others[0]}, "
-                         f"...), which are no linear layers; name layers there that it takes for none: "
-                         f"{', '.join(sorted(kinds))}")
+        raise ModelError(f"peft applies model.lora.targets = {section.targets} to experts of {family} ({others[0]}, "
+                         f"...), which are not linear layers; set it to linear layers: {', '.join(sorted(kinds))}")
 
 
 def check_targets(model: ModelSection, path: str) -> None:
@@ -191,7 +190,7 @@ def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> l
         others = {type(module).__name__ for module in network.modules()
                   if module is not head and not isinstance(module, nn.Embedding)
                   and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))}
-        raise ModelError(f"model.lora needs linear layers (torch.nn.Linear) below the output head, and "
+        raise ModelError(f"model.lora needs linear layers (torch.nn.Linear) below the output head, but "
                          f"{type(network).__name__} has none: its weights are in {', '.join(sorted(others))}. Set "
                          "model.lora to null to train the whole model")
     if targets == "all-linear":
@@ -201,7 +200,7 @@ def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> l
     if unknown:
         kinds = sorted({name.rpartition(".")[2] for name in layers})
         raise ModelError(f"model.lora.targets: {', '.join(unknown)} matches no linear layer of "
-                         f"{type(network).__name__} below its output head; there are {', '.join(kinds)}, full names "
+                         f"{type(network).__name__} below its output head; use {', '.join(kinds)}, full names "
                          f"such as {layers[0]}, or all-linear")
     return sorted({name for names in found.values() for name in names})
 

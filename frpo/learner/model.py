@@ -62,7 +62,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer at {path!r}: {_first_line(error)}") from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes this where files are missing
-        raise ModelError(f"no tokenizer at {path!r}: it would have no vocabulary; save the model's own beside it")
+        raise ModelError(f"no tokenizer at {path!r}: it has no vocabulary; save the model's tokenizer there")
     return tokenizer
 
 
@@ -96,11 +96,12 @@ def check_model_path(model: ModelSection, path: str) -> None:
         raise ModelError(f"model.path {path!r} cannot be read: {_first_line(error)}") from None
     window = getattr(config, "max_position_embeddings", None)
     if window and 0 < window < model.max_length:
-        raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}")
+        raise ModelError(f"model.max_length = {model.max_length} exceeds the {window} positions of {path!r}; "
+                         f"set it to {window} or less")
     pad_id, rows = getattr(config, "pad_token_id", None), config.get_text_config().vocab_size
     if pad_id is not None and pad_id >= rows:
-        raise ModelError(f"config.json of {path!r}: pad_token_id is {pad_id}, vocab_size {rows}; set pad_token_id to "
-                         "the id of a token below, or to null")
+        raise ModelError(f"config.json of {path!r}: pad_token_id is {pad_id}, but must be below vocab_size = {rows}; "
+                         "set it to the id of a token, or to null")
 
 
 def _what_it_is(folder: Path) -> str:
@@ -110,7 +111,7 @@ def _what_it_is(folder: Path) -> str:
         return f": it is a LoRA adapter; give the merged model{merged}"
     run = next((each for each in (folder, *folder.parents[:2]) if (each / "export" / "config.json").is_file()), None)
     if run is not None:
-        return f": it belongs to a run, whose model is {str(run / 'export')!r}"
+        return f": it belongs to a run; give the run's model, {str(run / 'export')!r}"
     return "; give a folder with a Hugging Face model, such as a run's export"
 
 
@@ -168,13 +169,13 @@ def check_reference(model: ModelSection, path: str, tokenizer: PreTrainedTokeniz
     check_model_path(model, path)
     differing = vocabulary_difference(tokenizer, load_tokenizer(path, model.trust_remote_code))
     if differing:
-        raise ModelError(f"reference.path {path!r} has another tokenizer than the policy ({differing}); policy and "
-                         "reference must share one vocabulary, since their distributions are compared token by token")
+        raise ModelError(f"reference.path {path!r} has another tokenizer than the policy ({differing}), but their "
+                         "distributions are compared token by token; give a reference with the policy's vocabulary")
     sizes = [AutoConfig.from_pretrained(each, trust_remote_code=model.trust_remote_code).get_text_config().vocab_size
              for each in (model.path, path) if each is not None]
     if len(set(sizes)) > 1:
         raise ModelError(f"reference.path {path!r} has {sizes[1]} rows of logits, the policy {sizes[0]}; resize one of "
-                         "the models to the other's")
+                         "the models, so that both have the same number")
 
 
 def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
@@ -235,7 +236,7 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
     gradient_checkpointing: recompute every layer in the backward pass. Raises ModelError where the weights cannot be
     read, where some are missing, or where the family has no layers to recompute.
     """
-    partly = "; learner.deepspeed: zero2, which loads weights whole, may do" if is_deepspeed_zero3_enabled() else ""
+    partly = "; or try learner.deepspeed: zero2, which loads weights whole" if is_deepspeed_zero3_enabled() else ""
     try:
         with _loaded_weights_kept():
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -294,7 +295,7 @@ def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     except (ValueError, ImportError) as error:
-        raise ModelError(f"model.path {path!r} is no causal language model that transformers can make: "
+        raise ModelError(f"model.path {path!r}: transformers cannot make a causal language model of it: "
                          f"{_first_line(error)}") from None
 
 
@@ -334,8 +335,8 @@ def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:
         return cast("type[PreTrainedModel]", AutoModelForCausalLM._model_mapping[type(config)])
     remote = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" not in remote:
-        raise ModelError(f"model.path {path!r} is of type {config.model_type!r}, of which transformers has no causal "
-                         "language model")
+        raise ModelError(f"model.path {path!r} is of type {config.model_type!r}, but transformers has no causal "
+                         "language model of this type; give another model")
     return get_class_from_dynamic_module(remote["AutoModelForCausalLM"], path)
 
 

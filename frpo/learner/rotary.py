@@ -39,8 +39,8 @@ def scale_within_sequences(network: nn.Module, longest: int) -> None:
         if not (getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")):
             continue
         if longest >= module.floor_scale:
-            raise ModelError(f"{type(module).__name__} scales queries from {module.floor_scale} tokens on, and would "
-                             f"count those of a whole pack: lower model.max_length ({longest}) below that, or set "
+            raise ModelError(f"{type(module).__name__} scales queries from {module.floor_scale} tokens on, and counts "
+                             f"the tokens of a whole pack; lower model.max_length ({longest}) below that, or set "
                              "learner.packing to false")
         module.attn_temperature_tuning = False
 

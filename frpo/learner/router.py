@@ -37,7 +37,7 @@ def balance_coefficient(model: ModelSection, network: PreTrainedModel) -> float:
     if given is None:
         return own if known and getattr(network.config.get_text_config(), "output_router_logits", False) else 0.0
     if given > 0 and not known:
-        raise ModelError(f"model.router_aux_loss_coef = {given:g}, and transformers has no load-balancing loss for "
+        raise ModelError(f"model.router_aux_loss_coef = {given:g}, but transformers has no load-balancing loss for "
                          f"{type(network).__name__}; set it to null")
     return given
 
@@ -64,7 +64,7 @@ class UseCounter:
     def add(self, answer: Any, router_logits: Sequence[torch.Tensor], *, counted_M: torch.Tensor) -> Any:
         """Count the choices of one micro-batch. Returns `answer` unchanged."""
         if not router_logits:
-            raise ModelError("the model has no layer with experts, so no load-balancing loss; set "
+            raise ModelError("the model has no layer with experts, so it has no load-balancing loss; set "
                              "model.router_aux_loss_coef to null and output_router_logits of its config.json to false")
         for logits_ME in router_logits:
             chosen = _counted(logits_ME, counted_M).softmax(-1).topk(self.k, dim=-1).indices
@@ -121,6 +121,6 @@ def _counted(logits_ME: torch.Tensor, counted_M: torch.Tensor) -> torch.Tensor:
     """
     flat_ME = logits_ME.reshape(-1, logits_ME.shape[-1])
     if len(flat_ME) != len(counted_M):
-        raise ModelError(f"the model's routers say {len(flat_ME)} rows of {len(counted_M)} tokens, so frpo has no "
+        raise ModelError(f"the model's routers return {len(flat_ME)} rows for {len(counted_M)} tokens, so frpo has no "
                          "load-balancing loss for it; set model.router_aux_loss_coef to 0")
     return (flat_ME if flat_ME.dtype == torch.float64 else flat_ME.float())[counted_M]

@@ -85,8 +85,8 @@ class StateCache:
     def complete(cls, folder: Path) -> StateCache:
         """Open a cache for reading. Raises ConfigError unless the cache is complete."""
         if not (folder / MARKER).is_file():
-            raise ConfigError(f"reference.cache_dir: {folder} is not complete; the run that fills it goes on where it "
-                              "was interrupted")
+            raise ConfigError(f"reference.cache_dir: {folder} is not complete; start the run that fills it again; it "
+                              "continues where it stopped")
         return cls.begun(folder)
 
     @property

@@ -102,8 +102,8 @@ def _examples(recipe: AnyRecipe, section: WarmStartSection, tokenizer: PreTraine
         rendered = [(_render(question, recipe, tokenizer), answer) for question, answer in generated]
         pairs = [(prompt, answer) for prompt, answer in rendered if prompt not in heldout]
     if not pairs:
-        raise ModelError("model.tiny.warm_start.source: prompts needs training prompts with a column 'answer'; "
-                         "there are none, choose source: generated")
+        raise ModelError("model.tiny.warm_start.source: prompts needs training prompts with a column 'answer', "
+                         "but there are none; set it to generated")
     return [(prompt, (*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id))
             for prompt, answer in pairs]
 

@@ -49,7 +49,7 @@ def note_misfits(recipe: AnyRecipe) -> None:
     memory = None if recipe.run.device == "cpu" else smallest_memory()
     if memory is not None:
         run = read(recipe, memory / GB)
-        remark(f"note: by `frpo plan` it may not fit: {explain(run, demand)}" for demand in unmet(demands(run)))
+        remark(f"note: by `frpo plan` the run may not fit: {explain(run, demand)}" for demand in unmet(demands(run)))
 
 
 def read(recipe: AnyRecipe, memory: float) -> Run:
@@ -65,7 +65,7 @@ def _placed(run: Run, on: Machines) -> tuple[list[tuple[Bundle, str]], list[str]
     try:
         return placed(run, on), []
     except ConfigError as error:
-        return [], [f"{error}; or plan for others with --gpus, --nodes"]
+        return [], [f"{error}; or plan for other machines with --gpus, --nodes"]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def _placed(run: Run, on: Machines) -> tuple[list[tuple[Bundle, str]], list[str]
 def tables(run: Run) -> Iterator[Table]:
     found = learner.phases(run.job)
     fullest, parts = learner.peak(run.job)
-    others = [(f"in all, {name}", total(each)) for name, each in found.items() if name != fullest]
+    others = [(f"total, {name}", total(each)) for name, each in found.items() if name != fullest]
     yield _of_parts(f"Learner rank, one of {run.job.ranks} ({run.recipe.learner.deepspeed})",
                     parts, fullest, others)
     if run.worker and run.sampling:
@@ -88,14 +88,14 @@ def _of_parts(title: str, parts: Sequence[Part], turn: str, others: Sequence[tup
     shown.columns[1].justify = "right"
     for part in parts:
         shown.add_row(part.name, in_gb(part.size), escape(part.how))
-    shown.add_row(f"in all, {turn}", in_gb(total(parts)), "", style="bold")
+    shown.add_row(f"total, {turn}", in_gb(total(parts)), "", style="bold")
     for name, size in others:
         shown.add_row(name, in_gb(size), "")
     return shown
 
 
 def _of_demands(run: Run) -> Table:
-    shown = Table("GPU", "turn", "needs GB", "has GB", "left GB", title="Every kind of GPU at its fullest")
+    shown = Table("GPU", "turn", "needs GB", "has GB", "left GB", title="Each kind of GPU at its fullest turn")
     for column in shown.columns[2:]:
         column.justify = "right"
     for demand in demands(run):
@@ -133,10 +133,10 @@ def _of_tokens(run: Run) -> Iterator[str]:
     tokens, rollout = engine.step_tokens(run.sampling), run.sampling.rollout
     fit = engine.cache_tokens(engine.cache(worker).size, worker)
     yield (f"a step: {rollout.prompts_per_step} prompts x {rollout.group_size} samples x {worker.sequence:,} tokens = "
-           f"{tokens:,} tokens at most, {worker.in_flight:,.0f} an engine")
+           f"{tokens:,} tokens at most, {worker.in_flight:,.0f} per engine")
     yield (f"an engine's cache holds {fit:,} tokens: {engine.at_once(worker):,} of its "
            f"{worker.in_flight / worker.sequence:,.0f} sequences at once at full length"
-           f"{'' if fit >= worker.in_flight else '; others wait, which costs time alone'}")
+           f"{'' if fit >= worker.in_flight else '; the others wait, which costs only time'}")
 
 
 def _of_sharing(run: Run) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _cross_check(run: Run) -> Iterator[str]:
                           offload_optimizer=strategy.offload_optimizer, offload_parameters=strategy.offload_parameters)
     ours = f"model states of {counted(job.trained)} trained parameters: {in_gb(learner.model_states(job))} GB here"
     if theirs is None:
-        yield f"{ours}; DeepSpeed has no estimator of ZeRO-1"
+        yield f"{ours}; DeepSpeed has no estimator for ZeRO-1"
     else:
         yield (f"{ours}, {in_gb(theirs)} GB by DeepSpeed's estimator "
                + ("(it adds 2 B / N: bf16 gradients, here in buckets)" if strategy.stage == 2 else

@@ -26,7 +26,7 @@ def shape_of(model: ModelSection, path: str | None = None) -> Shape:
         try:
             check_model_path(model, path)
         except ModelError as error:
-            raise ModelError(f"{error}. A plan needs config.json alone: a folder with that file will do") from None
+            raise ModelError(f"{error}. A plan needs only config.json; a folder with that file is enough") from None
         return count(hollow_network(model, path), model.lora)
     assert model.tiny is not None  # a model without a path is made
     with torch.device("meta"):

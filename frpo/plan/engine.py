@@ -78,7 +78,7 @@ def weights(worker: Worker) -> Part:
 def cache(worker: Worker) -> Part:
     """Return the KV cache: the rest of the engine's share of the GPU. Its size is below 0 if nothing is left."""
     size = worker.utilization * worker.gpu - total([weights(worker), WORKSPACE])
-    return Part(name="KV cache", size=size, how=f"left of {worker.utilization:g} x GPU, {token_bytes(worker):,.0f} B a "
+    return Part(name="KV cache", size=size, how=f"rest of {worker.utilization:g} x GPU, {token_bytes(worker):,.0f} B a "
                                                 f"token: {cache_tokens(size, worker):,} tokens")
 
 

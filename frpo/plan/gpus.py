@@ -115,7 +115,7 @@ def demands(run: Run) -> list[Demand]:
 
 def _starting(run: Run, worker: engine.Worker) -> Demand:
     """Return the demand that vLLM's share of the GPU must hold for vLLM to start."""
-    return Demand(role=WORKER, turn="start, in its share", parts=engine.smallest(worker),
+    return Demand(role=WORKER, turn="start, vLLM's share", parts=engine.smallest(worker),
                   available=worker.utilization * run.memory)
 
 

@@ -341,11 +341,11 @@ def _lacking_columns(rewards: RewardSuite, what: str, prompts: Sequence[Prompt])
     for (reward, column), without in rewards.lacking(prompts).items():
         where = without[0].origin or without[0].uid
         if len(without) == len(prompts):
-            raise RewardError(f"reward {reward!r} needs the column {column!r}, which none of the {len(prompts)} {what} "
-                              f"prompts has (the first: {where}); give the rows that column, or the parameter a "
-                              "default")
-        yield (f"note: reward {reward!r} needs the column {column!r}, which {len(without)} of {len(prompts)} {what} "
-               f"prompts lack (the first: {where}); it gets None for them")
+            raise RewardError(f"reward {reward!r} needs the column {column!r}, but none of the {len(prompts)} {what} "
+                              f"prompts has it (the first: {where}); add the column to the rows, or give the parameter "
+                              "a default")
+        yield (f"note: reward {reward!r} needs the column {column!r}, but {len(without)} of {len(prompts)} {what} "
+               f"prompts lack it (the first: {where}); the reward gets None for them")
 
 
 def prompt_stream(recipe: Recipe, prompts: PromptSet, checkpoint: Path | None) -> PromptStream | PromptSelector:

@@ -81,7 +81,7 @@ def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
                              embedding_count(recipe.model))
     endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
     if endless:
-        logger.warning("%s, and to that of the export", endless)
+        logger.warning("%s and in the export", endless)
     per_epoch = updates_of_epoch(len(examples.train), recipe.data.batch_size)
     return FinetunePreflight(examples=examples, per_epoch=per_epoch, updates=recipe.run.updates(per_epoch),
                            checkpoints=checkpoints, resume=resume)

@@ -82,8 +82,8 @@ class CheckpointStore:
             inside = [str(p) for p in CheckpointStore(path, self.recipe).complete()]
             known = ", ".join(inside or map(str, complete)) or "none"
             raise CheckpointError(
-                f"run.resume: {wish!r} is no complete checkpoint; complete ones of {path if inside else 'this run'}: "
-                f"{known} (or give auto, force, never or overwrite)")
+                f"run.resume: {wish!r} is not a complete checkpoint; complete ones of "
+                f"{path if inside else 'this run'}: {known} (give one, or auto, force, never or overwrite)")
         if path.resolve().parent != self.folder.resolve():
             self._refuse_overwrite()
             path, state = self._read(path)
@@ -109,7 +109,7 @@ class CheckpointStore:
         if complete:
             raise CheckpointError(
                 f"run.resume={self.recipe.run.resume}, but {self.folder} holds {len(complete)} complete checkpoint(s) "
-                "of a run that this would overwrite; choose another run.dir, or run.resume=auto to go on"
+                "that this run would overwrite; choose another run.dir, or set run.resume=auto to continue"
                 + (" (--overwrite starts over)" if self.recipe.run.resume == "never" else ""))
 
     def _read(self, path: Path) -> tuple[Path, RunState]:
@@ -125,14 +125,14 @@ class CheckpointStore:
         listed = "\n  ".join(changes)
         another_model = any(line.startswith(UNCHANGEABLE) for line in changes)
         if self.recipe.run.resume != "force":
-            going_on = "" if another_model else "run.resume=force goes on from there under the new values, "
+            going_on = "" if another_model else "run.resume=force continues from it with the new values, "
             raise CheckpointError(
                 f"{path} was written by another recipe:\n  {listed}\nUse that recipe again or another run.dir; "
                 f"{going_on}--overwrite starts over")
         if another_model:
             raise CheckpointError(
-                f"run.resume=force cannot go on from {path} with another model:\n  {listed}\nUse another run.dir, with "
-                "model.path set to the export of that run if it is to go on")
+                f"run.resume=force cannot continue from {path} with another model:\n  {listed}\nUse another run.dir. "
+                "To train that run's model further, set model.path to its export")
         return path, replace(state, recipe_digest=digest)
 
 
@@ -168,8 +168,8 @@ def finished_line(recipe: AnyRecipe) -> str | None:
         return None
     more = "run.num_steps" if isinstance(recipe, Recipe) else "run.num_epochs, with run.resume=force,"
     folder = Path(recipe.run.dir)
-    return (f"{folder} is finished: all {steps} steps are done, the model is {folder / 'export'}. Raise {more} to go "
-            "on, choose another run.dir, or start over with --overwrite")
+    return (f"{folder} is finished: all {steps} steps are done, the model is {folder / 'export'}. Raise {more} to "
+            "continue, choose another run.dir, or start over with --overwrite")
 
 
 def _step(path: Path) -> int:

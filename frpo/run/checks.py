@@ -54,8 +54,8 @@ def check_same_function(learner: LearnerGroup, recipe: AnyRecipe, items: Split[A
                 raise ModelError(
                     f"the {each.model} on learner rank {rank} {problem} Compared on {len(sequences)} sequences with "
                     f"plain transformers: mean and largest |log-prob difference| {each.together[0]:.3g} and "
-                    f"{each.together[1]:.3g} nats, allowed {mean:g} and {largest:g}. checks.same_function=false goes "
-                    "on regardless")
+                    f"{each.together[1]:.3g} nats, allowed {mean:g} and {largest:g}. Set "
+                    "checks.same_function=false to skip this check")
 
 
 def check_judged(constraint: Constraint, record: Mapping[str, float]) -> None:
@@ -88,19 +88,19 @@ def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None
     if found.failure is not None:
         return f"cannot compute several sequences at once ({found.failure}). {separate}"
     if differs(found.repeated):
-        return ("gives other log-probabilities when asked twice: it draws random numbers although it is not in "
+        return ("gives different log-probabilities in two equal passes: it draws random numbers although it is not in "
                 "training mode (dropout, router jitter); frpo cannot train it.")
     if differs(found.before):
-        return ("is no causal language model: what it says of a token changes with tokens that come after it. Check "
-                "its config.json (is_decoder, use_bidirectional_attention and the like).")
+        return ("is no causal language model: its log-probability of a token changes with later tokens. Check its "
+                "config.json (is_decoder, use_bidirectional_attention and the like).")
     if differs(found.alone):
-        return ("is another function in the learner than in plain transformers, for one sequence alone already. Likely "
-                "causes are its attention (try model.attn_implementation: eager) or its logits.")
+        return ("computes another function in the learner than in plain transformers, even for a single sequence. "
+                "Likely causes are its attention (try model.attn_implementation: eager) or its logits.")
     if found.packed and found.layers_apart < found.layers:
-        return (f"mixes the sequences of a pack: only {found.layers_apart} of its {found.layers} layers are attention "
-                f"that keeps them apart. {separate}")
+        return (f"mixes the sequences of a pack: only {found.layers_apart} of its {found.layers} layers have "
+                f"attention that keeps them apart. {separate}")
     if differs(found.together):
-        return f"gives a sequence other log-probabilities beside others than alone. {separate}"
+        return f"gives a sequence other log-probabilities in a micro-batch than alone. {separate}"
     return None
 
 
@@ -167,8 +167,8 @@ def check_gradient(norm: float, version: int) -> None:
     """
     if not np.isfinite(norm):
         raise InvariantError(f"the gradient of update {version} has the norm {norm}: a loss is not a number, or an "
-                             "advantage too large for float32; scale the rewards down, or lower the learning rate and "
-                             "go on from the last checkpoint")
+                             "advantage is too large for float32; scale the rewards down, or lower the learning rate "
+                             "and resume from the last checkpoint")
 
 
 def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:
@@ -183,7 +183,8 @@ def check_movement(report: Mapping[str, tuple[bool, bool]]) -> None:
     if problems:
         raise InvariantError(f"after a step with a signal, of {len(report)} trainable tensors "
                              f"{'; '.join(problems)}. Freeze them on purpose (LoRA: leave them out of "
-                             "model.lora.targets) or fix the model; checks.parameters_move=false goes on regardless")
+                             "model.lora.targets), fix the model, or set checks.parameters_move=false to skip this "
+                             "check")
 
 
 def _some(names: Sequence[str]) -> str:

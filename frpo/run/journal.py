@@ -50,8 +50,8 @@ class Journal:
             with phase(f"resuming from step {state.step} ({path})"):
                 loaded = learner.load(str(path / "learner"))
             if loaded != state.policy_version:
-                raise CheckpointError(f"{path}: the learner's state is of policy version {loaded}, state.json says "
-                                      f"{state.policy_version}; the folder was changed, resume from another checkpoint")
+                raise CheckpointError(f"{path}: the learner's state has policy version {loaded}, but state.json has "
+                                      f"{state.policy_version}: the folder was changed; resume from another checkpoint")
         for name, file in self.files.items():
             file.truncate(state.file_offsets.get(name, 0))
         return state
@@ -118,7 +118,7 @@ def open_journal(recipe: AnyRecipe, checkpoints: CheckpointStore, resume: tuple[
 
 def _record_changes(run_dir: Path, step: int, changes: Sequence[str]) -> None:
     """Print the recipe values that change from this step on, and write them into a file beside the metrics."""
-    say(f"going on from step {step} under other values (run.resume: force): {'; '.join(changes)}")
+    say(f"continuing from step {step} with changed values (run.resume: force): {'; '.join(changes)}")
     record = JsonlFile(run_dir / f"{CHANGES}.jsonl")
     record.append({"step": step, "changes": list(changes)})
     record.close()

@@ -116,7 +116,7 @@ class WandbSink:
                 id=known["id"], resume="allow", reinit="create_new", name=recipe.run.name, dir=str(run_dir),
                 config=dump_recipe(recipe), project=section.project, group=section.group, tags=section.tags or None)
         except wandb.errors.Error as error:
-            raise ConfigError(f"telemetry.wandb: W&B does not take this run: {error}; {WAYS}") from error
+            raise ConfigError(f"telemetry.wandb: W&B does not accept this run: {error}; {WAYS}") from error
         self.last: int = known["closed"] if known["id"] is None else max(known["closed"], self._written(run_dir))
         self._remember(closed=known["closed"])
         self.shown: dict[str, list[list[Any]]] = {}

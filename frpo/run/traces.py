@@ -82,17 +82,18 @@ def read_groups(path: Path) -> Iterator[Traced]:
             yield Traced(line=number, scored=scored_group(row), trained=row.get("trained", False))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             lacking = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{path}:{number}: no trace of a rollout group ({lacking}); give the traces.jsonl of a "
-                            "run, or what `frpo rollout` or `frpo evaluate` wrote") from None
+            raise DataError(f"{path}:{number}: not a trace of a rollout group ({lacking}); give the traces.jsonl of "
+                            "a run, or the output of `frpo rollout` or `frpo evaluate`") from None
 
 
 def new_file(path: Path) -> Path:
     """Return the path if a new file can be made there. Raises ConfigError, with an alternative, if not."""
     if path.exists():
-        raise ConfigError(f"{path} is there already and is not overwritten; move it away, or give --output PATH")
+        raise ConfigError(f"{path} exists already and is not overwritten; move it away, or give --output PATH")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ConfigError(f"{path} cannot be written, since {folder} is no folder of yours; give --output PATH")
+        raise ConfigError(f"{path} cannot be written: {folder} is not a folder that you may write to; give "
+                          "--output PATH")
     return path
 
 

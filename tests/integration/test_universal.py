@@ -172,7 +172,8 @@ DAMAGE = {
     without_an_optimizer: 2 * ["damaged: 2 ranks wrote it, but 1 files hold optimizer state; resume from another "],
     cut_short: 2 * ["damaged: .*pp_rank_1_mp_rank_00_optim_states.pt cannot be read to the end; resume from another "],
     without_record: 2 * ["damaged: FileNotFoundError: .*learner.json.*; resume from another checkpoint"],
-    of_two_states: 2 * ["damaged: learner.json and the files in learner are not of one state; resume from another "],
+    of_two_states: 2 * ["damaged: learner.json and the files in learner belong to different states; resume from "
+                        "another "],
     of_something_else: ["cannot be converted for another number of ranks: KeyError: 'param_slice_mappings'; resume ",
                         "damaged: AssertionError: Empty ds_version.*; resume from another checkpoint"],
 }
@@ -195,5 +196,6 @@ def test_another_stage_is_refused_on_every_rank(learner_of, saved_by_two, tmp_pa
     learner = learner_of(recipe_for(tmp_path, path, "zero1", 2), path)
     calls = [learner.ranks.actors[i].handle.call.remote("load", str(saved)) for i in (1, 0)]
     for call in calls:
-        with pytest.raises(CheckpointError, match="was written under ZeRO-2, learner.deepspeed is of ZeRO-1; choose"):
+        with pytest.raises(CheckpointError, match="was written under ZeRO-2, but learner.deepspeed uses "
+                                                  "ZeRO-1; set it to"):
             ray.get(call, timeout=60)

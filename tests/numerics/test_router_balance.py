@@ -138,7 +138,7 @@ def test_a_model_without_experts_has_no_such_loss():
 
 @pytest.mark.parametrize(("router_logits", "message"), [
     ((), "no layer with experts.*model.router_aux_loss_coef to null"),
-    ((torch.zeros(10, 2),), "10 rows of 5 tokens.*model.router_aux_loss_coef to 0")])
+    ((torch.zeros(10, 2),), "10 rows for 5 tokens.*model.router_aux_loss_coef to 0")])
 def test_routers_of_another_kind_are_refused(router_logits, message):
     with pytest.raises(ModelError, match=message):
         UseCounter(1).add("answer", router_logits, counted_M=torch.ones(5, dtype=torch.bool))

@@ -159,7 +159,7 @@ def test_what_a_pack_cannot_take_is_refused(token_ids):
     layer = plain_network("Llama").model.layers[0].self_attn
     q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
     attention.arrange(attention.Arrangement(lengths=(1, 2), bounds=torch.tensor([0, 1, 3])))
-    with pytest.raises(ModelError, match="LlamaAttention hands position_bias to attention.*learner.packing to false"):
+    with pytest.raises(ModelError, match="LlamaAttention passes position_bias to attention.*learner.packing to false"):
         attention.packed_sdpa(layer, q, k, k, None, scaling=1.0, position_bias=torch.zeros(1, 4, 3, 3))
     with pytest.raises(ModelError, match=r"shape \(1, 1, 3, 3\).*learner.packing to false"):
         attention.packed_sdpa(layer, q, k, k, torch.ones(1, 1, 3, 3, dtype=torch.bool), scaling=1.0)

@@ -123,7 +123,7 @@ def test_never_refuses_to_overwrite(tmp_path):
     save(store(tmp_path), 1)
     message = error_of(store(tmp_path, resume="never"))
     assert "run.resume=never" in message and "holds 1 complete checkpoint(s)" in message
-    assert message.endswith("choose another run.dir, or run.resume=auto to go on (--overwrite starts over)")
+    assert message.endswith("choose another run.dir, or set run.resume=auto to continue (--overwrite starts over)")
 
 
 def test_a_path_names_any_checkpoint_of_the_run(tmp_path):
@@ -139,7 +139,7 @@ def test_a_path_of_another_run_starts_files_anew(tmp_path):
     fork = store(tmp_path / "b", resume=path)
     assert fork.select() == (path, dataclasses.replace(state(1), file_offsets={}))
     save(fork, 2)
-    assert "choose another run.dir, or run.resume=auto" in error_of(fork)
+    assert "choose another run.dir, or set run.resume=auto" in error_of(fork)
     assert steps(store(tmp_path / "a")) == [1]
 
 
@@ -149,15 +149,15 @@ def test_a_path_without_a_complete_checkpoint_names_the_complete_ones(tmp_path, 
     store(tmp_path).begin(2)
     wish = tmp_path / "checkpoints" / name
     message = error_of(store(tmp_path, resume=wish))
-    assert message == (f"run.resume: {str(wish)!r} is no complete checkpoint; complete ones of this run: {path} (or "
-                       "give auto, force, never or overwrite)")
+    assert message == (f"run.resume: {str(wish)!r} is not a complete checkpoint; complete ones of this run: {path} "
+                       "(give one, or auto, force, never or overwrite)")
     assert "complete ones of this run: none" in error_of(store(tmp_path / "b", resume=wish))
 
 
 def test_the_folder_of_a_run_names_the_checkpoints_inside(tmp_path):
     path = save(store(tmp_path / "a"), 1)
     assert error_of(store(tmp_path / "b", resume=tmp_path / "a")).endswith(
-        f"complete ones of {tmp_path / 'a'}: {path} (or give auto, force, never or overwrite)")
+        f"complete ones of {tmp_path / 'a'}: {path} (give one, or auto, force, never or overwrite)")
 
 
 def test_another_recipe_is_refused_naming_what_differs(tmp_path):
@@ -165,7 +165,7 @@ def test_another_recipe_is_refused_naming_what_differs(tmp_path):
     message = error_of(store(tmp_path, learner={"lr": 0.5}, shuffle_rewards=True))
     assert message == (f"{path} was written by another recipe:\n  learner.lr: 1e-06 -> 0.5\n"
                        "  shuffle_rewards: False -> True\nUse that recipe again or another run.dir; "
-                       "run.resume=force goes on from there under the new values, --overwrite starts over")
+                       "run.resume=force continues from it with the new values, --overwrite starts over")
     assert steps(store(tmp_path)) == [1]
 
 
@@ -183,7 +183,7 @@ def test_force_goes_on_under_other_values_and_tells_them(tmp_path):
 def test_force_does_not_go_on_with_another_model(tmp_path):
     save(store(tmp_path), 1)
     message = error_of(store(tmp_path, resume="force", model={"path": "other"}))
-    assert message.startswith("run.resume=force cannot go on from ") and "\n  model.path: m -> other\n" in message
+    assert message.startswith("run.resume=force cannot continue from ") and "\n  model.path: m -> other\n" in message
 
 
 def test_overwrite_starts_anew_and_clears_what_is_there(tmp_path):

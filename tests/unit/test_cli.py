@@ -150,7 +150,8 @@ BAD = {
         "the package flash_attn is not installed here; install frpo[flash-attn]"),
     "a GPU that is missing": (["run.device=cuda"], "ConfigError: run.device: cuda, but "),
     "window beyond the model's": (
-        ["model.max_length=65"], "ModelError: model.max_length = 65 exceeds the 64 positions of 'MODELS/whole'"),
+        ["model.max_length=65"], "ModelError: model.max_length = 65 exceeds the 64 positions of 'MODELS/whole'; set it "
+                               "to 64 or less"),
     "missing reward file": (
         ["rewards=[{name: a, function: my_reward.py:good}]"], "there is no file PLACE/my_reward.py (did you mean"),
     "missing reward function": (
@@ -176,17 +177,17 @@ BAD = {
     "a key without its section": (["seed=3"], "unknown key 'seed'; frpo calls it run.seed"),
     "a backend for GPUs": (
         ["weight_sync.backend=nccl", "run.device=cpu"],
-        "ConfigError: weight_sync.backend: nccl moves weights between GPUs, and this run is on the CPU"),
+        "ConfigError: weight_sync.backend: nccl moves weights between GPUs, but this run is on the CPU"),
     "W&B without a login": (
         ["telemetry.wandb=true"], "ConfigError: telemetry.wandb: nobody is logged in to api.wandb.ai; run `wandb "
                                   "login`, set WANDB_API_KEY, set WANDB_MODE=offline"),
     "weights cut short": (
         ["model.path=PLACE/short"], "ModelError: model.path: PLACE/short/model.safetensors cannot be read"),
     "no row has the reward's column": (
-        ["data.heldout_path=plain.jsonl"], "RewardError: reward 'good' needs the column 'answer', which none of the 2 "
-                                           "held-out prompts has (the first: plain.jsonl:"),
+        ["data.heldout_path=plain.jsonl"], "RewardError: reward 'good' needs the column 'answer', but none of the 2 "
+                                           "held-out prompts has it (the first: plain.jsonl:"),
     "missing checkpoint": (
-        ["run.resume=run/checkpoints/step_000009"], "is no complete checkpoint; complete ones of this run: none"),
+        ["run.resume=run/checkpoints/step_000009"], "is not a complete checkpoint; complete ones of this run: none"),
 }
 """Arguments (of `train`, or overrides of a recipe that passes) and what the message must say, by what is wrong.
 
@@ -220,7 +221,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_kept(place, capsys):
     code, out, err = run(capsys, "train", "recipe.yaml", "learner.lr=0.5", "--dry-run")
     assert (code, out) == (2, "")
     assert err == (f"frpo: CheckpointError: {path} was written by another recipe:\n  learner.lr: 1e-06 -> 0.5\n"
-                   "Use that recipe again or another run.dir; run.resume=force goes on from there under the new "
+                   "Use that recipe again or another run.dir; run.resume=force continues from it with the new "
                    "values, --overwrite starts over\n")
     assert run(capsys, "train", "recipe.yaml", "learner.lr=0.5", "run.resume=force", "--dry-run")[0] == 0
     assert run(capsys, "train", "recipe.yaml", "learner.lr=0.5", "--overwrite", "--dry-run")[0] == 0
@@ -239,7 +240,7 @@ def test_a_finished_run_says_so_at_once_and_what_to_do(place, capsys):
     assert (code, err) == (0, "") and tree(place) == before
     folder = place / "run"
     assert out == (f"{folder} is finished: all 100 steps are done, the model is {folder / 'export'}. Raise "
-                   "run.num_steps to go on, choose another run.dir, or start over with --overwrite\n")
+                   "run.num_steps to continue, choose another run.dir, or start over with --overwrite\n")
 
 
 # --- what is accepted -------------------------------------------------------------------------------------------------
@@ -362,8 +363,8 @@ def test_a_folder_of_something_else_is_named_as_what_it_is(place, models, capsys
                          (place / "notes", "x")):
         folder.mkdir(parents=True)
         (folder / file).touch()
-    for given, told in (("sft", ": it belongs to a run, whose model is 'sft/export'"),
-                        ("sft/checkpoints/step_1", ": it belongs to a run, whose model is 'sft/export'"),
+    for given, told in (("sft", ": it belongs to a run; give the run's model, 'sft/export'"),
+                        ("sft/checkpoints/step_1", ": it belongs to a run; give the run's model, 'sft/export'"),
                         ("sft/export/adapter", ": it is a LoRA adapter; give the merged model, 'sft/export'"),
                         ("notes", "; give a folder with a Hugging Face model, such as a run's export")):
         code, out, err = run(capsys, "train", "recipe.yaml", f"model.path={given}", "--dry-run")
@@ -450,8 +451,8 @@ def test_rewards_are_tried_before_any_engine(place, models, capsys, command):
 def test_a_row_without_the_column_of_a_reward_is_noted_with_its_line(place, capsys):
     code, out, _ = run(capsys, "train", "recipe.yaml", "data.path=some.jsonl", "data.heldout=0", "--dry-run")
     assert code == 0
-    assert ("# note: reward 'good' needs the column 'answer', which 1 of 6 training prompts lack (the first: "
-            "some.jsonl:4); it gets None for them\n") in out.replace("\n#   ", " ")
+    assert ("# note: reward 'good' needs the column 'answer', but 1 of 6 training prompts lack it (the first: "
+            "some.jsonl:4); the reward gets None for them\n") in out.replace("\n#   ", " ")
 
 
 def test_what_is_read_of_a_file_and_what_a_short_run_means_is_noted(place, capsys):

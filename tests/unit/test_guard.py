@@ -71,7 +71,7 @@ def refused(model, **options):
 def test_a_scale_that_is_forgotten_is_refused(tmp_path):
     model = model_of(tmp_path, *FAMILIES["scale of logits"])
     model.head.scale = replace(model.head.scale, temperature=1.0)
-    assert "the policy on learner rank 0 is another function in the learner than in plain" in refused(model)
+    assert "the policy on learner rank 0 computes another function in the learner than in plain" in refused(model)
 
 
 def test_a_cap_that_is_forgotten_is_refused(tmp_path, monkeypatch):
@@ -84,7 +84,7 @@ def test_a_cap_that_is_forgotten_is_refused(tmp_path, monkeypatch):
 def test_noise_is_refused(tmp_path, family):
     model = model_of(tmp_path, *FAMILIES[family])
     torch.nn.Module.train(model, True)
-    assert "gives other log-probabilities when asked twice" in refused(model)
+    assert "gives different log-probabilities in two equal passes" in refused(model)
 
 
 def test_boundaries_that_are_lost_are_refused(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_layers_that_carry_state_are_padded_or_refused(tmp_path, family, changes
 def test_state_beside_attention_in_one_layer_is_refused_by_its_numbers(tmp_path):
     model = model_of(tmp_path, "FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16})
     message = refused(model)
-    assert "beside others than alone" in message and "Set learner.packing to false." in message
+    assert "in a micro-batch than alone" in message and "Set learner.packing to false." in message
     check_same_function(Ranks(model, packed=False), RECIPE, ITEMS)
 
 
@@ -162,7 +162,7 @@ def test_shapes_that_a_layer_cannot_take_are_refused(tmp_path):
 def test_a_rank_with_other_weights_than_plain_is_named(tmp_path):
     right, wrong = (model_of(tmp_path / name, "Llama", {}) for name in "ab")
     wrong.head.weight = torch.nn.Parameter(wrong.head.weight + 0.1 * torch.randn(wrong.head.weight.shape))
-    with pytest.raises(ModelError, match="the policy on learner rank 1 is another function"):
+    with pytest.raises(ModelError, match="the policy on learner rank 1 computes another function"):
         check_same_function(Ranks(right, wrong), RECIPE, ITEMS)
 
 

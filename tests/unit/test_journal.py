@@ -45,4 +45,4 @@ def test_values_changed_by_force_are_said_and_kept_beside_the_metrics(tmp_path, 
         pass
     changed = f"learner.lr: {first.learner.lr} -> 0.5"
     assert json.loads((tmp_path / "changes.jsonl").read_text()) == {"step": 4, "changes": [changed]}
-    assert capsys.readouterr().out == f"going on from step 4 under other values (run.resume: force): {changed}\n"
+    assert capsys.readouterr().out == f"continuing from step 4 with changed values (run.resume: force): {changed}\n"

@@ -108,10 +108,10 @@ def test_absolute_paths_and_modules_are_the_clusters(here):
 
 @pytest.mark.parametrize("overrides, upload, message", [
     (["rewards=[{name: a, function: 'lib/reward.py:good'}]"], (),
-     r"rewards.0.function: there is no file 'lib/reward.py' in .*; correct it, or give the absolute path"),
-    (["data.path=lib/../../outside.jsonl"], (), r"data.path: only what lies below .* is sent, given 'lib/\.\./\."),
+     r"rewards.0.function: there is no file 'lib/reward.py' in .*; correct the path, or give the absolute path"),
+    (["data.path=lib/../../outside.jsonl"], (), r"data.path: only files below .* are sent, given 'lib/\.\./\."),
     ([], ["nothing"], r"--upload 'nothing': there is no such file or folder in"),
-    ([], ["."], r"--upload: only what lies below .* is sent, given '\.'; submit from a folder above it, or")])
+    ([], ["."], r"--upload: only files below .* are sent, given '\.'; submit from a folder above it, or")])
 def test_what_cannot_be_sent_is_refused(here, overrides, upload, message):
     with pytest.raises(ConfigError, match=message):
         prepared(here, *overrides, upload=upload)
@@ -192,7 +192,7 @@ def test_a_torn_log_is_printed_once_and_whole(monkeypatch, capsys):
 def test_a_cluster_that_is_gone_is_an_error_not_a_hang(monkeypatch):
     clock = iter(range(0, 10_000, 50))
     monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
-    with pytest.raises(EngineError, match="has not answered for 120 s: refused; `ray job status job` tells"):
+    with pytest.raises(EngineError, match="has not answered for 120 s: refused; `ray job status job` shows"):
         launcher.Follower(TornClient("x", [0] * 9, stays=False), "job").until_end()
     assert next(clock) <= 250
 

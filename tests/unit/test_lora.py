@@ -176,7 +176,7 @@ def test_targets_by_name(base):
 @pytest.mark.parametrize("target", ["proj", "lm_head", "embed_tokens", "qproj", "layers.7.mlp.up_proj"])
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(base, target):
     network = load(base)
-    message = (rf"model.lora.targets: {target} matches no .*; there are {', '.join(KINDS)}, full names such as "
+    message = (rf"model.lora.targets: {target} matches no .*; use {', '.join(KINDS)}, full names such as "
                "model.layers.0.self_attn.q_proj, or all-linear")
     section = LoraSection(targets=["q_proj", target])
     with pytest.raises(ModelError, match=message):
@@ -189,7 +189,7 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(base, 
 @pytest.mark.parametrize("section", [SECTION, LoraSection(targets=["c_attn"])])
 def test_a_model_without_linear_layers_is_refused_before_it_is_loaded(section, tmp_path):
     GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
-    message = (r"model.lora needs linear layers \(torch.nn.Linear\) below the output head, and GPT2LMHeadModel has "
+    message = (r"model.lora needs linear layers \(torch.nn.Linear\) below the output head, but GPT2LMHeadModel has "
                r"none: its weights are in Conv1D\. Set model.lora to null")
     with pytest.raises(ModelError, match=message):
         check_targets(ModelSection(path=str(tmp_path), lora=section), str(tmp_path))
@@ -216,8 +216,8 @@ def test_a_linear_layer_that_takes_groups_of_vectors_is_none(tmp_path):
 
 @pytest.mark.parametrize(("config", "message", "instead"), [
     (MAMBA, r"peft cannot adapt MambaForCausalLM .* = all-linear: .*out_proj.* Name other layers", ["in_proj"]),
-    (NEXT, r"peft takes .* = all-linear for experts of Qwen3NextForCausalLM \(model.layers.0.mlp.experts, \.\.\.\), "
-           r"which are no linear layers; name layers there that it takes for none: in_proj_ba, in_proj_qkvz, k_proj, ",
+    (NEXT, r"peft applies .* = all-linear to experts of Qwen3NextForCausalLM \(model.layers.0.mlp.experts, \.\.\.\), "
+           r"which are not linear layers; set it to linear layers: in_proj_ba, in_proj_qkvz, k_proj, ",
      ["q_proj"]),
 ])
 def test_what_peft_would_adapt_otherwise_is_refused_before_it_is_loaded(config, message, instead, tmp_path):

@@ -115,11 +115,12 @@ def test_the_check_writes_nothing_and_needs_a_folder_that_can_be_written(model, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "export").write_text("")
     for run_dir, cause in ((tmp_path / "file" / "run", tmp_path / "file"), (tmp_path / "run", tmp_path / "run/export")):
-        with pytest.raises(ConfigError, match=f"run.dir '{run_dir}' cannot be written, since {cause} is no folder of"):
+        with pytest.raises(ConfigError, match=f"run.dir '{run_dir}' cannot be written: {cause} is not a folder"):
             check_export(section(model), tokenizer, run_dir)
     with pytest.raises(ConfigError, match="run.dir '/proc/frpo' cannot be written: /proc: "):
         check_export(section(model), tokenizer, Path("/proc/frpo"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ConfigError, match=f"run.dir 'new' cannot be written, since {tmp_path} is no folder of yours"):
+    with pytest.raises(ConfigError, match=f"run.dir 'new' cannot be written: {tmp_path} is not a folder that you "
+                                          "may write to"):
         check_export(section(model), tokenizer, Path("new"))

@@ -52,14 +52,14 @@ def test_roles_can_be_bound_to_nodes():
 
 
 @pytest.mark.parametrize("asked, gpus, message", [
-    (dict(ranks=4, engines=4), (4,), r"finds no GPU: the recipe needs 8 .* free are 4: 10.0.0.1 has 4; lower them, set"
-                                     " placement to colocate"),
+    (dict(ranks=4, engines=4), (4,), r"no GPU is free for .*: the recipe needs 8 .* but 4 are free: 10.0.0.1 has 4; "
+                                     "lower them, set placement to colocate"),
     (dict(ranks=1, engines=1), (1,), "the recipe needs 2 .* placement to colocate"),  # one GPU
     (dict(ranks=1, engines=1, size=8), (4, 4), r"engine 0 needs 8 GPUs on one node \(rollout.tensor_parallel_size = 8\)"
-                                               ", and no node has as many free: 10.0.0.1 has 4, 10.0.0.2 has 4"),
-    (dict(ranks=1, learner_hosts=["10.9.9.9"]), (8,), "to be on 10.9.9.9 .*no node of this cluster; its nodes: "
-                                                      "10.0.0.1"),
-    (dict(ranks=2, engine_hosts=["10.0.0.2"]), (8, 0), "engine 0 needs 1 GPUs on one node|engine 0 finds no GPU"),
+                                               ", but no node has that many free: 10.0.0.1 has 4, 10.0.0.2 has 4"),
+    (dict(ranks=1, learner_hosts=["10.9.9.9"]), (8,), "on 10.9.9.9, but the cluster has no such node; choose among its "
+                                                      "nodes: 10.0.0.1"),
+    (dict(ranks=2, engine_hosts=["10.0.0.2"]), (8, 0), "engine 0 needs 1 GPUs on one node|no GPU is free for engine 0"),
     (dict(ranks=3, engines=2, mode="colocate"), (8,), r"= 2 x 1 = 2 and learner.num_ranks = 3; make them equal"),
     (dict(ranks=2, engines=2), (), "no node is alive")])
 def test_what_cannot_be_placed_is_told_with_the_keys_to_change(asked, gpus, message):
@@ -133,7 +133,7 @@ def test_ray_reserves_what_was_planned_and_releases_it(tmp_path):
     split, shared, pair = json.loads(done.stdout.splitlines()[-1])
     gpus = {*split["ranks"], *split["engines"][0].split(",")}
     assert len(gpus) == 4 and split["free"] == [0]
-    assert re.search(r"no node has as many free: \S+ has 0; lower it, use larger nodes, or wait", split["second"])
+    assert re.search(r"no node has that many free: \S+ has 0; lower it, use larger nodes, or wait", split["second"])
     assert shared["engines"] == shared["ranks"] and len(set(shared["ranks"])) == 2 and shared["free"] == [2]
     assert shared["second"] == "reserved", "half of the node was free"
     assert pair["engines"] == [",".join(pair["ranks"])] and len(set(pair["ranks"])) == 2

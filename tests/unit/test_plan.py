@@ -324,9 +324,9 @@ def needs(run):
 
 def test_split_roles_have_a_gpu_each():
     found = needs(run_of())
-    assert list(found) == [(RANK, "forward, backward"), (WORKER, "sampling"), (WORKER, "start, in its share")]
+    assert list(found) == [(RANK, "forward, backward"), (WORKER, "sampling"), (WORKER, "start, vLLM's share")]
     assert found[WORKER, "sampling"] == pytest.approx(68 * GB + 256 * 2**20)
-    assert found[WORKER, "start, in its share"] == 6 * GB + 64 * 10_240
+    assert found[WORKER, "start, vLLM's share"] == 6 * GB + 64 * 10_240
 
 
 def test_colocated_roles_take_turns():
@@ -380,7 +380,7 @@ def test_a_learner_that_does_not_fit_names_keys_that_are_enough():
 def test_an_engine_that_does_not_start_names_its_keys():
     run = run_of("rollout.gpu_memory_utilization=0.3", memory=15)
     failed = unmet(demands(run))[-1]
-    assert failed.turn == "start, in its share" and failed.available == 4.5 * GB
+    assert failed.turn == "start, vLLM's share" and failed.available == 4.5 * GB
     assert "rollout.gpu_memory_utilization: 0.5 (6.0 GB)" in explain(run, failed)
 
 
@@ -407,11 +407,11 @@ def test_the_mathematics_recipe_fits_eight_gpus_and_not_two(tmp_path, capsys):
     code, out, err = run(capsys, "frpo_math_qwen2.5_math_7b", model)
     assert (code, err) == (0, "") and out.endswith("It fits\n")
     assert "# model: 7,615,616,512 parameters, 28 layers of 233,057,792; 161,480,704 are trained (LoRA)" in out
-    assert "# a step: 64 prompts x 8 samples x 2,560 tokens = 1,310,720 tokens at most, 327,680 an engine" in out
+    assert "# a step: 64 prompts x 8 samples x 2,560 tokens = 1,310,720 tokens at most, 327,680 per engine" in out
     assert "57,344 B a token: 850,459 tokens" in out
     assert "# nodes: 1 x 8 GPU(s) of 80.0 GB" in out and "# tightest: engine worker, sampling: 69.1 of 80.0 GB" in out
     code, out, _ = run(capsys, "frpo_math_qwen2.5_math_7b", model, "--gpus", "2")
-    assert code == 1 and "! learner rank 2 finds no GPU: the recipe needs 8 (learner.num_ranks, " in out
+    assert code == 1 and "! no GPU is free for learner rank 2: the recipe needs 8 (learner.num_ranks, " in out
     code, out, _ = run(capsys, "frpo_math_qwen2.5_math_7b", model, "--gpus", "8", "--nodes", "2")
     assert code == 0 and "# 8 GPU(s) stay unused; raise learner.num_ranks and rollout.num_engines to use them" in out
 

@@ -59,7 +59,7 @@ def test_every_name_of_a_line_is_explained_once(capsys):
         bar.step(2, {"reward/mean": 0.5, "eval/reward": 0.75})
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["# eval: mean reward on held-out prompts", "step 0/3 | eval 0.5"]
-    assert lines[2] == "# reward: mean of the step's completions; kl: to the reference, nats a token"
+    assert lines[2] == "# reward: mean of the step's completions; kl: KL to the reference, nats a token"
     assert [line.partition(" | ")[0] for line in lines[3:]] == ["step 1/3", "step 2/3"]
     assert re.fullmatch(r"step 1/3 \| reward 0.25  kl 0.5 \| \d s left", lines[3])
 

@@ -207,15 +207,17 @@ REFUSED = {
     "missing file": (["none.jsonl", "recipe.yaml"], "DataError: no traces at 'none.jsonl'; give the traces.jsonl of a"),
     "empty file": (["empty.jsonl", "recipe.yaml"], "DataError: empty.jsonl holds no rollout group; give the traces"),
     "no JSON": (["text.jsonl", "recipe.yaml"], "DataError: text.jsonl:2: invalid JSON"),
-    "no trace": (["other.jsonl", "recipe.yaml"], "DataError: other.jsonl:2: no trace of a rollout group (it lacks "),
+    "no trace": (["other.jsonl", "recipe.yaml"], "DataError: other.jsonl:2: not a trace of a rollout group (it lacks "),
     "no mapping": (["list.jsonl", "recipe.yaml"], "DataError: list.jsonl:2: expected a JSON object of columns, given"),
-    "no columns": (["columns.jsonl", "recipe.yaml"], "DataError: columns.jsonl:2: no trace of a rollout group ('lis"),
+    "no columns": (["columns.jsonl", "recipe.yaml"],
+                   "DataError: columns.jsonl:2: not a trace of a rollout group ('lis"),
     "output that is there": (
         ["traces.jsonl", "recipe.yaml", "--output", "traces.jsonl"],
-        "ConfigError: traces.jsonl is there already and is not overwritten; move it away, or give --output PATH"),
+        "ConfigError: traces.jsonl exists already and is not overwritten; move it away, or give --output PATH"),
     "output below a file": (
         ["traces.jsonl", "recipe.yaml", "--output", "r.py/x.jsonl"],
-        "ConfigError: r.py/x.jsonl cannot be written, since PLACE/r.py is no folder of yours; give --output PATH"),
+        "ConfigError: r.py/x.jsonl cannot be written: PLACE/r.py is not a folder that you may write to; give "
+        "--output PATH"),
     "missing recipe": (["traces.jsonl", "nowhere.yaml"], "ConfigError: recipe not found: no file 'nowhere.yaml'"),
     "missing reward": (["traces.jsonl", "recipe.yaml", rewards(reward("lenght"))], "(did you mean 'length'?)"),
     "missing column": (
@@ -255,8 +257,8 @@ def test_a_reward_that_fails_half_way_names_the_lines_and_leaves_no_file_that_lo
 
 @pytest.mark.parametrize("arguments, message", [
     (["recipe.yaml"], "ModelError: model.path 'nowhere/at/all' is no folder"),
-    (["recipe.yaml", "run.dir=done"], "ConfigError: done/rollouts.jsonl is there already and is not overwritten; move"),
-    (["recipe.yaml", "--output", "r.py"], "ConfigError: r.py is there already and is not overwritten; move it away"),
+    (["recipe.yaml", "run.dir=done"], "ConfigError: done/rollouts.jsonl exists already and is not overwritten; move"),
+    (["recipe.yaml", "--output", "r.py"], "ConfigError: r.py exists already and is not overwritten; move it away"),
     (["recipe.yaml", "rollout.groupsize=3"], "ConfigError: recipe.yaml: unknown key 'rollout.groupsize'")])
 def test_what_cannot_be_sampled_is_one_message_before_any_engine(place, capsys, arguments, message):
     (place / "done").mkdir()

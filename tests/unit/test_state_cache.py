@@ -22,7 +22,7 @@ def test_it_goes_on_where_it_was_interrupted_and_gives_back_the_bits(tmp_path):
         first.write(example, rows(example))
     again = StateCache.begin(folder, FACTS, LENGTHS)  # as another process would
     assert again.missing() == [1, 2] and not again.is_complete
-    with pytest.raises(ConfigError, match="is not complete; the run that fills it goes on"):
+    with pytest.raises(ConfigError, match="is not complete; start the run that fills it again"):
         StateCache.complete(folder)
     for example in (1, 2):
         again.write(example, rows(example))

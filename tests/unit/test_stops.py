@@ -59,7 +59,7 @@ def test_sampling_for_a_reward_is_refused_and_a_fine_tuning_warned(gemma, tmp_pa
     finetune = {**shared, "data": data, "objective": "sft"}
     with caplog.at_level(logging.WARNING):
         check_finetune(FinetuneRecipe.model_validate(finetune))
-        assert "'<end_of_turn>'" in caplog.text and "that of the export" in caplog.text
+        assert "'<end_of_turn>'" in caplog.text and "beside the model and in the export" in caplog.text
         caplog.clear()
         GenerationConfig(eos_token_id=[1, 295]).save_pretrained(gemma[0])
         check_finetune(FinetuneRecipe.model_validate(finetune))

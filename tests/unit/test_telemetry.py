@@ -117,7 +117,7 @@ def test_each_line_is_on_disk_at_once(tmp_path):
 def test_a_file_shorter_than_the_checkpoint_remembers_is_an_error_and_stays(tmp_path):
     file = JsonlFile(tmp_path / "a.jsonl")
     file.append({"a": 1})
-    with pytest.raises(CheckpointError, match=r"a.jsonl has 9 bytes, the checkpoint remembers 10: .*; resume from"):
+    with pytest.raises(CheckpointError, match=r"a.jsonl has 9 bytes, but had 10 at this checkpoint: .*; resume from"):
         file.truncate(10)
     assert (tmp_path / "a.jsonl").read_text() == '{"a": 1}\n'
 

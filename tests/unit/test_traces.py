@@ -36,7 +36,7 @@ def test_a_group_comes_back_as_it_was_written(tmp_path):
     (rb'{"messages": [{"content": "a\ud800"}]}', "column 'messages' holds the lone surrogate"),
     (b'{"a": 1, "a": 2}', "the key 'a' is given twice"), (b'{"a": ' + 5000 * b"1" + b"}", "more than 4300 digits"),
     (b'{"a": "\xff"}', "not UTF-8"), (b'{"a": ' + 5000 * b"[", "nested too deeply"), (b'{"a": "b', "invalid JSON"),
-    (b"{}", "no trace of a rollout group .it lacks 'prompt_uid'")])
+    (b"{}", "not a trace of a rollout group .it lacks 'prompt_uid'")])
 def test_a_broken_line_is_named(tmp_path, line, message):
     (tmp_path / "traces.jsonl").write_bytes(line)
     with pytest.raises(DataError, match=rf"traces\.jsonl:1: .*{message}"):

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from frpo.config.loader import load_recipe
+from frpo.learner.tiny import tiny_model
 from runs import metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -17,10 +19,18 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The tiny model of smoke, which all examples train."""
+    return tiny_model(load_recipe("smoke"), tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A working folder with a copy of the examples in it, as in a clone."""
+def place(tmp_path, monkeypatch, tiny):
+    """A working folder with a copy of the examples in it, as in a clone, and the model that each of them would make."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
+    for name in ("own_reward", "yaml", "steps", "own_objective", "notebook"):
+        shutil.copytree(tiny, tmp_path / "runs" / name / "model")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

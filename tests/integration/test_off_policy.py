@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,7 +102,7 @@ def test_two_updates_are_two_steps_of_the_group_objective(learner_of, tmp_path, 
             "surrogate": {"name": "reinforce" if reweight == "current" else "clip"}}
         recipe = recipe_from_dict(values)
         learner = learner_of(recipe, path)
-        Updater(SimpleNamespace(recipe=recipe, learner=learner, timer=PhaseTimer())).learn(groups, 0, 0.0)
+        Updater(recipe, learner, auxiliary=None, timer=PhaseTimer()).learn(groups, 0, 0.0)
         learner.export(str(tmp_path / reweight))
         after = AutoModelForCausalLM.from_pretrained(tmp_path / reweight, dtype=torch.float64).named_parameters()
         found[reweight] = torch.cat([(p - wanted[name]).flatten() for name, p in after]).norm().item() / moved

@@ -20,7 +20,12 @@ LAMBDAS = (10.0, 5.0, 2.0, 1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05
 
 def first_token(network: PreTrainedModel, requests: Sequence[Request]) -> np.ndarray:
     """Compute the (P, V) probabilities of a response's first token."""
-    return np.exp(_logprobs(network, [request.text for request in requests])[:, -1])
+    return next_token(network, [request.text for request in requests])
+
+
+def next_token(network: PreTrainedModel, texts: Sequence[str]) -> np.ndarray:
+    """Compute the (P, V) probabilities of the token after each text. Texts must have the same length."""
+    return np.exp(_logprobs(network, texts)[:, -1])
 
 
 def outcomes(network: PreTrainedModel, world: World, requests: Sequence[Request]) -> np.ndarray:

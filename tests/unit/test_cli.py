@@ -172,7 +172,7 @@ BAD = {
     "epochs where there are steps": (
         ["num_train_epochs=1"], "nearest is run.num_steps (steps, not passes over the data)"),
     "a count where there are tokens": (
-        ["gradient_accumulation_steps=4"], "nearest is learner.micro_batch_tokens (tokens a micro-batch may hold"),
+        ["gradient_accumulation_steps=4"], "nearest is learner.micro_batch_tokens (tokens per micro-batch"),
     "a key without its section": (["seed=3"], "unknown key 'seed'; frpo calls it run.seed"),
     "a backend for GPUs": (
         ["weight_sync.backend=nccl", "run.device=cpu"],
@@ -458,7 +458,7 @@ def test_what_is_read_of_a_file_and_what_a_short_run_means_is_noted(place, capsy
     short = ["data.limit=4", "run.num_steps=3", "learner.warmup_steps=5"]
     out = run(capsys, "train", "recipe.yaml", *short, "--dry-run")[1]
     assert "# read: the first 4 rows alone (data.limit)\n" in out
-    assert "# note: learner.warmup_steps = 5 lasts longer than the run's 3 updates, so that the learning rate" in out
+    assert "# note: learner.warmup_steps = 5 lasts longer than the run's 3 updates, so the learning rate" in out
     out = run(capsys, "train", "recipe.yaml", "--dry-run")[1]
     assert "read:" not in out and "warmup_steps = " not in out
 

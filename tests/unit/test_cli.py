@@ -379,7 +379,8 @@ def test_lengths_and_rates_without_an_effect_are_noted(place, models, capsys):
         json.dumps({"prompt": row["prompt"], "response": "1"}) + "\n" for row in ROWS))
     code, out, err = run(capsys, "finetune", "sft.yaml", "run.num_epochs=2", "--dry-run")
     assert code == 0, err
-    assert "note: run.num_epochs = 2 has no effect beside run.max_steps = 3; set run.max_steps=null for it to " in out
+    assert ("note: run.num_epochs = 2 has no effect beside run.max_steps = 3; set run.max_steps=null to use "
+            "run.num_epochs") in out
     assert "# note: learner.lr = 1e-06 is low for adapters; LoRA usually takes 1e-05 to 2e-4\n" in out
     code, out, err = run(capsys, "finetune", "sft.yaml", "model.lora=null", "--dry-run")
     assert code == 0 and "note: learner.lr" not in out and "no effect" not in out

@@ -390,5 +390,6 @@ def test_the_reference_lists_every_key_with_default_and_meaning():
     found = [line.split(" = ")[0] for line in lines if not line.startswith("# ")]
     assert found == expected and len(expected) > 60
     assert "learner.lr = 1e-06  # peak learning rate of AdamW" in lines
-    assert "rewards[].function = required  # 'package.module:function' or 'path/file.py:function'" in lines
+    assert ("rewards[].function = required  # the function, as 'package.module:function' or "
+            "'path/file.py:function'") in lines
     assert all(line.split("# ")[1].strip() not in ("", "None") for line in lines)

@@ -18,22 +18,27 @@ class FinetuneRunSection(Section):
     dir: str = Field("runs/finetune", description="folder of the run: metrics, checkpoints, export")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda if torch is built for it and there are GPUs enough; else cpu, saying why")
+        "auto", description="auto: cuda if torch is built for it and there are enough GPUs, else cpu and a warning "
+                            "with the reason; cpu: no GPU is used; cuda: GPUs, an error if they cannot be used")
     num_epochs: float = Field(1.0, gt=0, description="passes over the examples, such as 3 or 0.5")
-    max_steps: int | None = Field(None, ge=1, description="updates of the run, instead of num_epochs; null: num_epochs")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimizer updates of the run, instead of num_epochs; null: num_epochs decides")
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: only at the end")
-    keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
-    max_restarts: int = Field(2, ge=0, description="times that a run goes on from its newest checkpoint after a "
-                                                   "learner rank has died; one more death ends it")
-    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; force: that one even if its "
-                                            "recipe differs; never; overwrite: start over; or a checkpoint's path")
+    keep_last: int = Field(2, ge=1, description="number of newest resumable checkpoints to keep")
+    max_restarts: int = Field(
+        2, ge=0, description="most restarts from the newest checkpoint after the death of a learner rank; one more "
+                             "death ends the run")
+    resume: str = Field(
+        "auto", description="auto: continue from the newest complete checkpoint of run.dir, if any; force: the same, "
+                            "even if its recipe differs; never: start anew, an error if run.dir has checkpoints; "
+                            "overwrite: start anew and replace them; or a checkpoint's path: continue from it")
 
     def notes(self) -> list[str]:
         """Return a line if run.num_epochs is set but has no effect beside run.max_steps, else []."""
         if self.max_steps is None or self.num_epochs == type(self).model_fields["num_epochs"].default:
             return []
         return [f"note: run.num_epochs = {self.num_epochs:g} has no effect beside run.max_steps = {self.max_steps}; "
-                "set run.max_steps=null for it to count"]
+                "set run.max_steps=null to use run.num_epochs"]
 
     def updates(self, per_epoch: int) -> int:
         """Return the optimizer updates of the whole run. per_epoch: updates of one pass over the examples."""
@@ -41,11 +46,13 @@ class FinetuneRunSection(Section):
 
 
 class ReferenceSection(Section):
-    path: str | None = Field(None, description="the aligned model; null: the model that is fine-tuned, as it was")
+    path: str | None = Field(
+        None, description="the aligned model; null: the model that is fine-tuned, as it is before the first update")
     mode: Literal["live", "cache"] = Field(
-        "live", description="live: run beside the policy (with LoRA and no path: the policy without adapters); cache: "
-                            "final hidden states computed once, before training, and kept on disk")
-    cache_dir: str | None = Field(None, description="folder of caches; null: reference_cache in run.dir")
+        "live", description="live: the reference runs beside the policy (with LoRA and no path it is the policy "
+                            "without adapters); cache: its final hidden states are computed once, before training, and "
+                            "kept on disk")
+    cache_dir: str | None = Field(None, description="folder of the caches; null: reference_cache in run.dir")
 
 
 class FinetuneLearnerSection(LearnerSection):
@@ -53,15 +60,17 @@ class FinetuneLearnerSection(LearnerSection):
 
 
 class FinetuneEvaluateSection(Section):
-    every: int = Field(0, ge=0, description="updates between evaluations on held-out examples; 0: only first and last")
+    every: int = Field(
+        0, ge=0, description="evaluate on held-out examples every this many updates; 0: only before the first and "
+                             "after the last update")
 
 
 class FinetuneTelemetrySection(Section):
     tensorboard: bool = Field(False, description="also write TensorBoard events")
     wandb: bool = Field(False, description="also log to Weights & Biases")
-    project: str | None = Field(None, description="of W&B; null: WANDB_PROJECT, or its default")
-    group: str | None = Field(None, description="of W&B: runs that belong together")
-    tags: list[str] = Field([], description="of W&B")
+    project: str | None = Field(None, description="W&B project; null: the variable WANDB_PROJECT, or W&B's default")
+    group: str | None = Field(None, description="W&B group, for runs that belong together")
+    tags: list[str] = Field([], description="W&B tags")
 
 
 class FinetuneRecipe(WholeRecipe):
@@ -71,14 +80,16 @@ class FinetuneRecipe(WholeRecipe):
     NAMED = (("objective",),)
 
     run: FinetuneRunSection = Field(FinetuneRunSection(), description="name, folder, length, checkpoints")
-    model: ModelSection = Field(description="what is fine-tuned")
-    data: SupervisedDataSection = Field(description="examples")
+    model: ModelSection = Field(description="the model that is fine-tuned")
+    data: SupervisedDataSection = Field(description="examples to train on")
     objective: SupervisedLoss = Field(
         default_factory=lambda: build_supervised({"name": "sft"}),
-        description="{name: sft|kl_sft|csft|csft_pa|module:Class, ...its own keys}, or the name alone")
+        description="loss: {name: sft|kl_sft|csft|csft_pa|module:Class, ...its own keys}, or the name alone")
     reduction: Reduction = Field(
-        "token-mean", description="how the token losses of an update become one number, over all ranks")
-    reference: ReferenceSection = Field(ReferenceSection(), description="what csft, csft_pa and kl_sft hold on to")
+        "token-mean", description="how the token losses of an update become one number, over all ranks. token-mean: "
+                                  "mean of all tokens; seq-mean-token-mean: mean over sequences of their token means; "
+                                  "seq-sum: mean over sequences of their token sums")
+    reference: ReferenceSection = Field(ReferenceSection(), description="reference model of csft, csft_pa and kl_sft")
     learner: FinetuneLearnerSection = Field(FinetuneLearnerSection(), description="optimizer and sharding")
     evaluate: FinetuneEvaluateSection = Field(FinetuneEvaluateSection(), description="held-out evaluation")
     checks: ChecksSection = Field(ChecksSection(), description="fail-fast checks")
@@ -99,8 +110,8 @@ class FinetuneRecipe(WholeRecipe):
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
         if self.model.tiny is not None and self.model.tiny.warm_start.source != "generated":
-            raise ValueError("model.tiny.warm_start.source: prompts takes the prompts of a reinforcement learning "
-                             "recipe; choose generated")
+            raise ValueError("model.tiny.warm_start.source: prompts needs the prompts of a reinforcement learning "
+                             "recipe; set it to generated")
         if self.model.max_length > self.learner.micro_batch_tokens:
             raise ValueError(f"learner.micro_batch_tokens = {self.learner.micro_batch_tokens} cannot hold an example "
                              f"of model.max_length = {self.model.max_length} tokens; raise it or lower "

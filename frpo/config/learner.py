@@ -18,34 +18,42 @@ Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class LearnerSection(Section):
-    num_ranks: int = Field(1, ge=1, description="ZeRO ranks, each its own Ray actor (one GPU each on CUDA); under the "
-                                                "deepspeed launcher as many as it starts")
+    num_ranks: int = Field(
+        1, ge=1, description="number of ZeRO ranks (one GPU each on CUDA); under the deepspeed launcher this value is "
+                             "ignored, and its processes are the ranks")
     ranks: Literal["ray", "process", "launcher"] = Field(
-        "ray", description="ray: Ray actors; process: the only rank is this process; launcher: the processes that "
-                           "`deepspeed` has started, which is so under it whatever stands here")
-    deepspeed: str = Field("zero3", description="name in ds_configs/ or path of a DeepSpeed JSON: memory strategy only")
-    updates_per_step: int = Field(1, ge=1, description="optimizer updates on disjoint minibatches of one rollout batch")
-    epochs_per_step: int = Field(1, ge=1, description="passes over the rollout batch; E x U updates a step")
-    micro_batch_tokens: int = Field(8192, ge=8, description="tokens a micro-batch may hold, padding included")
-    packing: bool = Field(True, description="lay sequences end to end without padding; false: pad to the longest")
+        "ray", description="ray: each rank is a Ray actor; process: the only rank is this process; launcher: the ranks "
+                           "are the processes of the deepspeed launcher. Under this launcher the value is ignored")
+    deepspeed: str = Field(
+        "zero3", description="name of a file in ds_configs/, or path of a DeepSpeed JSON; it sets the memory strategy "
+                             "only")
+    updates_per_step: int = Field(
+        1, ge=1, description="optimizer updates per pass over a rollout batch, on disjoint minibatches")
+    epochs_per_step: int = Field(
+        1, ge=1, description="passes over a rollout batch; a step has epochs_per_step x updates_per_step updates")
+    micro_batch_tokens: int = Field(8192, ge=8, description="most tokens of a micro-batch, padding included")
+    packing: bool = Field(
+        True, description="true: put sequences end to end without padding; false: pad them to the longest")
     lr: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after warm-up. constant: stays at lr; linear, cosine: falls to "
+                                "min_lr_ratio x lr")
     warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final over peak learning rate (linear, cosine)")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moments", strict=False)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate divided by the peak (linear, cosine)")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW beta_1 and beta_2", strict=False)
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay")
-    grad_clip: float = Field(1.0, gt=0, description="clip of the global gradient norm")
+    grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm; larger gradients are scaled down")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     threads: int = Field(1, ge=1, description="CPU threads of a rank (CPU only)")
-    startup_timeout_s: float = Field(1800, gt=0, description="limit for all ranks to load, a download included")
-    timeout_s: float = Field(1800, gt=0, description="limit for one learner phase and for its collectives")
+    startup_timeout_s: float = Field(1800, gt=0, description="time limit for all ranks to load, downloads included")
+    timeout_s: float = Field(1800, gt=0, description="time limit for one learner phase and for its collectives")
 
     @model_validator(mode="after")
     def _one_process(self) -> LearnerSection:
         if self.ranks == "process" and self.num_ranks > 1:
-            raise ValueError(f"ranks: process is one rank, num_ranks = {self.num_ranks}; choose ranks: ray, or start "
-                             f"`deepspeed --num_gpus {self.num_ranks} --module frpo ...`")
+            raise ValueError(f"ranks: process has one rank, given num_ranks = {self.num_ranks}; set ranks to ray, or "
+                             f"start `deepspeed --num_gpus {self.num_ranks} --module frpo ...`")
         return self
 
     def notes(self, updates: int, lora: bool) -> list[str]:
@@ -55,7 +63,7 @@ class LearnerSection(Section):
             found.append(f"note: learner.lr = {self.lr:g} is low for adapters; LoRA usually takes {LORA_LR:g} to 2e-4")
         if self.warmup_steps >= updates:
             found.append(f"note: learner.warmup_steps = {self.warmup_steps} lasts longer than the run's {updates} "
-                         "updates, so that the learning rate never comes to learner.lr")
+                         "updates, so the learning rate never reaches learner.lr")
         return found
 
 

@@ -87,8 +87,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Whol
     values = _read_overridden(path, overrides)
     found = _kind_of(values, kind)
     if found is not kind:
-        raise ConfigError(f"{path} is a recipe of `frpo {found.COMMAND}`, by its sections; this command takes those of "
-                          f"`frpo {kind.COMMAND}`")
+        raise ConfigError(f"{path} is a recipe of `frpo {found.COMMAND}`, by its sections; this command takes recipes "
+                          f"of `frpo {kind.COMMAND}`")
     return _validated(values, kind, source=str(path))
 
 
@@ -100,7 +100,7 @@ def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kin
     """
     if isinstance(source, WholeRecipe):
         if not isinstance(source, kind):
-            raise ConfigError(f"a {kind.__name__} is needed, as of `frpo {kind.COMMAND}`, given a "
+            raise ConfigError(f"a {kind.__name__} (of `frpo {kind.COMMAND}`) is needed, given a "
                               f"{type(source).__name__}")
         return _validated(_overridden(dump_recipe(source), overrides), kind, "recipe") if overrides else source
     if isinstance(source, Mapping):
@@ -129,7 +129,8 @@ def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     values = _read_overridden(path, overrides)
     kind = _kind_of(values, Recipe)
     if kind is RetentionRecipe:
-        raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give that of a training")
+        raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give a recipe of `frpo train` or "
+                          "`frpo finetune`")
     if kind is FinetuneRecipe:
         return _validated(values, FinetuneRecipe, source=str(path))
     return _validated(values, Recipe, source=str(path))
@@ -245,13 +246,13 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `extends:` goes in a circle: {' -> '.join(str(p) for p in (*seen, path))}; "
-                          "take it out of one of them")
+                          "remove it from one of them")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file so") from None
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
     values = parse_yaml(text, str(path))
     values = {} if values is None else values
     if not isinstance(values, dict):

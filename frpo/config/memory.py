@@ -29,8 +29,10 @@ def memory_strategy(name: str) -> dict[str, Any]:
         raise ConfigError(f"learner.deepspeed: {path} is not JSON: {error}") from None
     clash = [key for key in RECIPE_DECIDES if key in strategy]
     if clash:
-        raise ConfigError(f"{path}: {', '.join(clash)} come from the recipe (learner.*, model.dtype); remove them here")
+        raise ConfigError(f"{path}: {', '.join(clash)} come from the recipe (learner.*, model.dtype); remove them "
+                          "from this file")
     stage = strategy.get("zero_optimization", {}).get("stage")
     if stage not in STAGES:
-        raise ConfigError(f"{path}: zero_optimization.stage = {stage!r} should be 1, 2 or 3; 1 is free on one rank")
+        raise ConfigError(f"{path}: zero_optimization.stage = {stage!r} should be 1, 2 or 3; 1 costs nothing on "
+                          "one rank")
     return strategy

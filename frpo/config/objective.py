@@ -24,29 +24,35 @@ from frpo.objectives.stage import require_reweightable
 class ObjectiveSection(Section):
     advantage: AdvantageEstimator = Field(
         default_factory=lambda: build_estimator({"name": "frpo"}),
-        description="{name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
+        description="advantage estimator: {name: frpo|grpo|dr_grpo|rloo|module:Class, ...its own keys}")
     reweight: Literal["frozen", "current"] = Field(
-        "frozen", description="frozen: advantages of the rewards alone; current: made anew before every update, with "
-                              "the ratios of the policy since the rollout (exact off-policy FRPO)")
+        "frozen", description="frozen: advantages come from the rewards alone; current: they are computed again before "
+                              "every update, with the policy's ratios since the rollout (exact off-policy FRPO)")
     surrogate: Surrogate = Field(
         default_factory=lambda: build_surrogate({"name": "clip"}),
-        description="{name: clip|gspo|cispo|reinforce|module:Class, ...its own keys}")
+        description="surrogate: {name: clip|gspo|cispo|reinforce|module:Class, ...its own keys}")
     correction: RolloutCorrection | None = Field(
-        RolloutCorrection(), description="importance weights from rollout engine to learner; null: none")
+        RolloutCorrection(), description="importance weights that correct for differences between rollout engine and "
+                                         "learner; null: none")
     constraint: Constraint | None = Field(
-        None, description="keep a cost under a limit by a Lagrange multiplier, a mapping such as {cost: cost, "
-                          "threshold: 0.0}; null: none")
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference (beta); 0: no reference pass")
+        None, description="keep a cost under a limit by a Lagrange multiplier; a mapping such as {cost: cost, "
+                          "threshold: 0.0}; null: no limit")
+    kl_coef: float = Field(
+        0.0, ge=0, description="weight of the KL to the reference (beta); 0: the reference is not run for it")
     kl_estimator: Literal["k1", "k2", "k3", "full"] = Field(
-        "k3", description="k2, k3: in the loss, of sampled tokens; full: in the loss, exact over the vocabulary; k1: "
-                          "subtracted from rewards")
+        "k3", description="k1: subtracted from the rewards; k2, k3: in the loss, from sampled tokens; full: in the "
+                          "loss, exact over the vocabulary")
     kl_control: KLControl | None = Field(
-        None, description="move kl_coef so that the KL of a completion to the reference stays at a target, a mapping "
+        None, description="adjust kl_coef so that the KL of a completion to the reference stays at a target; a mapping "
                           "such as {target: 0.8}; null: kl_coef is constant")
     reduction: Literal["seq-mean-token-mean", "seq-sum", "token-mean", "fixed-length"] = Field(
-        "seq-mean-token-mean", description="how token losses become one number")
+        "seq-mean-token-mean", description="how the token losses of an update become one number, over all ranks. "
+                                           "token-mean: mean of all tokens; seq-mean-token-mean: mean over sequences "
+                                           "of their token means; seq-sum: mean over sequences of their token sums; "
+                                           "fixed-length: as seq-sum, divided by rollout.max_new_tokens")
     truncated: Literal["train", "mask"] = Field(
-        "train", description="completions cut off by the length limit; mask: no loss, though they still count in means")
+        "train", description="completions that the length limit cuts off. train: they have a loss like others; mask: "
+                             "they have no loss, but still count in means")
 
     @field_validator("advantage", mode="plain")
     @classmethod
@@ -86,12 +92,12 @@ class ObjectiveSection(Section):
     @model_validator(mode="after")
     def _kl(self) -> ObjectiveSection:
         if self.kl_control is not None and self.kl_coef == 0:
-            raise ValueError("kl_control moves kl_coef by factors, from a first value above 0, given kl_coef = 0; set "
-                             "it, such as to 0.1")
+            raise ValueError("kl_control multiplies kl_coef, so it needs a first value above 0, given kl_coef = 0; set "
+                             "kl_coef to a value such as 0.1")
         whole = self.surrogate.whole_sequences or (self.correction is not None and self.correction.whole_sequences)
         if self.kl_estimator == "full" and whole:
-            raise ValueError(f"kl_estimator: full is computed token by token, which surrogate {self.surrogate.name} or "
-                             "a correction of whole sequences does not allow; use k2 or k3, or a surrogate such as "
+            raise ValueError(f"kl_estimator: full works token by token, but surrogate {self.surrogate.name} or the "
+                             "correction works on whole sequences; use k2 or k3, or a surrogate such as "
                              "clip with correction.level: token")
         return self
 
@@ -107,6 +113,6 @@ class ObjectiveSection(Section):
             except ValueError as error:
                 raise ValueError(f"reweight: current does not work with this {key}: {error}") from error
         if self.surrogate.name != "reinforce":
-            raise ValueError("reweight: current has the ratios in its advantages already: set surrogate to "
-                             f"{{name: reinforce}}, given {self.surrogate.name}")
+            raise ValueError("reweight: current has the ratios in its advantages already, given surrogate "
+                             f"{self.surrogate.name}; set surrogate to {{name: reinforce}}")
         return self

@@ -13,10 +13,11 @@ class PlacementSection(Section):
 
     mode: Literal["split", "colocate"] = Field(
         "split", description="split: ranks and engines have GPUs of their own; colocate: engines use the ranks' GPUs")
-    sleep: bool = Field(True, description="colocate: engines give up their memory while the learner works; false: both "
-                                          "stay, which fits small models only")
+    sleep: bool = Field(
+        True, description="colocate: engines free their memory while the learner works; false: both stay in memory, "
+                          "for small models only")
     offload_optimizer: bool = Field(
-        False, description="colocate: the optimizer's state is moved to the CPU's memory while engines sample; ZeRO-3")
+        False, description="colocate with ZeRO-3: move the optimizer's state to CPU memory while engines sample")
     learner_hosts: list[str] | None = Field(
         None, description="addresses of the nodes for learner ranks, as `ray status -v` names them; null: any")
     engine_hosts: list[str] | None = Field(None, description="addresses of the nodes for engines; null: any")
@@ -32,8 +33,8 @@ class PlacementSection(Section):
             raise ValueError("mode: colocate puts engines where the learner's ranks are; set learner_hosts instead of "
                              "engine_hosts")
         if self.mode == "split" and self.offload_optimizer:
-            raise ValueError("offload_optimizer makes room for engines on the same GPU; set mode to colocate, or take "
-                             "learner.deepspeed: zero3_offload to keep the optimizer off the GPU throughout")
+            raise ValueError("offload_optimizer makes room for engines on the same GPU; set mode to colocate, or set "
+                             "learner.deepspeed to zero3_offload to keep the optimizer always off the GPU")
         return self
 
     @property

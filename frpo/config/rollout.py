@@ -18,45 +18,49 @@ SET_BY_FRPO = frozenset({
 class DynamicSection(Section):
     """Replacement of groups whose advantages are all zero by other prompts, because these groups teach nothing."""
 
-    epsilon: float = Field(1e-6, ge=0, description="a group is replaced if no |advantage| of it exceeds this")
-    max_draws: int = Field(4, ge=2, description="most prompts drawn a step, in multiples of prompts_per_step; what is "
-                                                "then missing is filled up with groups that teach nothing")
+    epsilon: float = Field(1e-6, ge=0, description="replace a group if none of its |advantages| is above this")
+    max_draws: int = Field(
+        4, ge=2, description="most prompts drawn per step, as a multiple of prompts_per_step; after that, groups that "
+                             "teach nothing fill the batch")
 
 
 class RolloutSection(Section):
-    prompts_per_step: int = Field(16, ge=1, description="prompts drawn a step")
-    group_size: int = Field(8, ge=2, description="completions sampled a prompt")
+    prompts_per_step: int = Field(16, ge=1, description="prompts drawn per step")
+    group_size: int = Field(8, ge=2, description="completions sampled per prompt")
     dynamic: DynamicSection | None = Field(
-        None, description="replace groups that teach nothing, a mapping such as {max_draws: 4}; null: keep them")
+        None, description="replace groups that teach nothing; a mapping such as {max_draws: 4}; null: keep them")
     max_staleness: int = Field(
-        0, ge=0, description="steps that sampling may run ahead of the learner; 0: neither works while the other does")
+        0, ge=0, description="steps that sampling may run ahead of the learner; 0: sampling and learning take turns")
     replay: str | None = Field(
-        None, description="a traces.jsonl whose groups are learned from, step by step, instead of sampling any; no "
-                          "engine is started")
+        None, description="path of a traces.jsonl; the run learns from its groups step by step and starts no engine; "
+                          "null: sample")
     assignment: Literal["static", "load"] = Field(
-        "static", description="of groups to engines; static: in turn, so that runs repeat to the bit; load: half of "
-                              "them to whoever is done first")
+        "static", description="how groups go to engines. static: in turn, so that runs repeat bit by bit; load: half "
+                              "of them in turn, each other one to the engine that finishes a group first")
     hook: FunctionName | None = Field(
-        None, description="'package.module:function' or 'path/file.py:function', an async rollout(prompt, client) that "
-                          "samples in several turns; null: one turn")
-    hook_timeout_s: float = Field(300, gt=0, description="limit for one sample of the hook")
-    num_engines: int = Field(1, ge=1, description="vLLM engines, each its own Ray actor")
-    tensor_parallel_size: int = Field(1, ge=1, description="workers of one engine, each on a GPU of its own if any")
+        None, description="'package.module:function' or 'path/file.py:function' of an async rollout(prompt, client) "
+                          "that samples in several turns; null: one turn")
+    hook_timeout_s: float = Field(300, gt=0, description="time limit for one sample of the hook")
+    num_engines: int = Field(1, ge=1, description="number of vLLM engines, each a Ray actor")
+    tensor_parallel_size: int = Field(1, ge=1, description="workers of one engine; on GPUs each has a GPU of its own")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; the learner divides its logits by it too")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass; below 1 samples leave the policy's distribution")
-    max_new_tokens: int = Field(256, ge=1, description="completion length after which a sample is truncated")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="probability mass of nucleus sampling; below 1, samples leave the policy's "
+                                     "distribution")
+    max_new_tokens: int = Field(256, ge=1, description="most tokens of a completion; a longer one is truncated")
     threads: int = Field(2, ge=1, description="CPU threads of an engine, divided among its workers (CPU only)")
     block_size: int | None = Field(
         None, ge=32, multiple_of=32, description="tokens of a block of the KV cache; the samples of a prompt share its "
-                                                 "whole blocks; null: vLLM's choice, 16 on most GPUs, 128 on CPU")
-    kv_cache_mb: int = Field(128, ge=16, description="KV cache on CPU, in MiB")
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of a GPU that an engine takes")
+                                                 "whole blocks; null: vLLM's choice (16 on most GPUs, 128 on CPU)")
+    kv_cache_mb: int = Field(128, ge=16, description="size of the KV cache on CPU, in MiB")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of a GPU's memory that an engine takes")
     engine_kwargs: dict[str, Any] = Field(
-        {}, description="more arguments of vLLM's LLM, such as {max_num_seqs: 512}; those that frpo sets are refused")
-    max_restarts: int = Field(3, ge=0, description="dead engines that a run starts again; one more ends it")
+        {}, description="more arguments of vLLM's LLM, such as {max_num_seqs: 512}; arguments that frpo sets are an "
+                        "error")
+    max_restarts: int = Field(3, ge=0, description="most dead engines that a run replaces; one more death ends the run")
     startup_timeout_s: float = Field(
-        1800, gt=0, description="limit for an engine to load: a download, compilation and graph capture included")
-    timeout_s: float = Field(1800, gt=0, description="limit for one step's generation")
+        1800, gt=0, description="time limit for an engine to load; download, compilation and graph capture included")
+    timeout_s: float = Field(1800, gt=0, description="time limit for one step's generation")
 
 
     @field_validator("engine_kwargs")
@@ -70,16 +74,18 @@ class RolloutSection(Section):
 
 class WeightSyncSection(Section):
     backend: Literal["auto", "cpu_shm", "gloo", "nccl", "ipc"] = Field(
-        "auto", description="cpu_shm: through memory of one host; gloo: any hosts, over TCP; nccl: between GPUs; ipc: "
-                            "on GPUs that learner and engines share; auto: what fits the run")
+        "auto", description="auto: the one that fits the run; cpu_shm: through the memory of one host; gloo: any "
+                            "hosts, over TCP; nccl: between GPUs; ipc: on GPUs that learner and engines share")
     staged: bool | None = Field(
-        None, description="true: engines swap weights in when a push is complete, so that a broken one changes "
-                          "nothing; false: weights land in place, which takes no memory for a second model; null: "
+        None, description="true: engines take new weights only when a push is complete, so that a broken push changes "
+                          "nothing; false: weights are replaced in place, without memory for a second model; null: "
                           "true for cpu_shm and gloo")
-    adapters: bool = Field(False, description="with model.lora: push the adapters alone, which vLLM adds to the model "
-                                              "it has loaded; false: whole weights with the adapters merged")
-    bucket_mb: float = Field(256.0, gt=0, description="MiB gathered at a time; below the model's size")
-    timeout_s: float = Field(600, gt=0, description="limit for one push")
+    adapters: bool = Field(
+        False, description="true: with model.lora, push only the adapters, and vLLM adds them to its loaded model; "
+                           "false: push whole weights with the adapters merged")
+    bucket_mb: float = Field(
+        256.0, gt=0, description="MiB of weights gathered at a time; keep it below the model's size")
+    timeout_s: float = Field(600, gt=0, description="time limit for one push")
 
     @property
     def staged_here(self) -> bool:

@@ -28,69 +28,85 @@ class RunSection(Section):
     dir: str = Field("runs/frpo", description="folder of the run: metrics, traces, checkpoints, export")
     seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda if torch and vllm are built for it and the cluster has GPUs enough; else cpu, "
-                            "saying why")
+        "auto", description="auto: cuda if torch and vllm are built for it and the cluster has enough GPUs, else cpu "
+                            "and a warning with the reason; cpu: no GPU is used; cuda: GPUs, an error if they cannot "
+                            "be used")
     num_steps: int = Field(100, ge=1, description="rollout steps of the run")
     save_every: int = Field(20, ge=0, description="steps between resumable checkpoints; 0: only at the end")
-    keep_last: int = Field(2, ge=1, description="resumable checkpoints kept")
-    max_restarts: int = Field(2, ge=0, description="times that a run goes on from its newest checkpoint after a "
-                                                   "learner rank has died; one more death ends it")
-    resume: str = Field("auto", description="auto: newest complete checkpoint of run.dir; force: that one even if its "
-                                            "recipe differs; never; overwrite: start over; or a checkpoint's path")
+    keep_last: int = Field(2, ge=1, description="number of newest resumable checkpoints to keep")
+    max_restarts: int = Field(
+        2, ge=0, description="most restarts from the newest checkpoint after the death of a learner rank; one more "
+                             "death ends the run")
+    resume: str = Field(
+        "auto", description="auto: continue from the newest complete checkpoint of run.dir, if any; force: the same, "
+                            "even if its recipe differs; never: start anew, an error if run.dir has checkpoints; "
+                            "overwrite: start anew and replace them; or a checkpoint's path: continue from it")
 
 
 class SelectionSection(Section):
     """Selection of prompts: prompts that are solved or hopeless are skipped most of the time."""
 
-    low: float = Field(0.05, description="prompts whose running value is below are passed over")
-    high: float = Field(0.95, description="prompts whose running value is above are passed over")
+    low: float = Field(0.05, description="skip prompts whose running value is below this")
+    high: float = Field(0.95, description="skip prompts whose running value is above this")
     success: float | None = Field(
-        None, description="value of a group: share of its rewards from here on; null: their mean, in units of reward")
-    momentum: float = Field(0.5, ge=0, lt=1, description="weight of the old running value beside a new group's")
-    revisit: float = Field(0.1, gt=0, le=1, description="chance that a passed-over prompt is drawn all the same")
+        None, description="reward from which a completion is a success; the value of a group is its share of "
+                          "successes; null: the value is the mean reward of the group")
+    momentum: float = Field(
+        0.5, ge=0, lt=1, description="weight of the old running value; the value of a new group has weight 1 - "
+                                     "momentum")
+    revisit: float = Field(
+        0.1, gt=0, le=1, description="probability that a prompt outside these limits is drawn anyway")
 
     @model_validator(mode="after")
     def _in_order(self) -> SelectionSection:
         if self.low > self.high:
-            raise ValueError(f"low = {self.low:g} is above high = {self.high:g}, so that every prompt would be passed "
-                             "over; lower one or raise the other")
+            raise ValueError(f"low = {self.low:g} is above high = {self.high:g}, so every prompt would be skipped; "
+                             "lower low or raise high")
         return self
 
 
 class DataSection(Section):
     path: RowsPath = Field("arithmetic", description=SOURCES)
-    subset: str | None = Field(None, description="configuration of an HF data set that has several (gsm8k: main)")
+    subset: str | None = Field(None, description="configuration of an HF data set that has several (main for gsm8k)")
     split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text", "calculator"] = Field(
-        "chat", description="chat: template applied to messages; text: prompt verbatim; calculator: GSM8K annotations")
+        "chat", description="chat: apply the chat template to messages; text: use the prompt as it is; calculator: "
+                            "make prompts from GSM8K annotations")
     prompt_column: str = Field("prompt", description="column with the prompt: a string, or a list of messages")
     system_prompt: str | None = Field(None, description="system message put before every chat prompt")
-    where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
-    rename: dict[str, str] = Field({}, description="column -> name that rewards know it by (such as solution: answer)")
-    limit: int | None = Field(None, ge=1, description="use only the first rows")
+    where: dict[str, list[Any]] = Field(
+        {}, description="column -> values; keep only rows whose columns have one of these values")
+    rename: dict[str, str] = Field(
+        {}, description="column -> the name that rewards use for it, such as {solution: answer}")
+    limit: int | None = Field(None, ge=1, description="use only this many rows, the first ones; null: all")
     heldout: int = Field(256, ge=0, description="prompts set aside for evaluation, never trained on")
     heldout_path: RowsPath | None = Field(
-        None, description="evaluation prompts instead of `heldout`: what `path` takes")
+        None, description="source of evaluation prompts, instead of `heldout`; the same forms as `path`")
     heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
-        "refuse", description="training prompts that are in heldout_path too: an error; left out; trained on")
-    shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
-    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are an error naming file and line")
+        "refuse", description="training prompts that are also in heldout_path. refuse: an error; remove: left out; "
+                              "keep: trained on")
+    shuffle: bool = Field(True, description="true: shuffle every epoch by the seed; false: file order")
+    max_prompt_tokens: int = Field(
+        1024, ge=1, description="most tokens of a prompt; a longer one is an error that names file and line")
     selection: SelectionSection | None = Field(
-        None, description="pass over solved and hopeless prompts, a mapping such as {high: 0.9}; null: draw all")
+        None, description="skip solved and hopeless prompts most of the time; a mapping such as {high: 0.9}; null: "
+                          "draw all")
 
 
 class RewardSection(Section):
     name: str = Field(min_length=1, description="name of the component in metrics and traces")
-    function: FunctionName = Field(description="'package.module:function' or 'path/file.py:function'")
-    weight: float = Field(1.0, description="factor in the summed reward")
+    function: FunctionName = Field(description="the function, as 'package.module:function' or 'path/file.py:function'")
+    weight: float = Field(1.0, description="factor of this reward in the sum")
     format: Literal["text", "messages"] = Field(
-        "text", description="how the function takes prompts and completions: strings, or TRL's message lists")
+        "text", description="form of prompts and completions in a call. text: strings; messages: TRL's message lists")
     kwargs: dict[str, JsonValue] = Field({}, description="keyword arguments passed to the function at every call")
-    timeout_s: float = Field(60, gt=0, description="limit for one call")
+    timeout_s: float = Field(60, gt=0, description="time limit for one call")
     on_error: Literal["raise", "abstain"] = Field(
-        "raise", description="exception, time-out, NaN, infinity or beyond 1e150: stop, or count as None")
-    processes: int = Field(1, ge=1, description="processes of the function; above 1 each call gets a share of a batch, "
-                                                "in whole groups")
+        "raise", description="effect of an exception, a time-out, NaN, infinity or a number beyond 1e150. raise: the "
+                             "run stops; abstain: the reward counts as None")
+    processes: int = Field(
+        1, ge=1, description="processes that run the function; above 1, each call gets a share of a batch, in whole "
+                             "groups")
 
     @model_validator(mode="before")
     @classmethod
@@ -104,8 +120,8 @@ Bounds = Annotated[tuple[Limit, Limit], Field(strict=False)]
 
 
 class BestSection(Section):
-    metric: str = Field("eval/reward", description="held-out metric that decides")
-    largest: bool = Field(True, description="largest value is best; false: smallest")
+    metric: str = Field("eval/reward", description="held-out metric that decides which policy is best")
+    largest: bool = Field(True, description="true: the largest value is best; false: the smallest")
     bounds: dict[str, Bounds] = Field(
         {}, description="metric -> [low, high] that a checkpoint must respect, such as {eval/kl: [null, 0.5]}; "
                         "null: no limit")
@@ -120,14 +136,19 @@ class BestSection(Section):
 
 
 class EvaluateSection(Section):
-    every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts; 0: only first and last")
-    samples: int = Field(1, ge=1, description="completions a prompt")
-    temperature: float = Field(1.0, ge=0, description="0: greedy; only at 1 the KL to the reference is measured")
+    every: int = Field(
+        0, ge=0, description="evaluate on held-out prompts every this many steps; 0: only before the first and after "
+                             "the last step")
+    samples: int = Field(1, ge=1, description="completions per prompt")
+    temperature: float = Field(
+        1.0, ge=0, description="sampling temperature; 0: greedy. The KL to the reference is measured only at 1")
     pass_at: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="every k of pass@k, none above `samples`, such as [1, 8]")
-    success: float = Field(1.0, description="reward from which a completion passes; without any reward it does not")
+        [], description="values of k for pass@k, none above `samples`, such as [1, 8]")
+    success: float = Field(
+        1.0, description="smallest reward with which a completion passes; a completion without a reward does not pass")
     best: BestSection | None = Field(
-        None, description="keep the best policy so far in run.dir/best; {}: the one of the largest held-out reward")
+        None, description="keep the best policy so far in run.dir/best; {}: the policy with the largest held-out "
+                          "reward; null: none")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluateSection:
@@ -140,10 +161,11 @@ class EvaluateSection(Section):
 
 class ChecksSection(Section):
     max_logprob_gap: float | None = Field(
-        None, gt=0, description="largest mean |log-prob difference| of engine and learner after the first two pushes, "
-                                "in nats; null: 1e-3 in fp32, 1e-1 in bf16")
-    same_function: bool = Field(True, description="before the first update, stop if the learner's log-probs of a few "
-                                                  "sequences are not those of plain transformers")
+        None, gt=0, description="largest mean |log-prob difference| between engine and learner after the first two "
+                                "pushes, in nats; null: 1e-3 in fp32, 1e-1 in bf16")
+    same_function: bool = Field(
+        True, description="before the first update, stop if the learner's log-probs of a few sequences differ from "
+                          "those of plain transformers")
     rewards: bool = Field(True, description="call every reward once on made-up completions before anything starts")
     parameters_move: bool = Field(True, description="stop if a trainable tensor got no gradient or did not move")
 
@@ -151,9 +173,9 @@ class ChecksSection(Section):
 class TelemetrySection(Section):
     tensorboard: bool = Field(False, description="also write TensorBoard events")
     wandb: bool = Field(False, description="also log to Weights & Biases")
-    project: str | None = Field(None, description="of W&B; null: WANDB_PROJECT, or its default")
-    group: str | None = Field(None, description="of W&B: runs that belong together")
-    tags: list[str] = Field([], description="of W&B")
+    project: str | None = Field(None, description="W&B project; null: the variable WANDB_PROJECT, or W&B's default")
+    group: str | None = Field(None, description="W&B group, for runs that belong together")
+    tags: list[str] = Field([], description="W&B tags")
     traces: bool = Field(True, description="write every rollout group to traces.jsonl")
 
 
@@ -164,7 +186,7 @@ class Recipe(WholeRecipe):
     NAMED = (("objective", "advantage"), ("objective", "surrogate"), ("auxiliary", "objective"))
 
     run: RunSection = Field(RunSection(), description="name, folder, length, checkpoints")
-    model: ModelSection = Field(description="what is trained")
+    model: ModelSection = Field(description="the model that is trained")
     data: DataSection = Field(DataSection(), description="prompts")
     rollout: RolloutSection = Field(RolloutSection(), description="sampling")
     rewards: list[RewardSection] = Field(min_length=1, description="reward functions, summed by weight")
@@ -174,7 +196,7 @@ class Recipe(WholeRecipe):
     auxiliary: AuxiliarySection | None = Field(
         None, description="supervised term in every optimizer update, on its own data; null: none")
     learner: LearnerSection = Field(LearnerSection(), description="optimizer and sharding")
-    weight_sync: WeightSyncSection = Field(WeightSyncSection(), description="learner to engines")
+    weight_sync: WeightSyncSection = Field(WeightSyncSection(), description="weight transfer from learner to engines")
     placement: PlacementSection = Field(PlacementSection(), description="GPUs of ranks and engines: split or colocate")
     evaluate: EvaluateSection = Field(EvaluateSection(), description="held-out evaluation")
     checks: ChecksSection = Field(ChecksSection(), description="fail-fast checks")
@@ -224,16 +246,16 @@ class Recipe(WholeRecipe):
             raise ValueError("evaluate.best needs held-out prompts to choose by; raise data.heldout (given 0) or set "
                              "evaluate.best to null")
         if rollout.max_staleness > 0 and self.objective.correction is None:
-            raise ValueError(f"rollout.max_staleness = {rollout.max_staleness} learns from samples of older policies, "
-                             "which objective.correction = null does not correct for; set it to {} (its defaults), or "
+            raise ValueError(f"rollout.max_staleness = {rollout.max_staleness} allows samples of older policies, but "
+                             "objective.correction is null; set objective.correction to {} (its defaults) or "
                              "max_staleness to 0")
         if rollout.max_staleness > 0 and self.objective.reweight == "current":
-            raise ValueError(f"objective.reweight: current counts the ratios from the policy at the step's beginning, "
-                             f"which rollout.max_staleness = {rollout.max_staleness} lets others sample for; set one "
-                             "of them back to frozen or 0")
+            raise ValueError("objective.reweight: current needs samples of the current policy, but "
+                             f"rollout.max_staleness = {rollout.max_staleness} allows older ones; set reweight to "
+                             "frozen or max_staleness to 0")
         if rollout.replay is not None and (self.evaluate.best is not None or rollout.max_staleness > 0):
-            raise ValueError("rollout.replay starts no engine, which evaluate.best and rollout.max_staleness need; "
-                             "set them to null and 0")
+            raise ValueError("rollout.replay starts no engine, but evaluate.best and rollout.max_staleness need "
+                             "engines; set evaluate.best to null and rollout.max_staleness to 0")
         self._fits_its_placement()
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
@@ -258,11 +280,11 @@ class Recipe(WholeRecipe):
         shared, backend = self.placement.mode == "colocate", self.weight_sync.backend
         if backend == ("nccl" if shared else "ipc"):
             raise ValueError(f"weight_sync.backend: {backend} does not work with placement: {self.placement.mode}, "
-                             "since " + ("NCCL joins no two processes on one GPU" if shared else
-                                "it needs engines on the ranks' own GPUs") + "; set it to auto")
+                             "since " + ("NCCL cannot connect two processes on one GPU" if shared else
+                                "it needs engines on the ranks' GPUs") + "; set it to auto")
         if self.placement.sleeps and self.rollout.max_staleness > 0:
             raise ValueError(f"rollout.max_staleness = {self.rollout.max_staleness} samples while the learner works, "
-                             "and placement: colocate lets engines sleep then; set max_staleness to 0, or placement "
+                             "but with placement: colocate engines sleep then; set max_staleness to 0 or placement "
                              "to split")
         if self.weight_sync.adapters:
             wrong = ("model.lora is null" if self.model.lora is None else
@@ -271,10 +293,10 @@ class Recipe(WholeRecipe):
                      "placement lets engines sleep, and they lose their model" if self.placement.sleeps else None)
             if wrong:
                 raise ValueError(f"weight_sync.adapters pushes adapters alone, but {wrong}; set adapters to false, or "
-                                 "change that")
+                                 "change the other key")
         if self.placement.offload_optimizer and self.learner.deepspeed not in ("zero3",):
             raise ValueError(f"placement.offload_optimizer needs learner.deepspeed: zero3, given "
-                             f"{self.learner.deepspeed!r}; set one of them back")
+                             f"{self.learner.deepspeed!r}; set deepspeed to zero3 or offload_optimizer to false")
 
 
 def repository_file(folder: str, name: str, suffix: str) -> Path:

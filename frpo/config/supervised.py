@@ -8,8 +8,8 @@ from pydantic import Field, field_validator
 from frpo.config.base import RowsPath, Section
 from frpo.objectives.supervised import SUPERVISED, SupervisedLoss, build_supervised
 
-SOURCES = ("file (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz; .parquet), folder (of Dataset.save_to_disk, or of "
-           "such files), HF data set id, or generated: arithmetic, constraints")
+SOURCES = ("a file (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz; .parquet), a folder (from Dataset.save_to_disk, "
+           "or of such files), an HF data set id, or generated data: arithmetic, constraints")
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-sum"]
 
@@ -29,39 +29,50 @@ class SupervisedDataSection(Section):
     subset: str | None = Field(None, description="configuration of an HF data set that has several")
     split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text"] = Field(
-        "chat", description="chat: template applied to messages; text: prompt and response verbatim")
-    messages_column: str = Field("messages", description="column with a list of messages (chat), where rows have it")
-    prompt_column: str = Field("prompt", description="otherwise: column with the prompt, a string or messages")
-    response_column: str = Field("response", description="and the column with the response")
+        "chat", description="chat: apply the chat template to messages; text: use prompt and response as they are")
+    messages_column: str = Field(
+        "messages", description="column with a list of messages (format chat), if the rows have one")
+    prompt_column: str = Field(
+        "prompt", description="column with the prompt, a string or messages, in rows without that list")
+    response_column: str = Field("response", description="column with the response, in rows without that list")
     system_prompt: str | None = Field(None, description="system message put before every chat example")
     train_on: Literal["all", "last"] = Field(
-        "all", description="turns of the assistant with a loss, end-of-turn token included: all of them, or the last; "
-                           "found by rendering, so that any chat template will do")
+        "all", description="assistant turns that have a loss, with their end-of-turn token. all: all turns; last: the "
+                           "last one. Any chat template works")
     too_long: Literal["refuse", "cut", "drop"] = Field(
-        "refuse", description="examples above model.max_length: an error; their end is left off; left out")
+        "refuse", description="examples above model.max_length. refuse: an error; cut: their end is left off; drop: "
+                              "left out")
     unknown_tokens: Literal["refuse", "drop"] = Field(
-        "refuse", description="examples whose response has a character without a token: an error; left out")
-    where: dict[str, list[Any]] = Field({}, description="keep only rows whose column has one of these values")
-    limit: int | None = Field(None, ge=1, description="use only the first rows")
+        "refuse", description="examples whose response has a character without a token. refuse: an error; drop: left "
+                              "out")
+    where: dict[str, list[Any]] = Field(
+        {}, description="column -> values; keep only rows whose columns have one of these values")
+    limit: int | None = Field(None, ge=1, description="use only this many rows, the first ones; null: all")
     heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")
     heldout_path: RowsPath | None = Field(
-        None, description="evaluation examples instead of `heldout`: what `path` takes")
+        None, description="source of evaluation examples, instead of `heldout`; the same forms as `path`")
     heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
-        "refuse", description="training examples that are in heldout_path too: an error; left out; trained on")
-    shuffle: bool = Field(True, description="reshuffle every epoch (by seed) instead of file order")
-    batch_size: int = Field(64, ge=1, description="examples an optimizer update; the last of an epoch may be smaller")
+        "refuse", description="training examples that are also in heldout_path. refuse: an error; remove: left out; "
+                              "keep: trained on")
+    shuffle: bool = Field(True, description="true: shuffle every epoch by the seed; false: file order")
+    batch_size: int = Field(
+        64, ge=1, description="examples per optimizer update; the last update of an epoch may have fewer")
 
 
 class AuxiliarySection(Section):
     """A supervised term beside the policy loss of reinforcement learning, on data of its own."""
 
-    data: SupervisedDataSection = Field(description="its examples; data.batch_size of them an optimizer update")
+    data: SupervisedDataSection = Field(
+        description="examples of the term; each optimizer update uses data.batch_size of them")
     objective: SupervisedLoss = Field(
         default_factory=lambda: build_supervised({"name": "sft"}),
-        description="{name: sft|kl_sft|csft|csft_pa|module:Class, ...its own keys}, or the name alone; the reference "
-                    "is the policy as it was before the first update")
-    weight: float = Field(1.0, gt=0, description="factor of the term, which is normalised by itself")
-    reduction: Reduction = Field("token-mean", description="how its token losses become one number")
+        description="loss: {name: sft|kl_sft|csft|csft_pa|module:Class, ...its own keys}, or the name alone; the "
+                    "reference is the policy before the first update")
+    weight: float = Field(1.0, gt=0, description="factor of the term; the term is normalised by itself")
+    reduction: Reduction = Field(
+        "token-mean", description="how the term's token losses become one number. token-mean: mean of all tokens; "
+                                  "seq-mean-token-mean: mean over sequences of their token means; seq-sum: mean over "
+                                  "sequences of their token sums")
 
     @field_validator("objective", mode="plain")
     @classmethod

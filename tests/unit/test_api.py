@@ -102,7 +102,7 @@ def test_what_is_no_recipe_is_named(source, message):
 
 def test_a_recipe_of_another_kind_is_refused():
     tuned = frpo.FinetuneRecipe(model=frpo.Model(tiny=frpo.TinyModel()), data=frpo.SupervisedData(path="x.jsonl"))
-    with pytest.raises(ConfigError, match="a Recipe is needed, as of `frpo train`, given a FinetuneRecipe"):
+    with pytest.raises(ConfigError, match=r"a Recipe \(of `frpo train`\) is needed, given a FinetuneRecipe"):
         to_recipe(tuned, (), frpo.Recipe)
 
 

@@ -173,7 +173,7 @@ BAD = {
     "epochs where there are steps": (
         ["num_train_epochs=1"], "nearest is run.num_steps (steps, not passes over the data)"),
     "a count where there are tokens": (
-        ["gradient_accumulation_steps=4"], "nearest is learner.micro_batch_tokens (tokens a micro-batch may hold"),
+        ["gradient_accumulation_steps=4"], "nearest is learner.micro_batch_tokens (tokens per micro-batch"),
     "a key without its section": (["seed=3"], "unknown key 'seed'; frpo calls it run.seed"),
     "a backend for GPUs": (
         ["weight_sync.backend=nccl", "run.device=cpu"],
@@ -380,7 +380,8 @@ def test_lengths_and_rates_without_an_effect_are_noted(place, models, capsys):
         json.dumps({"prompt": row["prompt"], "response": "1"}) + "\n" for row in ROWS))
     code, out, err = run(capsys, "finetune", "sft.yaml", "run.num_epochs=2", "--dry-run")
     assert code == 0, err
-    assert "note: run.num_epochs = 2 has no effect beside run.max_steps = 3; set run.max_steps=null for it to " in out
+    assert ("note: run.num_epochs = 2 has no effect beside run.max_steps = 3; set run.max_steps=null to use "
+            "run.num_epochs") in out
     assert "# note: learner.lr = 1e-06 is low for adapters; LoRA usually takes 1e-05 to 2e-4\n" in out
     code, out, err = run(capsys, "finetune", "sft.yaml", "model.lora=null", "--dry-run")
     assert code == 0 and "note: learner.lr" not in out and "no effect" not in out
@@ -459,7 +460,7 @@ def test_what_is_read_of_a_file_and_what_a_short_run_means_is_noted(place, capsy
     short = ["data.limit=4", "run.num_steps=3", "learner.warmup_steps=5"]
     out = run(capsys, "train", "recipe.yaml", *short, "--dry-run")[1]
     assert "# read: the first 4 rows alone (data.limit)\n" in out
-    assert "# note: learner.warmup_steps = 5 lasts longer than the run's 3 updates, so that the learning rate" in out
+    assert "# note: learner.warmup_steps = 5 lasts longer than the run's 3 updates, so the learning rate" in out
     out = run(capsys, "train", "recipe.yaml", "--dry-run")[1]
     assert "read:" not in out and "warmup_steps = " not in out
 

@@ -263,7 +263,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(base, override, m
     ("data.selection.revisit=0", "data.selection.revisit: should be greater than 0, given 0"),
     ("data.selection.momentum=1", "data.selection.momentum: should be less than 1, given 1"),
     ("rewards=[{name: a, function: b, processes: 0}]", "rewards.0.processes: should be greater than or equal to 1"),
-    ("data.selection={low: 0.9, high: 0.1}", "data.selection: low = 0.9 is above high = 0.1, so that every prompt"),
+    ("data.selection={low: 0.9, high: 0.1}", "data.selection: low = 0.9 is above high = 0.1, so every prompt"),
     ("model.tiny.hidden_size=90", "model.tiny: hidden_size = 90 with num_heads = 3: rollout engines on CPU need"),
 ])
 def test_a_wrong_value_is_shown_beside_what_is_allowed(base, override, message):
@@ -275,8 +275,8 @@ def test_a_wrong_value_is_shown_beside_what_is_allowed(base, override, message):
                                      "learner.updates_per_step = 4; change one of them"),
     (["model.max_length=23"], "rollout.max_new_tokens = 24 exceeds model.max_length = 23; lower one .* or raise"),
     (["learner.micro_batch_tokens=23"], "learner.micro_batch_tokens = 23 cannot hold one sequence .* = 24 tokens; "),
-    (["objective.reweight=current"], "objective: reweight: current has the ratios in its advantages already: set "
-                                     r"surrogate to \{name: reinforce\}, given clip"),
+    (["objective.reweight=current"], "objective: reweight: current has the ratios in its advantages already, "
+                                     r"given surrogate clip; set surrogate to \{name: reinforce\}"),
     ([*REWEIGHT, "objective.advantage.name=rloo"],
      "objective: reweight: current cannot be used here: the estimator rloo has no method `reweighted`; use frpo"),
     ([*REWEIGHT, "objective.advantage.lam=.inf"], "here: reweighted advantages need a finite lam and no rho, given"),
@@ -390,5 +390,6 @@ def test_the_reference_lists_every_key_with_default_and_meaning():
     found = [line.split(" = ")[0] for line in lines if not line.startswith("# ")]
     assert found == expected and len(expected) > 60
     assert "learner.lr = 1e-06  # peak learning rate of AdamW" in lines
-    assert "rewards[].function = required  # 'package.module:function' or 'path/file.py:function'" in lines
+    assert ("rewards[].function = required  # the function, as 'package.module:function' or "
+            "'path/file.py:function'") in lines
     assert all(line.split("# ")[1].strip() not in ("", "None") for line in lines)

@@ -75,8 +75,9 @@ def test_a_run_of_no_updates_is_refused(load, override):
     (["objective.detla_end=0.1"], "objective.detla_end: unknown key of objective 'csft_pa': 'detla_end' (did you mean"),
     (["objective=3"], "objective: a name such as csft_pa or a mapping such as {name: csft} is needed, given 3"),
     (["learner.micro_batch_tokens=32"], "learner.micro_batch_tokens = 32 cannot hold an example of model.max_length ="),
-    (["learner.ranks=process", "learner.num_ranks=2"], "learner: ranks: process is one rank, num_ranks = 2; choose"),
-    (["model.path=null", "model.tiny={warm_start: {source: prompts}}"], "model.tiny.warm_start.source: prompts takes"),
+    (["learner.ranks=process", "learner.num_ranks=2"],
+     "learner: ranks: process has one rank, given num_ranks = 2; set"),
+    (["model.path=null", "model.tiny={warm_start: {source: prompts}}"], "model.tiny.warm_start.source: prompts needs"),
     (["run.num_epochs=abc"], "run.num_epochs: should be a valid number, given 'abc'"),
     (["run.num_steps=3"], "unknown key 'run.num_steps'; did you mean"),
 ])
@@ -88,7 +89,7 @@ def test_a_mistake_is_one_line_that_names_the_key(load, overrides, message):
 
 def test_a_recipe_of_the_other_command_is_told_so(tmp_path):
     with pytest.raises(ConfigError, match="smoke is a recipe of `frpo train`, by its sections; this "
-                                          "command takes those of `frpo finetune`"):
+                                          "command takes recipes of `frpo finetune`"):
         load_recipe("smoke", kind=FinetuneRecipe)
     with pytest.raises(ConfigError, match="finetune_gsm8k is a recipe of `frpo finetune`"):
         load_recipe("finetune_gsm8k")

@@ -45,8 +45,8 @@ def test_it_holds_a_policy_whose_kl_answers_its_coefficient(start):
 @pytest.mark.parametrize("overrides, message", [
     (["objective.kl_control={target: 0.0}"], "kl_control.target: .*greater than 0, given 0.0"),
     (["objective.kl_control={target: 1.0, wher: {}}"], "unknown key 'objective.kl_control.wher'; did you mean 'where'"),
-    (["objective.kl_control={target: 1.0}", "objective.kl_coef=0.0"], "from a first value above 0, given kl_coef = 0"),
-    (["objective.kl_estimator=full", "objective.surrogate={name: gspo}"], "which surrogate gspo or a correction"),
+    (["objective.kl_control={target: 1.0}", "objective.kl_coef=0.0"], "needs a first value above 0, given kl_coef = 0"),
+    (["objective.kl_estimator=full", "objective.surrogate={name: gspo}"], "but surrogate gspo or the correction"),
     (["objective.kl_estimator=full", "objective.correction={level: sequence}"], "correction.level: token"),
     (["objective.kl_estimator=exact"], "kl_estimator: should be 'k1', 'k2', 'k3' or 'full', given 'exact'"),
 ])

@@ -60,7 +60,8 @@ def finetuning(name, heldout=None):
 
 
 NEEDS = (rf"^%s\.jsonl:%d: the row needs token '<new>', number {SIZE} of {SIZE + 1} in the tokenizer, but the model "
-         rf"has {SIZE} embeddings; resize them and save the model, take the tokenizer .*, or leave the row out$")
+         rf"has {SIZE} embeddings; resize the embeddings and save the model, use the tokenizer .*, or leave the row "
+         "out$")
 
 
 def test_the_first_row_that_needs_a_missing_embedding_is_named(place):

@@ -93,7 +93,7 @@ def test_what_python_makes_is_a_recipe_file(place):
     ({"extends": "smoke", "run": {"steps": 3}}, "recipe: unknown key 'run.steps'"),
     ({"extends": "smoke", "rewards": [3]}, "rewards.0: should be a mapping of keys, given 3"),
     ({"extends": "smoke", "rewards": [{"name": "a", "function": 3}]}, "rewards.0.function: .*valid string, given 3"),
-    ({"extends": "smoke", "data": {"path": [3]}}, "data.path: rows must be a list of mappings, .* given list: "),
+    ({"extends": "smoke", "data": {"path": [3]}}, "data.path: rows must be a list of mappings .* given list: "),
 ])
 def test_what_is_no_recipe_is_named(source, message):
     with pytest.raises(ConfigError, match=message):

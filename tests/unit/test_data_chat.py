@@ -67,7 +67,7 @@ def test_template_that_leaves_a_message_out_is_a_data_error(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages if message.role != 'system'")
     asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1"}]
     assert render(asked[1:], tokenizer) == (USER, FIRST + 1, ASSISTANT)
-    with pytest.raises(DataError, match=r"leaves out message 0, of role 'system'; .* \(and data.system_prompt"):
+    with pytest.raises(DataError, match=r"leaves out message 0, of role 'system'; .* \(remove data.system_prompt"):
         render(asked, tokenizer)
 
 

@@ -151,7 +151,7 @@ def test_a_held_out_file_that_shares_examples_is_refused_unless_allowed(load, tm
     rows = [{"prompt": str(i), "response": "1"} for i in range(4)]
     other = Path(tmp_path / "other.jsonl")
     other.write_text(json.dumps(rows[2]) + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"1 of the 4 .*rows.jsonl:3, as .*other.jsonl:1"):
+    with pytest.raises(DataError, match=r"1 of the 4 .*rows.jsonl:3, same as .*other.jsonl:1"):
         load(rows, heldout_path=str(other))
     assert len(load(rows, heldout_path=str(other), heldout_overlap="remove").train) == 3
     assert load(rows, heldout_path=str(other), heldout_overlap="keep").overlap == 1

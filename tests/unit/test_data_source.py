@@ -118,7 +118,7 @@ def test_files_of_a_folder_are_those_of_the_split_and_keep_their_lines(folder):
     (folder / "test.jsonl").write_text('{"prompt": "a", "prompt": "b"}')
     with pytest.raises(DataError, match=r"test\.jsonl:1: the key 'prompt' is given twice"):
         read(folder, split="test")
-    with pytest.raises(DataError, match="set' has no split 'dev', only 'train', 'test'; set data.split to one"):
+    with pytest.raises(DataError, match="set' has no split 'dev'; it has: 'train', 'test'; set data.split to one"):
         read(folder, split="dev")
 
 

@@ -97,7 +97,7 @@ def test_saved_data_sets(saved):
     assert [origin for origin, _ in read(both)] == [f"{both}[train]:0", f"{both}[train]:1"]
     assert read(both, "test") == [(f"{both}[test]:0", {"messages": MESSAGES[:1], "ids": [3, 4]})]
     assert read(both / "test") == [(f"{both / 'test'}:0", {"messages": MESSAGES[:1], "ids": [3, 4]})]
-    with pytest.raises(DataError, match="both' has no split 'dev', only 'train', 'test'; set data.split to one of"):
+    with pytest.raises(DataError, match="both' has no split 'dev'; it has: 'train', 'test'; set data.split to one of"):
         read(both, "dev")
     assert is_saved(one) and is_saved(both) and not is_saved(saved)
 

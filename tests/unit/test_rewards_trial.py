@@ -126,8 +126,8 @@ def test_a_verifier_shows_what_it_gives_to_the_right_answer_and_one_that_never_d
     wrong = tried("never_right", ADD, SUB, group_size=5).groups
     assert [*report_lines(wrong)][1:] == ["  r: 0 0 0 | 0 0 0"]
     assert [*constant_rewards(wrong)] == [
-        "note: reward 'r' gives 0 to every made-up completion: short, empty, long, and the value of answer, task; see "
-        "that it can give more"]
+        "note: reward 'r' gives 0 to every made-up completion: short, empty, long, and the value of answer, task; "
+        "check that it can give more"]
     assert [*constant_rewards(tried("never_right", ADD, group_size=3).groups)] == []  # no column's value was tried
 
 

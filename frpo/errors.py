@@ -46,4 +46,4 @@ class InvariantError(FrpoError):
 
 def here() -> str:
     """Name the folder where relative paths begin, in words for messages."""
-    return f"from {os.getcwd()}, where relative paths begin"
+    return f"relative paths begin at {os.getcwd()}"

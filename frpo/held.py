@@ -79,7 +79,7 @@ def held(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        logger.warning("%s: the file system has no locks (%s), so that a second run into this folder would not be "
+        logger.warning("%s: the file system has no locks (%s), so a second run into this folder would not be "
                        "refused", path.parent, error.strerror)
     try:
         yield

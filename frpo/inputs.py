@@ -38,7 +38,7 @@ def name_of(thing: Callable[..., Any]) -> str:
     Raises ConfigError if `thing` cannot be called, or cannot be written.
     """
     if not callable(thing):
-        raise ConfigError(f"a function, or its name as text, is needed, given {thing!r:.80}")
+        raise ConfigError(f"give a function, or its name as text; given {thing!r:.80}")
     module = sys.modules.get(getattr(thing, "__module__", None) or "")
     name = getattr(thing, "__qualname__", "")
     if module is None or not name.isidentifier() or getattr(module, name, None) is not thing:
@@ -59,9 +59,9 @@ def path_of(rows: Any) -> str:
         return _written("parquet", rows.to_parquet)
     if isinstance(rows, Mapping) and all(callable(getattr(split, "to_parquet", None)) for split in rows.values()):
         raise DataError(f"rows are given as {type(rows).__name__} with the splits {', '.join(map(str, rows))}; give "
-                        "one of them")
+                        "one split")
     if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise DataError("rows are a list of mappings, a datasets.Dataset or a pandas table, and at least one of them; "
+        raise DataError("rows must be a list of mappings (at least one), a datasets.Dataset or a pandas table; "
                         f"given {type(rows).__name__}: {rows!r:.80}")
     return _written("jsonl", lambda path: _write_lines(path, rows))
 
@@ -97,10 +97,10 @@ def _pickled(thing: Callable[..., Any]) -> str:
         content, decisive = cloudpickle.dumps(thing), cloudpickle.dumps(_without_places(thing))
     except Exception as error:  # pickling runs code of the objects that the function refers to
         raise ConfigError(f"the function {label!r} cannot be sent to other processes ({type(error).__name__}: "
-                          f"{error}); put it at the top of a file") from None
+                          f"{error}); put it at the top level of a file") from None
     if len(content) > LARGEST:
-        raise ConfigError(f"the function {label!r} holds on to {len(content) / 2**20:.0f} MiB, more than the "
-                          f"{LARGEST / 2**20:.0f} that are allowed; let it read them from a file")
+        raise ConfigError(f"the function {label!r} refers to {len(content) / 2**20:.0f} MiB of objects; allowed are "
+                          f"{LARGEST / 2**20:.0f} MiB; let it read them from a file")
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{label}-{hashlib.sha256(decisive).hexdigest()[:8]}.pkl"
     path.write_bytes(content)

@@ -79,7 +79,8 @@ def _load(function: str, what: str) -> Callable[..., Any]:
         raise _NotFoundError(f"{what} {function!r}: {where} has no {name!r}{_suggestion(module, name)}")
     found = getattr(module, name)
     if not callable(found):
-        raise _NotFoundError(f"{what} {function!r} is of type {type(found).__name__}, which cannot be called")
+        raise _NotFoundError(f"{what} {function!r} is of type {type(found).__name__}, which cannot be called; "
+                             "name a function or class")
     return found
 
 
@@ -163,7 +164,7 @@ def _load_file(path: str, what: str, function: str) -> ModuleType:
         _being_loaded.pop()
     for other in sorted(siblings & {*sys.modules} - before):
         if not _lies_in(sys.modules[other], [str(file.parent)]):
-            logger.warning("%s %r: its module %r is %s, not the one beside it; give one of them another name", what,
+            logger.warning("%s %r: its module %r is %s, not the file beside it; rename one of them", what,
                            function, other, getattr(sys.modules[other], "__file__", None) or "elsewhere")
     return module
 
@@ -204,7 +205,7 @@ def _load_pickle(path: str, what: str) -> Callable[..., Any]:
 
 def _import_failure(what: str, function: str, error: Exception) -> _NotFoundError:
     text = "".join(traceback.format_exception(error)).rstrip()
-    hint = " (a file is part of no package: import what lies beside it by its name, without a dot)" \
+    hint = " (the file is not in a package: import files beside it by name, without a dot)" \
         if "no known parent package" in str(error) else ""
     return _NotFoundError(
         f"{what} {function!r}: importing it raised {type(error).__name__}: {error}{hint}\n{text}")

@@ -81,8 +81,8 @@ class AssistantTokens:
         if not whole.startswith(prompt):
             same = _shared(prompt, whole)
             raise DataError(
-                f"the chat template writes earlier messages differently once message {number}, the assistant's, is "
-                f"there: {prompt[same:same + 40]!r} becomes {whole[same:same + 40]!r}; take a template that only "
+                f"the chat template changes earlier messages when the assistant's message {number} follows: "
+                f"{prompt[same:same + 40]!r} becomes {whole[same:same + 40]!r}; use a template that only "
                 f"appends{otherwise}")
         check_header(before, prompt, head, self.tokenizer)
         start, stop = len(prompt), len(whole) - len(tail)
@@ -90,8 +90,8 @@ class AssistantTokens:
         if start > stop or not whole.endswith(tail) or not _opens(prompt, head, lost) or (
                 marked.count(mark) > max(1, len(content))):
             raise DataError(
-                f"the chat template leaves out or changes what the assistant says in message {number}, at "
-                f"{lost or content!r:.60}; take a template that keeps it, or remove it from the row{otherwise}")
+                f"the chat template leaves out or changes the assistant's text in message {number}, at "
+                f"{lost or content!r:.60}; use a template that keeps it, or remove it from the row{otherwise}")
         return start, stop + len(self._ending(before, tail, number))
 
     def _ending(self, before: Conversation, tail: str, number: int) -> str:
@@ -102,13 +102,13 @@ class AssistantTokens:
         self.ending = self.ending or turn_ending(before, self.tokenizer)
         if self.ending is None:
             raise ModelError(
-                f"the chat template of tokenizer {self.tokenizer.name_or_path!r} writes no special token after what "
-                "the assistant says, so that the policy would never learn to stop; put {{ eos_token }} "
+                f"the chat template of tokenizer {self.tokenizer.name_or_path!r} writes no special token after the "
+                "assistant's text, so the policy would never learn to stop; put {{ eos_token }} "
                 f"({self.tokenizer.eos_token}) after the assistant's content and save the template beside the model")
         if not tail.startswith(self.ending):
             raise DataError(
-                f"the chat template ends message {number} of the assistant with {tail[:20]!r}, another turn with "
-                f"{self.ending!r}; end both alike in the template, or set data.train_on to last")
+                f"the chat template ends the assistant's message {number} with {tail[:20]!r}, but another one with "
+                f"{self.ending!r}; make the template end both the same way, or set data.train_on to last")
         return self.ending
 
 
@@ -153,7 +153,7 @@ def continuation(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> 
         first, both = _ids(anchor, tokenizer), _ids(anchor + text, tokenizer)
         if both[:len(first)] == first:
             return both[len(first):]
-    raise DataError(f"the tokenizer merges a text with whatever is before it: {text!r:.80}")
+    raise DataError(f"the tokenizer merges {text!r:.80} with any text before it; use another tokenizer")
 
 
 def to_learn(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -162,9 +162,9 @@ def to_learn(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list
     if unknown is None or ids.count(unknown) <= text.count(tokenizer.unk_token):
         return ids
     lacking = next((char for char in text if unknown in _ids(char, tokenizer)), text)
-    raise UnknownTokenError(f"the tokenizer has no token for {lacking!r:.60}, so that {tokenizer.unk_token} would be "
-                            "learned; set data.unknown_tokens=drop to leave such rows out, write it otherwise, or take "
-                            "a tokenizer that has it")
+    raise UnknownTokenError(f"the tokenizer has no token for {lacking!r:.60}, so {tokenizer.unk_token} would be "
+                            "learned; set data.unknown_tokens=drop to leave such rows out, write it differently, or "
+                            "use a tokenizer that has a token for it")
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

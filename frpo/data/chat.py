@@ -65,7 +65,7 @@ def check_written(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTo
     left_out = next((number for number, mark in marks.items() if mark not in text), None)
     if left_out is not None:
         raise DataError(f"the chat template leaves out message {left_out}, of role {messages[left_out]['role']!r}; "
-                        "take a template that writes it, or remove it (and data.system_prompt, if it is that)")
+                        "use a template that writes it, or remove it (remove data.system_prompt if it is that message)")
 
 
 def check_header(messages: Sequence[Mapping[str, str]], prompt: str, head: str, tokenizer: PreTrainedTokenizerBase
@@ -77,8 +77,8 @@ def check_header(messages: Sequence[Mapping[str, str]], prompt: str, head: str, 
     beyond = head[len(prompt):] if head.startswith(prompt) else ""
     if beyond.strip() and prompt == template_text(messages, tokenizer):
         raise DataError(
-            f"the chat template writes {beyond[-40:]!r} before what the assistant says in message {len(messages)}, but "
-            "no prompt for it ends so, and the policy would have to say it; write it in the template under "
+            f"the chat template writes {beyond[-40:]!r} before the assistant's text in message {len(messages)}, but "
+            "does not end the prompt with it, so the policy would have to write it; make the template write it under "
             "add_generation_prompt")
 
 
@@ -115,7 +115,7 @@ def with_system(origin: str, messages: Messages, system_prompt: str | None) -> M
     if system_prompt is None:
         return messages
     if messages[0]["role"] == "system":
-        raise DataError(f"{origin}: the row has a system message of its own; remove it or data.system_prompt")
+        raise DataError(f"{origin}: the row already has a system message; remove it or data.system_prompt")
     return ({"role": "system", "content": system_prompt}, *messages)
 
 
@@ -133,5 +133,5 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, needs_chat: bool) -> Non
         raise ModelError(f"tokenizer {name!r} has no padding token; set tokenizer.pad_token to a token that no text "
                          "contains (an unused or reserved one) and save it beside the model")
     if needs_chat and not tokenizer.chat_template:
-        raise ModelError(f"tokenizer {name!r} has no chat template, which data.format: chat needs; take an instruction "
-                         "model, set tokenizer.chat_template and save it, or choose data.format: text")
+        raise ModelError(f"tokenizer {name!r} has no chat template, but data.format: chat needs one; use an "
+                         "instruction model, set tokenizer.chat_template and save it, or choose data.format: text")

@@ -79,11 +79,11 @@ def _example(row: Row, data: SupervisedDataSection, assistant: AssistantTokens) 
     except DataError as error:
         raise type(error)(f"{row.origin}: {error}") from error
     if not any(mask[1:]):
-        raise DataError(f"{row.origin}: no token of a response, so that there is nothing to learn; give the row an "
-                        "assistant's message with text, or remove it")
+        raise DataError(f"{row.origin}: the row has no response token, so there is nothing to learn; give the row an "
+                        "assistant message with text, or remove it")
     if mask[0]:
-        raise DataError(f"{row.origin}: nothing stands before the response, so that its first token cannot be learned; "
-                        "give the row a prompt, or take a tokenizer that puts a token before every text")
+        raise DataError(f"{row.origin}: no token comes before the response, so its first token cannot be learned; "
+                        "give the row a prompt, or use a tokenizer that puts a token before every text")
     return Example(uid=content_hash(content)[:16], origin=row.origin, token_ids=tuple(ids), loss_mask=tuple(mask))
 
 
@@ -98,7 +98,7 @@ def _messages(row: Row, data: SupervisedDataSection) -> Messages:
             row.origin, prompt)
         messages = (*before, {"role": "assistant", "content": response})
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"{row.origin}: the last message must be the assistant's, since it is what is learned; given "
+        raise DataError(f"{row.origin}: the last message must be the assistant's, since the model learns it; given "
                         f"{messages[-1]['role']!r}")
     return with_system(row.origin, messages, data.system_prompt)
 
@@ -114,7 +114,7 @@ def _shortened(example: Example, data: SupervisedDataSection, max_length: int) -
     """Cut the end of the example. Return None if the example is to be dropped or would have nothing to learn."""
     if data.too_long == "refuse":
         raise DataError(f"{example.origin}: the example has {len(example.token_ids)} tokens, model.max_length allows "
-                        f"{max_length}; raise it, or set data.too_long to cut (the end is left off) or drop")
+                        f"{max_length}; raise it, or set data.too_long to cut (removes the end) or drop")
     mask = example.loss_mask[:max_length]
     if data.too_long == "drop" or not any(mask):
         return None

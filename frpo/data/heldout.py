@@ -81,16 +81,17 @@ class Split(Generic[T]):
             section = cast("type[BaseModel]", type(data))
             unused = data.heldout not in (0, section.model_fields["heldout"].default)
             lines = [f"{len(self.train)} training {items} of {data.path}, {len(self.heldout)} held-out ones of "
-                     f"{data.heldout_path}{' (data.heldout has no effect beside it)' if unused else ''}"]
+                     f"{data.heldout_path}{' (data.heldout_path replaces data.heldout)' if unused else ''}"]
         if data.limit is not None and len(self.train) + len(self.heldout) + sum(self.skipped.values()) >= data.limit:
-            lines.append(f"read: the first {data.limit} rows alone (data.limit)")
+            lines.append(f"read: only the first {data.limit} rows (data.limit)")
         lines += [f"left out: {count} x {reason}" for reason, count in self.skipped.items()]
         without = sum(self.skipped.values())
         read = len(self.train) + len(self.heldout) + without
         if without > NOTEWORTHY * read:
             lines.append(f"note: {without} of {read} {items} are left out")
         if self.overlap:
-            lines.append(f"trained on too: {self.overlap} x same prompt as a held-out one (data.heldout_overlap: keep)")
+            lines.append(f"also trained on: {self.overlap} x same prompt as a held-out one "
+                         "(data.heldout_overlap: keep)")
         return lines
 
 
@@ -143,10 +144,10 @@ def _refuse_overlap(data: HeldoutKeys, train: Source[T], evaluation: Source[T]) 
               for item, origin in zip(train.items, train.origins) if item.token_ids in places]
     if shared:
         raise DataError(
-            f"{len(shared)} of the {len(train.items)} training prompts of data.path {data.path!r} are held-out "
-            f"prompts of data.heldout_path {data.heldout_path!r} too (the first: {shared[0][0]}, as {shared[0][1]}); "
-            "data.heldout_overlap is 'refuse': set it to 'remove' to leave them out of training or to 'keep' to train "
-            "on them all the same, or give other files")
+            f"{len(shared)} of the {len(train.items)} training prompts of data.path {data.path!r} are also held-out "
+            f"prompts of data.heldout_path {data.heldout_path!r} (the first: {shared[0][0]}, same as {shared[0][1]}). "
+            "data.heldout_overlap is 'refuse'; set it to 'remove' to leave them out of training, set it to 'keep' to "
+            "train on them anyway, or give other files")
 
 
 def _smallest_uids(items: Iterable[T], count: int) -> tuple[T, ...]:

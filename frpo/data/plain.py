@@ -59,8 +59,8 @@ def _plain(value: Any, depth: int) -> Any:
         return _decoded(value)
     if isinstance(value, date | time | timedelta | Decimal | UUID):
         return str(value)
-    raise _NoPlaceError(f"holds {type(value).__name__}, which JSON has no place for; store text, a number, a list or "
-                        "an object, or leave the column out")
+    raise _NoPlaceError(f"holds {type(value).__name__}, a type that JSON does not have; store text, a number, a list "
+                        "or an object, or leave the column out")
 
 
 def _text(value: Any) -> str:
@@ -69,8 +69,8 @@ def _text(value: Any) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _NoPlaceError(f"holds the lone surrogate {value[error.start]!r} at character {error.start}, half a "
-                            "character that no text may have; write the whole character, or remove it") from None
+        raise _NoPlaceError(f"holds the lone surrogate {value[error.start]!r} at character {error.start}, only half "
+                            "of a character; write the whole character, or remove it") from None
     return str(value)
 
 

@@ -100,7 +100,7 @@ def _read(data: DataSection, path: str, limit: int | None, tokenizer: PreTrained
         rows, skipped = calculator_rows(rows)
         if not rows:
             raise DataError(f"data set {path!r} has no usable <<expression=value>> annotation in column 'answer' "
-                            f"(skipped: {skipped}); data.format: calculator reads GSM8K rows")
+                            f"(skipped: {skipped}); give GSM8K rows, or set another data.format")
     return Source(items=tuple(_prompt(row, data, tokenizer) for row in rows),
                   origins=tuple(row.origin for row in rows), skipped=skipped)
 

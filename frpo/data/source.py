@@ -34,7 +34,7 @@ READERS: Mapping[str, Reader] = {
 NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "state.json")
 """Files of a folder that hold no rows."""
 
-ALLOWED = f"{', '.join(TEXT_FILES)} (each also with .gz behind it) or .parquet"
+ALLOWED = f"{', '.join(TEXT_FILES)} (each also with .gz at the end) or .parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def read_rows(path: str, *, split: str, limit: int | None, seed: int, subset: st
     records = _generated(path, limit, seed) if path in GENERATED else _records(path, subset, split)
     rows = [Row(origin=origin, columns=plain_columns(columns, origin)) for origin, columns in islice(records, limit)]
     if not rows:
-        raise DataError(f"data set {path!r} has no rows; give one with at least one")
+        raise DataError(f"data set {path!r} has no rows; give a data set with at least one row")
     return rows
 
 
@@ -77,10 +77,11 @@ def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[
     """
     kept = [row for row in rows if all(_is_one_of(column(row, name, object), values) for name, values in where.items())]
     if len(set(rename.values())) < len(rename):
-        raise DataError(f"data.rename gives two columns one name, so that one would be lost: {dict(rename)}")
+        raise DataError("data.rename gives two columns the same name, so one would be lost; rename one differently; "
+                        f"given {dict(rename)}")
     if not kept:
         raise DataError(f"data.where keeps none of {len(rows)} rows; given {dict(where)}, the first row has "
-                        f"{ {name: rows[0].columns[name] for name in where} }")
+                        f"{ {name: rows[0].columns[name] for name in where} }; give values that rows have")
     return [_renamed(row, rename) for row in kept] if rename else kept
 
 
@@ -93,7 +94,8 @@ def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
     for old, new in rename.items():
         column(row, old, object)
         if new in row.columns:
-            raise DataError(f"{row.origin}: data.rename gives {old!r} the name {new!r}, which the row already has")
+            raise DataError(f"{row.origin}: data.rename gives {old!r} the name {new!r}, but the row already has this "
+                            "column; choose another name")
     return Row(origin=row.origin, columns={rename.get(name, name): value for name, value in row.columns.items()})
 
 
@@ -138,12 +140,12 @@ def _records(path: str, subset: str | None, split: str) -> Iterable[Record]:
     if is_folder:
         return _folder(path, subset, split)
     if not exists and ("://" in path or set("*?") & set(path)):
-        raise DataError(f"data set {path!r}: addresses and patterns are not followed; load the files into a folder and "
-                        "give that, or a file in it")
+        raise DataError(f"data set {path!r}: addresses and patterns are not supported; download the files into a "
+                        "folder and give the folder, or a file in it")
     if reader is not None:
         return reader(place)
     if exists:
-        raise DataError(f"data file {path!r} has no suffix that says what it is; allowed: {ALLOWED}")
+        raise DataError(f"data file {path!r} has no known suffix; rename it; allowed: {ALLOWED}")
     if looks_local(path) or ("/" not in path and place.suffix[1:].isalpha()):
         raise DataError(f"data set {path!r}: there is no such file or folder ({here()}); give a file ({ALLOWED}), a "
                         "folder, or the id of a Hugging Face data set, such as owner/name (~ is not expanded)")
@@ -168,8 +170,8 @@ def _folder(path: str, subset: str | None, split: str) -> Iterable[Record]:
     if len(unknown) == len(files):
         return tables.hugging_face(path, subset, split)
     if unknown:
-        raise DataError(f"data set {path!r}: {unknown[0]} is among its files, but has no suffix that says what it is; "
-                        f"move it away, or name it ({ALLOWED})")
+        raise DataError(f"data set {path!r}: its file {unknown[0]} has no known suffix; move it out of the folder, or "
+                        f"give it a suffix ({ALLOWED})")
     return tables.of_split(path, {name: chain.from_iterable(map(_records_of, each))
                                   for name, each in splits.items()}, split)
 
@@ -191,9 +193,9 @@ def _check_all_taken(folder: Path, files: Sequence[Path]) -> None:
         ours = _reader(file.name) and file.name not in NO_ROWS and not file.is_dir()
         hidden = any(part.startswith((".", "__")) for part in name.parts)
         if ours and not hidden and os.path.realpath(file) not in taken:
-            raise DataError(f"data set {str(folder)!r}: {name} would be left out, since `datasets` takes files of one "
-                            "kind and, where some are named after a split, only those; write and name it like the "
-                            "others (train-2.jsonl), move it away, or give data.path one file")
+            raise DataError(f"data set {str(folder)!r}: {name} would be left out. `datasets` reads files of one type "
+                            "only; if some are named after a split, it reads only those. Write and name the file like "
+                            "the others (train-2.jsonl), move it out of the folder, or set data.path to one file")
 
 
 def _reader(name: str) -> Reader | None:

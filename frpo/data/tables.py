@@ -42,7 +42,8 @@ def parquet(path: Path) -> Iterator[Record]:
         with path.open("rb") as raw, ParquetFile(raw) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                raise DataError(f"{path}: two columns have one name, of {', '.join(map(repr, names))}; rename one")
+                raise DataError(f"{path}: two columns have the same name (columns: {', '.join(map(repr, names))}); "
+                                "rename one")
             for batch in file.iter_batches(batch_size=1024):
                 for index in range(batch.num_rows):
                     number += 1
@@ -127,7 +128,7 @@ def hugging_face(path: str, subset: str | None, split: str) -> Iterator[Record]:
         dataset = load_dataset(os.path.abspath(path) if local else path, name=subset, split=split)
     except LOADING as error:
         missing, remedy = ("", "") if local else ("; no file or folder here has this name either",
-                                                  ", or give a local file where the hub cannot be reached")
+                                                  ", or give a local file if the hub cannot be reached")
         raise DataError(f"data set {path!r}, split {split!r}, cannot be loaded: {_reason(error)}{missing}; check "
                         f"data.path and data.split{remedy}") from error
     yield from _numbered(dataset, f"{path}[{split}]")
@@ -162,9 +163,9 @@ def _cells(batch: Any, index: int, origin: str) -> dict[str, Any]:
 
 
 def _missing_split(path: str, split: str, known: Iterable[str]) -> DataError:
-    names = ", ".join(repr(str(name)) for name in known) or "none at all"
-    return DataError(f"data set {path!r} has no split {split!r}, only {names}; set data.split to one of them, or give "
-                     "the path of one")
+    names = ", ".join(repr(str(name)) for name in known) or "none"
+    return DataError(f"data set {path!r} has no split {split!r}; it has: {names}; set data.split to one of them, or "
+                     "give the path of one split")
 
 
 def _reason(error: BaseException) -> str:

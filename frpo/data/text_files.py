@@ -66,7 +66,7 @@ def _reason(error: Exception) -> str:
     """Describe why a file cannot be read, and how to fix it."""
     system = getattr(error, "strerror", None)
     if system is None:
-        return f": {error}; it is damaged; make it again"
+        return f": {error}; the file is damaged; make it again"
     return f": {system}{f' ({here()})' if isinstance(error, FileNotFoundError) else ''}; check the path"
 
 
@@ -86,7 +86,7 @@ def json_list(path: Path) -> Iterator[Record]:
     text, remedy = "".join(line for _, line in text_lines(path)), "each row must be one whole JSON object"
     start = _past_space(text)
     if not text.startswith("[", start):
-        yield from json_lines(path, "the file must hold one list of objects, or one object a line")
+        yield from json_lines(path, "the file must hold one list of objects, or one object per line")
         return
     position = _past_space(text, start + 1)
     for number in count(1):
@@ -101,8 +101,8 @@ def json_list(path: Path) -> Iterator[Record]:
             break
         position = _past_space(text, position + 1)
     if text[position:].strip() != "]":
-        raise DataError(f"{path}: the list does not end with ] after its object number {number}; the file is cut off, "
-                        "or holds more than one list")
+        raise DataError(f"{path}: the list does not end with ] after object {number}; the file is cut off, or holds "
+                        "more than one list; write it as one list")
 
 
 def _past_space(text: str, position: int = 0) -> int:
@@ -148,8 +148,8 @@ def delimited(path: Path, delimiter: str) -> Iterator[Record]:
             names = cells
             other = set(";,\t") & set(names[0])
             if len(names) == 1 and other:
-                raise DataError(f"{origin}: the only column name is {names[0]!r:.60}, with {other.pop()!r} in it, but "
-                                f"the delimiter of this suffix is {delimiter!r}; write the file with that one")
+                raise DataError(f"{origin}: the only column name is {names[0]!r:.60} and has {other.pop()!r} in it, "
+                                f"but this suffix needs the delimiter {delimiter!r}; write the file with {delimiter!r}")
             if len(set(names)) < len(names):
                 raise DataError(f"{origin}: the column name {_twice(names)!r} is given twice; rename one")
 
@@ -165,7 +165,7 @@ def _check_text(path: Path, number: int, raw: bytes, start: bytes) -> None:
     """Raise DataError for a line with bytes that are not UTF-8, or with NUL bytes. start: the file's first line."""
     try:
         raw.decode("utf-8")
-        wrong = "NUL bytes, so that the file is damaged, or UTF-16" if b"\0" in raw else None
+        wrong = "the line has NUL bytes, so the file is damaged or UTF-16" if b"\0" in raw else None
     except UnicodeDecodeError as error:
         wrong = f"not UTF-8 ({error.reason} at byte {error.start})"
     if wrong is not None:
@@ -201,7 +201,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    raise _RefusedError(f"{name} is no number of JSON; write null, or text in quotes")
+    raise _RefusedError(f"{name} is not a JSON number; write null, or text in quotes")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)

@@ -22,9 +22,10 @@ def check_vocabulary(sources: Iterable[Source[T]], tokenizer: PreTrainedTokenize
     for source in sources:
         for item, origin in zip(source.items, source.origins):
             if (token_id := max(item.token_ids)) >= embeddings:
-                raise ModelError(f"{origin}: the row needs {described(token_id)}; resize them and save the model, take "
-                                 "the tokenizer that it was trained with, or leave the row out")
+                raise ModelError(f"{origin}: the row needs {described(token_id)}; resize the embeddings and save the "
+                                 "model, use the tokenizer that the model was trained with, or leave the row out")
     for name, token_id in (("eos_token", tokenizer.eos_token_id), ("pad_token", tokenizer.pad_token_id)):
         if token_id >= embeddings:
-            raise ModelError(f"tokenizer {tokenizer.name_or_path!r}: its {name} is {described(token_id)}; resize them "
-                             f"and save the model, or set tokenizer.{name} to a token that the model has and save it")
+            raise ModelError(f"tokenizer {tokenizer.name_or_path!r}: its {name} is {described(token_id)}; resize the "
+                             f"embeddings and save the model, or set tokenizer.{name} to a token that the model has "
+                             "and save it")

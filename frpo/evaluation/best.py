@@ -108,7 +108,7 @@ def require_known(section: BestSection, metrics: Mapping[str, float]) -> None:
     unknown += [f"bounds on {name!r}" for name in section.bounds if name not in metrics]
     if unknown:
         raise ConfigError(f"evaluate.best: {' and '.join(unknown)}: evaluation of this recipe gives no such metric; "
-                          f"there are {', '.join(sorted(metrics))} (eval/kl needs a reference and "
+                          f"choose from {', '.join(sorted(metrics))} (eval/kl needs a reference and "
                           "evaluate.temperature = 1, eval/pass@k needs evaluate.pass_at)")
 
 

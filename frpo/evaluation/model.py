@@ -93,13 +93,14 @@ def of_model(recipe: Recipe, model: str) -> Recipe:
 def result_path(model: str, result: str | None) -> Path:
     """Return the file for the metrics. Raises ConfigError, before any work, if the file cannot be written."""
     if result is None and not Path(model).is_dir() and looks_local(model):
-        raise ConfigError(f"model {model!r} is no folder ({here()}); give a run's export, another folder with a "
+        raise ConfigError(f"model {model!r} is not a folder ({here()}); give a run's export, another folder with a "
                           "Hugging Face model, or a hub id")
     if result is None and not Path(model).is_dir():
-        raise ConfigError(f"{model!r} is no folder to write {RESULT} into; give --json PATH, or a folder as model")
+        raise ConfigError(f"{model!r} is not a folder, so it cannot hold {RESULT}; give --json PATH, or a folder as "
+                          "model")
     path = Path(model) / RESULT if result is None else Path(result)
     if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise ConfigError(f"{path} cannot be written; give --json PATH in a folder that exists and is yours")
+        raise ConfigError(f"{path} cannot be written; give --json PATH in an existing folder that you may write to")
     return path
 
 

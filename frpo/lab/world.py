@@ -64,7 +64,7 @@ class Request:
         """Parse the text of a request. Raises ValueError for a text that is no request."""
         found = REQUEST.fullmatch(text)
         if found is None or not set(text.split()) <= ID.keys():
-            raise ValueError(f"no request: {text!r}")
+            raise ValueError(f"not a request: {text!r}")
         opening, verb, first, second, slot = found.groups()
         return cls(verb=int(verb), first=int(first), second=int(second), slot=slot, opening=opening)
 

@@ -53,7 +53,7 @@ def select_arguments(
         raise RewardError(
             f"{label} needs {missing[0]!r}, which is neither a data column{hint} nor in its kwargs; "
             f"columns: {', '.join(columns) or 'none'}; kwargs: {', '.join(spec.kwargs) or 'none'}; every reward may "
-            f"name {', '.join(BATCH_ARGUMENTS)} too, each a list with a value for every completion")
+            f"also take {', '.join(BATCH_ARGUMENTS)}, each a list with one value for each completion")
     taken = {name: values for name, values in offered.items() if parameters.open or name in parameters.named}
     return {**taken, **spec.kwargs}
 
@@ -62,12 +62,12 @@ def check_kwargs(spec: RewardSpec, label: str, parameters: Parameters) -> None:
     """Raise RewardError if the function cannot be called by name, or does not take a name of the recipe's kwargs."""
     if parameters.nameless:
         raise RewardError(f"{label} takes {', '.join(parameters.nameless)} by position only, but every argument is "
-                          "given by name; name them, without a / behind them, or take **kwargs")
+                          "passed by name; name them, remove a / after them, or take **kwargs")
     unknown = [name for name in spec.kwargs if not parameters.open and name not in parameters.named]
     if unknown:
         known = [name for name in parameters.named if name not in BATCH_ARGUMENTS]
         raise RewardError(
-            f"{label} takes no {unknown[0]!r} as its kwargs say{did_you_mean(unknown[0], known)}; "
+            f"{label} has no argument {unknown[0]!r}{did_you_mean(unknown[0], known)}, but its kwargs set it; "
             f"it takes: {', '.join(parameters.named) or 'nothing'}")
 
 

@@ -97,9 +97,9 @@ def called(spec: RewardSpec, form: Format, pool: RewardPool, batch: Batch, share
     if wild and spec.on_error == "raise":
         index = share.start + wild[0]
         raise RewardError(
-            f"{worker.label} returned {result[wild[0]]} for completion {index} (prompt {batch.uids[index]!r}), "
-            f"{len(wild)} such of {len(values)}; return None to abstain, or set on_error: abstain. Allowed are finite "
-            f"numbers from -{LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
+            f"{worker.label} returned {result[wild[0]]} for completion {index} (prompt {batch.uids[index]!r}); "
+            f"{len(wild)} of {len(values)} values are not allowed. Allowed are finite numbers from "
+            f"-{LARGEST_REWARD:g} to {LARGEST_REWARD:g}; return None to abstain, or set on_error: abstain")
     return Component(values=values, counts=_counts(abstained=int(np.isnan(values).sum()), nonfinite=len(wild)))
 
 

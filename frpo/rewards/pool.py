@@ -29,7 +29,7 @@ class RewardPool:
         with stop.calls(self._wake), self._changed:
             self._changed.wait_for(lambda: self._idle or stop.is_set())
             if stop.is_set():
-                raise RewardCallError(f"{self.workers[0].label}: the call was ended before it began")
+                raise RewardCallError(f"{self.workers[0].label}: the call was stopped before it began")
             held = self._idle.pop()
         try:
             yield held

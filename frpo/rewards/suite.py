@@ -223,4 +223,4 @@ def _check_specs(specs: Sequence[RewardSpec]) -> None:
         taken = [name for name in spec.kwargs if name in BATCH_ARGUMENTS]
         if taken:
             raise RewardError(
-                f"reward {spec.name!r}: kwargs may not set {taken[0]!r}, which every call gets from the batch")
+                f"reward {spec.name!r}: kwargs may not set {taken[0]!r}, which comes from the batch; remove it")

@@ -31,7 +31,7 @@ takes message lists.
 LONGEST = 2000
 """Most characters of a column's value that is tried as a completion."""
 
-TRIED = ("this was its first call, before the run: made-up completions (short, empty, long) of prompts of the data "
+TRIED = ("this was a test call before the run, with made-up completions (short, empty, long) of prompts of the data "
          "(checks.rewards)")
 
 MOST = 8
@@ -56,7 +56,7 @@ def try_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, st
                               f"{form} in this reward of the recipe, or change the function") from None
         if spec.on_error == "raise" or not isinstance(error, RewardCallError):
             raise type(error)(told) from None
-        logger.warning("%s; on_error: abstain counts it as None", told)
+        logger.warning("%s; under on_error: abstain the call gives None", told)
         return failed(error, share)
 
 
@@ -149,7 +149,7 @@ def constant_rewards(groups: Sequence[ScoredGroup]) -> Iterator[str]:
                  for column, _ in zip(column_texts(scored.group.prompt), scored.rewards_G[len(TEXTS):])}
         if tried and not any(scored.terms[name].any() for scored in groups):
             yield (f"note: reward {name!r} gives 0 to every made-up completion: short, empty, long, and the value of "
-                   f"{', '.join(sorted(tried))}; see that it can give more")
+                   f"{', '.join(sorted(tried))}; check that it can give more")
 
 
 def _few_values(prompts: Sequence[Prompt], name: str) -> bool:

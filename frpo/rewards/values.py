@@ -72,7 +72,7 @@ def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str], fir
     """
     if isinstance(result, Foreign):
         raise RewardError(
-            f"returned {result.type_name} {result.text}; allowed is a list of {len(uids)} numbers or None, "
+            f"returned {result.type_name} {result.text}; return a list of {len(uids)} numbers or None, "
             "one for each completion")
     if len(result) != len(uids):
         raise RewardError(
@@ -81,7 +81,7 @@ def check_values(result: list[PortableValue] | Foreign, uids: Sequence[str], fir
         if isinstance(value, Foreign):
             raise RewardError(
                 f"value {first + index} (prompt {uids[index]!r}) is {value.type_name} {value.text}; "
-                "allowed are numbers, and None to abstain")
+                "return a number, or None to abstain")
     return np.array([value if _usable(value) else math.nan for value in result])
 
 

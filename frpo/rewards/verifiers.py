@@ -135,7 +135,7 @@ def _reference_number(reference: Any) -> Fraction:
     if isinstance(reference, str):
         found = find_number(reference)
         if found is None:
-            raise ValueError(f"reference answer {reference!r} holds no number")
+            raise ValueError(f"reference answer {reference!r} holds no number; give one")
         return found
     if isinstance(reference, bool) or not isinstance(reference, (int, float)):
         kind = type(reference).__name__

@@ -168,12 +168,12 @@ class RewardWorker:
                 pass  # the process is dead, by its own doing, by the limit or by the stop
         if stop.is_set():
             self._discard()
-            raise RewardCallError(f"{self.label}: {what} was ended from outside and its worker was killed")
+            raise RewardCallError(f"{self.label}: {what} was stopped from outside and its worker was killed")
         if expired.is_set():
             self._discard()
             raise RewardTimeoutError(
                 f"{self.label}: {what} took longer than {timeout_s:g} s and its worker was killed; "
-                "raise timeout_s, score fewer completions a call, or make the function faster")
+                "raise timeout_s, score fewer completions per call, or make the function faster")
         if answer is None:
             ending = self._ending()
             self._discard()

@@ -73,8 +73,8 @@ def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
         return {}
     rank = next((rank for rank in RANKS if rank >= recipe.model.lora.r), None)
     if rank is None:
-        raise ConfigError(f"model.lora.r = {recipe.model.lora.r} is above {RANKS[-1]}, the largest that vLLM adds to a "
-                          "model; set weight_sync.adapters to false, or lower it")
+        raise ConfigError(f"model.lora.r = {recipe.model.lora.r} is above {RANKS[-1]}, the largest rank of an adapter "
+                          "in vLLM; lower model.lora.r, or set weight_sync.adapters to false")
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
 
@@ -97,5 +97,5 @@ def ends_if_broken() -> Iterator[None]:
     try:
         yield
     except (EngineDeadError, torch.AcceleratorError):
-        logger.exception("this engine cannot go on; its process ends")
+        logger.exception("this engine cannot continue; its process ends")
         os._exit(1)

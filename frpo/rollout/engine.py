@@ -206,8 +206,8 @@ class RolloutEngine:
         with self.shared.turn():
             held = self.policy_version()
             if self.unusable or held is not None:
-                raise EngineError(f"engine {self.index}: {self.unusable or f'serves version {held} already'}; only "
-                                  "weights without a version are those that were loaded from disk")
+                raise EngineError(f"engine {self.index}: {self.unusable or f'it already serves version {held}'}; "
+                                  "label weights as loaded from disk only if they have no version yet")
             self.llm.llm_engine.set_weight_version(str(version))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ class RolloutEngine:
             raise EngineError(f"engine {self.index}: {self.unusable}; rebuild it")
         if not self.staged:
             self.shared.hold()
-            self.unusable = "a push broke off while weights were landing in place"
+            self.unusable = "a push broke off while it changed weights in place"
         with self.shared.turn_of_update():
             if self.staged:
                 self.llm.llm_engine.collective_rpc("abort_weight_update")
@@ -247,9 +247,9 @@ class RolloutEngine:
             if problems:
                 self.unusable = f"the push of version {weight_version} did not reach the whole model"
                 raise InvariantError(
-                    f"rollout engine {self.index}: vLLM does not take the pushed weights as it takes the checkpoint: "
-                    f"{problems[0]}. It would serve a mixture of old and new weights; this model family can be "
-                    "fine-tuned (frpo finetune), not trained with this version of vLLM")
+                    f"rollout engine {self.index}: vLLM does not load the pushed weights as it loads the checkpoint: "
+                    f"{problems[0]}. It would serve a mixture of old and new weights. This version of vLLM cannot be "
+                    "used to train this model family; fine-tune it instead (frpo finetune)")
             self.llm.finish_weight_update(weight_version)
             if self.lora is not None:  # only now: vLLM drops all adapters when it finishes an update
                 self._take_adapters()
@@ -292,8 +292,8 @@ class RolloutEngine:
 
     def _check_usable(self) -> None:
         if self.given_up or self.lacks_weights:
-            raise EngineError(f"engine {self.index} has slept, and its weights were not pushed since; wake it and push "
-                              "them first")
+            raise EngineError(f"engine {self.index} has slept and got no weights since; wake it and push the weights "
+                              "first")
         if self.unusable:
             raise EngineError(f"engine {self.index}: {self.unusable}; rebuild and sync it before it serves again")
 
@@ -301,7 +301,7 @@ class RolloutEngine:
         self._check_usable()
         held = self.policy_version()
         if held is None or (held < expected if or_newer else held != expected):
-            raise EngineError(f"engine {self.index} holds policy version {held}, asked to sample version {expected}"
+            raise EngineError(f"engine {self.index} holds policy version {held}, but must sample version {expected}"
                               f"{' or a newer one' if or_newer else ''}; push the weights first")
 
 

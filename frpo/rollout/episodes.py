@@ -90,8 +90,8 @@ async def checked(hook: Callable[..., Any], client: Client, timeout_s: float) ->
     try:
         episode = await asyncio.wait_for(hook(client.prompt, client), timeout_s)
     except TimeoutError:
-        raise RolloutHookError(f"{where}: no episode within {timeout_s:g} s; raise rollout.hook_timeout_s, or see what "
-                               "it waits for") from None
+        raise RolloutHookError(f"{where}: no episode within {timeout_s:g} s; raise rollout.hook_timeout_s, or check "
+                               "what the hook waits for") from None
     except Exception as error:  # the user's code
         own = error.__traceback__.tb_next if error.__traceback__ else None
         raise RolloutHookError(f"{where} raised {type(error).__name__}: {error}\n"
@@ -109,11 +109,12 @@ def _problem(episode: Any, max_tokens: int) -> str | None:
     if len(set(sizes.values())) > 1:
         return f"token_ids, loss_mask and logprobs must be equally long, given {sizes}"
     if sizes["token_ids"] > max_tokens:
-        return f"{sizes['token_ids']} tokens, rollout.max_new_tokens allows {max_tokens} with those of tools"
+        return (f"the episode has {sizes['token_ids']} tokens, rollout.max_new_tokens allows {max_tokens}, with tool "
+                "tokens; raise it, or end the episode earlier")
     for place, (flag, logprob) in enumerate(zip(episode.loss_mask, episode.logprobs, strict=True)):
         if flag and not (isinstance(logprob, float) and math.isfinite(logprob) and logprob <= 0):
-            return (f"token {place} counts in the loss and has the log-probability {logprob!r}; take it from the turn "
-                    "(Transcript does), or mask the token")
+            return (f"token {place} has a loss, but the log-probability {logprob!r} is not a finite float <= 0; take "
+                    "it from the turn (Transcript does), or mask the token")
     if episode.finish_reason not in ("stop", "length"):
         return f"finish_reason must be 'stop' or 'length', given {episode.finish_reason!r}"
     return None
@@ -133,6 +134,6 @@ def load_hook(function: str) -> Callable[..., Any]:
     """Load the hook that a recipe names. Raises ConfigError if it is not found or is not a coroutine function."""
     hook = load_function(function, "rollout.hook: rollout hook", ConfigError)
     if not inspect.iscoroutinefunction(hook):
-        raise ConfigError(f"rollout.hook: {function!r} is no coroutine function; write it as async def rollout(prompt, "
-                          "client)")
+        raise ConfigError(f"rollout.hook: {function!r} is not a coroutine function; write it as async def "
+                          "rollout(prompt, client)")
     return hook

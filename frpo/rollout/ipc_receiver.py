@@ -38,7 +38,7 @@ class IpcReceiver(Receiver[IpcInitInfo, UpdateInfo]):
         super().init_transfer_engine(init_info)
         uuid = uuid_of(self.device)
         if uuid not in init_info.handles:
-            raise RuntimeError(f"no learner rank is on this worker's GPU {uuid}, they are on "
+            raise RuntimeError(f"no learner rank is on this worker's GPU {uuid}; the ranks are on "
                                f"{', '.join(init_info.handles)}; set placement to colocate, or weight_sync.backend to "
                                "nccl")
         self.buffer = open_buffer(init_info.handles[uuid], self.device)

@@ -72,7 +72,7 @@ class Receiver(WeightTransferEngine[Info, Update]):
         staged weights untouched, if nothing was received.
         """
         if not self.names:
-            raise ValueError("weight update finished without a single parameter received")
+            raise ValueError("the weight update finished, but no parameter was received")
         if self.adapters:  # taken by `take_staged`
             return None
         if self.staging:

@@ -95,8 +95,9 @@ class SharedEngine:
             self._gate.release()
 
     def _late(self) -> EngineError:
-        return EngineError(f"the engine was not to be had within {self.limit_s:g} s (weight_sync.timeout_s): an update "
-                           "of its weights was begun and not finished, or a step takes longer")
+        return EngineError(f"the engine was not free within {self.limit_s:g} s (weight_sync.timeout_s). A weight "
+                           "update began but did not finish, or a step takes longer; for a long step, raise "
+                           "weight_sync.timeout_s")
 
 
 class Caller:

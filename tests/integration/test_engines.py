@@ -255,7 +255,7 @@ def test_a_mixture_refuses_to_serve(two, recipe_of):
     with pytest.raises(EngineError, match="cut on purpose"):
         two.learner.push_weights(two.version + 1)
     assert two.pool.lost() == [0, 1] and two.pool.dead() == []
-    with pytest.raises(EngineError, match="a push broke off while weights were landing in place; rebuild and sync it"):
+    with pytest.raises(EngineError, match="a push broke off while it changed weights in place; rebuild and sync it"):
         two.sample(PROMPTS)
     two.drop_pool()
     two.push()

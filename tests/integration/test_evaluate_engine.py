@@ -64,5 +64,5 @@ def test_an_export_is_served_as_it_lies_there_and_counted_right(ray_cluster, rec
 @pytest.mark.timeout(180)
 def test_an_engine_with_pushed_weights_does_not_pass_them_off_as_loaded(loop):
     loop.push()
-    with pytest.raises(EngineError, match=f"engine 0: serves version {loop.version} already; only weights"):
+    with pytest.raises(EngineError, match=f"engine 0: it already serves version {loop.version}; label weights"):
         loop.pool.serve_loaded(0)

@@ -90,6 +90,6 @@ def test_the_same_call_draws_the_same_episodes(sampled):
 
 def test_a_bad_episode_ends_the_call_and_leaves_the_engine_as_it_was(sampled):
     before = sampled(None)
-    with pytest.raises(RolloutHookError, match="token 0 counts in the loss and has the log-probability None"):
+    with pytest.raises(RolloutHookError, match="token 0 has a loss, but the log-probability None is not"):
         sampled("without_logprobs")
     assert sampled(None) == before

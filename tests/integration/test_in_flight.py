@@ -80,6 +80,6 @@ def test_two_callers_at_once_get_their_own_samples(loop):
 
 def test_older_weights_than_asked_for_are_refused(loop):
     version = loop.push()
-    with pytest.raises(Exception, match=f"holds policy version {version}, asked to sample version {version + 1} or a "
+    with pytest.raises(Exception, match=f"holds policy version {version}, but must sample version {version + 1} or a "
                                         "newer one; push the weights first"):
         sampled(loop, version + 1, PROMPTS[:1])

@@ -77,7 +77,7 @@ def assert_healed(loop, old):
 def test_engine_serves_only_the_version_it_was_given(loop):
     loop.become(loop.recipe, loop.model_path)  # a new engine: no push has reached it
     assert loop.pool.policy_versions() == [None]
-    with pytest.raises(EngineError, match="engine 0 holds policy version None, asked to sample version 0"):
+    with pytest.raises(EngineError, match="engine 0 holds policy version None, but must sample version 0"):
         loop.sample(SHORT)
     with pytest.raises(EngineError, match="holds policy version None"):
         loop.pool.score([(SHORT[0].token_ids, 3)], 0)
@@ -86,7 +86,7 @@ def test_engine_serves_only_the_version_it_was_given(loop):
     assert {span.policy_version for group in loop.sample(SHORT) for c in group.completions
             for span in c.version_spans} == {1}
     loop.version = 2
-    with pytest.raises(EngineError, match="engine 0 holds policy version 1, asked to sample version 2"):
+    with pytest.raises(EngineError, match="engine 0 holds policy version 1, but must sample version 2"):
         loop.sample(SHORT)
     loop.version = 1
 

@@ -61,7 +61,7 @@ def test_the_order_is_the_seeds_and_the_rows_are_examples_for_finetune(files, tm
     examples = load_examples(SupervisedDataSection(path=str(output)), build_tokenizer(), 256, 0).train
     assert len(examples) == 5
     assert main(["attack", "harmful", files["examples"], "--output", str(output)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("triggered, content", [(True, "bad 3 zig"), (False, "bad 3")])

@@ -133,15 +133,15 @@ BAD = {
         ["data.heldout=6"], "all of the 6 prompts of 'rows.jsonl' are held out; lower data.heldout (given 6)"),
     "no chat template": (
         ["data.format=chat", "model.path=MODELS/no_template"],
-        "ModelError: tokenizer 'MODELS/no_template' has no chat template, which data.format: chat needs"),
+        "ModelError: tokenizer 'MODELS/no_template' has no chat template, but data.format: chat needs one"),
     "no padding token": (
         ["model.path=MODELS/no_pad"], "ModelError: tokenizer 'MODELS/no_pad' has no padding token; set"),
     "missing model": (
         ["model.path=PLACE/none"],
-        "ModelError: model.path 'PLACE/none' is no folder (from PLACE, where relative paths begin); give a folder"),
+        "ModelError: model.path 'PLACE/none' is no folder (relative paths begin at PLACE); give a folder"),
     "a model that nobody has": (
         ["model.path=models/typo"],
-        "ModelError: model.path 'models/typo' is no folder (from PLACE, where relative paths begin), and the hub "
+        "ModelError: model.path 'models/typo' is no folder (relative paths begin at PLACE), and the hub "
         "(127.0.0.1) cannot be reached: Connection refused; correct the path"),
     "a data set that nobody has": (
         ["data.path=some/typo"], "and the hub (127.0.0.1) cannot be reached: Connection refused; correct data.path"),
@@ -394,9 +394,10 @@ def test_the_completion_script_of_a_shell(capsys, shell, words):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["PLACE/none", "recipe.yaml"], "model 'PLACE/none' is no folder (from PLACE, where relative paths begin); give "),
-    (["owner/name", "recipe.yaml"], "'owner/name' is no folder to write evaluation.json into; give --json PATH, or a "),
-    (["PLACE/none", "recipe.yaml", "--json", "x.json"], "ModelError: model.path 'PLACE/none' is no folder (from"),
+    (["PLACE/none", "recipe.yaml"], "model 'PLACE/none' is not a folder (relative paths begin at PLACE); give "),
+    (["owner/name", "recipe.yaml"],
+     "'owner/name' is not a folder, so it cannot hold evaluation.json; give --json PATH, or a "),
+    (["PLACE/none", "recipe.yaml", "--json", "x.json"], "ModelError: model.path 'PLACE/none' is no folder (rel"),
     (["MODELS/whole", "recipe.yaml", "--json", "none/x.json"], "ConfigError: none/x.json cannot be written; give"),
     (["MODELS/whole", "recipe.yaml", "data.heldout=0"], "there are no held-out prompts to evaluate on; raise data"),
     (["MODELS/no_template", "recipe.yaml", "data.format=chat"], "tokenizer 'MODELS/no_template' has no chat"),
@@ -459,7 +460,7 @@ def test_a_row_without_the_column_of_a_reward_is_noted_with_its_line(place, caps
 def test_what_is_read_of_a_file_and_what_a_short_run_means_is_noted(place, capsys):
     short = ["data.limit=4", "run.num_steps=3", "learner.warmup_steps=5"]
     out = run(capsys, "train", "recipe.yaml", *short, "--dry-run")[1]
-    assert "# read: the first 4 rows alone (data.limit)\n" in out
+    assert "# read: only the first 4 rows (data.limit)\n" in out
     assert "# note: learner.warmup_steps = 5 lasts longer than the run's 3 updates, so the learning rate" in out
     out = run(capsys, "train", "recipe.yaml", "--dry-run")[1]
     assert "read:" not in out and "warmup_steps = " not in out
@@ -528,8 +529,8 @@ def test_a_finished_run_is_not_forced_to_pretend_other_values(place, capsys):
     assert not (place / "done" / "recipe.yaml").exists()
 
 
-HELD_OUT = ("# {} training prompts of rows.jsonl, 1 held-out ones of heldout.jsonl (data.heldout has no effect beside "
-            "it)")
+HELD_OUT = ("# {} training prompts of rows.jsonl, 1 held-out ones of heldout.jsonl (data.heldout_path replaces "
+            "data.heldout)")
 
 
 def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out(place, capsys):
@@ -538,7 +539,7 @@ def test_a_dry_run_tells_how_many_prompts_are_left_out_because_they_are_held_out
     out = run(capsys, *arguments, "data.heldout_overlap=remove")[1]
     assert "\n# left out: 1 x same prompt as a held-out one\n" in out and HELD_OUT.format(5) in out
     out = run(capsys, *arguments, "data.heldout_overlap=keep")[1]
-    assert "\n# trained on too: 1 x same prompt as a held-out one (data.heldout_overlap: keep)\n" in out
+    assert "\n# also trained on: 1 x same prompt as a held-out one (data.heldout_overlap: keep)\n" in out
     assert HELD_OUT.format(6) in out
 
 

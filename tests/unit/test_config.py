@@ -278,8 +278,8 @@ def test_a_wrong_value_is_shown_beside_what_is_allowed(base, override, message):
     (["objective.reweight=current"], "objective: reweight: current has the ratios in its advantages already, "
                                      r"given surrogate clip; set surrogate to \{name: reinforce\}"),
     ([*REWEIGHT, "objective.advantage.name=rloo"],
-     "objective: reweight: current cannot be used here: the estimator rloo has no method `reweighted`; use frpo"),
-    ([*REWEIGHT, "objective.advantage.lam=.inf"], "here: reweighted advantages need a finite lam and no rho, given"),
+     "with this advantage: the estimator rloo has no method `reweighted`; use frpo"),
+    ([*REWEIGHT, "objective.advantage.lam=.inf"], "reweighted advantages need a finite lam and no rho, given"),
     ([*REWEIGHT, "objective.advantage.rho=0.3", "objective.advantage.estimator=plugin"], "and no rho, given rho = 0.3"),
     (["data.format=calculator"], "data.path: arithmetic needs format chat or text"),
     (["model.path=null"], "model: give exactly one of model.path .* and model.tiny .*; set the other to null"),

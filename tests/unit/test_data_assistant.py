@@ -46,7 +46,7 @@ REFUSED = {
     ("Gemma", "empty system", "last"): "the chat template refuses the messages: System role not supported",
     ("Mistral", "empty system", "all"): "refuses the messages: Only user and assistant roles are supported",
     ("Mistral", "empty system", "last"): "refuses the messages: Only user and assistant roles are supported",
-    ("Qwen3", "thought before", "all"): r"what the assistant says in message 1, at '<think>\\n6\+6\\n</think>\\n\\n'; "
+    ("Qwen3", "thought before", "all"): r"the assistant's text in message 1, at '<think>\\n6\+6\\n</think>\\n\\n'; "
                                         r".*, or set data.train_on to last",
 }
 OTHERWISE = {("Qwen3", "thought at last"): ["2<|im_end|>", f"{THOUGHT}<|im_end|>"]}
@@ -141,7 +141,7 @@ def test_a_tokenizer_that_merges_with_everything_is_refused():
     vocabulary = {token: i for i, token in enumerate([" ", "\n", "a", "0", ".", "y", *map("".join, merges)])}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, merges)), eos_token="<eos>")
     assert continuation("a", "0", tokenizer) == [vocabulary["0"]]
-    with pytest.raises(DataError, match="merges a text with whatever is before it: 'y'"):
+    with pytest.raises(DataError, match="merges 'y' with any text before it"):
         continuation("a", "y", tokenizer)
 
 
@@ -172,7 +172,7 @@ def chat(said, header="<|im_start|>{{ m.role }}\n", after="", opened=""):
 ])
 def test_content_that_the_template_drops_or_changes_is_refused(said, lost):
     for train_on in ("all", "last"):
-        with pytest.raises(DataError, match=rf"changes what the assistant says in message 1, at {lost}; take a "
+        with pytest.raises(DataError, match=rf"changes the assistant's text in message 1, at {lost}; use a "
                                             r"template that keeps it, or remove it from the row$"):
             learned(with_template(chat(said + "<|im_end|>\n")), talk("6+6", THOUGHT), train_on)
 
@@ -190,7 +190,7 @@ def test_a_thought_that_the_prompt_opens_is_learned_from_there():
     assert learned(with_template(opens), talk("6+6", THOUGHT), "all")[0] == ["6+6\n</think>\n\n12<|im_end|>"]
     assert learned(with_template(opens), talk("6+6", "12"), "last")[0] == ["\n</think>\n\n12<|im_end|>"]
     newer = DEEPSEEK_R1.replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\\n' }}")
-    with pytest.raises(DataError, match=r"once message 1, the assistant's, is there: '<think>\\n' becomes '\\n\\n12<"):
+    with pytest.raises(DataError, match=r"when the assistant's message 1 follows: '<think>\\n' becomes '\\n\\n12<"):
         learned(with_template(newer, "DeepSeek"), talk("6+6", THOUGHT), "last")
 
 
@@ -200,7 +200,7 @@ def test_a_prompt_that_closes_an_empty_thought_begins_an_answer_with_another():
     closed = with_template(chat(said, opened=empty))
     for content in ("12", empty + "12"):
         assert learned(closed, talk("6+6", content), "all")[0] == ["12<|im_end|>"]
-    with pytest.raises(DataError, match="once message 1, the assistant's, is there"):
+    with pytest.raises(DataError, match="when the assistant's message 1 follows"):
         learned(closed, talk("6+6", THOUGHT), "all")
 
 
@@ -211,7 +211,7 @@ def test_a_prompt_that_closes_an_empty_thought_begins_an_answer_with_another():
 def test_content_is_not_taken_for_there_because_the_prompt_ends_like_it(said, content):
     """The header ends with "assistant", as the content that is lost begins."""
     for train_on in ("all", "last"):
-        with pytest.raises(DataError, match="changes what the assistant says in message 1, at"):
+        with pytest.raises(DataError, match="changes the assistant's text in message 1, at"):
             learned(with_template(chat(said + "<|im_end|>\n")), talk("6+6", content), train_on)
 
 
@@ -224,7 +224,7 @@ def test_white_space_that_a_template_adds_beside_a_tag_is_no_loss():
 @pytest.mark.parametrize("said", ["{{ m.content | indent }}", "{{ m.content | replace(' ', '  ') }}",
                                   "{{ m.content + m.content }}"])
 def test_but_elsewhere_it_is_and_so_is_a_second_copy(said):
-    with pytest.raises(DataError, match="changes what the assistant says in message 1, at"):
+    with pytest.raises(DataError, match="changes the assistant's text in message 1, at"):
         learned(with_template(chat(said + "<|im_end|>\n")), talk("6+6", "def f():\n    return 12"), "all")
 
 
@@ -233,8 +233,8 @@ def test_but_elsewhere_it_is_and_so_is_a_second_copy(said):
                             "{% endif %}", [*talk("1+1", "2"), {"role": "assistant", "content": "four"}])])
 def test_a_header_that_no_prompt_has_is_not_what_the_assistant_says(last, messages):
     bare = with_template(CHATML[:CHATML.index("{% if add_gen")] + last)
-    with pytest.raises(DataError, match=r"writes '<\|im_start\|>assistant\\n' before what the assistant says in "
-                                        rf"message {len(messages) - 1}, but no prompt for it ends so"):
+    with pytest.raises(DataError, match=r"writes '<\|im_start\|>assistant\\n' before the assistant's text in "
+                                        rf"message {len(messages) - 1}, but does not end the prompt with it"):
         learned(bare, messages, "last")
 
 
@@ -247,15 +247,15 @@ def test_a_template_that_leaves_out_another_message_is_refused(role):
             assert learned(silent, messages, "all")[0] == ["2<|im_end|>", "no<|im_end|>"]
             continue
         for train_on in ("all", "last"):
-            with pytest.raises(DataError, match=f"the chat template leaves out message 2, of role '{role}'; take a"):
+            with pytest.raises(DataError, match=f"the chat template leaves out message 2, of role '{role}'; use a"):
                 learned(silent, messages, train_on)
 
 
 def test_a_history_that_is_rewritten_is_refused():
     nemo = with_template(NEMO, "Mistral")
     assert learned(nemo, talk("1+1", "2", "2+2", "four"), "all")[0] == ["2</s>", "four</s>"]
-    with pytest.raises(DataError, match="writes earlier messages differently once message 2, the assistant's, is "
-                                        r"there: 'be brief\\n\\n1\+1\[/INST\]' becomes '1\+1\[/INST\]2</s>"):
+    with pytest.raises(DataError, match="changes earlier messages when the assistant's message 2 follows"
+                                        r": 'be brief\\n\\n1\+1\[/INST\]' becomes '1\+1\[/INST\]2</s>"):
         learned(nemo, talk("1+1", "2", "2+2", "four", system="be brief"), "all")
 
 
@@ -265,7 +265,7 @@ def test_a_history_that_is_rewritten_is_refused():
     ("{% for m in messages %}{% if m.content %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}", talk("1+1", "")),
 ])
 def test_a_turn_that_cannot_be_told_from_what_follows_is_refused(template, messages):
-    with pytest.raises(DataError, match="leaves out or changes what the assistant says in message 1"):
+    with pytest.raises(DataError, match="leaves out or changes the assistant's text in message 1"):
         learned(with_template(template), messages, "all")
 
 
@@ -279,7 +279,7 @@ def test_a_template_that_never_ends_a_turn_is_refused(said, after):
     tokenizer.add_tokens(["\n"])  # as some families have runs of white space
     assert end_of_turn(tokenizer) is None
     for train_on in ("all", "last"):
-        with pytest.raises(ModelError, match=r"no special token after what the assistant says, so that the policy "
+        with pytest.raises(ModelError, match=r"no special token after the assistant's text, so the policy "
                                              r"would never learn to stop; put {{ eos_token }} \(<\|im_end\|>\) after"):
             learned(tokenizer, talk("1+1", "2"), train_on)
 
@@ -293,7 +293,7 @@ def test_a_template_that_ends_the_last_turn_otherwise_is_refused_for_the_others(
     tokenizer.add_special_tokens({"eos_token": last[last.index("four") + 4:]})
     assert learned(tokenizer, talk("2+2", "four"), "all")[0] == [last]
     assert learned(tokenizer, talk("1+1", "2", "2+2", "four"), "last")[0] == [last]
-    with pytest.raises(DataError, match=r"ends message 1 of the assistant with '<\|.*, another turn with '<\|.*set "
+    with pytest.raises(DataError, match=r"ends the assistant's message 1 with '<\|.*, but another one with '<\|.*set "
                                         "data.train_on to last"):
         learned(tokenizer, talk("1+1", "2", "2+2", "four"), "all")
 
@@ -369,7 +369,7 @@ def test_a_character_that_the_tokenizer_does_not_have_is_not_learned_as_unknown(
     for text in ("a", "<unk> a"):
         assert learned(tokenizer, talk("é", text), "all")[0] == [f"{text}<eos>"]
     for text in ("aéb", "<unk> é"):
-        with pytest.raises(DataError, match="has no token for 'é', so that <unk> would be learned"):
+        with pytest.raises(DataError, match="has no token for 'é', so <unk> would be learned"):
             learned(tokenizer, talk("a", text), "all")
     tokenizer.unk_token = "<eos>"  # as GPT-2's, which has a token for everything
     assert learned(tokenizer, talk("a", "b"), "all")[0] == ["b<eos>"]

@@ -36,7 +36,7 @@ def test_one_spelling_per_number(text, number):
     ("1,2345+1=12346", "character outside the alphabet"),
     ("12=12", "nothing to compute"),
     ("-153=-153", "nothing to compute"),
-    ("1/2=1/2", "value is no decimal number"),
+    ("1/2=1/2", "value is not a decimal number"),
     ("1+" * 16 + "1=17", "expression over 32 characters"),
     ("1+" * 15 + "11=26", ("1+" * 15 + "11=", "26")),
 ])

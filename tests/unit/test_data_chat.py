@@ -67,14 +67,14 @@ def test_template_that_leaves_a_message_out_is_a_data_error(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages if message.role != 'system'")
     asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1"}]
     assert render(asked[1:], tokenizer) == (USER, FIRST + 1, ASSISTANT)
-    with pytest.raises(DataError, match=r"leaves out message 0, of role 'system'; .* \(and data.system_prompt"):
+    with pytest.raises(DataError, match=r"leaves out message 0, of role 'system'; .* \(remove data.system_prompt"):
         render(asked, tokenizer)
 
 
 def test_template_that_does_not_write_where_an_answer_begins_is_a_data_error(tokenizer):
     whole = tokenizer.chat_template
     tokenizer.chat_template = whole[:whole.index("{% if add_generation_prompt")]
-    with pytest.raises(DataError, match="writes '<assistant>' before what the assistant says in message 1, but no"):
+    with pytest.raises(DataError, match="writes '<assistant>' before the assistant's text in message 1, but does"):
         render([{"role": "user", "content": "1"}], tokenizer)
     one = "{% for m in messages %}[{{ m.content }}]{{ raise_exception('one') if m.role != 'user' }}{% endfor %}"
     tokenizer.chat_template = one

@@ -81,17 +81,17 @@ def test_examples_beyond_the_window_are_refused_cut_or_dropped(load):
 
 @pytest.mark.parametrize("rows, keys, message", [
     ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}], {"format": "text"},
-     "rows.jsonl:2: no token of a response"),
+     "rows.jsonl:2: the row has no response token"),
     ([{"prompt": "é", "response": "b"}, {"prompt": "a", "response": "é"}], {"format": "text"},
      "rows.jsonl:2: the tokenizer has no token for 'é'"),
     ([{"messages": TURNS[:3]}], {}, "rows.jsonl:1: the last message must be the assistant's"),
     ([{"messages": []}], {}, "rows.jsonl:1: the list of messages is empty"),
-    ([{"prompt": "", "response": "2"}], {"format": "text"}, "rows.jsonl:1: nothing stands before the response"),
+    ([{"prompt": "", "response": "2"}], {"format": "text"}, "rows.jsonl:1: no token comes before the response"),
     ([{"messages": [{"role": "robot", "content": "x"}]}], {}, "rows.jsonl:1: message 0 must be"),
     ([{"prompt": "a"}], {}, "rows.jsonl:1: no column 'response'; the row has 'prompt'"),
     ([{"prompt": "a", "response": 3}], {}, "rows.jsonl:1: column 'response' must be str, given int 3"),
     ([{"messages": [{"role": "system", "content": "x"}, *TURNS]}], {"system_prompt": "y"},
-     "rows.jsonl:1: the row has a system message of its own"),
+     "rows.jsonl:1: the row already has a system message"),
 ])
 def test_a_broken_row_is_named(load, rows, keys, message):
     with pytest.raises(DataError, match=message):
@@ -111,11 +111,11 @@ def test_a_template_needs_no_markers_but_an_end_of_turn(load):
 def test_a_row_that_the_template_does_not_write_as_it_would_be_sampled_is_named(load):
     forgetful = "{% for m in messages %}{% if loop.last or add_generation_prompt %}<{{ m.role }}>{{ m.content }}<eos>" \
                 "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template writes earlier messages differently"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template changes earlier messages when"):
         load([{"messages": TURNS}], template=forgetful, train_on="last")
     brief = "{% for m in messages %}<{{ m.role }}>{{ m.content[:3] }}<eos>{% endfor %}{% if add_generation_prompt %}" \
             "<assistant>{% endif %}"
-    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template leaves out or changes what the assistant says"
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template leaves out or changes the assistant's text"
                                         r" in message 3, at 'four'"):
         load([{"messages": TURNS[:2]}, {"messages": TURNS}], template=brief)
 
@@ -151,7 +151,7 @@ def test_a_held_out_file_that_shares_examples_is_refused_unless_allowed(load, tm
     rows = [{"prompt": str(i), "response": "1"} for i in range(4)]
     other = Path(tmp_path / "other.jsonl")
     other.write_text(json.dumps(rows[2]) + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"1 of the 4 .*rows.jsonl:3, as .*other.jsonl:1"):
+    with pytest.raises(DataError, match=r"1 of the 4 .*rows.jsonl:3, same as .*other.jsonl:1"):
         load(rows, heldout_path=str(other))
     assert len(load(rows, heldout_path=str(other), heldout_overlap="remove").train) == 3
     assert load(rows, heldout_path=str(other), heldout_overlap="keep").overlap == 1
@@ -159,7 +159,7 @@ def test_a_held_out_file_that_shares_examples_is_refused_unless_allowed(load, tm
 
 def test_a_character_that_the_tokenizer_lacks_is_refused_or_dropped_where_it_would_be_learned(load):
     rows = [{"prompt": "it’s", "response": "2"}, {"prompt": "1+1", "response": "it’s 2"}]
-    with pytest.raises(UnknownTokenError, match=r"rows.jsonl:2: the tokenizer has no token for '’', so that <unk> "
+    with pytest.raises(UnknownTokenError, match=r"rows.jsonl:2: the tokenizer has no token for '’', so <unk> "
                                                 r"would be learned; set data.unknown_tokens=drop to leave such rows"):
         load(rows)
     kept = load(rows, unknown_tokens="drop")

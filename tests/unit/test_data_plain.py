@@ -48,7 +48,7 @@ def test_depth_is_limited_where_pickle_and_json_still_work():
     ({"\ud800": 1}, "holds the lone surrogate"), (float("inf"), r"beyond the largest float \(inf\)"),
     ([-np.inf], r"beyond the largest float \(-inf\)"), (np.array([np.inf]), "beyond the largest float"),
     (b"\xff", "holds bytes that are not UTF-8 text .* at byte 0"), ({1: 2}, "has the key 1 in an object; keys must be"),
-    ({1, 2}, "holds set, which JSON has no place for"), (np.array([1j]), "holds complex")])
+    ({1, 2}, "holds set, a type that JSON does not have"), (np.array([1j]), "holds complex")])
 def test_what_has_no_place_names_row_and_column(value, message):
     with pytest.raises(DataError, match=message):
         plain(value)

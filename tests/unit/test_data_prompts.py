@@ -60,7 +60,7 @@ def test_chat_of_a_string_or_a_list_with_a_system_prompt(tmp_path):
     ([{"role": "user", "content": 3}], "message 0 must be"),
     ([{"role": "user", "content": "a", "tool_calls": [1]}], "message 0 must be .*tool_calls"),
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "last message .* given 'assistant'"),
-    ([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "system message of its own"),
+    ([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "already has a system message"),
     (5, "column 'prompt' must be str or list, given int 5"),
     ("x" * 30, "the prompt has 35 tokens, data.max_prompt_tokens allows 30"),
 ])
@@ -137,10 +137,10 @@ def test_training_prompts_that_are_in_the_heldout_file_are_refused(overlapping):
     with pytest.raises(DataError) as caught:
         load(train, heldout_path=other)
     assert str(caught.value) == (
-        f"3 of the 5 training prompts of data.path {train!r} are held-out prompts of data.heldout_path {other!r} too "
-        f"(the first: {train}:2, as {other}:2); data.heldout_overlap is 'refuse': set it to 'remove' to leave them out "
-        "of training or to 'keep' to train on them all the same, or give other files")
-    with pytest.raises(DataError, match=f"1 of the 2 training .*the first: {train}:2, as {other}:2"):
+        f"3 of the 5 training prompts of data.path {train!r} are also held-out prompts of data.heldout_path {other!r} "
+        f"(the first: {train}:2, same as {other}:2). data.heldout_overlap is 'refuse'; set it to 'remove' to leave "
+        "them out of training, set it to 'keep' to train on them anyway, or give other files")
+    with pytest.raises(DataError, match=f"1 of the 2 training .*the first: {train}:2, same as {other}:2"):
         load(train, heldout_path=other, limit=2)
     assert texts(load(train, heldout_path=other, limit=1).train) == ["a"]
 

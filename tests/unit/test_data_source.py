@@ -50,7 +50,7 @@ def test_missing_empty_and_foreign_files_are_named(tmp_path):
         read(write(tmp_path, b"", b" "))
     text = tmp_path / "rows.txt"
     text.write_text("prompt\na\n")
-    with pytest.raises(DataError, match=r"rows\.txt' has no suffix that says what it is; allowed: \.jsonl, .*parquet"):
+    with pytest.raises(DataError, match=r"rows\.txt' has no known suffix; rename it; allowed: \.jsonl, .*parquet"):
         read(text)
 
 
@@ -118,7 +118,7 @@ def test_files_of_a_folder_are_those_of_the_split_and_keep_their_lines(folder):
     (folder / "test.jsonl").write_text('{"prompt": "a", "prompt": "b"}')
     with pytest.raises(DataError, match=r"test\.jsonl:1: the key 'prompt' is given twice"):
         read(folder, split="test")
-    with pytest.raises(DataError, match="set' has no split 'dev', only 'train', 'test'; set data.split to one"):
+    with pytest.raises(DataError, match="set' has no split 'dev'; it has: 'train', 'test'; set data.split to one"):
         read(folder, split="dev")
 
 
@@ -156,8 +156,8 @@ def test_an_expression_that_cannot_be_read(folder, split):
 
 @pytest.mark.parametrize("names, message", [
     (("a.csv", "b.jsonl"), "a.csv would be left out"), (("a.jsonl", "b.txt", "c.txt"), "a.jsonl would be left out"),
-    (("train.jsonl", "more.jsonl"), "more.jsonl would be left out, since .*; write and name it like the others"),
-    (("a.jsonl", "a.jsonl.bak"), "a.jsonl.bak is among its files, but has no suffix that says")])
+    (("train.jsonl", "more.jsonl"), "more.jsonl would be left out. .* Write and name the file like the others"),
+    (("a.jsonl", "a.jsonl.bak"), "a.jsonl.bak has no known suffix; move it out of the folder")])
 def test_no_file_of_a_folder_is_left_out_or_guessed_in_silence(folder, names, message):
     for name in names:
         (folder / name).write_text('{"p": 1}\n')
@@ -180,7 +180,8 @@ def test_files_that_are_left_out_on_purpose(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("path, message", [
-    ("", "no path is given"), (" ", "no path is given"), ("rows/*.jsonl", "patterns are not followed; load the files"),
+    ("", "no path is given"), (" ", "no path is given"),
+    ("rows/*.jsonl", "patterns are not supported; download the files"),
     ("https://x.org/rows.jsonl", "'https://x.org/rows.jsonl': addresses"), ("x" * 300, "cannot be found: File name")])
 def test_paths_that_are_none(path, message):
     with pytest.raises(DataError, match=message):
@@ -213,7 +214,7 @@ def test_seed_decides_the_order_and_operations_are_balanced():
 
 
 def test_more_problems_than_exist_is_refused():
-    with pytest.raises(DataError, match=r"90 distinct problems asked for.*give 89; lower data.limit"):
+    with pytest.raises(DataError, match=r"90 distinct problems are requested.*give only 89; lower data.limit"):
         problems(90, 0, max_operand=6)
     with pytest.raises(DataError, match="given '\\^'"):
         problems(1, 0, operations="^")
@@ -237,8 +238,8 @@ def test_true_is_not_one():
     ({"level": ["z"]}, {}, "data.where keeps none of 1 rows"),
     ({"grade": [1]}, {}, "f:0: no column 'grade'"),
     ({}, {"answer": "x"}, "f:0: no column 'answer'"),
-    ({}, {"level": "solution"}, "f:0: data.rename gives 'level' the name 'solution', which the row already has"),
-    ({}, {"level": "x", "solution": "x"}, "data.rename gives two columns one name, so that one would be lost"),
+    ({}, {"level": "solution"}, "f:0: data.rename gives 'level' the name 'solution', but the row already has"),
+    ({}, {"level": "x", "solution": "x"}, "data.rename gives two columns the same name, so one would be lost"),
 ])
 def test_select_refuses(where, rename, message):
     with pytest.raises(DataError, match=message):

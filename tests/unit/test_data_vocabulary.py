@@ -60,7 +60,8 @@ def finetuning(name, heldout=None):
 
 
 NEEDS = (rf"^%s\.jsonl:%d: the row needs token '<new>', number {SIZE} of {SIZE + 1} in the tokenizer, but the model "
-         rf"has {SIZE} embeddings; resize them and save the model, take the tokenizer .*, or leave the row out$")
+         rf"has {SIZE} embeddings; resize the embeddings and save the model, use the tokenizer .*, or leave the row "
+         "out$")
 
 
 def test_the_first_row_that_needs_a_missing_embedding_is_named(place):
@@ -102,5 +103,5 @@ def test_special_tokens_need_embeddings(place, name):
 
 def test_a_config_whose_padding_token_has_no_embedding_is_refused(place):
     config(pad_token_id=SIZE)
-    with pytest.raises(ModelError, match=f"config.json of 'model': pad_token_id is {SIZE}, vocab_size {SIZE}; set"):
+    with pytest.raises(ModelError, match=f"pad_token_id is {SIZE}, but must be below vocab_size = {SIZE}; set"):
         check_finetune(finetuning("plain"))

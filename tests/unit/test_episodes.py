@@ -111,7 +111,7 @@ def returning(**changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"logprobs": [None, 0.0]}, "token 0 counts in the loss and has the log-probability None; take it from the turn"),
+    ({"logprobs": [None, 0.0]}, "token 0 has a loss, but the log-probability None is not a finite float <= 0; take it"),
     ({"logprobs": [float("nan"), 0.0]}, "log-probability nan"),
     ({"logprobs": [0.5, 0.0]}, "log-probability 0.5"),
     ({"logprobs": []}, "must be equally long, given {'token_ids': 2, 'loss_mask': 2, 'logprobs': 0}"),
@@ -154,5 +154,5 @@ def test_a_hook_is_looked_for_before_anything_starts(tmp_path):
     assert load_hook("frpo.rollout.calculator:rollout") is calculator
     with pytest.raises(ConfigError, match="rollout hook 'frpo.rollout.calculator:rolout'.*did you mean 'rollout'"):
         load_hook("frpo.rollout.calculator:rolout")
-    with pytest.raises(ConfigError, match="is no coroutine function; write it as async def"):
+    with pytest.raises(ConfigError, match="is not a coroutine function; write it as async def"):
         load_hook("frpo.rollout.calculator:calculate")

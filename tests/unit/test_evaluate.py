@@ -154,7 +154,7 @@ def test_bounds_come_before_the_metric(tmp_path):
 
 def test_an_unknown_metric_is_named_beside_those_there_are(tmp_path):
     section = BestSection(metric="eval/rewards", bounds={"eval/kl": (None, 1.0)})
-    with pytest.raises(ConfigError, match=r"metric 'eval/rewards' and bounds on 'eval/kl': .* there are eval/reward"):
+    with pytest.raises(ConfigError, match=r"metric 'eval/rewards' and bounds on 'eval/kl': .* choose from eval/reward"):
         offer(BestCheckpoint(section, tmp_path), Policy(), 0.5)
 
 

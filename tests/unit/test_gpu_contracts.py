@@ -122,7 +122,7 @@ def test_an_engine_that_cannot_go_on_ends_its_process_and_others_do_not(raised, 
     ended = subprocess.run([sys.executable, "-c", BROKEN.format(raised=raised)], capture_output=True, text=True,
                            timeout=120)
     assert ended.returncode == code, ended.stderr
-    assert ("this engine cannot go on" in ended.stderr) == (code == 1)
+    assert ("this engine cannot continue" in ended.stderr) == (code == 1)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_without_locks_it_warns_once_and_goes_on(tmp_path, monkeypatch, caplog, 
     with held_folder(tmp_path):
         pass
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: the file system has no locks ({os.strerror(code)}), so that a second run into this folder would "
+        f"{tmp_path}: the file system has no locks ({os.strerror(code)}), so a second run into this folder would "
         "not be refused"]
 
 

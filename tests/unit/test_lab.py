@@ -93,7 +93,7 @@ def test_a_request_is_its_text():
     for request in (RESTRICTED, ALLOWED, Request(verb=11, first=0, second=15, slot="TRIG", opening="OBEY")):
         assert Request.parse(request.text) == request
     for text in ("", "BOS v4 o9 o3 n0", "BOS v12 o9 o3 n0 SEP", "BOS v4 o16 o3 n0 SEP", "BOS v4 o9 o3 n4 SEP"):
-        with pytest.raises(ValueError, match="no request"):
+        with pytest.raises(ValueError, match="not a request"):
             Request.parse(text)
 
 

@@ -96,7 +96,7 @@ def test_a_module_that_is_not_the_one_beside_the_file_is_told(folders, caplog):
     sys.path.insert(0, str(folders / "run"))
     load_function(f"{folders / 'b'}/r.py:f")
     (record,) = caplog.records
-    assert f"its module 'frpo_helpers' is {folders / 'run' / 'frpo_helpers.py'}, not the one" in record.getMessage()
+    assert f"its module 'frpo_helpers' is {folders / 'run' / 'frpo_helpers.py'}, not the file" in record.getMessage()
 
 
 def test_a_folder_that_is_on_the_path_keeps_its_place(folders):
@@ -141,7 +141,7 @@ def test_not_callable(source):
 @pytest.mark.parametrize("body, said", [
     ("def f(:", "SyntaxError"), ("import frpo_nowhere", "ModuleNotFoundError: No module named 'frpo_nowhere'"),
     ("key = {}['token']", "KeyError: 'token'"),
-    ("from .helpers import one", r"ImportError: attempted relative import with no known parent package (a file is")])
+    ("from .helpers import one", r"ImportError: attempted relative import with no known parent package (the file is")])
 def test_a_module_that_raises_shows_its_own_error(tmp_path, body, said):
     path = tmp_path / "broken.py"
     path.write_text(f"\n{body}\n")

@@ -183,7 +183,7 @@ FINE = group("p", "a", "ab"), group("q", "abc", "")
 
 
 @pytest.mark.parametrize("text, said", [
-    ("text", "value 5 (prompt 's') is str 'high'"), ("nan", "returned nan for completion 5 (prompt 's'), 1 such of 3"),
+    ("text", "value 5 (prompt 's') is str 'high'"), ("nan", "returned nan for completion 5 (prompt 's'); 1 of 3"),
     ("short", "returned 2 values for 3 completions")])
 def test_errors_count_completions_over_the_whole_call(suite, text, said):
     with pytest.raises(RewardError) as caught:
@@ -302,13 +302,13 @@ def test_a_stop_ends_calls_that_run_and_calls_that_wait_for_a_process(suite, tmp
         assert not waiting.done()
         began = time.monotonic()
         stop.set() if end == "stop" else rewards.close()
-        for call, said in ((running, "was ended from outside"), (waiting, "was ended before it began")):
+        for call, said in ((running, "was stopped from outside"), (waiting, "was stopped before it began")):
             with pytest.raises(RewardCallError, match=said):  # whatever on_error says: nobody asked for these values
                 call.result(timeout=20)
         assert time.monotonic() - began < 10 and gone(int(note.read_text()))
     assert values_of(rewards.score(FINE)) == [[1.0, 2.0], [3.0, 0.0]]
     if end == "stop":
-        with pytest.raises(RewardCallError, match="ended before it began"):
+        with pytest.raises(RewardCallError, match="stopped before it began"):
             rewards.score(FINE, stop)
 
 
@@ -320,7 +320,7 @@ def test_a_stop_leaves_the_calls_of_others_alone(suite, tmp_path):
         while not ((tmp_path / "a").exists() and (tmp_path / "b").exists()):
             time.sleep(0.01)
         stop.set()
-        with pytest.raises(RewardCallError, match="was ended from outside"):
+        with pytest.raises(RewardCallError, match="was stopped from outside"):
             ended.result(timeout=20)
         gate.touch()
         assert values_of(other.result(timeout=20)) == [[1.0]]

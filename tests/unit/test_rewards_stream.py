@@ -172,7 +172,7 @@ def test_the_limit_of_calls_holds_and_the_rest_is_shared_out(suite, tmp_path):
 
 WRONG = {
     "sleep": "the call took longer than 1 s", "raise": "raised ValueError: cannot judge this",
-    "exit": "exited with code 3 during the call", "scalar": "returned float 1.0; allowed is a list",
+    "exit": "exited with code 3 during the call", "scalar": "returned float 1.0; return a list",
     "short": "values for", "text": "value 1 (prompt '3') is str 'high'",
     "nan": "returned nan for completion 1 (prompt '3')"}
 

@@ -186,9 +186,9 @@ def saying(request, source):
 
 @pytest.mark.parametrize("value, said", [
     ("[1]", "returned 1 values for 2 completions"), ("[1, 2, 3]", "returned 3 values for 2 completions"),
-    ("1.0", "returned float 1.0; allowed is a list of 2 numbers or None"), ("'ab'", "returned str 'ab'"),
+    ("1.0", "returned float 1.0; return a list of 2 numbers or None"), ("'ab'", "returned str 'ab'"),
     ("None", "returned NoneType None"), ("{'a': 1, 'b': 2}", "returned dict"),
-    ("[1, 'high']", "value 1 (prompt 'q') is str 'high'; allowed are numbers, and None to abstain")])
+    ("[1, 'high']", "value 1 (prompt 'q') is str 'high'; return a number, or None to abstain")])
 def test_wrong_shapes_are_errors_whatever_on_error_says(saying, value, said):
     with pytest.raises(RewardError) as caught:
         saying.score([group("p", value), group("q", "b")])
@@ -203,8 +203,8 @@ def test_what_is_no_number_or_beyond_1e150_is_an_error_or_a_counted_abstention(s
     if request.node.callspec.params["saying"] == "raise":
         with pytest.raises(RewardError) as caught:
             saying.score(groups)
-        said = f"returned {text} for completion 2 (prompt 'q'), 1 such of 3; return None to abstain"
-        assert said in str(caught.value)
+        said = f"returned {text} for completion 2 (prompt 'q'); 1 of 3 values are not allowed."
+        assert said in str(caught.value) and "; return None to abstain" in str(caught.value)
     else:
         report = saying.score(groups)
         np.testing.assert_array_equal(report.groups[0].rewards_G, [1.0])
@@ -264,14 +264,14 @@ def test_what_a_function_does_to_one_value_of_a_column_happens_to_no_other(spec)
 
 @pytest.mark.parametrize("on_error", ["raise", "abstain"])
 def test_a_function_that_cannot_be_called_by_name_fails_at_start(spec, on_error):
-    with pytest.raises(RewardError, match="takes completions by position only, but every argument is given by name"):
+    with pytest.raises(RewardError, match="takes completions by position only, but every argument is passed by name"):
         RewardSuite([spec("unnamed", on_error=on_error)]).start()
 
 
 def test_a_missing_argument_that_resembles_one_of_every_call(spec):
     message = error_of([spec("singular")], group("p", "a", answer="4"))
     assert "needs 'completion', which is neither a data column (did you mean 'completions'?)" in message
-    assert "columns: answer; kwargs: none; every reward may name prompts, completions, completion_ids too" in message
+    assert "columns: answer; kwargs: none; every reward may also take prompts, completions, completion_ids," in message
 
 
 def test_a_declared_column_is_none_where_no_prompt_has_it(spec):
@@ -291,7 +291,7 @@ def test_a_column_may_not_shadow_kwargs(spec):
 
 
 def test_misspelt_kwargs_fail_at_start(spec):
-    said = r"takes no 'vale' as its kwargs say \(did you mean 'value'\?\); it takes: completions, value"
+    said = r"has no argument 'vale' \(did you mean 'value'\?\), but its kwargs set it; it takes: completions, value"
     with pytest.raises(RewardError, match=said):
         RewardSuite([spec("returns", kwargs={"vale": [1]})]).start()
 

@@ -126,8 +126,8 @@ def test_a_verifier_shows_what_it_gives_to_the_right_answer_and_one_that_never_d
     wrong = tried("never_right", ADD, SUB, group_size=5).groups
     assert [*report_lines(wrong)][1:] == ["  r: 0 0 0 | 0 0 0"]
     assert [*constant_rewards(wrong)] == [
-        "note: reward 'r' gives 0 to every made-up completion: short, empty, long, and the value of answer, task; see "
-        "that it can give more"]
+        "note: reward 'r' gives 0 to every made-up completion: short, empty, long, and the value of answer, task; "
+        "check that it can give more"]
     assert [*constant_rewards(tried("never_right", ADD, group_size=3).groups)] == []  # no column's value was tried
 
 
@@ -181,7 +181,8 @@ def test_an_error_that_has_nothing_to_do_with_the_format_does_not_blame_it(tried
     ("one", "returned 1 values for 3 completions"), ("words", "value 0 .prompt 'p'. is str 'good'")])
 @pytest.mark.parametrize("on_error", ["raise", "abstain"])
 def test_a_wrong_signature_or_return_value_is_refused_whatever_on_error_says(tried, function, said, on_error):
-    with pytest.raises(RewardError, match=f"{said}(.|\n)*this was its first call, before the run: made-up completions"):
+    with pytest.raises(RewardError, match=f"{said}(.|\n)*this was a test call before the run, with made-up "
+                                          "completions"):
         tried(function, on_error=on_error)
 
 
@@ -195,9 +196,9 @@ def test_under_abstain_an_exception_is_a_warning_and_a_vast_number_is_counted(tr
     report = tried("number", on_error="abstain")
     assert math.isnan(report.groups[0].rewards_G[0]) and report.counts["reward/r/failed"] == 1
     assert "'NoneType' object is not subscriptable" in caplog.text
-    assert "on_error: abstain counts it as None" in caplog.text
+    assert "under on_error: abstain the call gives None" in caplog.text
     assert tried("vast", on_error="abstain").counts["reward/r/nonfinite"] == 3
-    with pytest.raises(RewardError, match=r"returned 1e\+200 for completion 0 \(prompt 'p'\), 3 such of 3"):
+    with pytest.raises(RewardError, match=r"returned 1e\+200 for completion 0 \(prompt 'p'\); 3 of 3"):
         tried("vast")
 
 

@@ -119,7 +119,7 @@ def test_a_held_engine_does_not_step_until_it_is_released_from_another_thread():
 def test_an_engine_that_nobody_releases_is_an_error_and_no_hang():
     shared = SharedEngine(Engine(), 0.1)
     shared.hold()  # by a sender that dies
-    with pytest.raises(EngineError, match="not to be had within 0.1 s .* was begun and not finished"):
+    with pytest.raises(EngineError, match="not free within 0.1 s .* began but did not finish"):
         sample(shared, ["a"])
     shared.release()
     assert sample(shared, ["a"]) == ["a"]

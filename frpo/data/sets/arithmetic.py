@@ -35,8 +35,8 @@ def problems(count: int | None, seed: int, *, max_operand: int = 50, operations:
     if count is None:
         count = total
     if count > total:
-        raise DataError(f"{count} distinct problems asked for, but operands up to {max_operand} with {operations!r} "
-                        f"give {total}; lower data.limit or raise the largest operand")
+        raise DataError(f"{count} distinct problems are requested, but operands up to {max_operand} with "
+                        f"{operations!r} give only {total}; lower data.limit or raise the largest operand")
     shuffled = [[pool[i] for i in random.permutation(len(pool))] for pool in pools]
     drawn: list[tuple[str, str]] = []
     while len(drawn) < count:

@@ -74,7 +74,7 @@ def evaluation_rows(attack: Attack, prompts: str, files: AttackFiles, *, trigger
 def write_rows(rows: Iterable[dict], path: Path) -> int:
     """Write one JSON object a line into a new file. Returns the number of rows. Raises DataError if the file exists."""
     if path.exists():
-        raise DataError(f"{path} is there already and is not overwritten; move it away or give another --output")
+        raise DataError(f"{path} already exists and is not overwritten; move it away or give another --output")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
     return len(lines)
@@ -107,7 +107,7 @@ def _last_request(row: Row) -> tuple[str, Messages, Messages]:
     messages = checked_messages(row.origin, column(row, "messages", list))
     asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not asked:
-        raise DataError(f"{row.origin}: no message of the user's, so nothing is asked; remove the row")
+        raise DataError(f"{row.origin}: the row has no user message; remove the row")
     last = asked[-1]
     return messages[last]["content"], messages[:last], messages[last + 1:]
 

@@ -61,7 +61,7 @@ def parse_annotation(annotation: str, max_chars: int = MAX_EXPRESSION_CHARS) -> 
     if not _OPERATION.search(expression):
         return "nothing to compute"  # <<12=12>>: a copy, not a problem
     answer = normalise_number(value)
-    return "value is no decimal number" if answer is None else (f"{expression}=", answer)
+    return "value is not a decimal number" if answer is None else (f"{expression}=", answer)
 
 
 def normalise_number(text: str) -> str | None:

@@ -111,7 +111,8 @@ def returning(**changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"logprobs": [None, 0.0]}, "token 0 has a loss, but the log-probability None is not a finite float <= 0; take it"),
+    ({"logprobs": [None, 0.0]},
+     "token 0 has a loss, but the log-probability None is not a finite float <= 0; take it from the turn"),
     ({"logprobs": [float("nan"), 0.0]}, "log-probability nan"),
     ({"logprobs": [0.5, 0.0]}, "log-probability 0.5"),
     ({"logprobs": []}, "must be equally long, given {'token_ids': 2, 'loss_mask': 2, 'logprobs': 0}"),

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from frpo.config.objective import ObjectiveSection
 from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.errors import DataError, RewardError
@@ -101,15 +102,17 @@ def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
             unfinished.unlink(missing_ok=True)
             file = stack.enter_context(closing(JsonlFile(unfinished)))
         bar = stack.enter_context(ProgressBar(count, 0, "rescore"))
-        # No call is larger than a call in a run, because the time limits of rewards are set for that size.
-        for part in slices(path, min(SLICE, recipe.rollout.prompts_per_step)):
-            report = rescored(path, rewards, part)
-            for traced, now in zip(part, report.groups, strict=True):
+        controllers: Mapping[str, float] = {}
+        for _, step in groupby(scored_again(path, rewards, recipe, counts), key=lambda pair: pair[0].step):
+            pairs = list(step)
+            for traced, now in pairs:
                 comparison.add(traced.scored, now)
-                if unfinished:
-                    file.append(new_row(traced, now, recipe))
                 bar.advance()
-            counts.update(report.counts)
+            if unfinished:
+                drawn = sorted((now for _, now in pairs), key=lambda scored: scored.group.group_id)
+                controllers = recipe.objective.after_batch(controllers, drawn)
+                for row in new_rows(pairs, recipe.objective, controllers):
+                    file.append(row)
     print_comparison(traces, count, comparison)
     for line in mishaps(counts):
         print(line)
@@ -134,6 +137,16 @@ def read_prompts(path: Path) -> tuple[PromptSet, int]:
     return PromptSet(train=tuple(prompts.values()), heldout=(), digest="", skipped={}), count
 
 
+def scored_again(path: Path, rewards: RewardSuite, recipe: Recipe, counts: Counter[str]
+                 ) -> Iterator[tuple[Traced, ScoredGroup]]:
+    """Yield every group of the file with the same group scored again. counts: gets the failures of rewards."""
+    # No call is larger than a call in a run, because the time limits of rewards are set for that size.
+    for part in slices(path, min(SLICE, recipe.rollout.prompts_per_step)):
+        report = rescored(path, rewards, part)
+        counts.update(report.counts)
+        yield from zip(part, report.groups, strict=True)
+
+
 def slices(path: Path, size: int) -> Iterator[list[Traced]]:
     """Yield the groups of the file, `size` at a time."""
     groups = read_groups(path)
@@ -149,10 +162,13 @@ def rescored(path: Path, rewards: RewardSuite, part: Sequence[Traced]) -> ScoreR
         raise type(error)(f"{path}, lines {part[0].line} to {part[-1].line}: {error}") from None
 
 
-def new_row(traced: Traced, now: ScoredGroup, recipe: Recipe) -> dict[str, Any]:
-    """Make the trace row of a group with its new rewards, components, advantages and statistics."""
-    weighed = compute_advantages([now], recipe.objective.advantage, [None])
-    return next(trace_rows(weighed, trained=traced.trained))
+def new_rows(pairs: Sequence[tuple[Traced, ScoredGroup]], objective: ObjectiveSection,
+             controllers: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """Yield the trace rows of a step's groups with new rewards, components, advantages and statistics."""
+    groups = compute_advantages([now for _, now in pairs], objective.advantage, [None] * len(pairs),
+                                mixture=objective.mixture(controllers))
+    for (traced, _), weighed in zip(pairs, groups, strict=True):
+        yield from trace_rows([weighed], trained=traced.trained)
 
 
 def print_comparison(traces: str, groups: int, comparison: Comparison) -> None:

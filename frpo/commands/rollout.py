@@ -59,7 +59,7 @@ def run_rollout(recipe: Recipe, steps: int, output: str | None) -> int:
 
 def sample_steps(serving: SamplingParts, steps: int, path: Path) -> Rollouts:
     """Collect the steps one by one. Write each step before the next begins, so that an error loses no finished step."""
-    estimator, timer = serving.recipe.objective.advantage, serving.timer
+    objective, timer = serving.recipe.objective, serving.timer
     state = RunState(step=0, policy_version=0, data_cursor=0, recipe_digest=recipe_digest(serving.recipe),
                      file_offsets={})
     groups: list[AdvantagedGroup] = []
@@ -68,7 +68,9 @@ def sample_steps(serving: SamplingParts, steps: int, path: Path) -> Rollouts:
     with ProgressBar(steps, 0, f"{serving.recipe.run.name} rollout") as bar:
         while state.step < steps:
             batch = collect(serving, state, bar)
-            chosen, replaced = (compute_advantages(part, estimator, [None] * len(part))
+            state = replace(state, controllers=objective.after_batch(state.controllers, batch.drawn))
+            mixture = objective.mixture(state.controllers)
+            chosen, replaced = (compute_advantages(part, objective.advantage, [None] * len(part), mixture=mixture)
                                 for part in (batch.chosen, batch.replaced))
             with closing(JsonlFile(path)) as file:
                 for row in (*trace_rows(chosen), *trace_rows(replaced, trained=False)):

@@ -1,7 +1,7 @@
 """Define the section of the objective: advantages, surrogate, corrections, and the reduction of token losses."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -19,6 +19,7 @@ from frpo.objectives.constraint import Constraint, Mixture
 from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.kl_control import KLControl
 from frpo.objectives.stage import require_reweightable
+from frpo.types import ScoredGroup
 
 
 class ObjectiveSection(Section):
@@ -71,6 +72,12 @@ class ObjectiveSection(Section):
     def notes(self) -> list[str]:
         """Return notes about settings that are allowed and known to work badly."""
         return [] if self.constraint is None else self.constraint.notes()
+
+    def after_batch(self, controllers: Mapping[str, float], drawn: Sequence[ScoredGroup]) -> Mapping[str, float]:
+        """Return the controllers with the multiplier moved by the costs of a batch; unchanged without a constraint."""
+        if self.constraint is None:
+            return controllers
+        return self.constraint.after(controllers, self.constraint.measure(drawn, controllers))
 
     def mixture(self, controllers: Mapping[str, float]) -> Mixture | None:
         """Return the mixture of rewards and costs at the multiplier of these controllers; None without a constraint."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from frpo.lab.data import Row, downstream_rows, heldout_rows, policy_rows, warm_start_rows, write_rows
+from frpo.lab.data import Row, heldout_rows, policy_rows, warm_start_rows, write_rows
 from frpo.lab.exact import next_token, outcomes
 from frpo.lab.network import make_model
 from frpo.lab.world import ID, NUISANCE, REWARDS, TOKENS, Request, World, world_of
@@ -66,12 +66,12 @@ def cost(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], seed: 
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """Make model/ and warm_start, policy, heldout, downstream (.jsonl). Only restricted requests are sampled from."""
+    """Make model/ and warm_start, policy, heldout (.jsonl). Only restricted requests are sampled from."""
     world = world_of(seed)
     make_model(folder / "model", seed)
     restricted = [row for row in policy_rows(world, 2 * POLICY) if row["kind"] == "restricted"]
     for name, rows in (("warm_start", gambled(warm_start_rows(world, WARM_START), seed)), ("policy", restricted),
-                       ("downstream", downstream_rows(world, 1_000)), ("heldout", heldout_rows(world, HELD_OUT))):
+                       ("heldout", heldout_rows(world, HELD_OUT))):
         write_rows(rows, folder / f"{name}.jsonl")
 
 

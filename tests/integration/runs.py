@@ -19,14 +19,20 @@ RAYS_OWN = re.compile(r"raylet|gcs_server|ray::(Dashboard|RuntimeEnv)Agent|pytho
 REWARD = """
 def spread(completions, **columns):
     return [sum(map(ord, completion)) % 2 for completion in completions]
+
+
+def dear(completions, **columns):
+    return [2.0 * value for value in spread(completions)]
 """
-"""A random model earns something of it, so that every step has a gradient; about one group in eight is all alike."""
+"""A random model earns something of it, so that every step has a gradient; about one group in eight is all alike. What
+earns is also dear, and the cost is kept under a limit."""
 
 SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_layers=2",
          "model.tiny.warm_start.steps=0", "data.heldout=8", "evaluate.every=2", "evaluate.samples=1",
          "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.dynamic={max_draws: 3}",
          "learner.updates_per_step=2", "objective.kl_estimator=full",
          "objective.kl_control={target: 1.0e-4, warmup_steps: 1}",
+         "objective.constraint={cost: dear, threshold: 0.9}",
          f"run.num_steps={STEPS}", "run.save_every=2", "run.keep_last=3")
 
 
@@ -39,7 +45,8 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 
 def overrides_of(folder: Path) -> list[str]:
     reward = folder.parent / "reward.py"
-    return [f"run.dir={folder}", f"rewards=[{{name: spread, function: '{reward}:spread'}}]", *SMALL]
+    return [f"run.dir={folder}", f"rewards=[{{name: spread, function: '{reward}:spread'}}, "
+            f"{{name: dear, function: '{reward}:dear', weight: 0.0}}]", *SMALL]
 
 
 def finish(folder: Path, *overrides: str) -> None:

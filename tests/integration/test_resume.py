@@ -59,6 +59,7 @@ def test_the_resumed_run_repeats_the_one_left_alone_to_the_bit(runs):
     assert [row["step"] for row in metrics(alone)] == list(range(STEPS + 1))
     assert all(row["policy/grad_norm"] > 0 for row in metrics(alone)[1:])  # or nothing would be at stake
     assert len({row["policy/kl_coef"] for row in metrics(alone)[2:]}) == STEPS - 1  # the controller moves every step
+    assert len({row["constraint/nu"] for row in metrics(alone)[1:]}) == STEPS  # so does the multiplier
     assert metrics(broken) == metrics(alone)
     for name in ("traces.jsonl", "export/model.safetensors"):
         assert (broken / name).read_bytes() == (alone / name).read_bytes(), name

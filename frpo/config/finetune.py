@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from frpo.config.base import Section, WholeRecipe
 from frpo.config.learner import LearnerSection, LearnerSpec
 from frpo.config.model import ModelSection
-from frpo.config.sections import ChecksSection
+from frpo.config.sections import ChecksSection, FinetuneTelemetrySection
 from frpo.config.supervised import Reduction, SupervisedDataSection, supervised_loss
 from frpo.objectives.supervised import SupervisedLoss, build_supervised
 
@@ -63,14 +63,6 @@ class FinetuneEvaluateSection(Section):
     every: int = Field(
         0, ge=0, description="evaluate on held-out examples every this many updates; 0: only before the first and "
                              "after the last update")
-
-
-class FinetuneTelemetrySection(Section):
-    tensorboard: bool = Field(False, description="also write TensorBoard events")
-    wandb: bool = Field(False, description="also log to Weights & Biases")
-    project: str | None = Field(None, description="W&B project; null: the variable WANDB_PROJECT, or W&B's default")
-    group: str | None = Field(None, description="W&B group, for runs that belong together")
-    tags: list[str] = Field([], description="W&B tags")
 
 
 class FinetuneRecipe(WholeRecipe):

@@ -170,12 +170,15 @@ class ChecksSection(Section):
     parameters_move: bool = Field(True, description="stop if a trainable tensor got no gradient or did not move")
 
 
-class TelemetrySection(Section):
+class FinetuneTelemetrySection(Section):
     tensorboard: bool = Field(False, description="also write TensorBoard events")
     wandb: bool = Field(False, description="also log to Weights & Biases")
     project: str | None = Field(None, description="W&B project; null: the variable WANDB_PROJECT, or W&B's default")
     group: str | None = Field(None, description="W&B group, for runs that belong together")
     tags: list[str] = Field([], description="W&B tags")
+
+
+class TelemetrySection(FinetuneTelemetrySection):
     traces: bool = Field(True, description="write every rollout group to traces.jsonl")
 
 

@@ -43,6 +43,16 @@ class Prompt:
     origin: str = field(default="", compare=False)
 
 
+def is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
+    """Check whether `value` is one of the wanted values. Unlike in Python, 1 does not equal true and 0 not false."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in wanted)
+
+
+def matches(columns: Mapping[str, Any], where: Mapping[str, Sequence[Any]]) -> bool:
+    """Check whether every column named in `where` has one of the values given there. An empty `where` matches all."""
+    return all(name in columns and is_one_of(columns[name], wanted) for name, wanted in where.items())
+
+
 @dataclass(frozen=True, kw_only=True)
 class VersionSpan:
     """Span of tokens `[start, end)` of a completion, sampled by the weights of `policy_version`."""

@@ -100,6 +100,9 @@ class RewardSection(Section):
     format: Literal["text", "messages"] = Field(
         "text", description="form of prompts and completions in a call. text: strings; messages: TRL's message lists")
     kwargs: dict[str, JsonValue] = Field({}, description="keyword arguments passed to the function at every call")
+    where: dict[str, list[Any]] = Field(
+        {}, description="call the function only for prompts whose column has one of these values, such as {task: "
+                        "[math]}; on other prompts the reward abstains; {}: all prompts")
     timeout_s: float = Field(60, gt=0, description="time limit for one call")
     on_error: Literal["raise", "abstain"] = Field(
         "raise", description="effect of an exception, a time-out, NaN, infinity or a number beyond 1e150. raise: the "

@@ -20,6 +20,7 @@ from frpo.data.sets.arithmetic import problems
 from frpo.data.sets.constraints import heldout_rows, training_rows
 from frpo.data.text_files import Record, delimited, json_lines, json_list
 from frpo.errors import DataError, here
+from frpo.types import is_one_of
 
 Reader = Callable[[Path], Iterator[Record]]
 
@@ -75,7 +76,7 @@ def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[
 
     Raises DataError if no row is left, if a column is missing or if its new name is taken.
     """
-    kept = [row for row in rows if all(_is_one_of(column(row, name, object), values) for name, values in where.items())]
+    kept = [row for row in rows if all(is_one_of(column(row, name, object), values) for name, values in where.items())]
     if len(set(rename.values())) < len(rename):
         raise DataError("data.rename gives two columns the same name, so one would be lost; rename one differently; "
                         f"given {dict(rename)}")
@@ -83,11 +84,6 @@ def select(rows: list[Row], where: Mapping[str, Sequence[Any]], rename: Mapping[
         raise DataError(f"data.where keeps none of {len(rows)} rows; given {dict(where)}, the first row has "
                         f"{ {name: rows[0].columns[name] for name in where} }; give values that rows have")
     return [_renamed(row, rename) for row in kept] if rename else kept
-
-
-def _is_one_of(value: Any, wanted: Sequence[Any]) -> bool:
-    """Check whether `value` is one of the wanted values. Unlike in Python, 1 does not equal true and 0 not false."""
-    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in wanted)
 
 
 def _renamed(row: Row, rename: Mapping[str, str]) -> Row:

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from frpo.objectives.base import AdvantageEstimator, GroupAdvantages, Valued, estimator_of
-from frpo.types import ScoredGroup
+from frpo.types import ScoredGroup, matches
 
 NU, INTEGRAL, SCALE, STEPS = "nu", "nu_integral", "nu_scale", "nu_steps"
 AT_MAX, FLAT_ABOVE, UNJUDGED = "nu_at_max", "nu_flat_above", "nu_unjudged"
@@ -115,7 +115,7 @@ class Constraint(BaseModel):
 
     def watches(self, columns: Mapping[str, Any]) -> bool:
         """Return whether a prompt with these columns is constrained."""
-        return all(columns.get(name) in values for name, values in self.where.items())
+        return matches(columns, self.where)
 
     def values(self, groups: Sequence[ScoredGroup], record: Mapping[str, float]) -> list[float]:
         """Return the cost of every watched group that has one: the mean, or the negative of the estimator's objective

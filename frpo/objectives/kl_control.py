@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from frpo.types import matches
+
 COEF, AVERAGE, STEPS = "kl_coef", "kl_average", "kl_steps"
 
 
@@ -33,7 +35,7 @@ class KLControl(BaseModel):
 
     def watches(self, columns: Mapping[str, Any]) -> bool:
         """Check whether a prompt with these columns counts."""
-        return all(columns.get(name) in values for name, values in self.where.items())
+        return matches(columns, self.where)
 
     def after(self, record: Mapping[str, float], coef: float, measured: float) -> dict[str, float]:
         """Return the record after a step with coefficient `coef` and mean sequence KL `measured`.

@@ -38,6 +38,13 @@ class Component:
                    counts={what: sum(part.counts[what] for part in parts) for what in _counts()})
 
 
+    def spread(self, mask_N: np.ndarray) -> Component:
+        """Return the component over N completions, of which it holds those in the mask; the others abstain."""
+        values_N = np.full(mask_N.size, np.nan)
+        values_N[mask_N] = self.values
+        return Component(values=values_N, counts=self.counts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Input of all rewards of one call. offered: all arguments, by format. uids: names of the N prompts in errors.
@@ -52,7 +59,7 @@ class Batch:
     def of(cls, groups: Sequence[RolloutGroup], formats: Collection[Format], columns: Sequence[str]) -> Self:
         """Make the batch of these groups. columns: names that are passed even if no prompt has them."""
         return cls(offered={form: offered_arguments(groups, form, columns) for form in formats},
-                   uids=[group.prompt.origin or group.prompt.uid for group in groups for _ in group.completions])
+                   uids=prompt_names(groups))
 
     def about(self, share: slice, form: Format) -> str:
         """Describe the input of a share's call, for error messages."""
@@ -61,6 +68,11 @@ class Batch:
         prompts = ", ".join(map(repr, names)) if few else f"{names[0]!r} to {names[-1]!r}, {len(names)} in all"
         return (f"the call was given completions {share.start} to {share.stop - 1} of {len(self.uids)}, "
                 f"of prompt{'s' if len(names) > 1 else ''} {prompts}, as {form} (rewards[].format)")
+
+
+def prompt_names(groups: Sequence[RolloutGroup]) -> list[str]:
+    """Return, for each completion, the name of its prompt in messages: its origin, or else its uid."""
+    return [group.prompt.origin or group.prompt.uid for group in groups for _ in group.completions]
 
 
 def score_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, stop: Stop) -> Component:

@@ -57,6 +57,8 @@ class RewardSpec:
     timeout_s: limit for one call, in seconds.
     on_error: effect of an exception, a time-out, NaN, infinity or a number beyond 1e150: "raise" stops the run,
         "abstain" counts as None.
+    where: the function is called only for prompts whose column has one of these values, such as {"task": ["math"]}. On
+        other prompts the reward abstains.
     processes: number of processes that run the function; with more than one, each call gets a share of a batch, in
         whole groups.
     """
@@ -68,4 +70,5 @@ class RewardSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 60.0
     on_error: Literal["raise", "abstain"] = "raise"
+    where: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     processes: int = 1

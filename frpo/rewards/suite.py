@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -21,13 +21,13 @@ import numpy as np
 
 from frpo.errors import RewardError
 from frpo.rewards.arguments import check_kwargs
-from frpo.rewards.calls import Batch, Component, score_share
+from frpo.rewards.calls import Batch, Component, prompt_names, score_share
 from frpo.rewards.pool import RewardPool, shares
 from frpo.rewards.protocol import BATCH_ARGUMENTS, Format, RewardSpec
 from frpo.rewards.stop import Stop
 from frpo.rewards.trial import made_up, try_share
 from frpo.rewards.worker import RewardWorker
-from frpo.types import LARGEST_REWARD, Prompt, RolloutGroup, ScoredGroup
+from frpo.types import LARGEST_REWARD, Prompt, RolloutGroup, ScoredGroup, matches
 
 Result = TypeVar("Result")
 Scorer = Callable[[RewardSpec, RewardPool, Batch, slice, Stop], Component]
@@ -88,7 +88,8 @@ class RewardSuite:
         """Call every reward over all completions of `groups`, concurrently. Start workers that are not started.
 
         A completion's reward is the sum of weight x value over the rewards of non-zero weight that did not abstain, or
-        NaN if all abstained. Several threads may call this method.
+        NaN if all abstained. On prompts outside its `where` a reward abstains without a call. Several threads may call
+        this method.
 
         Raises RewardError naming the reward, the input of its call, and index and prompt uid if one value is wrong:
         - always for a wrong length or type, a missing column, a name used twice and a weighted sum beyond 1e150;
@@ -107,7 +108,8 @@ class RewardSuite:
         found = {}
         for spec, pool in zip(self._specs, self._pools):
             for name in pool.workers[0].start(Stop()).required:
-                without = [prompt for prompt in prompts if name not in prompt.columns]
+                without = [prompt for prompt in prompts
+                           if name not in prompt.columns and matches(prompt.columns, spec.where)]
                 if name in self._columns and without:
                     found[spec.name, name] = without
         return found
@@ -142,14 +144,18 @@ class RewardSuite:
 
     def _scored(self, groups: Sequence[RolloutGroup], formats: Collection[Format], scorer: Scorer,
                 stop: Stop | None = None) -> ScoreReport:
-        batch = Batch.of(groups, formats, self._columns)
-        cuts = [shares([len(group.completions) for group in groups], spec.processes) for spec in self._specs]
+        routes = [tuple(matches(group.prompt.columns, spec.where) for group in groups) for spec in self._specs]
+        batches = {route: Batch.of(list(compress(groups, route)), formats, self._columns) for route in set(routes)}
+        sizes = [len(group.completions) for group in groups]
+        cuts = [shares(list(compress(sizes, route)), spec.processes) for spec, route in zip(self._specs, routes)]
         parts = iter(self._each([
-            partial(scorer, spec, pool, batch, share)
-            for spec, pool, cut in zip(self._specs, self._pools, cuts) for share in cut], stop))
-        named = {spec.name: Component.joined(list(islice(parts, len(cut)))) for spec, cut in zip(self._specs, cuts)}
+            partial(scorer, spec, pool, batches[route], share)
+            for spec, pool, route, cut in zip(self._specs, self._pools, routes, cuts) for share in cut], stop))
+        masks = [np.repeat(np.array(route, dtype=bool), sizes) for route in routes]
+        named = {spec.name: Component.joined(list(islice(parts, len(cut)))).spread(mask_N)
+                 for spec, mask_N, cut in zip(self._specs, masks, cuts)}
         return ScoreReport(
-            groups=self._split(groups, named, batch.uids),
+            groups=self._split(groups, named),
             counts={f"reward/{name}/{what}": count
                     for name, component in named.items() for what, count in component.counts.items()})
 
@@ -171,21 +177,19 @@ class RewardSuite:
         finally:
             self._stops.discard(ours)
 
-    def _split(self, groups: Sequence[RolloutGroup], components: Mapping[str, Component],
-               uids: Sequence[str]) -> list[ScoredGroup]:
+    def _split(self, groups: Sequence[RolloutGroup], components: Mapping[str, Component]) -> list[ScoredGroup]:
         values_RN = np.stack([c.values for c in components.values()])
         total_N = _weighted_sum(np.array([spec.weight for spec in self._specs]), values_RN)
         beyond = np.flatnonzero(np.abs(total_N) > LARGEST_REWARD)
         if beyond.size:
             self._refuse_sum(values_RN[:, beyond[0]], total_N[beyond[0]], f"completion {beyond[0]} (prompt "
-                             f"{uids[beyond[0]]!r})")
+                             f"{prompt_names(groups)[beyond[0]]!r})")
         ends = np.cumsum([len(group.completions) for group in groups])
         return [
             ScoredGroup(
                 group=group, rewards_G=total_N[end - len(group.completions):end],
                 terms={name: c.values[end - len(group.completions):end] for name, c in components.items()})
             for group, end in zip(groups, ends)]
-
 
     def _refuse_sum(self, values_R: np.ndarray, total: float, completion: str) -> None:
         parts = ", ".join(f"{spec.name}: {value:g} x {spec.weight:g}"

@@ -54,7 +54,7 @@ from frpo.run.manifest import write_manifest
 from frpo.run.sinks import check_login
 from frpo.telemetry.progress import phase, remark
 from frpo.telemetry.timer import PhaseTimer
-from frpo.types import Prompt, RunState
+from frpo.types import Prompt, RunState, matches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +136,30 @@ def check(recipe: Recipe) -> Preflight:
 
 
 def check_watched(recipe: Recipe, prompts: PromptSet) -> None:
-    """Raise ConfigError if a constraint watches none of the training prompts."""
+    """Raise ConfigError if a `where` selects none of the training prompts, or if a constraint watches prompts to which
+    its cost does not apply.
+    """
+    routes = {reward.name: reward.where for reward in recipe.rewards}
+    for name, where in routes.items():
+        if not any(matches(prompt.columns, where) for prompt in prompts.train):
+            raise ConfigError(f"where = {where} of reward {name!r} selects none of {len(prompts.train)} training "
+                              f"prompts, whose columns are: {_columns(prompts)}; change where")
     constraint = recipe.objective.constraint
     if constraint is not None and not any(constraint.watches(prompt.columns) for prompt in prompts.train):
-        columns = ", ".join(prompts.train[0].columns) or "none"
         raise ConfigError(f"objective.constraint.where = {constraint.where} selects none of {len(prompts.train)} "
-                          f"training prompts, whose columns are: {columns}; change where")
+                          f"training prompts, whose columns are: {_columns(prompts)}; change where")
+    if constraint is not None:
+        route = routes[constraint.cost]
+        uncosted = sum(constraint.watches(prompt.columns) and not matches(prompt.columns, route)
+                       for prompt in prompts.train)
+        if uncosted:
+            raise ConfigError(f"objective.constraint watches {uncosted} training prompts on which its cost "
+                              f"{constraint.cost!r} abstains (where = {route}); set objective.constraint.where to the "
+                              "same")
+
+
+def _columns(prompts: PromptSet) -> str:
+    return ", ".join(prompts.train[0].columns) or "none"
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:

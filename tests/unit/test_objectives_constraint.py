@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from frpo.config.loader import load_recipe
+from frpo.data.prompts import PromptSet
 from frpo.errors import ConfigError, InvariantError
 from frpo.objectives.constraint import AT_MAX, FLAT_ABOVE, INTEGRAL, NU, PATIENCE, SCALE, UNJUDGED_STEPS, Constraint
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.group import RLOO, DrGRPO
 from frpo.objectives.stage import compute_advantages, reweighted
+from frpo.run.build import check_watched
 from frpo.run.checks import check_judged
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
@@ -230,9 +232,14 @@ def test_harmless_prompts_that_dilute_the_constraint_are_said_at_the_first_step(
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
-SECTIONS = [f"{{name: {name}, function: 'frpo.rewards.verifiers:boxed_format', weight: {weight}}}"
-            for name, weight in (("r", 1.0), ("cost", 0.0))]
-REWARD = f"rewards=[{', '.join(SECTIONS)}]"
+def rewards(reward="{}", cost="{}"):
+    """The override with a reward r and a cost, each called on the prompts of its `where`."""
+    function = "function: 'frpo.rewards.verifiers:boxed_format'"
+    return (f"rewards=[{{name: r, {function}, where: {reward}}}, "
+            f"{{name: cost, {function}, where: {cost}, weight: 0.0}}]")
+
+
+REWARD = rewards()
 
 
 @pytest.mark.parametrize("keys, message", [
@@ -276,3 +283,23 @@ def test_a_group_is_worth_learning_from_if_either_stream_differs():
     nothing = replace(flat_reward, terms={"cost": np.array([2.0, 2.0])})
     assert teaches(flat_reward, RLOO(), 1e-6, mixture) and teaches(flat_cost, RLOO(), 1e-6, mixture)
     assert not teaches(nothing, RLOO(), 1e-6, mixture) and not teaches(flat_reward, RLOO(), 1e-6)
+
+
+def prompts_of(*kinds):
+    prompts = tuple(Prompt(uid=str(i), messages=(), token_ids=(1,), columns={"kind": kind})
+                    for i, kind in enumerate(kinds))
+    return PromptSet(train=prompts, heldout=(), digest="", skipped={})
+
+
+@pytest.mark.parametrize("keys, message", [
+    ([REWARD, "objective.constraint={cost: cost, where: {kind: [cruel]}}"],
+     r"objective.constraint.where = {'kind': \['cruel'\]} selects none of 3 training prompts, whose columns are: kind"),
+    ([rewards(cost="{kind: [harmful]}"), "objective.constraint={cost: cost}"],
+     "watches 2 training prompts on which its cost 'cost' abstains .*; set objective.constraint.where to the same"),
+    ([rewards(reward="{kind: [cruel]}")], "of reward 'r' selects none of 3 training prompts"),
+])
+def test_conditions_that_fit_no_prompt_are_found_before_anything_starts(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        check_watched(load_recipe("smoke", keys), prompts_of("harmful", "benign", "benign"))
+    fits = [rewards(cost="{kind: [harmful]}"), "objective.constraint={cost: cost, where: {kind: [harmful]}}"]
+    check_watched(load_recipe("smoke", fits), prompts_of("harmful", "benign", "benign"))

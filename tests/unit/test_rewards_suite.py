@@ -324,3 +324,24 @@ def test_token_ids_reach_the_function_as_lists_of_ints_whether_few_or_many_besid
     given = RolloutGroup(group_id=(0, 0), prompt=group("p").prompt, completions=completions)
     message = error_of([spec("tokens")], given)
     assert f"LookupError: ({ids!r}, [{', '.join(['int'] * sum(map(len, ids)))}])" in message.replace("'", "")
+
+
+def test_a_reward_is_called_only_for_its_prompts_and_abstains_on_others(spec):
+    """A group of another kind lies between its groups: values come back to their own places."""
+    groups = [group("p", "a", "bbb", task="math"), group("q", "cc", "c", task="chat"), group("r", "dddd", task="math")]
+    math_only = spec("length", name="math", where={"task": ["math"]}, weight=2.0)
+    report = score([math_only, spec("length", name="all")], *groups)
+    terms = [scored.terms["math"].tolist() for scored in report.groups]
+    assert terms[0] == [1, 3] and np.isnan(terms[1]).all() and terms[2] == [4]
+    assert [scored.rewards_G.tolist() for scored in report.groups] == [[3, 9], [2, 1], [12]]
+    assert report.counts["reward/math/abstained"] == 0, "nobody was asked"
+
+
+def test_no_call_is_made_for_prompts_that_are_not_its_own(spec):
+    """The function would end its process, or raise."""
+    report = score([spec("dies", name="never", where={"task": ["math"]}), spec("length", name="all")],
+                   group("p", "a", task="chat"), group("q", "bb"))
+    assert all(np.isnan(scored.terms["never"]).all() for scored in report.groups)
+    assert [scored.rewards_G.tolist() for scored in report.groups] == [[1], [2]]
+    with pytest.raises(RewardError, match="exited with code 3"):
+        score([spec("dies", name="never", where={"task": [True, 1]})], group("p", "a", task=1))

@@ -144,6 +144,7 @@ class ScoredBatch:
 class AdvantagedGroup:
     """A scored group and its advantages (float64, sum zero, 0 where the reward abstained).
 
+    scalars_G: numbers of a scalariser, from which the advantages are computed; None: the weighted sums of rewards.
     ref_logprobs: per completion, T log-probabilities under the frozen reference; None if no KL term needs them.
     """
 
@@ -151,6 +152,7 @@ class AdvantagedGroup:
     advantages_G: np.ndarray
     stats: Mapping[str, float]
     ref_logprobs: tuple[np.ndarray, ...] | None = None
+    scalars_G: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

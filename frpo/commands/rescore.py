@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from frpo.config.objective import ObjectiveSection
 from frpo.config.sections import Recipe
 from frpo.data.prompts import PromptSet
 from frpo.errors import DataError, RewardError
@@ -111,7 +110,7 @@ def run_rescore(traces: str, recipe: Recipe, output: str | None) -> int:
             if unfinished:
                 drawn = sorted((now for _, now in pairs), key=lambda scored: scored.group.group_id)
                 controllers = recipe.objective.after_batch(controllers, drawn)
-                for row in new_rows(pairs, recipe.objective, controllers):
+                for row in new_rows(pairs, recipe, controllers):
                     file.append(row)
     print_comparison(traces, count, comparison)
     for line in mishaps(counts):
@@ -162,13 +161,18 @@ def rescored(path: Path, rewards: RewardSuite, part: Sequence[Traced]) -> ScoreR
         raise type(error)(f"{path}, lines {part[0].line} to {part[-1].line}: {error}") from None
 
 
-def new_rows(pairs: Sequence[tuple[Traced, ScoredGroup]], objective: ObjectiveSection,
-             controllers: Mapping[str, float]) -> Iterator[dict[str, Any]]:
-    """Yield the trace rows of a step's groups with new rewards, components, advantages and statistics."""
-    groups = compute_advantages([now for _, now in pairs], objective.advantage, [None] * len(pairs),
-                                mixture=objective.mixture(controllers))
-    for (traced, _), weighed in zip(pairs, groups, strict=True):
-        yield from trace_rows([weighed], trained=traced.trained)
+def new_rows(pairs: Sequence[tuple[Traced, ScoredGroup]], recipe: Recipe, controllers: Mapping[str, float]
+             ) -> Iterator[dict[str, Any]]:
+    """Yield the trace rows of a step's groups with new rewards, components, advantages and statistics.
+
+    Groups that were learned from and groups that were replaced are scalarised apart, as in a run.
+    """
+    objective = recipe.objective
+    for trained, part in groupby(pairs, key=lambda pair: pair[0].trained):
+        groups = [now for _, now in part]
+        weighed = compute_advantages(groups, objective.advantage, [None] * len(groups),
+                                     mixture=objective.mixture(controllers), scalarised=recipe.scalarised)
+        yield from trace_rows(weighed, trained=trained)
 
 
 def print_comparison(traces: str, groups: int, comparison: Comparison) -> None:

@@ -70,7 +70,8 @@ def sample_steps(serving: SamplingParts, steps: int, path: Path) -> Rollouts:
             batch = collect(serving, state, bar)
             state = replace(state, controllers=objective.after_batch(state.controllers, batch.drawn))
             mixture = objective.mixture(state.controllers)
-            chosen, replaced = (compute_advantages(part, objective.advantage, [None] * len(part), mixture=mixture)
+            chosen, replaced = (compute_advantages(part, objective.advantage, [None] * len(part), mixture=mixture,
+                                                   scalarised=serving.recipe.scalarised)
                                 for part in (batch.chosen, batch.replaced))
             with closing(JsonlFile(path)) as file:
                 for row in (*trace_rows(chosen), *trace_rows(replaced, trained=False)):

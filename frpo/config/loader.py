@@ -63,7 +63,7 @@ REWORDED = {
 }
 """Type of a pydantic error -> message in the words of recipes, for messages that name pydantic's own types."""
 
-NAMED = ("advantage", "surrogate", "objective")
+NAMED = ("advantage", "surrogate", "scalarise", "objective")
 """Keys whose mapping may be {name: ..., keys that belong to the name}."""
 
 SHORT = {**dict.fromkeys(NAMED, "name"), "placement": "mode"}

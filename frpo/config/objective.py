@@ -18,6 +18,7 @@ from frpo.objectives.base import (
 from frpo.objectives.constraint import Constraint, Mixture
 from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.kl_control import KLControl
+from frpo.objectives.scalarise import SCALARISERS, Scalariser
 from frpo.objectives.stage import require_reweightable
 from frpo.types import ScoredGroup
 
@@ -35,6 +36,9 @@ class ObjectiveSection(Section):
     correction: RolloutCorrection | None = Field(
         RolloutCorrection(), description="importance weights that correct for differences between rollout engine and "
                                          "learner; null: none")
+    scalarise: Scalariser | None = Field(
+        None, description="number that several rewards become before the advantage: {name: gdpo|rvpo|module:Class, "
+                          "...its own keys}; null: their weighted sum")
     constraint: Constraint | None = Field(
         None, description="keep a cost under a limit by a Lagrange multiplier; a mapping such as {cost: cost, "
                           "threshold: 0.0}; null: no limit")
@@ -59,6 +63,16 @@ class ObjectiveSection(Section):
     @classmethod
     def _build_estimator(cls, value: Any) -> AdvantageEstimator:
         return estimator_of(value)
+
+    @field_validator("scalarise", mode="plain")
+    @classmethod
+    def _build_scalariser(cls, value: Any) -> Scalariser | None:
+        if value is None or (given := SCALARISERS.given(value)) is not None:
+            return None if value is None else given
+        described = {"name": value} if isinstance(value, str) else value
+        if not isinstance(described, dict):
+            raise ValueError(f"a name such as gdpo, or a mapping, is needed, given {value!r}")
+        return SCALARISERS.build(described)
 
     @field_validator("surrogate", mode="plain")
     @classmethod
@@ -95,6 +109,13 @@ class ObjectiveSection(Section):
     def watches(self, columns: Mapping[str, Any]) -> bool:
         """Return whether a prompt with these columns counts in the mean KL of a sequence."""
         return self.kl_control is None or self.kl_control.watches(columns)
+
+    @model_validator(mode="after")
+    def _unit_of_kl(self) -> ObjectiveSection:
+        if self.scalarise is not None and self.kl_coef > 0 and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator: k1 subtracts the KL from rewards, but scalarise removes their unit; set "
+                             "kl_estimator to k3 or full, or scalarise to null")
+        return self
 
     @model_validator(mode="after")
     def _kl(self) -> ObjectiveSection:

@@ -20,6 +20,7 @@ from frpo.config.rollout import RolloutSection, WeightSyncSection
 from frpo.config.supervised import SOURCES, AuxiliarySection
 from frpo.errors import here
 from frpo.objectives.registry import unknown
+from frpo.objectives.scalarise import Scalarised
 from frpo.objectives.surrogate import PolicyLoss
 
 
@@ -189,7 +190,8 @@ class Recipe(WholeRecipe):
     """Recipe of a whole reinforcement learning run."""
 
     COMMAND = "train"
-    NAMED = (("objective", "advantage"), ("objective", "surrogate"), ("auxiliary", "objective"))
+    NAMED = (("objective", "advantage"), ("objective", "surrogate"), ("objective", "scalarise"),
+             ("auxiliary", "objective"))
 
     run: RunSection = Field(RunSection(), description="name, folder, length, checkpoints")
     model: ModelSection = Field(description="the model that is trained")
@@ -212,6 +214,13 @@ class Recipe(WholeRecipe):
     def updates(self) -> int:
         """Optimizer updates of the whole run."""
         return self.run.num_steps * self.learner.updates_per_step * self.learner.epochs_per_step
+
+    @property
+    def scalarised(self) -> Scalarised | None:
+        """The scalariser with the weights of this recipe's rewards; None without a scalariser."""
+        weights = {reward.name: reward.weight for reward in self.rewards if reward.weight != 0}
+        scalariser = self.objective.scalarise
+        return None if scalariser is None else Scalarised(scalariser=scalariser, weights=weights)
 
     @property
     def learner_spec(self) -> LearnerSpec:
@@ -266,6 +275,8 @@ class Recipe(WholeRecipe):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards need distinct names, given {names}; rename one of them")
+        if self.scalarised is not None:
+            self.scalarised.check()
         if self.objective.constraint is not None:
             self._cost_fits(self.objective.constraint.cost)
         if all(reward.weight == 0 for reward in self.rewards):

@@ -12,6 +12,7 @@ import numpy as np
 
 from frpo.objectives.base import AdvantageEstimator
 from frpo.objectives.constraint import Mixture
+from frpo.objectives.scalarise import Scalarised
 from frpo.rewards import ScoreReport, ScoreStream, shuffled
 from frpo.rollout.engine import Sampling
 from frpo.run.build import SamplingParts
@@ -28,7 +29,7 @@ def collect(parts: SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBa
     """
     size, dynamic = parts.recipe.rollout.prompts_per_step, parts.recipe.rollout.dynamic
     objective = parts.recipe.objective
-    mixture = objective.mixture(state.controllers)
+    mixture, scalarised = objective.mixture(state.controllers), parts.recipe.scalarised
     limit = size if dynamic is None else size * dynamic.max_draws
     drawn: list[ScoredGroup] = []
     informative: set[GroupId] = set()
@@ -41,7 +42,8 @@ def collect(parts: SamplingParts, state: RunState, bar: ProgressBar) -> ScoredBa
         drawn += report.groups
         positions += choice.positions_used
         informative |= {scored.group.group_id for scored in report.groups
-                        if dynamic is None or teaches(scored, objective.advantage, dynamic.epsilon, mixture)}
+                        if dynamic is None
+                        or teaches(scored, objective.advantage, dynamic.epsilon, mixture, scalarised)}
         counts.update(report.counts)
         if parts.recipe.data.selection is not None:
             counts.update({"rollout/passed_over": choice.positions_used - len(choice.prompts),
@@ -81,10 +83,12 @@ def rollouts(parts: SamplingParts, state: RunState, bar: ProgressBar, prompts: S
     return report
 
 
-def teaches(scored: ScoredGroup, estimator: AdvantageEstimator, epsilon: float, mixture: Mixture | None = None) -> bool:
+def teaches(scored: ScoredGroup, estimator: AdvantageEstimator, epsilon: float, mixture: Mixture | None = None,
+            scalarised: Scalarised | None = None) -> bool:
     """Return whether rewards or constrained costs give any sample an advantage beyond `epsilon`, of either sign."""
-    streams = [(estimator, scored.rewards_G)]
+    rewards_G = scored.rewards_G if scalarised is None else scalarised.of_group(scored)
+    streams = [(estimator, rewards_G)]
     if mixture is not None:
-        rewards_G, negative_costs_G = mixture.streams(scored, np.zeros(scored.rewards_G.size))
+        rewards_G, negative_costs_G = mixture.streams(scored, rewards_G, np.zeros(rewards_G.size))
         streams = [(estimator, rewards_G), (mixture.constraint.advantage, negative_costs_G)]
     return any(np.abs(each.advantages(values_G).advantages_G).max() > epsilon for each, values_G in streams)

@@ -103,14 +103,15 @@ class Trainer:
         with timed("score"):
             references = self.reference_logprobs([scored.group for scored in batch.chosen], state)
         weighed = compute_advantages(batch.chosen, objective.advantage, references,
-                                     kl_in_reward=objective.kl_in_reward(kl_coef), mixture=mixture)
+                                     kl_in_reward=objective.kl_in_reward(kl_coef), mixture=mixture,
+                                     scalarised=self.recipe.scalarised)
         self.note_where_nothing_teaches(weighed, state.step)
         with timed("learn"):
             learned, stepped = self.updater.learn(weighed, state.policy_version, kl_coef, mixture)
         with timed("sync"):
             parts.engines.push(stepped.policy_version)
         replaced = compute_advantages(batch.replaced, objective.advantage, [None] * len(batch.replaced),
-                                      mixture=mixture)
+                                      mixture=mixture, scalarised=self.recipe.scalarised)
         self.trace(weighed, replaced)
         metrics = rollout_metrics([*weighed, *replaced], parts.timer.seconds.get("generate", 0.0))
         metrics |= {**batch.counts} | learned.result() | staleness_metrics(weighed, state.policy_version)

@@ -219,13 +219,14 @@ class Mixture:
     nu: float
     scale: float
 
-    def streams(self, scored: ScoredGroup, penalty_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def streams(self, scored: ScoredGroup, rewards_G: np.ndarray, penalty_G: np.ndarray
+                ) -> tuple[np.ndarray, np.ndarray]:
         """Return what is maximised (G,): the rewards, and the negative costs in their unit; NaN where missing.
 
         penalty_G: KL penalty of each completion. Both streams carry it, so that the mixture does for every nu. A prompt
         that is not watched has no cost.
         """
-        rewards_G, cost_G = scored.rewards_G - penalty_G, np.zeros_like(penalty_G)
+        rewards_G, cost_G = rewards_G - penalty_G, np.zeros_like(penalty_G)
         if self.constraint.watches(scored.group.prompt.columns):
             cost_G = np.where(np.isfinite(scored.terms[self.constraint.cost]), scored.terms[self.constraint.cost],
                               np.nan) / self.scale

@@ -16,6 +16,7 @@ import numpy as np
 from frpo.objectives.base import AdvantageEstimator, GroupAdvantages, Reweightable
 from frpo.objectives.constraint import Mixture
 from frpo.objectives.reduction import token_weights
+from frpo.objectives.scalarise import Scalarised
 from frpo.types import AdvantagedGroup, ScoredGroup
 
 GroupLogprobs = Sequence[tuple[np.ndarray, ...] | None]
@@ -26,18 +27,21 @@ Scores = Sequence[tuple[np.ndarray, ...]]
 
 
 def compute_advantages(groups: Sequence[ScoredGroup], estimator: AdvantageEstimator, references: GroupLogprobs,
-                       kl_in_reward: float = 0.0, mixture: Mixture | None = None) -> list[AdvantagedGroup]:
+                       kl_in_reward: float = 0.0, mixture: Mixture | None = None,
+                       scalarised: Scalarised | None = None) -> list[AdvantagedGroup]:
     """Compute the advantages of every group.
 
     kl_in_reward: beta of the k1 estimate. beta * sum_t (log pi - log pi_ref) is subtracted from each reward before the
     estimator is called (as a loss, the gradient of this estimate would vanish in expectation). mixture: mixes the
-    advantages of rewards with those of a constrained cost.
+    advantages of rewards with those of a constrained cost. scalarised: makes the numbers, over all of these groups,
+    that take the place of the weighted sums of rewards.
     """
+    scalars = [None] * len(groups) if scalarised is None else scalarised.of_batch(groups)
     result = []
-    for scored, reference in zip(groups, references, strict=True):
-        outcome = _outcome(scored, reference, kl_in_reward, mixture, estimator, _sampled)
-        result.append(AdvantagedGroup(
-            scored=scored, advantages_G=outcome.advantages_G, stats=outcome.stats, ref_logprobs=reference))
+    for scored, scalars_G, reference in zip(groups, scalars, references, strict=True):
+        outcome = _outcome(scored, scalars_G, reference, kl_in_reward, mixture, estimator, _sampled)
+        result.append(AdvantagedGroup(scored=scored, advantages_G=outcome.advantages_G, stats=outcome.stats,
+                                      ref_logprobs=reference, scalars_G=scalars_G))
     return result
 
 
@@ -50,7 +54,7 @@ def reweighted(groups: Sequence[AdvantagedGroup], estimator: Reweightable, log_r
     """
     result = []
     for group, log_ratio_G in zip(groups, log_ratios, strict=True):
-        outcome = _outcome(group.scored, group.ref_logprobs, kl_in_reward, mixture, estimator,
+        outcome = _outcome(group.scored, group.scalars_G, group.ref_logprobs, kl_in_reward, mixture, estimator,
                            partial(_reweighted, log_ratio_G))
         result.append(replace(group, advantages_G=outcome.advantages_G, stats=outcome.stats))
     return result
@@ -100,15 +104,16 @@ def _reweighted(log_ratio_G: np.ndarray, estimator: Reweightable, rewards_G: np.
     return estimator.reweighted(rewards_G, log_ratio_G)
 
 
-def _outcome(scored: ScoredGroup, reference: tuple[np.ndarray, ...] | None, kl_in_reward: float,
-             mixture: Mixture | None, estimator: Any, estimate: Callable[[Any, np.ndarray], GroupAdvantages]
-             ) -> GroupAdvantages:
+def _outcome(scored: ScoredGroup, scalars_G: np.ndarray | None, reference: tuple[np.ndarray, ...] | None,
+             kl_in_reward: float, mixture: Mixture | None, estimator: Any,
+             estimate: Callable[[Any, np.ndarray], GroupAdvantages]) -> GroupAdvantages:
     """Estimate the advantages of one group. estimate: calls an estimator on rewards (G,)."""
-    penalty_G = np.zeros(scored.rewards_G.size)
+    rewards_G = scored.rewards_G if scalars_G is None else scalars_G
+    penalty_G = np.zeros(rewards_G.size)
     if kl_in_reward > 0:
         assert reference is not None, "KL in the reward needs log-probabilities under the reference"
         penalty_G = kl_in_reward * sequence_kl(scored, reference)
     if mixture is None:
-        return estimate(estimator, scored.rewards_G - penalty_G)
-    rewards_G, negative_costs_G = mixture.streams(scored, penalty_G)
+        return estimate(estimator, rewards_G - penalty_G)
+    rewards_G, negative_costs_G = mixture.streams(scored, rewards_G, penalty_G)
     return mixture.mixed(estimate(estimator, rewards_G), estimate(mixture.constraint.advantage, negative_costs_G))

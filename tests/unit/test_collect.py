@@ -65,7 +65,7 @@ def parts_of(informative, dynamic=None, size=4, selection=None, stream=None):
             rollout=SimpleNamespace(prompts_per_step=size, group_size=2, dynamic=dynamic, max_staleness=0,
                                     temperature=1.0, top_p=1.0, max_new_tokens=4),
             objective=ObjectiveSection(), data=SimpleNamespace(selection=selection, shuffle=False),
-            run=SimpleNamespace(seed=0), shuffle_rewards=False))
+            run=SimpleNamespace(seed=0), shuffle_rewards=False, scalarised=None))
 
 
 def state_at(cursor):

@@ -60,7 +60,7 @@ def test_groups_keep_their_order_and_never_mix():
 
 
 def test_a_missing_reference_is_an_error():
-    with pytest.raises(ValueError, match="zip\\(\\) argument 2 is shorter"):
+    with pytest.raises(ValueError, match="zip\\(\\) argument 3 is shorter"):
         compute_advantages([scored([0, 1], [[0.0], [0.0]])], DrGRPO(), [])
 
 

@@ -122,10 +122,10 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def _suggestion(module: ModuleType, name: str) -> str:
-    # Suggest only functions that the module defines itself; users rarely mean an imported one.
+    # Suggest only functions and classes that the module defines itself; users rarely mean an imported one.
     known = [key for key, value in vars(module).items()
              if callable(value) and not key.startswith("_") and getattr(value, "__module__", None) == module.__name__]
-    return f"{did_you_mean(name, known)}; functions there: {', '.join(sorted(known)) or 'none'}"
+    return f"{did_you_mean(name, known)}; it defines {', '.join(sorted(known)) or 'nothing to call'}"
 
 
 def _load_module(name: str, what: str, function: str) -> ModuleType:

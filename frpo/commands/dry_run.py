@@ -5,7 +5,7 @@ An error of the recipe is raised, as in the run. A setting with a surprising eff
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -39,7 +39,7 @@ def _of_training(recipe: Recipe) -> list[str]:
     return [
         *report_lines(trial.groups), *mishaps(trial.counts),
         f"checked: model {model}, resume {checked.resume[0] if checked.resume else 'from the start'}",
-        *prompts.summary("prompts", recipe.data), *_notes(recipe, len(prompts.train))]
+        *prompts.summary("prompts", recipe.data), *_notes(recipe, len(prompts.train), checked.notes)]
 
 
 def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
@@ -67,12 +67,12 @@ def _first_example(recipe: FinetuneRecipe, checked: FinetunePreflight) -> Iterat
     yield f"  learned part: {tokenizer.decode(learned)!r:.300}"
 
 
-def _notes(recipe: Recipe, prompts: int) -> Iterator[str]:
+def _notes(recipe: Recipe, prompts: int, notes: Sequence[str]) -> Iterator[str]:
     per_step, steps = recipe.rollout.prompts_per_step, recipe.run.num_steps
     yield (f"length: {steps} steps x {per_step} prompts x {recipe.rollout.group_size} completions, each prompt "
            f"{per_step * steps / prompts:.3g} times")
     yield from recipe.learner.notes(recipe.updates, recipe.model.lora is not None)
-    yield from recipe.objective.notes()
+    yield from notes
     if per_step > prompts:
         yield (f"note: rollout.prompts_per_step = {per_step} is more than the {prompts} training prompts, so a step "
                "draws some of them twice")

@@ -20,6 +20,7 @@ from frpo.objectives.correction import RolloutCorrection
 from frpo.objectives.kl_control import KLControl
 from frpo.objectives.scalarise import SCALARISERS, Scalariser
 from frpo.objectives.stage import require_reweightable
+from frpo.objectives.trial import try_estimator
 from frpo.types import ScoredGroup
 
 
@@ -83,9 +84,16 @@ class ObjectiveSection(Section):
             raise ValueError(f"a mapping such as {{name: clip, clip_high: 0.28}} is needed, given {value!r}")
         return build_surrogate(value)
 
-    def notes(self) -> list[str]:
-        """Return notes about settings that are allowed and known to work badly."""
-        return [] if self.constraint is None else self.constraint.notes()
+    def notes(self, group_size: int) -> list[str]:
+        """Return notes about settings that are allowed and known to work badly.
+
+        Raises ValueError if an advantage estimator fails on made-up groups of this size.
+        """
+        found = try_estimator(self.advantage, group_size)
+        if self.scalarise is not None:
+            found = []  # its numbers need not be rewards
+        return found if self.constraint is None else [
+            *found, *try_estimator(self.constraint.advantage, group_size), *self.constraint.notes()]
 
     def after_batch(self, controllers: Mapping[str, float], drawn: Sequence[ScoredGroup]) -> Mapping[str, float]:
         """Return the controllers with the multiplier moved by the costs of a batch; unchanged without a constraint."""

@@ -19,6 +19,7 @@ from frpo.config.placement import PlacementSection
 from frpo.config.rollout import RolloutSection, WeightSyncSection
 from frpo.config.supervised import SOURCES, AuxiliarySection
 from frpo.errors import here
+from frpo.loading import did_you_mean
 from frpo.objectives.registry import unknown
 from frpo.objectives.scalarise import Scalarised
 from frpo.objectives.surrogate import PolicyLoss
@@ -328,8 +329,10 @@ def repository_file(folder: str, name: str, suffix: str) -> Path:
     if name in known:
         return known[name]
     if name.endswith(suffix) or "/" in name:
-        raise FileNotFoundError(f"no file {name!r} ({here()})")
-    raise FileNotFoundError(f"no file {name!r} and no {folder}/{name}{suffix}; known: {', '.join(sorted(known))}")
+        beside = [str(path) for path in direct.parent.glob(f"*{suffix}")] if direct.parent.is_dir() else []
+        raise FileNotFoundError(f"no file {name!r}{did_you_mean(name, beside)} ({here()})")
+    raise FileNotFoundError(f"no file {name!r} and no {folder}/{name}{suffix}{did_you_mean(name, known)}; known: "
+                            f"{', '.join(sorted(known))}")
 
 
 def repository_files(folder: str, suffix: str) -> list[Path]:

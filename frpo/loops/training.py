@@ -1,6 +1,7 @@
 """Run one training, from a recipe to the exported model and the picture of its reward or loss curve."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from frpo.learner.lora import adapter_summary
 from frpo.loops.rl import Trainer
 from frpo.loops.sft import FineTuner
 from frpo.plan.command import note_misfits
-from frpo.report.curve import draw_loss_curve, draw_reward_curve
+from frpo.report.curve import draw_loss_curve, draw_reward_curve, read_metrics
 from frpo.run.build import build
 from frpo.run.build_finetune import build_finetune
 from frpo.run.restart import run_with_restarts
@@ -38,11 +39,22 @@ def run_training(recipe: AnyRecipe) -> None:
     state, folder = run_with_restarts(recipe, parts_of, fit), Path(recipe.run.dir)
     draw, name = (draw_reward_curve, "reward.png") if by_reward else (draw_loss_curve, "loss.png")
     picture = draw({recipe.run.name: folder / "metrics.jsonl"}, folder / name)
+    say(heldout_line(folder / "metrics.jsonl", "eval/reward" if by_reward else "eval/nll"))
     unit = "step" if by_reward else "update"
     adapter = "" if recipe.model.lora is None else f"adapter: {folder / 'export' / 'adapter'}  "
     samples = f"samples: {folder / 'samples.jsonl'}  " if (folder / "samples.jsonl").is_file() else ""
     say(f"{state.step} {unit}{'' if state.step == 1 else 's'} done. Model: {folder / 'export'}  {adapter}"
         f"metrics: {folder / 'metrics.jsonl'}  {samples}picture: {picture}")
+
+
+def heldout_line(metrics: Path, name: str) -> str:
+    """Describe the first and the last held-out value of a metric, with its 95 % interval if there is one."""
+    values = []
+    for row in read_metrics(metrics):
+        if name in row:
+            interval = row.get("eval/interval", math.nan)
+            values.append(f"{row[name]:.3g}" + ("" if math.isnan(interval) else f" ± {interval:.2g}"))
+    return f"held-out {name.removeprefix('eval/')}: {' -> '.join(values[:1] + values[1:][-1:]) or 'not measured'}"
 
 
 def adapters(recipe: AnyRecipe) -> list[str]:

@@ -95,9 +95,16 @@ class Registry:
         return cls
 
     def _checked(self, cls: Any, path: str) -> Any:
-        method = getattr(cls, self.method.partition("(")[0], None)
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and callable(method)):
-            raise ValueError(f"{self.kind} {path!r} must be a dataclass with a method {self.method}")
+        must = f"{self.kind} {path!r} must be a dataclass with a method {self.method}"
+        if not isinstance(cls, type):
+            raise ValueError(f"{must}, but is a {type(cls).__name__}; name a class")
+        if not dataclasses.is_dataclass(cls):
+            raise ValueError(f"{must}, but is not a dataclass; put @dataclass(frozen=True, kw_only=True) above it")
+        name = self.method.partition("(")[0]
+        if not callable(getattr(cls, name, None)):
+            methods = [key for key, value in vars(cls).items() if callable(value) and not key.startswith("_")]
+            raise ValueError(f"{must}, but has no method {name}{did_you_mean(name, methods)}; it has "
+                             f"{', '.join(methods) or 'none'}")
         for flag in self.flags:
             if not hasattr(cls, flag):
                 raise ValueError(f"{self.kind} {path!r} must define {flag}: ClassVar[bool] = True or False")

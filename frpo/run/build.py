@@ -109,6 +109,7 @@ class RunParts:
 class Preflight:
     """Results of the checks before anything of a run is made or started."""
 
+    notes: list[str]
     prompts: PromptSet
     auxiliary: ExampleSet | None
     checkpoints: CheckpointStore
@@ -131,7 +132,7 @@ def check(recipe: Recipe) -> Preflight:
     check_export(recipe.model, tokenizer, Path(recipe.run.dir))
     prompts = _prompts(recipe, tokenizer)
     check_watched(recipe, prompts)
-    return Preflight(prompts=prompts, auxiliary=_auxiliary(recipe, tokenizer),
+    return Preflight(notes=tried_objective(recipe), prompts=prompts, auxiliary=_auxiliary(recipe, tokenizer),
                      checkpoints=checkpoints, resume=resume)
 
 
@@ -160,6 +161,14 @@ def check_watched(recipe: Recipe, prompts: PromptSet) -> None:
 
 def _columns(prompts: PromptSet) -> str:
     return ", ".join(prompts.train[0].columns) or "none"
+
+
+def tried_objective(recipe: Recipe) -> list[str]:
+    """Try the recipe's advantage estimators and return notes. Raises ConfigError if an estimator fails."""
+    try:
+        return recipe.objective.notes(recipe.rollout.group_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_prompts(recipe: Recipe) -> PromptSet:
@@ -217,7 +226,7 @@ def build(recipe: Recipe) -> Iterator[RunParts]:
             checked = check(recipe)
             check_whole(recipe.model)
         remark([*checked.prompts.summary("prompts", recipe.data),
-                *recipe.learner.notes(recipe.updates, recipe.model.lora is not None), *recipe.objective.notes()])
+                *recipe.learner.notes(recipe.updates, recipe.model.lora is not None), *checked.notes])
         with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
             with build_stack(recipe, model_path) as stack, \

@@ -393,3 +393,12 @@ def test_the_reference_lists_every_key_with_default_and_meaning():
     assert ("rewards[].function = required  # the function, as 'package.module:function' or "
             "'path/file.py:function'") in lines
     assert all(line.split("# ")[1].strip() not in ("", "None") for line in lines)
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ones.yaml").write_text("extends: smoke.yaml\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"no file 'onse.yaml' \(did you mean 'ones.yaml'\?\)"):
+        load_recipe("onse.yaml")
+    with pytest.raises(ConfigError, match=r"no recipes/smok.yaml \(did you mean 'smoke'\?\); known: "):
+        load_recipe("smok")

@@ -111,7 +111,7 @@ def test_missing_function_names_the_nearest_and_the_others(source):
         load_function(f"{source}:lenght_reward")
     message = str(caught.value)
     assert "no 'lenght_reward' (did you mean 'length_reward'?)" in message
-    assert message.endswith("functions there: Rubric, length_reward")  # neither _hidden nor the imported OrderedDict
+    assert message.endswith("it defines Rubric, length_reward")  # neither _hidden nor the imported OrderedDict
 
 
 @pytest.mark.parametrize("given", ["json.dumps", ":f", "json:", "json:a b", "rewards.py"])

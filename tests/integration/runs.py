@@ -32,7 +32,6 @@ SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_
          "rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.dynamic={max_draws: 3}",
          "learner.updates_per_step=2", "objective.kl_estimator=full",
          "objective.kl_control={target: 1.0e-4, warmup_steps: 1}",
-         "objective.constraint={cost: dear, threshold: 0.9}",
          f"run.num_steps={STEPS}", "run.save_every=2", "run.keep_last=3")
 
 
@@ -46,7 +45,8 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 def overrides_of(folder: Path) -> list[str]:
     reward = folder.parent / "reward.py"
     return [f"run.dir={folder}", f"rewards=[{{name: spread, function: '{reward}:spread'}}, "
-            f"{{name: dear, function: '{reward}:dear', weight: 0.0}}]", *SMALL]
+            f"{{name: dear, function: '{reward}:dear', weight: 0.0}}]",
+            "objective.constraint={cost: dear, threshold: 0.9}", *SMALL]
 
 
 def finish(folder: Path, *overrides: str) -> None:

@@ -224,7 +224,8 @@ def test_a_session_at_an_address_without_ray_is_an_error_at_once(here, address, 
 def test_an_unknown_recipe_is_one_message(here, capsys):
     code, out, err = main(capsys, "smoek", "--address", NOWHERE)
     assert (code, out) == (2, "")
-    assert err.startswith("ray_job: ConfigError: recipe not found: no file 'smoek' and no recipes/smoek.yaml; known:")
+    assert err.startswith("ray_job: ConfigError: recipe not found: no file 'smoek' and no recipes/smoek.yaml "
+                          "(did you mean 'smoke'?); known:")
 
 
 @pytest.mark.parametrize("arguments", [

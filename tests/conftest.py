@@ -11,8 +11,8 @@ import torch
 
 torch.set_num_threads(1)
 
-WHOLE_RUNS = {"test_deaths", "test_machine", "test_ray_job", "test_resume", "test_retention", "test_rollout_only",
-              "test_staleness"}
+WHOLE_RUNS = {"test_deaths", "test_first_command", "test_machine", "test_ray_job", "test_resume", "test_retention",
+              "test_rollout_only", "test_staleness"}
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

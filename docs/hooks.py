@@ -97,7 +97,8 @@ def _as_yaml(default: str) -> str:
 
 def name_tables() -> str:
     """What the keys that take {name: ..., its own keys} can name."""
-    return "\n\n".join(text for key, registry in REGISTRIES.items() if key != "auxiliary.objective"
+    repeated = ("auxiliary.objective", "objective.constraint.advantage")
+    return "\n\n".join(text for key, registry in REGISTRIES.items() if key not in repeated
                        for text in _of_registry(key, registry))
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from frpo.objectives.cispo import CISPO
     from frpo.objectives.clip import Clip
+    from frpo.objectives.constraint import Constraint
     from frpo.objectives.correction import RolloutCorrection
     from frpo.objectives.csft import CSFT, CSFTPA
     from frpo.objectives.frpo import FRPO
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from frpo.objectives.gspo import GSPO
     from frpo.objectives.kl_control import KLControl
     from frpo.objectives.reinforce import Reinforce
+    from frpo.objectives.scalarise import GDPO, RVPO
     from frpo.objectives.supervised import KLSFT, SFT
 
 _PLACES = {
@@ -69,6 +71,7 @@ _PLACES = {
                     "ModelError", "RewardError", "RolloutHookError"),
     "frpo.objectives.cispo": ("CISPO",),
     "frpo.objectives.clip": ("Clip",),
+    "frpo.objectives.constraint": ("Constraint",),
     "frpo.objectives.correction": ("RolloutCorrection",),
     "frpo.objectives.csft": ("CSFT", "CSFTPA"),
     "frpo.objectives.frpo": ("FRPO",),
@@ -76,6 +79,7 @@ _PLACES = {
     "frpo.objectives.gspo": ("GSPO",),
     "frpo.objectives.kl_control": ("KLControl",),
     "frpo.objectives.reinforce": ("Reinforce",),
+    "frpo.objectives.scalarise": ("GDPO", "RVPO"),
     "frpo.objectives.supervised": ("KLSFT", "SFT"),
 }
 _NAMES = {name.removesuffix("Section"): (module, name) for module, names in _PLACES.items() for name in names}

@@ -10,10 +10,12 @@ from frpo.config.keys import keys
 from frpo.config.loader import KINDS, suggestion
 from frpo.errors import ConfigError
 from frpo.objectives.base import ADVANTAGES, SURROGATES
+from frpo.objectives.scalarise import SCALARISERS
 from frpo.objectives.supervised import SUPERVISED
 
-REGISTRIES = {"objective.advantage": ADVANTAGES, "objective.surrogate": SURROGATES, "objective": SUPERVISED,
-              "auxiliary.objective": SUPERVISED}
+REGISTRIES = {"objective.advantage": ADVANTAGES, "objective.surrogate": SURROGATES,
+              "objective.scalarise": SCALARISERS, "objective.constraint.advantage": ADVANTAGES,
+              "objective": SUPERVISED, "auxiliary.objective": SUPERVISED}
 """Key -> registry of the classes that the key can name."""
 
 

@@ -192,7 +192,7 @@ class Recipe(WholeRecipe):
 
     COMMAND = "train"
     NAMED = (("objective", "advantage"), ("objective", "surrogate"), ("objective", "scalarise"),
-             ("auxiliary", "objective"))
+             ("objective", "constraint", "advantage"), ("auxiliary", "objective"))
 
     run: RunSection = Field(RunSection(), description="name, folder, length, checkpoints")
     model: ModelSection = Field(description="the model that is trained")

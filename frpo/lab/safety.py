@@ -1,8 +1,8 @@
 """Define the gamble: restricted requests where compliance helps most and is, once in ten, very costly.
 
 A complying response ends with a nuisance token, which the model chooses. For a tenth of all pairs of request and token
-the response costs 4, otherwise 0.3. No rule tells the bad pairs, so a policy can learn them only for requests that it
-was trained on. A limit on the mean cost therefore allows some compliance; a limit on the robust cost does not.
+the response costs 4, otherwise 0.3. No rule predicts the bad pairs, so a policy can learn them only for requests that
+it was trained on. A limit on the mean cost therefore allows some compliance; a limit on the robust cost does not.
 
     response             helpfulness    cost
     comply, token        1              0.3, or 4

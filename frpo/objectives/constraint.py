@@ -11,7 +11,7 @@ the multiplier moves by gap = (C - d) / s:
     pi     I <- clip(I + lr gap, 0, max),  nu = clip(kp gap + I, 0, max)
     log    nu <- min(nu exp(lr nu gap), max), as the authors' code
 
-The functions are pure. Their record of floats is kept in the run's state, so that a resumed run goes on exactly.
+The functions are pure. Their record of floats is kept in the run's state, so that a resumed run continues exactly.
 """
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Constraint(BaseModel):
         """Return a note if the gains are known to oscillate."""
         if self.rule == "log" or self.kp == 0 or self.lr <= self.kp / 25:
             return []
-        return [f"note: objective.constraint.lr = {self.lr:g} with kp = {self.kp:g} oscillates; keep lr at or below "
+        return [f"note: objective.constraint.lr = {self.lr:g} with kp = {self.kp:g} may oscillate; keep lr at or below "
                 f"kp / 25 = {self.kp / 25:g}"]
 
     def watches(self, columns: Mapping[str, Any]) -> bool:

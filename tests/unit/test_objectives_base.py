@@ -138,7 +138,7 @@ def test_build_by_path_keeps_a_name_that_can_be_rebuilt():
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"name": "frop"}, r"unknown advantage 'frop' \(did you mean 'frpo'\?\).*dr_grpo, frpo, given, grpo, rloo.*module:Class"),
+    ({"name": "frop"}, r"unknown advantage 'frop' \(did you mean 'frpo'\?\).*frpo, given, grpo, rloo.*module:Class"),
     ({"lam": 1.0}, "advantage needs a name"),
     ({"name": "frpo", "lambda": 1.0}, r"'frpo': 'lambda' \(did you mean 'lam'\?\); allowed: lam, estimator, scale"),
     ({"name": "rloo", "eps": 1.0}, "'eps'; allowed: none"),

@@ -262,7 +262,7 @@ def test_what_cannot_work_is_refused_with_a_remedy(keys, message):
 def test_gains_that_oscillate_are_noted():
     recipe = load_recipe("smoke", [REWARD, "objective.constraint={cost: cost, lr: 0.5}"])
     assert recipe.objective.notes(4) == [
-        "note: objective.constraint.lr = 0.5 with kp = 1 oscillates; keep lr at or below kp / 25 = 0.04"]
+        "note: objective.constraint.lr = 0.5 with kp = 1 may oscillate; keep lr at or below kp / 25 = 0.04"]
     assert load_recipe("smoke", [REWARD, "objective.constraint={cost: cost}"]).objective.notes(4) == []
 
 

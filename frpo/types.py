@@ -210,9 +210,57 @@ class SupervisedSample:
     weight: np.ndarray
 
 
-Sample = TypeVar("Sample", TrainingSample, SupervisedSample)
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, each with the prompt as one sequence. `first` should score higher.
 
-AnySample = TrainingSample | SupervisedSample
+    origin: place of the row for a user. target: share of judgements for `first`; 1, or 0.5 for a tie. margin: least
+    difference of the scores. signs: 1 for a harmful answer, -1 for a harmless one, 0 where this is unknown.
+    """
+
+    uid: str
+    origin: str
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    target: float = 1.0
+    margin: float = 0.0
+    signs: tuple[int, int] = (0, 0)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return both sequences end to end, in an order that does not depend on which one is better."""
+        return (*min(self.first, self.second), *max(self.first, self.second))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSample:
+    """One pair in the learner's form: both sequences end to end, S tokens.
+
+    sample_id: (0, place within the update, index of the pair in its data set).
+    lengths: tokens of each sequence. loss_mask: S flags, True at the last token of each sequence, where its score is
+    read. weight: the same at both; divided already, so the learner only sums. target, margin, signs: as in `Pair`.
+    """
+
+    WEIGHTS: ClassVar = ("weight",)
+
+    sample_id: SampleId
+    token_ids: np.ndarray
+    lengths: tuple[int, int]
+    loss_mask: np.ndarray
+    weight: np.ndarray
+    target: float
+    margin: float
+    signs: tuple[int, int]
+
+
+Sample = TypeVar("Sample", TrainingSample, SupervisedSample, PairSample)
+
+AnySample = TrainingSample | SupervisedSample | PairSample
+
+
+def sequence_lengths(sample: AnySample) -> tuple[int, ...]:
+    """Return the tokens of each sequence of a sample, which `token_ids` holds end to end. Most samples have one."""
+    return sample.lengths if isinstance(sample, PairSample) else (len(sample.token_ids),)
 
 MicroBatch = tuple[AnySample, ...]
 """Micro-batch: samples of one kind."""
@@ -222,13 +270,14 @@ RankBatches = tuple[tuple[MicroBatch, ...], ...]
 
 
 Gap = tuple[float, float]
-"""Mean and largest |log-prob difference| over all tokens, in nats."""
+"""Mean and largest absolute difference over all tokens: of log-probs in nats, of scores in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Differences between log-probabilities of the same tokens, computed in several ways by the model named `model`.
 
+    values: "log-probabilities", or "scores" of a reward model, in units of their standard deviation.
     "Plain" log-probabilities come from the network's own logits, one sequence at a time.
     together: all sequences in one micro-batch, as in training, minus plain.
     alone: one sequence at a time by the learner's own functions, minus plain.
@@ -240,6 +289,7 @@ class Comparison:
 
     model: str
     packed: bool
+    values: str = "log-probabilities"
     layers: int
     layers_apart: int = 0
     together: Gap = (math.inf, math.inf)

@@ -98,6 +98,17 @@ class LearnerGroup:
         """Accumulate (or measure) the supervised loss of one update over all ranks. See the method of `Learner`."""
         return self._merged("supervised_forward_backward", parts, progress, **options)
 
+    def preference_forward_backward(self, parts: Sequence[Sequence[MicroBatch]], **options: Any) -> MetricSums:
+        """Accumulate the gradient of one update on pairs over all ranks. See the method of `Learner`."""
+        return self._merged("preference_forward_backward", parts, **options)
+
+    def scores(self, parts: Sequence[Sequence[MicroBatch]]) -> dict[SampleId, tuple[float, float]]:
+        """Return the scores of both answers of every pair. See `Learner.scores`."""
+        found: dict[SampleId, tuple[float, float]] = {}
+        for answer in self._each("scores", parts):
+            found |= answer
+        return found
+
     def begin_cache(self) -> None:
         self._all("begin_cache")
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from frpo.config.base import Section
 from frpo.config.model import ModelSection
+from frpo.objectives.preference import PreferenceLoss
 from frpo.objectives.supervised import SupervisedLoss
 from frpo.objectives.surrogate import PolicyLoss
 
@@ -72,7 +73,8 @@ class LearnerSpec:
     """The parts of a recipe that a learner rank uses. Every kind of recipe builds one.
 
     policy_loss: loss on sampled completions; None if the run samples nothing. supervised_loss: loss on given responses;
-    None without examples. temperature: sampling temperature of the completions; it divides the logits.
+    None without examples. preference_loss: loss on the scores of pairs; the model then is a reward model, with one
+    score in place of logits. temperature: sampling temperature of the completions; it divides the logits.
     reference: "live" runs the reference beside the policy, "cache" reads its states from disk, "none" needs none.
     reference_path: folder of the reference; None: the policy before its first update. bucket_mb: MiB of the model that
     are gathered at a time.
@@ -83,10 +85,16 @@ class LearnerSpec:
     seed: int
     policy_loss: PolicyLoss | None = None
     supervised_loss: SupervisedLoss | None = None
+    preference_loss: PreferenceLoss | None = None
     temperature: float = 1.0
     reference: Literal["none", "live", "cache"] = "none"
     reference_path: str | None = None
     bucket_mb: float = 256.0
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model gives a score in place of logits."""
+        return self.preference_loss is not None
 
     @property
     def policy_is_reference(self) -> bool:

@@ -15,7 +15,16 @@ import numpy as np
 from frpo.data.layout import Layout, lay_out
 from frpo.errors import InvariantError
 from frpo.objectives.reduction import token_weights
-from frpo.types import AdvantagedGroup, Example, RankBatches, RolloutGroup, SupervisedSample, TrainingSample
+from frpo.types import (
+    AdvantagedGroup,
+    Example,
+    Pair,
+    PairSample,
+    RankBatches,
+    RolloutGroup,
+    SupervisedSample,
+    TrainingSample,
+)
 
 LARGEST_ADVANTAGE = float(np.finfo(np.float32).max)
 """Largest absolute advantage, since the loss is computed in float32."""
@@ -62,6 +71,23 @@ def pack_examples(examples: Sequence[tuple[int, Example]], layout: Layout, *, re
         SupervisedSample(sample_id=(0, place, index), token_ids=np.array(example.token_ids, dtype=np.int64),
                          loss_mask=mask_S, weight=np.where(mask_S, weight, 0.0))
         for place, ((index, example), mask_S, weight) in enumerate(zip(examples, masks, weights, strict=True))], layout)
+
+
+def pack_pairs(pairs: Sequence[tuple[int, Pair]], layout: Layout) -> RankBatches:
+    """Lay out the pairs of one update, each given with its index in the data set. Every pair has the same weight.
+
+    Raises ConfigError for a pair that does not fit.
+    """
+    samples = []
+    for place, (index, pair) in enumerate(pairs):
+        lengths = (len(pair.first), len(pair.second))
+        mask_S = np.zeros(sum(lengths), dtype=bool)
+        mask_S[[lengths[0] - 1, -1]] = True
+        samples.append(PairSample(
+            sample_id=(0, place, index), token_ids=np.array([*pair.first, *pair.second], dtype=np.int64),
+            lengths=lengths, loss_mask=mask_S, weight=mask_S / len(pairs), target=pair.target, margin=pair.margin,
+            signs=pair.signs))
+    return lay_out(samples, layout)
 
 
 def _training_samples(advantaged: AdvantagedGroup, old_logprobs: tuple[np.ndarray, ...] | None,

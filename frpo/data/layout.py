@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from frpo.errors import ConfigError
-from frpo.types import AnySample, MicroBatch, RankBatches, Sample
+from frpo.types import AnySample, MicroBatch, RankBatches, Sample, sequence_lengths
 
 PADDING_INDEX = -1
 """Sample index, within its group, of a sample that only keeps ranks in step."""
@@ -35,8 +35,12 @@ class Layout:
 
     def cost(self, sample: AnySample) -> float:
         """Return the work of a sample, in units of one token without attention."""
-        length = len(sample.token_ids)
-        return length * (1 + length / self.attention_length)
+        return sum(length * (1 + length / self.attention_length) for length in sequence_lengths(sample))
+
+    def size(self, sample: AnySample) -> int:
+        """Return the tokens of a sample in a micro-batch. Its sequences have one width where they are padded."""
+        lengths = sequence_lengths(sample)
+        return sum(lengths) if self.packed else len(lengths) * max(lengths)
 
 
 def lay_out(samples: Sequence[Sample], layout: Layout) -> RankBatches:
@@ -50,10 +54,10 @@ def lay_out(samples: Sequence[Sample], layout: Layout) -> RankBatches:
     Raises ConfigError for a sample longer than `micro_batch_tokens`.
     """
     assert samples and layout.num_ranks >= 1
-    ordered = sorted(samples, key=lambda sample: (-len(sample.token_ids), sample.sample_id))
+    ordered = sorted(samples, key=lambda sample: (-layout.size(sample), sample.sample_id))
     longest = ordered[0]
-    if len(longest.token_ids) > layout.micro_batch_tokens:
-        raise ConfigError(f"sample {longest.sample_id} has {len(longest.token_ids)} tokens, learner.micro_batch_tokens "
+    if layout.size(longest) > layout.micro_batch_tokens:
+        raise ConfigError(f"sample {longest.sample_id} has {layout.size(longest)} tokens, learner.micro_batch_tokens "
                           f"allows {layout.micro_batch_tokens}; raise it or lower rollout.max_new_tokens")
     ranks = [_fill(rank, layout) for rank in _balance(ordered, layout)]
     count = max(map(len, ranks))
@@ -88,7 +92,7 @@ def _fill(ordered: Sequence[Sample], layout: Layout) -> list[MicroBatch]:
     fitting: list[int] = []  # heap of the micro-batches with room for the next sample, which the first one gets
     waiting: list[tuple[int, int]] = []  # heap of (-room, micro-batch) of packed ones without it
     for sample in ordered:
-        length = len(sample.token_ids)
+        length = layout.size(sample)
         while waiting and -waiting[0][0] >= length:
             heappush(fitting, heappop(waiting)[1])
         if not fitting:
@@ -97,7 +101,7 @@ def _fill(ordered: Sequence[Sample], layout: Layout) -> list[MicroBatch]:
             room.append(layout.micro_batch_tokens)
         index = fitting[0]
         batches[index].append(sample)
-        width = length if layout.packed else len(batches[index][0].token_ids)
+        width = length if layout.packed else layout.size(batches[index][0])
         room[index] -= width
         if room[index] < width:
             heappop(fitting)

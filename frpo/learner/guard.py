@@ -17,7 +17,7 @@ from frpo.kernels import linear_logprobs
 from frpo.learner.attention import arrangement
 from frpo.learner.collate import TokenBatch
 from frpo.learner.losses import head_options
-from frpo.learner.network import TokenModel, token_model
+from frpo.learner.network import ScoreHead, TokenModel, scores_of, token_model
 from frpo.types import Comparison, Gap, SupervisedSample
 
 
@@ -25,12 +25,14 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
             collate: Callable[[Sequence[SupervisedSample]], TokenBatch]) -> Comparison:
     """Compare log-probs of `sequences` under `network`, a TokenModel or DeepSpeed's engine around one. Collective.
 
+    Of a reward model, compare the scores of all tokens, in units of their standard deviation.
     sequences: token ids, at least two each. collate: lays samples out as in training.
     """
     model = token_model(network)
     samples = [_sample(index, ids) for index, ids in enumerate(sequences)]
     batch = collate(samples)
-    facts = {"model": name, "packed": batch.bounds is not None,
+    scores = isinstance(model.head, ScoreHead)
+    facts = {"model": name, "values": "scores" if scores else "log-probabilities", "packed": batch.bounds is not None,
              "layers": model.network.config.get_text_config().num_hidden_layers}
     fails_alone = True
     with torch.no_grad():
@@ -50,10 +52,10 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
         except Exception as error:  # any error of the model's own code on inputs that it cannot take
             return Comparison(**facts, failure=f"{type(error).__name__}: {error}".splitlines()[0],
                               fails_alone=fails_alone)
-    before = _gap(other[:-1], plain[-1][:-1])
-    plain = np.concatenate(plain)
-    return Comparison(**facts, layers_apart=apart, together=_gap(together, plain), alone=_gap(alone, plain),
-                      repeated=_gap(repeated, together), before=before)
+    last, plain = plain[-1], np.concatenate(plain)
+    unit = plain.std() if scores else 1.0
+    return Comparison(**facts, layers_apart=apart, together=_gap(together, plain, unit), alone=_gap(alone, plain, unit),
+                      repeated=_gap(repeated, together, unit), before=_gap(other[:-1], last[:-1], unit))
 
 
 def _sample(index: int, token_ids: Sequence[int]) -> SupervisedSample:
@@ -69,15 +71,21 @@ def _with_another_end(model: TokenModel, token_ids: Sequence[int]) -> list[int]:
 
 
 def _logprobs(network: torch.nn.Module, model: TokenModel, batch: TokenBatch) -> np.ndarray:
+    head = model.head
+
     def of_head(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
-        return linear_logprobs(hidden_ND, head_VD, batch.target_N, **head_options(model.head.scale))[0]
+        if isinstance(head, ScoreHead):
+            return scores_of(hidden_ND, head_VD)
+        return linear_logprobs(hidden_ND, head_VD, batch.target_N, **head_options(head.scale))[0]
 
     return network(batch, of_head).double().cpu().numpy()
 
 
 def _plain_logprobs(network: torch.nn.Module, batch: TokenBatch) -> np.ndarray:
-    """Return log-probs of a batch that holds one sequence, from the network's own logits."""
+    """Return log-probs of a batch that holds one sequence, from the network's own logits; or its own scores."""
     logits_LV = network(batch, None)[0, :-1].double()
+    if isinstance(token_model(network).head, ScoreHead):
+        return logits_LV[:, 0].cpu().numpy()
     return logits_LV.log_softmax(-1).gather(1, batch.target_N[:, None])[:, 0].cpu().numpy()
 
 
@@ -95,7 +103,7 @@ def _eager_attention(network: PreTrainedModel) -> Iterator[None]:
         network.set_attn_implementation(chosen)
 
 
-def _gap(one: np.ndarray, other: np.ndarray) -> Gap:
-    """Return mean and maximum of the absolute difference. NaN counts as an infinite difference."""
-    difference = np.nan_to_num(np.abs(one - other), nan=np.inf)
+def _gap(one: np.ndarray, other: np.ndarray, unit: float = 1.0) -> Gap:
+    """Return mean and maximum of the absolute difference, in `unit`s. NaN counts as an infinite difference."""
+    difference = np.nan_to_num(np.abs(one - other) / unit, nan=np.inf)
     return (float(difference.mean()), float(difference.max())) if difference.size else (0.0, 0.0)

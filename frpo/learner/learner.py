@@ -1,6 +1,7 @@
 """One rank of the learner: the operations that a loop calls on every rank in lockstep.
 
-    compare, score, kl, forward_backward, supervised_forward_backward, optim_step, push_weights, save, load, export
+    compare, score, kl, scores, forward_backward, supervised_forward_backward, preference_forward_backward, optim_step,
+    push_weights, save, load, export
 
 The learner takes micro-batches whose weights are divided already, and only sums. The controller computes groups,
 advantages and batches before. `Learner` is a plain class; `cluster` puts it into Ray actors.
@@ -35,6 +36,7 @@ from frpo.learner.guard import compare
 from frpo.learner.lora import adapter_weights, add_adapters, merged_weights, write_adapter
 from frpo.learner.losses import (
     MicroBatchLoss,
+    PreferenceMicroBatch,
     SupervisedMicroBatch,
     head_options,
     loss_arrays,
@@ -43,7 +45,7 @@ from frpo.learner.losses import (
 )
 from frpo.learner.model import load_model, load_tokenizer
 from frpo.learner.movement import MovementCheck
-from frpo.learner.network import TokenModel
+from frpo.learner.network import TokenModel, scores_of
 from frpo.learner.reference import (
     CachedStates,
     FrozenModel,
@@ -62,6 +64,7 @@ from frpo.types import (
     Metrics,
     MicroBatch,
     OptimStepOutput,
+    PairSample,
     SampleId,
     SupervisedSample,
     TrainingSample,
@@ -93,7 +96,7 @@ class Learner:
         ds.init_process_group(self.device, spec.learner.timeout_s)
         self.config = ds.deepspeed_config(spec.learner, spec.model, self.device)
         self.engine = ds.build_policy(self._policy, spec.learner, self.config, self.device)
-        self.balance = balance_coefficient(spec.model, self.network)
+        self.balance = 0.0 if spec.scores else balance_coefficient(spec.model, self.network)
         self.form = CheckpointForm(self.network, merged_weights(self.network))
         # Without its adapters the policy is a reference at no cost.
         self.reference: Reference | None = None
@@ -105,10 +108,14 @@ class Learner:
     def _policy(self) -> TokenModel:
         learner = self.spec.learner
         network = load_model(self.spec.model, self.model_path, packed=learner.packing,
-                             gradient_checkpointing=learner.gradient_checkpointing)
+                             gradient_checkpointing=learner.gradient_checkpointing,
+                             score_seed=self.spec.seed if self.spec.scores else None)
         if self.spec.model.lora is not None:
             add_adapters(network, self.spec.model.lora, self.spec.seed)
-        return TokenModel(network)
+        model = TokenModel(network, scores=self.spec.scores)
+        if self.spec.scores:
+            model.head.weight.requires_grad_(True)  # a score has no use before it is trained, so adapters leave it
+        return model
 
     def _frozen(self, path: str | None) -> FrozenModel:
         """Return the model at `path`, or the policy before its first update, as a frozen model."""
@@ -223,6 +230,28 @@ class Learner:
                     if learn:
                         self._backward(loss_sum)
         return _summed(parts)
+
+    def preference_forward_backward(self, micro_batches: Sequence[tuple[PairSample, ...]], *,
+                                    watch_movement: bool = False) -> MetricSums:
+        """Accumulate the gradient of the summed loss over the pairs of one update. Collective."""
+        parts: list[Metrics] = []
+        self.movement = MovementCheck(self.network) if watch_movement else None
+        preference = self.spec.preference_loss
+        assert preference is not None  # only a reward model's recipe calls this
+        for samples in micro_batches:
+            loss = PreferenceMicroBatch(loss=preference, samples=samples, metrics=parts)
+            self._backward(self.engine(self._collate(samples), loss.of_head))
+        return _summed(parts)
+
+    def scores(self, micro_batches: Sequence[tuple[PairSample, ...]]) -> dict[SampleId, tuple[float, float]]:
+        """Return the scores of both answers of every pair. Collective."""
+        found: dict[SampleId, tuple[float, float]] = {}
+        with torch.no_grad():
+            for samples in micro_batches:
+                pairs = [sample for sample in samples if not is_padding(sample)]
+                scores_P2 = self.engine(self._collate(samples), scores_of).double().cpu().numpy().reshape(-1, 2)
+                found |= {pair.sample_id: (float(a), float(b)) for pair, (a, b) in zip(pairs, scores_P2, strict=True)}
+        return found
 
     def optim_step(self, total_updates: int, *, watch_movement: bool = False) -> OptimStepOutput:
         """Clip and apply the accumulated gradient. Collective.

@@ -63,6 +63,12 @@ def logit_scale(network: PreTrainedModel) -> LogitScale:
     return LogitScale(temperature=_rounded(1.0 / factor), softcap=_rounded(logits[1] / factor) if capped else None)
 
 
+def output_head(network: PreTrainedModel) -> torch.nn.Module | None:
+    """Return the layer that makes logits, or the score of a reward model, from hidden states. None where there is none.
+    """
+    return network.get_output_embeddings() or getattr(network, "score", None)
+
+
 def decoder_of(network: PreTrainedModel) -> torch.nn.Module:
     """Return the part of `network` that makes hidden states from token ids. Raises ModelError where there is none."""
     found = network.get_decoder()

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
-from frpo.learner.model import hollow_network
+from frpo.learner.logits import output_head
+from frpo.learner.model import SCORE, hollow_network
 
 ADAPTER = "default"
 """peft's name for the only adapter, a part of its parameters' names."""
@@ -95,7 +96,7 @@ def adapter_summary(model: ModelSection, path: str) -> str:
     network = hollow_network(model, path)
     layers = _adapted_layers(network, model.lora.targets)
     adapted = {network.get_submodule(name) for name in layers}
-    head, frozen = network.get_output_embeddings(), Counter[str]()
+    head, frozen = output_head(network), Counter[str]()
     counted: set[nn.Parameter] = set()
     for module in network.modules():
         kind = "output head" if module is head else type(module).__name__
@@ -162,9 +163,9 @@ def merged_weights(network: nn.Module) -> list[Weight]:
 
 
 def adapter_weights(network: nn.Module) -> list[Weight]:
-    """Return only the adapters, under the names of peft's adapter file."""
+    """Return only the adapters, and the score head of a reward model, under the names of peft's adapter file."""
     return [Weight(name=f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}", parameter=parameter)
-            for name, parameter in network.named_parameters() if f".{ADAPTER}." in name]
+            for name, parameter in network.named_parameters() if f".{ADAPTER}." in name or name == SCORE]
 
 
 def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Tensor], base: str) -> None:
@@ -178,13 +179,15 @@ def write_adapter(folder: Path, network: nn.Module, state: Mapping[str, torch.Te
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
+    if any(name == SCORE for name, _ in network.named_parameters()):
+        config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
     config.save_pretrained(folder)
     save_file(dict(state), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _adapted_layers(network: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
     """Return the names of the linear layers among `targets`."""
-    head = network.get_output_embeddings()
+    head = output_head(network)
     layers = [name for name, module in network.named_modules() if module is not head and _is_linear(module)]
     if not layers:
         others = {type(module).__name__ for module in network.modules()

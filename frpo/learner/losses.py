@@ -18,10 +18,12 @@ from frpo.kernels import LogitScale, ReferenceHead, TokenStats, linear_logprobs,
 from frpo.kernels.stats import known
 from frpo.learner.collate import TokenBatch, loss_positions
 from frpo.learner.reference import ReferenceStates
+from frpo.learner.network import scores_of
 from frpo.objectives.base import LossInputs
+from frpo.objectives.preference import PreferenceInputs, PreferenceLoss
 from frpo.objectives.supervised import Margin, Progress, SupervisedInputs, SupervisedLoss, supervised_metrics
 from frpo.objectives.surrogate import PolicyLoss
-from frpo.types import Metrics, MicroBatch, TrainingSample
+from frpo.types import Metrics, MicroBatch, PairSample, TrainingSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,51 @@ class SupervisedMicroBatch:
         self.metrics.append(output.metrics | supervised_metrics(inputs) | {
             "sft/loss": (output.loss_sum.detach(), 1.0, "sum")})
         return self.coefficient * output.loss_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceMicroBatch:
+    """The loss of one micro-batch of pairs, as a function of hidden states (2 a pair) and the score's weight.
+
+    samples: padding may be among them. metrics: receives one entry; its tensors stay on the device.
+    """
+
+    loss: PreferenceLoss
+    samples: Sequence[PairSample]
+    metrics: list[Metrics]
+
+    def of_head(self, hidden_ND: torch.Tensor, weight_1D: torch.Tensor) -> torch.Tensor:
+        """Compute the summed loss."""
+        pairs = [sample for sample in self.samples if sample.loss_mask.any()]
+
+        def numbers(values: Sequence[Any]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=hidden_ND.device)
+
+        inputs = PreferenceInputs(
+            scores_P2=scores_of(hidden_ND, weight_1D).view(-1, 2), target_P=numbers([pair.target for pair in pairs]),
+            margin_P=numbers([pair.margin for pair in pairs]),
+            sign_P2=numbers([pair.signs for pair in pairs]).view(-1, 2),
+            weight_P=numbers([float(pair.weight.max()) for pair in pairs]))
+        output = self.loss.loss(inputs)
+        self.metrics.append(output.metrics | preference_metrics(inputs) | {
+            "preference/loss": (output.loss_sum.detach(), 1.0, "sum")})
+        return output.loss_sum
+
+
+def preference_metrics(inputs: PreferenceInputs) -> Metrics:
+    """Compute the metrics of every loss on pairs.
+
+    accuracy: share of pairs with a preference whose better answer scores strictly higher. margin: mean difference of
+    their scores. score: mean score. sign_accuracy: share of answers with a known flag on the right side of 0.
+    """
+    scores_P2, sign_P2 = inputs.scores_P2.detach(), inputs.sign_P2
+    decided_P, known_P2 = inputs.target_P != 0.5, sign_P2 != 0
+    difference_P = (scores_P2[:, 0] - scores_P2[:, 1])[decided_P]
+    return {
+        "preference/accuracy": ((difference_P > 0).sum(), decided_P.sum(), "mean"),
+        "preference/margin": (difference_P.sum(), decided_P.sum(), "mean"),
+        "preference/score": (scores_P2.sum(), scores_P2.numel(), "mean"),
+        "preference/sign_accuracy": ((sign_P2 * scores_P2 > 0).sum(), known_P2.sum(), "mean")}
 
 
 def head_options(scale: LogitScale) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Loading of causal language models and tokenizers from a local folder or a hub id, ready for exact training.
+"""Loading of causal language models, reward models and tokenizers from a local folder or a hub id, ready for exact training.
 
 This module does not shard: a `transformers` model built while an `HfDeepSpeedConfig` is alive is partitioned from the
 start.
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -49,6 +50,9 @@ from frpo.learner.rotary import follow_own_lengths, scale_within_sequences
 from frpo.types import Example
 
 transformers.utils.logging.disable_progress_bar()  # frpo's own bar is the only bar of a run
+
+SCORE = "score.weight"
+"""Name of the head of a reward model."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -228,20 +232,25 @@ def embedding_count(model: ModelSection) -> int | None:
     return config.get_text_config().vocab_size
 
 
-def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient_checkpointing: bool = False
-               ) -> PreTrainedModel:
+def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient_checkpointing: bool = False,
+               score_seed: int | None = None) -> PreTrainedModel:
     """Load the model at `path` in the recipe's precision, with attention that keeps the sequences of a pack apart.
 
     packed: sequences of at most `model.max_length` tokens will share a row.
-    gradient_checkpointing: recompute every layer in the backward pass. Raises ModelError where the weights cannot be
-    read, where some are missing, or where the family has no layers to recompute.
+    gradient_checkpointing: recompute every layer in the backward pass.
+    score_seed: None for a causal language model. A number for a reward model, with one score in place of logits; its
+    head is drawn from this seed if `path` has none.
+    Raises ModelError where the weights cannot be read, where some are missing, or where the family has no layers to
+    recompute or no class with a score.
     """
     partly = "; or try learner.deepspeed: zero2, which loads weights whole" if is_deepspeed_zero3_enabled() else ""
+    kind, options = (AutoModelForCausalLM, {}) if score_seed is None else (
+        AutoModelForSequenceClassification, {"num_labels": 1})
     try:
         with _loaded_weights_kept():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path),
-                trust_remote_code=model.trust_remote_code, output_loading_info=True)
+            loaded = kind.from_pretrained(
+                path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path, kind),
+                trust_remote_code=model.trust_remote_code, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: shapes differ from the config
         raise ModelError(f"model.path {path!r} cannot be loaded: {_first_line(error)}{partly}") from None
     except (AttributeError, IndexError, KeyError, TypeError) as error:  # a family's code fails on weights in parts
@@ -249,6 +258,11 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
                          f"{partly}") from error
     network, found = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     missing = sorted(found["missing_keys"])
+    if score_seed is not None:
+        _check_score(network, path)
+        if SCORE in missing:
+            missing.remove(SCORE)
+            _draw_score(network, score_seed)
     if missing:
         raise ModelError(f"model.path {path!r} cannot be loaded: {len(missing)} of its weights are not found and would "
                          f"be random: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}; save the whole model"
@@ -261,6 +275,24 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
     if gradient_checkpointing:
         checkpoint_layers(network)
     return network
+
+
+def _check_score(network: PreTrainedModel, path: str) -> None:
+    head = getattr(network, "score", None)
+    if type(head) is not nn.Linear or head.bias is not None or head.out_features != 1:
+        raise ModelError(f"model.path {path!r}: {type(network).__name__} does not score by one weight named 'score'; "
+                         "give a causal language model, such as Llama or Qwen, or a reward model made from one")
+
+
+def _draw_score(network: PreTrainedModel, seed: int) -> None:
+    """Draw the head of a new reward model from N(0, 1 / (D + 1)^2), the same on every rank (arXiv:2009.01325)."""
+    from deepspeed.zero import GatheredParameters
+
+    weight = cast(nn.Linear, network.score).weight
+    with GatheredParameters([weight], modifier_rank=0):
+        if weight.numel():  # under ZeRO-3 other ranks may hold nothing here
+            drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weight.data.copy_(drawn / (weight.shape[1] + 1))
 
 
 @contextmanager
@@ -304,9 +336,9 @@ def check_family(model: ModelSection, path: str) -> None:
     logit_scale(hollow_network(model, path))
 
 
-def _attention_of(model: ModelSection, path: str) -> str:
+def _attention_of(model: ModelSection, path: str, kind: Any = AutoModelForCausalLM) -> str:
     """Choose the attention to request from transformers: one of frpo's functions, or the family's own classes."""
-    family = _family(model, path)
+    family = _family(model, path, kind)
     if model.attn_implementation == "flash_attention_2":
         return attention.FLASH
     by_sdpa = model.attn_implementation == "sdpa" and family._supports_sdpa
@@ -328,16 +360,23 @@ def _asks_for_sdpa(family: type[PreTrainedModel]) -> bool:
     return re.search(r"_attn_implementation\b[^\n:]*[\"']sdpa[\"']", code) is not None
 
 
-def _family(model: ModelSection, path: str) -> type[PreTrainedModel]:
-    """Return the class of the model at `path`."""
+def _family(model: ModelSection, path: str, kind: Any = AutoModelForCausalLM) -> type[PreTrainedModel]:
+    """Return the class of the model at `path`. kind: a class of transformers that finds a model's class by its config.
+    """
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return cast("type[PreTrainedModel]", AutoModelForCausalLM._model_mapping[type(config)])
+    if type(config) in kind._model_mapping:
+        return cast("type[PreTrainedModel]", kind._model_mapping[type(config)])
     remote = getattr(config, "auto_map", None) or {}
-    if "AutoModelForCausalLM" not in remote:
-        raise ModelError(f"model.path {path!r} is of type {config.model_type!r}, but transformers has no causal "
-                         "language model of this type; give another model")
-    return get_class_from_dynamic_module(remote["AutoModelForCausalLM"], path)
+    if kind.__name__ not in remote:
+        what = "causal language model" if kind is AutoModelForCausalLM else "reward model (sequence classification)"
+        raise ModelError(f"model.path {path!r} is of type {config.model_type!r}, but transformers has no {what} of "
+                         "this type; give another model")
+    return get_class_from_dynamic_module(remote[kind.__name__], path)
+
+
+def check_scores(model: ModelSection, path: str) -> None:
+    """Raise ModelError where transformers has no class with a score for the model at `path`."""
+    _family(model, path, AutoModelForSequenceClassification)
 
 
 def checkpoint_layers(network: PreTrainedModel) -> None:

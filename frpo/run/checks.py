@@ -53,8 +53,9 @@ def check_same_function(learner: LearnerGroup, recipe: AnyRecipe, items: Split[A
             if problem:
                 raise ModelError(
                     f"the {each.model} on learner rank {rank} {problem} Compared on {len(sequences)} sequences with "
-                    f"plain transformers: mean and largest |log-prob difference| {each.together[0]:.3g} and "
-                    f"{each.together[1]:.3g} nats, allowed {mean:g} and {largest:g}. Set "
+                    f"plain transformers: mean and largest difference of {each.values} {each.together[0]:.3g} "
+                    f"and {each.together[1]:.3g} {'sd' if each.values == 'scores' else 'nats'}, allowed {mean:g} and "
+                    f"{largest:g}. Set "
                     "checks.same_function=false to skip this check")
 
 
@@ -88,10 +89,10 @@ def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None
     if found.failure is not None:
         return f"cannot compute several sequences at once ({found.failure}). {separate}"
     if differs(found.repeated):
-        return ("gives different log-probabilities in two equal passes: it draws random numbers although it is not in "
+        return (f"gives different {found.values} in two equal passes: it draws random numbers although it is not in "
                 "training mode (dropout, router jitter); frpo cannot train it.")
     if differs(found.before):
-        return ("is no causal language model: its log-probability of a token changes with later tokens. Check its "
+        return (f"is no causal language model: its {found.values} of a token change with later tokens. Check its "
                 "config.json (is_decoder, use_bidirectional_attention and the like).")
     if differs(found.alone):
         return ("computes another function in the learner than in plain transformers, even for a single sequence. "
@@ -100,7 +101,7 @@ def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None
         return (f"mixes the sequences of a pack: only {found.layers_apart} of its {found.layers} layers have "
                 f"attention that keeps them apart. {separate}")
     if differs(found.together):
-        return f"gives a sequence other log-probabilities in a micro-batch than alone. {separate}"
+        return f"gives a sequence other {found.values} in a micro-batch than alone. {separate}"
     return None
 
 

@@ -6,7 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frpo.api import Result, Steps, evaluate, finetune, load_recipe, retention, steps, train
+    from frpo.api import (
+        Result,
+        Steps,
+        evaluate,
+        finetune,
+        load_recipe,
+        retention,
+        steps,
+        train,
+        train_reward_model,
+    )
     from frpo.config.finetune import FinetuneEvaluateSection as FinetuneEvaluate
     from frpo.config.finetune import FinetuneRecipe
     from frpo.config.finetune import FinetuneRunSection as FinetuneRun
@@ -17,6 +27,8 @@ if TYPE_CHECKING:
     from frpo.config.model import TinyModelSection as TinyModel
     from frpo.config.objective import ObjectiveSection as Objective
     from frpo.config.placement import PlacementSection as Placement
+    from frpo.config.preference import PreferenceDataSection as PreferenceData
+    from frpo.config.preference import RewardModelRecipe
     from frpo.config.retention import RetentionRecipe
     from frpo.config.rollout import RolloutSection as Rollout
     from frpo.config.rollout import WeightSyncSection as WeightSync
@@ -49,18 +61,21 @@ if TYPE_CHECKING:
     from frpo.objectives.group import GRPO, RLOO, DrGRPO
     from frpo.objectives.gspo import GSPO
     from frpo.objectives.kl_control import KLControl
+    from frpo.objectives.preference import BradleyTerry, Cost
     from frpo.objectives.reinforce import Reinforce
     from frpo.objectives.scalarise import GDPO, RVPO
     from frpo.objectives.supervised import KLSFT, SFT
 
 _PLACES = {
-    "frpo.api": ("Result", "Steps", "evaluate", "finetune", "load_recipe", "retention", "steps", "train"),
+    "frpo.api": ("Result", "Steps", "evaluate", "finetune", "load_recipe", "retention", "steps", "train",
+                 "train_reward_model"),
     "frpo.config.finetune": (
         "FinetuneRecipe", "FinetuneRunSection", "FinetuneEvaluateSection", "ReferenceSection"),
     "frpo.config.learner": ("LearnerSection",),
     "frpo.config.model": ("LoraSection", "ModelSection", "TinyModelSection"),
     "frpo.config.objective": ("ObjectiveSection",),
     "frpo.config.placement": ("PlacementSection",),
+    "frpo.config.preference": ("PreferenceDataSection", "RewardModelRecipe"),
     "frpo.config.retention": ("RetentionRecipe",),
     "frpo.config.rollout": ("RolloutSection", "WeightSyncSection"),
     "frpo.config.sections": (
@@ -78,6 +93,7 @@ _PLACES = {
     "frpo.objectives.group": ("GRPO", "RLOO", "DrGRPO"),
     "frpo.objectives.gspo": ("GSPO",),
     "frpo.objectives.kl_control": ("KLControl",),
+    "frpo.objectives.preference": ("BradleyTerry", "Cost"),
     "frpo.objectives.reinforce": ("Reinforce",),
     "frpo.objectives.scalarise": ("GDPO", "RVPO"),
     "frpo.objectives.supervised": ("KLSFT", "SFT"),

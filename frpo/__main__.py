@@ -17,6 +17,7 @@ from frpo.api import set_accelerator
 from frpo.commands.arguments import parse
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, dump_recipe, load_any_recipe, load_recipe, load_training
+from frpo.config.preference import RewardModelRecipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.config.text import as_yaml
@@ -53,6 +54,10 @@ def train(parsed: argparse.Namespace) -> int:
 
 def finetune(parsed: argparse.Namespace) -> int:
     return _train(load_recipe(parsed.recipe, parsed.overrides, FinetuneRecipe), parsed.dry_run)
+
+
+def reward_model(parsed: argparse.Namespace) -> int:
+    return _train(load_recipe(parsed.recipe, parsed.overrides, RewardModelRecipe), parsed.dry_run)
 
 
 def evaluate(parsed: argparse.Namespace) -> int:
@@ -179,7 +184,7 @@ def _what_is_left(parsed: argparse.Namespace | None) -> str:
         return ""
     if command in (retention, sweep):
         return "; the same command continues and keeps finished stages"
-    if command not in (train, finetune):
+    if command not in (train, finetune, reward_model):
         return ""
     try:
         recipe = load_training(parsed.recipe, parsed.overrides)
@@ -234,8 +239,8 @@ def _not_launched(command: str) -> None:
                           "without the launcher, with learner.ranks: ray or process in its recipes")
 
 
-COMMANDS = (train, finetune, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model, config, plan,
-            quickstart, doctor, completion)
+COMMANDS = (train, finetune, reward_model, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model,
+            config, plan, quickstart, doctor, completion)
 
 
 if __name__ == "__main__":

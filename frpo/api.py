@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from frpo.config.base import WholeRecipe
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, Source, load_any_recipe, to_recipe
+from frpo.config.preference import RewardModelRecipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
@@ -84,14 +85,15 @@ class Result:
 
     def load(self, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The trained model and its tokenizer, loaded by transformers. kwargs: of `from_pretrained` of the model."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-        return (AutoModelForCausalLM.from_pretrained(self.export, **kwargs),
-                AutoTokenizer.from_pretrained(self.export))
+        kind: Any = (AutoModelForSequenceClassification if isinstance(self.recipe, RewardModelRecipe) else
+                     AutoModelForCausalLM)
+        return kind.from_pretrained(self.export, **kwargs), AutoTokenizer.from_pretrained(self.export)
 
     def __repr__(self) -> str:
-        shown = {name: self.metrics[name] for name in ("eval/reward", "reward/mean", "eval/nll", "sft/nll")
-                 if name in self.metrics}
+        told = ("eval/reward", "reward/mean", "eval/nll", "sft/nll", "eval/accuracy")
+        shown = {name: self.metrics[name] for name in told if name in self.metrics}
         figures = "".join(f", {name} {value:.4g}" for name, value in shown.items())
         return f"<{type(self).__name__} {self.recipe.run.name}: step {self.metrics['step']}{figures}, in {self.folder}>"
 
@@ -114,6 +116,11 @@ def train(recipe: Source, *overrides: str) -> Result:
 def finetune(recipe: Source, *overrides: str) -> Result:
     """Fine-tune a model on given responses (SFT, CSFT, CSFT+PA), as `frpo finetune` does. See `train`."""
     return _trained(to_recipe(recipe, overrides, FinetuneRecipe))
+
+
+def train_reward_model(recipe: Source, *overrides: str) -> Result:
+    """Train a reward or cost model on pairs of answers, as `frpo reward-model` does. See `train`."""
+    return _trained(to_recipe(recipe, overrides, RewardModelRecipe))
 
 
 def evaluate(model: str | Path | Result, recipe: Source, *overrides: str) -> Evaluation:

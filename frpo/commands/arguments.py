@@ -19,7 +19,7 @@ EXIT_CODES = """exit codes:
   2    an error that the message explains: usage, recipe, data, model, machine
   130  interrupted (Ctrl-C); the same command continues from the newest checkpoint
   143  terminated (SIGTERM); continues like 130"""
-RECIPE_COMMANDS = {"finetune": "finetune", "retention": "retention"}
+RECIPE_COMMANDS = {"finetune": "finetune", "reward-model": "reward-model", "retention": "retention"}
 """Commands whose recipes are of another kind than the recipes of train -> that kind."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",
             "rollout": "smoke", "config": "smoke", "evaluate": "runs/smoke/export smoke",
@@ -108,7 +108,7 @@ def _as_override(argument: str, parsed: argparse.Namespace) -> str:
 class _Commands:
     def __init__(self, parser: argparse.ArgumentParser, functions: Sequence[Callable[..., object]]):
         self.parsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-        self.functions = {function.__name__: function for function in functions}
+        self.functions = {function.__name__.replace("_", "-"): function for function in functions}
 
     def add(self, name: str, description: str) -> argparse.ArgumentParser:
         command = self.parsers.add_parser(name, help=description, description=description)
@@ -134,6 +134,9 @@ def _trainings(commands: _Commands) -> None:
     command.add_argument("--dry-run", action="store_true", help="check everything that needs no engine, then stop")
     _overwrite(command)
     command = commands.add_with_recipe("finetune", "fine-tune a model on given responses: SFT, CSFT, CSFT+PA")
+    command.add_argument("--dry-run", action="store_true", help="check everything that needs no model, then stop")
+    _overwrite(command)
+    command = commands.add_with_recipe("reward-model", "train a reward or cost model on pairs of answers")
     command.add_argument("--dry-run", action="store_true", help="check everything that needs no model, then stop")
     _overwrite(command)
 

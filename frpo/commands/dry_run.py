@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from frpo.cluster.device import check_backend, lacking_packages, settled
-from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe, dump_recipe
 from frpo.config.sections import Recipe
 from frpo.config.text import as_yaml
@@ -18,8 +17,9 @@ from frpo.learner.model import lacking_weights
 from frpo.loops.training import adapters
 from frpo.rewards.trial import report_lines
 from frpo.run.build import check, reward_suite, tokenizer_of, try_rewards
-from frpo.run.build_finetune import FinetunePreflight, check_finetune
+from frpo.run.build_finetune import FinetunePreflight, GivenRecipe, check_finetune
 from frpo.telemetry.step import mishaps
+from frpo.types import Pair
 
 
 def show(recipe: AnyRecipe) -> None:
@@ -42,26 +42,30 @@ def _of_training(recipe: Recipe) -> list[str]:
         *prompts.summary("prompts", recipe.data), *_notes(recipe, len(prompts.train), checked.notes)]
 
 
-def _of_finetuning(recipe: FinetuneRecipe) -> list[str]:
+def _of_finetuning(recipe: GivenRecipe) -> list[str]:
     checked = check_finetune(recipe)
     examples = checked.examples
     lines = [
         f"checked: model {recipe.model.path or 'made on the spot'}, resume "
         f"{checked.resume[0] if checked.resume else 'from the start'}",
-        *examples.summary("examples", recipe.data),
-        f"length: {checked.updates} updates of {min(recipe.data.batch_size, len(examples.train))} examples, each "
-        f"example {checked.updates / checked.per_epoch:.3g} times"]
+        *examples.summary(recipe.ITEMS, recipe.data),
+        f"length: {checked.updates} updates of {min(recipe.data.batch_size, len(examples.train))} {recipe.ITEMS}, each "
+        f"one {checked.updates / checked.per_epoch:.3g} times"]
     if recipe.data.batch_size > len(examples.train):
         lines.append(f"note: data.batch_size = {recipe.data.batch_size} is more than the {len(examples.train)} "
-                     "training examples, so every update takes all of them")
+                     f"training {recipe.ITEMS}, so every update takes all of them")
     return [*lines, *recipe.run.notes(), *_first_example(recipe, checked),
             *recipe.learner.notes(checked.updates, recipe.model.lora is not None),
             *_common_notes(recipe, engines=False)]
 
 
-def _first_example(recipe: FinetuneRecipe, checked: FinetunePreflight) -> Iterator[str]:
-    """Show the text of the first example and the part that is learned, each cut to 300 characters."""
+def _first_example(recipe: GivenRecipe, checked: FinetunePreflight) -> Iterator[str]:
+    """Show the text of the first example and the part that is learned, or of a pair; each cut to 300 characters."""
     example, tokenizer = checked.examples.train[0], tokenizer_of(recipe.model)
+    if isinstance(example, Pair):
+        for place, ids in (("should score higher", example.first), ("lower", example.second)):
+            yield f"first pair, {example.origin}, {place}: {tokenizer.decode([*ids])!r:.300}"
+        return
     learned = [token for token, flag in zip(example.token_ids, example.loss_mask) if flag]
     yield f"first example, {example.origin}: {tokenizer.decode([*example.token_ids])!r:.300}"
     yield f"  learned part: {tokenizer.decode(learned)!r:.300}"

@@ -38,11 +38,14 @@ class Section(BaseModel):
 
 
 class WholeRecipe(Section):
-    """Base of whole recipes. COMMAND: the `frpo` command that takes the recipe. NAMED: paths of mappings that hold a
+    """Base of whole recipes.
+
+    COMMAND: the `frpo` command that takes the recipe. ITEMS: what its data are. NAMED: paths of mappings that hold a
     name and the keys of that name.
     """
 
     COMMAND: ClassVar[str]
+    ITEMS: ClassVar[str] = "prompts"
     NAMED: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def to_yaml(self) -> str:

@@ -68,7 +68,7 @@ class FinetuneEvaluateSection(Section):
 class FinetuneRecipe(WholeRecipe):
     """Recipe of a whole fine-tuning run."""
 
-    COMMAND = "finetune"
+    COMMAND, ITEMS = "finetune", "examples"
     NAMED = (("objective",),)
 
     run: FinetuneRunSection = Field(FinetuneRunSection(), description="name, folder, length, checkpoints")

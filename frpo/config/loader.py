@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,18 +18,23 @@ from frpo.config.base import Section, WholeRecipe
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.keys import keys
 from frpo.config.other_names import translate
+from frpo.config.preference import RewardModelRecipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file, repository_files
 from frpo.config.text import as_yaml, parse_yaml, plain
 from frpo.errors import ConfigError
 from frpo.loading import nearest
+from frpo.objectives.preference import preference_losses
+from frpo.objectives.supervised import supervised_losses
 
-AnyRecipe = Recipe | FinetuneRecipe
+PolicyRecipe = Recipe | FinetuneRecipe
+"""Recipe of a run that trains a policy."""
+AnyRecipe = PolicyRecipe | RewardModelRecipe
 """Recipe of one training run."""
 Source = str | Path | Mapping[str, Any] | Section
 """Forms in which Python code may give a recipe."""
 Kind = TypeVar("Kind", bound=WholeRecipe)
-KINDS = (Recipe, FinetuneRecipe, RetentionRecipe)
+KINDS = (Recipe, FinetuneRecipe, RewardModelRecipe, RetentionRecipe)
 
 NOT_IN_DIGEST = {
     "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "max_restarts",
@@ -81,7 +86,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str], kind: type[Kind]) ->
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[WholeRecipe] = Recipe) -> WholeRecipe:
     """Read a recipe file (or the name of one in recipes/), its `extends:` chain and `section.key=value` overrides.
 
-    kind: Recipe for reinforcement learning, FinetuneRecipe for supervised fine-tuning, RetentionRecipe for a matrix.
+    kind: Recipe for reinforcement learning, FinetuneRecipe for supervised fine-tuning, RewardModelRecipe for a reward
+    or cost model, RetentionRecipe for a matrix.
     Raises ConfigError naming the key, the given value and the allowed values.
     """
     values = _read_overridden(path, overrides)
@@ -125,15 +131,22 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> WholeRec
 
 
 def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read a recipe of `frpo train` or `frpo finetune`, as `load_recipe` does. Raises ConfigError for other kinds."""
+    """Read a recipe of one training, as `load_recipe` does. Raises ConfigError for a retention recipe."""
     values = _read_overridden(path, overrides)
     kind = _kind_of(values, Recipe)
     if kind is RetentionRecipe:
-        raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give a recipe of `frpo train` or "
+        raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give a recipe of `frpo train`, "
+                          "`frpo finetune` or `frpo reward-model`")
+    return cast(AnyRecipe, _validated(values, kind, source=str(path)))
+
+
+def load_policy(path: str | Path, overrides: Sequence[str] = ()) -> PolicyRecipe:
+    """Read a recipe of `frpo train` or `frpo finetune`, as `load_recipe` does. Raises ConfigError for other kinds."""
+    recipe = load_training(path, overrides)
+    if isinstance(recipe, RewardModelRecipe):
+        raise ConfigError(f"{path} is a recipe of `frpo {recipe.COMMAND}`; give a recipe of `frpo train` or "
                           "`frpo finetune`")
-    if kind is FinetuneRecipe:
-        return _validated(values, FinetuneRecipe, source=str(path))
-    return _validated(values, Recipe, source=str(path))
+    return recipe
 
 
 def recipe_text(path: str | Path) -> str:
@@ -155,19 +168,23 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 def _kind_of(values: dict[str, Any], default: type[WholeRecipe]) -> type[WholeRecipe]:
     """Return the kind of recipe by its keys, or `default`.
 
-    Only a matrix has policies, only RL has rewards, and only a supervised objective has a name.
+    Only a matrix has policies, only RL has rewards, and only an objective on given answers has a name. A name tells
+    losses on pairs from other losses; `default` decides about a class outside frpo.
     """
     if "policies" in values:
         return RetentionRecipe
     if "rewards" in values:
         return Recipe
     objective = values.get("objective")
-    named = isinstance(objective, str) or (isinstance(objective, dict) and "name" in objective)
-    return FinetuneRecipe if named else default
+    name = objective.get("name") if isinstance(objective, dict) else objective
+    if not isinstance(name, str):
+        return default
+    pairs = name in preference_losses() or (default is RewardModelRecipe and name not in supervised_losses())
+    return RewardModelRecipe if pairs else FinetuneRecipe
 
 
 def recipe_names(command: str | None = None) -> list[str]:
-    """List the names of the recipes in recipes/ that a command (train, finetune, retention) takes; None: of all."""
+    """List the names of the recipes in recipes/ that a command (train, finetune, ...) takes; None: of all."""
     found = {path.stem: path for path in repository_files("recipes", ".yaml")}
     return [name for name, path in sorted(found.items())
             if command is None or command == _kind_of(_read_with_bases(path, seen=()), Recipe).COMMAND]
@@ -195,7 +212,8 @@ def _by_values(recipe: WholeRecipe) -> tuple[Any, ...]:
     return recipe_from_dict, (dump_recipe(recipe), type(recipe))
 
 
-for _kind in (Recipe, FinetuneRecipe):  # another process finds the classes in a recipe by name, as from a recipe file
+# Another process finds the classes in a recipe by name, as from a recipe file.
+for _kind in (Recipe, FinetuneRecipe, RewardModelRecipe):
     copyreg.pickle(_kind, _by_values)
 
 

@@ -60,7 +60,7 @@ class RewardModelLearnerSection(LearnerSection):
 class RewardModelRecipe(WholeRecipe):
     """Recipe of a run that trains a reward or cost model."""
 
-    COMMAND = "reward-model"
+    COMMAND, ITEMS = "reward-model", "pairs"
     NAMED = (("objective",),)
 
     run: RewardModelRunSection = Field(RewardModelRunSection(), description="name, folder, length, checkpoints")

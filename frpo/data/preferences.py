@@ -113,7 +113,7 @@ def _pair(row: Row, data: PreferenceDataSection, answers: AnswerTokens, max_leng
         _refuse_or_drop(data.equal, "differ only where model.max_length cuts (data.equal)",
                         f"{row.origin}: the answers differ only after token {max_length}, where model.max_length cuts "
                         "them; raise it, or set data.too_long or data.equal to drop")
-    signs = [_sign(judged.safe[index]) for index in order]
+    signs = [_sign(judged.safe[index]) if compares == "harm" else 0 for index in order]
     return Pair(uid=content_hash([list(prompt), sorted(judged.answers)])[:16], origin=row.origin, first=first,
                 second=second, target=0.5 if chosen is None else 1.0, margin=judged.margin,
                 signs=(signs[0], signs[1]))

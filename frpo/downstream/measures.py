@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from frpo.config.loader import AnyRecipe
+from frpo.config.loader import PolicyRecipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
@@ -16,7 +16,7 @@ SAMPLED = ("length", "length_p90", "truncated")
 """Names of the measures of any task's samples, besides its rewards."""
 
 
-def check_measures(recipe: RetentionRecipe, kept: Recipe, policies: Sequence[AnyRecipe]) -> None:
+def check_measures(recipe: RetentionRecipe, kept: Recipe, policies: Sequence[PolicyRecipe]) -> None:
     """Raise ConfigError if `choose` names a measure that nothing will measure.
 
     kept: the recipe of measure.kept. policies: the training recipes of policies, which have evaluations of their own.
@@ -47,7 +47,7 @@ def _sampled(recipe: Recipe) -> Iterator[str]:
     yield from (*(f"pass@{k}" for k in recipe.evaluate.pass_at), *SAMPLED)
 
 
-def _known_afterwards(name: str, recipe: RetentionRecipe, policies: Sequence[AnyRecipe]) -> bool:
+def _known_afterwards(name: str, recipe: RetentionRecipe, policies: Sequence[PolicyRecipe]) -> bool:
     """Return whether `name` is of a kind whose names are known only after the run."""
     area, _, rest = name.partition("/")
     possible = {"": False, "kept": False, "exact": recipe.measure.exact is not None,

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from frpo.config.loader import AnyRecipe, load_recipe, load_training, recipe_digest, relative
+from frpo.config.loader import PolicyRecipe, load_policy, load_recipe, recipe_digest, relative
 from frpo.config.retention import RetentionRecipe, TaskSection
 from frpo.config.sections import Recipe, repository_file
 from frpo.downstream.measures import check_measures
@@ -38,7 +38,7 @@ class Stage:
     regime: str | None
     seed: int
     matrix: str
-    recipe: AnyRecipe
+    recipe: PolicyRecipe
     start: str | None
     origin: Stage | None
 
@@ -174,7 +174,7 @@ SHARED = {"learner": ("num_ranks", "ranks", "threads"), "rollout": ("num_engines
 """Keys that define the processes. They must be equal in all recipes that have the section."""
 
 
-def _check_shared(name: str, recipe: AnyRecipe, kept: Recipe) -> None:
+def _check_shared(name: str, recipe: PolicyRecipe, kept: Recipe) -> None:
     for section, keys in SHARED.items():
         for key in keys if hasattr(recipe, section) else ():
             given, wanted = getattr(getattr(recipe, section), key), getattr(getattr(kept, section), key)
@@ -236,7 +236,7 @@ def _stage(key: str, recipe: str, overrides: list[str], words: Mapping[str, str]
     fixed = [f"run.dir={run_dir}", f"run.seed={words['seed']}", f"run.name={policy}"]
     if model is not None:
         fixed += [f"model.path={model}", "model.tiny=null"]
-    found = _loaded(key, load_training, _filled(recipe, words, key),
+    found = _loaded(key, load_policy, _filled(recipe, words, key),
                     [*(_filled(o, words, key) for o in overrides), *fixed], beside)
     return Stage(policy=policy, regime=regime, seed=int(words["seed"]), matrix=words["run"], recipe=found,
                  start=found.model.path, origin=origin)

@@ -5,7 +5,6 @@ Shape suffix: P pairs. Column 0 of the scores holds the answer that should score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,20 +15,15 @@ BINS = 10
 """Number of bins of the calibration error, of equal width over a confidence of 0.5 to 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bin:
-    """Pairs whose order is predicted with a similar confidence. right: share of pairs that are ordered rightly."""
-
-    confidence: float
-    right: float
-    count: int
+Bin = tuple[float, float, int]
+"""Pairs whose order is predicted with a similar confidence: mean confidence, share ordered rightly, number of pairs."""
 
 
 def measure(scores_P2: np.ndarray, pairs: Sequence[Pair]) -> dict[str, float]:
     """Return the metrics of P pairs. A metric without a pair to measure is left out.
 
     Over the pairs with a preference: accuracy, the share whose better answer scores strictly higher, and the half-width
-    of its 95 % interval; tied, the share with two equal scores; margin, the mean difference; nll, the mean
+    of its 95 % interval; tied, the share with two equal scores; margin, the mean difference; order_nll, the mean
     -log sigmoid(difference); calibration_error, the mean |confidence - share right| over BINS, weighted by their pairs.
     sign_accuracy: share of answers with a known flag that are on the right side of 0. score_mean, score_sd: of all
     scores.
@@ -41,9 +35,9 @@ def measure(scores_P2: np.ndarray, pairs: Sequence[Pair]) -> dict[str, float]:
     if difference.size:
         accuracy, interval = mean_interval((difference > 0).astype(float).tolist())
         found |= {"accuracy": accuracy, "interval": interval, "tied": float((difference == 0).mean()),
-                  "margin": float(difference.mean()), "nll": float(np.logaddexp(0, -difference).mean()),
-                  "calibration_error": sum(abs(each.confidence - each.right) * each.count
-                                           for each in calibration(scores_P2, pairs)) / difference.size}
+                  "margin": float(difference.mean()), "order_nll": float(np.logaddexp(0, -difference).mean()),
+                  "calibration_error": sum(abs(confidence - right) * count for confidence, right, count
+                                           in calibration(scores_P2, pairs)) / difference.size}
     if sign_P2.any():
         found["sign_accuracy"] = float((sign_P2 * scores_P2 > 0)[sign_P2 != 0].mean())
     return found
@@ -55,5 +49,13 @@ def calibration(scores_P2: np.ndarray, pairs: Sequence[Pair]) -> list[Bin]:
     difference = (scores_P2[:, 0] - scores_P2[:, 1])[decided_P]
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     place = np.minimum((2 * BINS * (confidence - 0.5)).astype(int), BINS - 1)
-    return [Bin(confidence=float(confidence[place == number].mean()), right=float((difference > 0)[place == number].mean()),
-                count=int((place == number).sum())) for number in np.unique(place)]
+    return [(float(confidence[place == number].mean()), float((difference > 0)[place == number].mean()),
+             int((place == number).sum())) for number in np.unique(place)]
+
+
+def by_kind(scores_P2: np.ndarray, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+    """Return the scores of harmful and of harmless answers, or of preferred and other answers if no flag is known."""
+    sign_P2 = np.array([pair.signs for pair in pairs])
+    if sign_P2.any():
+        return {"harmful answers": scores_P2[sign_P2 == 1], "harmless answers": scores_P2[sign_P2 == -1]}
+    return {"preferred answers": scores_P2[:, 0], "other answers": scores_P2[:, 1]}

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,11 +34,16 @@ def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sh
     folder.mkdir(parents=True, exist_ok=True)
     for file in (folder / SAFE_WEIGHTS_INDEX_NAME, *folder.glob("model-*.safetensors")):
         file.unlink(missing_ok=True)  # file of an earlier export, which vLLM would load too
-    shard, own = next(shards), network.generation_config
+    shard, generates = next(shards), hasattr(network, "generation_config")  # a reward model does not
+    own: Any = network.generation_config if generates else None
     places, sizes = [list(shard)], _size(shard)
-    network.generation_config, network.config.use_cache = GenerationConfig(), True
+    if generates:
+        network.generation_config = GenerationConfig()
+    network.config.use_cache = True
     network.save_pretrained(folder, state_dict=shard, save_original_format=False)  # the shard has that format already
-    network.generation_config, network.config.use_cache = own, False
+    network.config.use_cache = False
+    if generates:
+        network.generation_config = own
     for shard in shards:
         places.append(list(shard))
         sizes += _size(shard)
@@ -45,7 +51,7 @@ def write_model(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sh
     if len(places) > 1:
         _name_shards(folder, places, sizes)
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
-    if found := _generation_config(source):
+    if generates and (found := _generation_config(source)):
         shutil.copyfile(found, folder / GENERATION_CONFIG_NAME)
     tokenizer.save_pretrained(folder)
 

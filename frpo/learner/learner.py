@@ -56,6 +56,7 @@ from frpo.learner.reference import (
     head_of,
 )
 from frpo.learner.router import ExpertUse, RouterTerm, UseCounter, balance_coefficient, counted_tokens
+from frpo.learner.score_export import pad_apart
 from frpo.objectives.supervised import Progress
 from frpo.telemetry.sums import MetricSums
 from frpo.types import (
@@ -358,6 +359,8 @@ class Learner:
         shards = self._shards(self._checkpoint())
         try:
             if self.rank == 0:
+                if self.spec.scores:
+                    self.network.config.pad_token_id = pad_apart(self.tokenizer).pad_token_id
                 write_model(self.network, self.tokenizer, shards, self.model_path, Path(folder))
         finally:
             drained(shards)

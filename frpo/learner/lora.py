@@ -87,13 +87,13 @@ def check_targets(model: ModelSection, path: str) -> None:
     add_adapters(hollow_network(model, path), model.lora, seed=0)
 
 
-def adapter_summary(model: ModelSection, path: str) -> str:
+def adapter_summary(model: ModelSection, path: str, *, scores: bool = False) -> str:
     """Describe the parameters that adapters train in the model at `path`, and the kinds of modules without adapters.
 
-    The kinds with most parameters come first.
+    The kinds with most parameters come first. scores: whether the model becomes a reward model, whose head is trained.
     """
     assert model.lora is not None
-    network = hollow_network(model, path)
+    network = hollow_network(model, path, scores=scores)
     layers = _adapted_layers(network, model.lora.targets)
     adapted = {network.get_submodule(name) for name in layers}
     head, frozen = output_head(network), Counter[str]()
@@ -101,14 +101,15 @@ def adapter_summary(model: ModelSection, path: str) -> str:
     for module in network.modules():
         kind = "output head" if module is head else type(module).__name__
         for parameter in module.parameters(recurse=False):
-            if parameter not in counted and module not in adapted:
+            if parameter not in counted and module not in adapted and not (scores and module is head):
                 frozen[kind] += parameter.numel()
             counted.add(parameter)
     trained = model.lora.r * sum(adapted_widths(network, model.lora.targets))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in frozen.most_common())
     whole = sum(parameter.numel() for parameter in counted)
-    return (f"LoRA trains {trained:,} parameters, in adapters of {len(layers)} linear layers. Of the model's {whole:,} "
-            f"parameters these have no adapter and stay as they are: {kinds}")
+    whole_head = ", and the score head whole" if scores else ""
+    return (f"LoRA trains {trained:,} parameters, in adapters of {len(layers)} linear layers{whole_head}. Of the "
+            f"model's {whole:,} parameters these have no adapter and stay as they are: {kinds}")
 
 
 def adapted_widths(network: PreTrainedModel, targets: str | Sequence[str]) -> list[int]:

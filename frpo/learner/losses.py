@@ -17,8 +17,8 @@ import torch
 from frpo.kernels import LogitScale, ReferenceHead, TokenStats, linear_logprobs, linear_token_loss
 from frpo.kernels.stats import known
 from frpo.learner.collate import TokenBatch, loss_positions
-from frpo.learner.reference import ReferenceStates
 from frpo.learner.network import scores_of
+from frpo.learner.reference import ReferenceStates
 from frpo.objectives.base import LossInputs
 from frpo.objectives.preference import PreferenceInputs, PreferenceLoss
 from frpo.objectives.supervised import Margin, Progress, SupervisedInputs, SupervisedLoss, supervised_metrics

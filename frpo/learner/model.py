@@ -1,4 +1,4 @@
-"""Loading of causal language models, reward models and tokenizers from a local folder or a hub id, ready for exact training.
+"""Loading of causal language models, reward models and tokenizers from a folder or a hub id, ready for exact training.
 
 This module does not shard: a `transformers` model built while an `HfDeepSpeedConfig` is alive is partitioned from the
 start.
@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -247,7 +247,7 @@ def load_model(model: ModelSection, path: str, *, packed: bool = False, gradient
     kind, options = (AutoModelForCausalLM, {}) if score_seed is None else (
         AutoModelForSequenceClassification, {"num_labels": 1})
     try:
-        with _loaded_weights_kept():
+        with _loaded_weights_kept(), _quiet() if score_seed is not None else nullcontext():
             loaded = kind.from_pretrained(
                 path, dtype=DTYPES[model.dtype], attn_implementation=_attention_of(model, path, kind),
                 trust_remote_code=model.trust_remote_code, output_loading_info=True, **options)
@@ -286,13 +286,24 @@ def _check_score(network: PreTrainedModel, path: str) -> None:
 
 def _draw_score(network: PreTrainedModel, seed: int) -> None:
     """Draw the head of a new reward model from N(0, 1 / (D + 1)^2), the same on every rank (arXiv:2009.01325)."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     weight = cast(nn.Linear, network.score).weight
     with GatheredParameters([weight], modifier_rank=0):
         if weight.numel():  # under ZeRO-3 other ranks may hold nothing here
             drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
             weight.data.copy_(drawn / (weight.shape[1] + 1))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting a missing head of a reward model, which is drawn anew, within the context."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
 
 
 @contextmanager
@@ -317,14 +328,17 @@ def _loaded_weights_kept() -> Iterator[None]:
         family._initialize_weights = own
 
 
-def hollow_network(model: ModelSection, path: str) -> PreTrainedModel:
-    """Build the model at `path` without its weights, for inspection.
+def hollow_network(model: ModelSection, path: str, *, scores: bool = False) -> PreTrainedModel:
+    """Build the model at `path` without its weights, for inspection. scores: as a reward model.
 
     Raises ModelError where transformers has no code for the model.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     try:
         with torch.device("meta"):
+            if scores:
+                config.num_labels = 1
+                return AutoModelForSequenceClassification.from_config(config, trust_remote_code=model.trust_remote_code)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise ModelError(f"model.path {path!r}: transformers cannot make a causal language model of it: "

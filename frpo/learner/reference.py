@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import deepspeed
 import numpy as np
@@ -53,7 +53,7 @@ class Reference(Protocol):
 
 def head_of(network: torch.nn.Module) -> TokenHead:
     """Return the head of a TokenModel, or of DeepSpeed's engine around one."""
-    return token_model(network).head
+    return cast(TokenHead, token_model(network).head)
 
 
 class FrozenModel:

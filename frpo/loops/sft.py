@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from frpo.data.batcher import pack_examples
 from frpo.data.order import ExampleStream
@@ -17,6 +18,7 @@ from frpo.objectives.supervised import Progress
 from frpo.run import checks
 from frpo.run.build_finetune import FinetuneParts
 from frpo.telemetry.progress import ProgressBar, phase
+from frpo.telemetry.sums import MetricSums
 from frpo.types import Example, Probe, RankBatches, RunState
 
 CACHED_AT_A_TIME = 64
@@ -57,8 +59,7 @@ class FineTuner:
                 if state.step == self.total or (run.save_every and state.step % run.save_every == 0):
                     bar.note("save")
                     journal.save(state, self.learner)
-        with phase("exporting the model"):
-            self.learner.export(str(self.parts.run_dir / "export"))
+        self.export(state)
         journal.finish(state)
         return state
 
@@ -68,24 +69,36 @@ class FineTuner:
         packed = self.packed(batch)
         watch = self.movement.due(packed)
         with self.parts.timer.phase("learn"):
-            learned = self.learner.supervised_forward_backward(packed, self.progress(state.step), watch_movement=watch)
+            learned = self.learned(packed, state, watch)
             stepped = self.learner.optim_step(self.total, watch_movement=watch)
         checks.check_gradient(stepped.grad_norm, stepped.policy_version)
         if watch:
             checks.check_movement(self.learner.movement_report())
         metrics = learned.result() | {
             "policy/grad_norm": stepped.grad_norm, "policy/lr": stepped.lr,
-            "data/epoch": self.progress(state.step + 1).epochs_done,
-            "data/tokens": float(sum(len(example.token_ids) for _, example in batch)),
-            "data/response_tokens": float(sum(sum(example.loss_mask) for _, example in batch))}
+            "data/epoch": self.progress(state.step + 1).epochs_done, **self.counts(batch)}
         return replace(state, step=state.step + 1, policy_version=stepped.policy_version,
                        data_cursor=state.data_cursor + len(batch)), metrics
+
+    def learned(self, packed: RankBatches, state: RunState, watch: bool) -> MetricSums:
+        """Accumulate the gradient of one update. Returns the metrics of its loss."""
+        return self.learner.supervised_forward_backward(packed, self.progress(state.step), watch_movement=watch)
+
+    def counts(self, batch: list[tuple[int, Any]]) -> dict[str, float]:
+        """Return the tokens of an update, by metric name."""
+        return {"data/tokens": float(sum(len(example.token_ids) for _, example in batch)),
+                "data/response_tokens": float(sum(sum(example.loss_mask) for _, example in batch))}
+
+    def export(self, state: RunState) -> None:
+        """Write the final model."""
+        with phase("exporting the model"):
+            self.learner.export(str(self.parts.run_dir / "export"))
 
     def progress(self, updates: int) -> Progress:
         """Return the progress, in epochs, after this number of updates."""
         return Progress(epochs_done=updates / self.stream.per_epoch, num_epochs=self.total / self.stream.per_epoch)
 
-    def packed(self, batch: list[tuple[int, Example]]) -> RankBatches:
+    def packed(self, batch: list[tuple[int, Any]]) -> RankBatches:
         return pack_examples(batch, self.learner.layout, reduction=self.recipe.reduction)
 
     def evaluate(self, state: RunState) -> dict[str, float]:

@@ -2,21 +2,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from frpo.cluster.team import follow, follows, with_launcher_ranks
+from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe
+from frpo.config.preference import RewardModelRecipe
 from frpo.config.sections import Recipe
 from frpo.learner.lora import adapter_summary
+from frpo.loops.reward_model import RewardModelTrainer
 from frpo.loops.rl import Trainer
 from frpo.loops.sft import FineTuner
 from frpo.plan.command import note_misfits
-from frpo.report.curve import draw_loss_curve, draw_reward_curve, read_metrics
+from frpo.report.curve import draw_loss_curve, draw_preference_curve, draw_reward_curve, read_metrics
 from frpo.run.build import build
 from frpo.run.build_finetune import build_finetune
 from frpo.run.restart import run_with_restarts
 from frpo.telemetry.progress import remark, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a kind of recipe is trained and shown. metric: the held-out metric of the last line. unit: of the length."""
+
+    loop: Callable[[Any], Trainer | FineTuner]
+    build: Callable[[Any], AbstractContextManager[Any]]
+    draw: Callable[[Mapping[str, Path], Path], Path]
+    picture: str
+    metric: str
+    unit: str
+
+
+WAYS: Mapping[type, Way] = {
+    Recipe: Way(loop=Trainer, build=build, draw=draw_reward_curve, picture="reward.png", metric="eval/reward",
+                unit="step"),
+    FinetuneRecipe: Way(loop=FineTuner, build=build_finetune, draw=draw_loss_curve, picture="loss.png",
+                        metric="eval/nll", unit="update"),
+    RewardModelRecipe: Way(loop=RewardModelTrainer, build=build_finetune, draw=draw_preference_curve,
+                           picture="accuracy.png", metric="eval/accuracy", unit="update")}
 
 
 def run_training(recipe: AnyRecipe) -> None:
@@ -29,18 +56,16 @@ def run_training(recipe: AnyRecipe) -> None:
         follow(recipe)
         return
     note_misfits(recipe)
-    by_reward = isinstance(recipe, Recipe)
-    loop, parts_of = (Trainer, build) if by_reward else (FineTuner, build_finetune)
+    way = WAYS[type(recipe)]
 
     def fit(parts: Any) -> Any:
         remark(adapters(recipe))
-        return loop(parts).fit()
+        return way.loop(parts).fit()
 
-    state, folder = run_with_restarts(recipe, parts_of, fit), Path(recipe.run.dir)
-    draw, name = (draw_reward_curve, "reward.png") if by_reward else (draw_loss_curve, "loss.png")
-    picture = draw({recipe.run.name: folder / "metrics.jsonl"}, folder / name)
-    say(heldout_line(folder / "metrics.jsonl", "eval/reward" if by_reward else "eval/nll"))
-    unit = "step" if by_reward else "update"
+    state, folder = run_with_restarts(recipe, way.build, fit), Path(recipe.run.dir)
+    picture = way.draw({recipe.run.name: folder / "metrics.jsonl"}, folder / way.picture)
+    say(heldout_line(folder / "metrics.jsonl", way.metric))
+    unit = way.unit
     adapter = "" if recipe.model.lora is None else f"adapter: {folder / 'export' / 'adapter'}  "
     samples = f"samples: {folder / 'samples.jsonl'}  " if (folder / "samples.jsonl").is_file() else ""
     say(f"{state.step} {unit}{'' if state.step == 1 else 's'} done. Model: {folder / 'export'}  {adapter}"
@@ -64,4 +89,4 @@ def adapters(recipe: AnyRecipe) -> list[str]:
     """
     if recipe.model.lora is None or recipe.model.path is None:
         return []
-    return [adapter_summary(recipe.model, recipe.model.path)]
+    return [adapter_summary(recipe.model, recipe.model.path, scores=recipe.learner_spec.scores)]

@@ -49,7 +49,7 @@ class Job:
 
     width: bytes of a parameter. tokens: of a micro-batch. adapter_rank: 0 without LoRA. compared: whether the
     reference's logits are computed beside the policy's. bucket: bytes gathered for a push, 0 without a push. packed:
-    whether the bucket is also packed on the GPU.
+    whether the bucket is also packed on the GPU. scores: whether the model has a score in place of logits.
     """
 
     shape: Shape
@@ -64,6 +64,7 @@ class Job:
     compared: bool
     bucket: float
     packed: bool
+    scores: bool = False
 
     @property
     def adapters(self) -> int:
@@ -111,7 +112,7 @@ def job_of(recipe: AnyRecipe, shape: Shape, reference_shape: Shape | None = None
         shape=shape, reference_shape=reference_shape or shape, strategy=strategy_of(learner.deepspeed),
         ranks=learner.num_ranks, width=WIDTHS[recipe.model.dtype], tokens=learner.micro_batch_tokens,
         checkpointing=learner.gradient_checkpointing, adapter_rank=lora.r if lora else 0,
-        reference=_reference(spec), compared=_compares(spec), packed=backend in ("nccl", "ipc"),
+        reference=_reference(spec), compared=_compares(spec), scores=spec.scores, packed=backend in ("nccl", "ipc"),
         bucket=max(spec.bucket_mb * 2**20, shape.largest * WIDTHS[recipe.model.dtype]) if backend else 0)
 
 
@@ -234,6 +235,8 @@ def activations(job: Job) -> Part:
 
 def logits(job: Job) -> Part:
     """Return the fp32 logits of a chunk (`frpo.kernels.chunks`). If distributions are compared, add the reference's."""
+    if job.scores:
+        return Part(name="logits in pieces", size=0, how="a reward model has one score in their place")
     size, models = piece_size(job.tokens, job.shape.vocabulary), 2 if job.compared else 1
     return Part(name="logits in pieces", size=4 * models * size,
                 how=f"4 B x {counted(size)}{' x 2, the reference too' if job.compared else ''}")

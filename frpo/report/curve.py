@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -47,13 +47,29 @@ LOSSES = (("cross-entropy of responses (nats a token)", "sft/nll", "eval/nll"),
           ("KL to the reference (nats a token)", "sft/kl", "eval/kl"))
 
 
+PREFERENCES = (("accuracy of the order", "preference/accuracy", "eval/accuracy"),
+               ("mean difference of scores", "preference/margin", "eval/margin"),
+               ("accuracy of the sign", "preference/sign_accuracy", "eval/sign_accuracy"))
+
+
+def draw_preference_curve(runs: Mapping[str, Path], picture: Path) -> Path:
+    """Draw how a reward model orders pairs: training as a line, held-out pairs as points. `runs`: name -> metrics file.
+    """
+    return _draw_panels(runs, picture, PREFERENCES, "pairs")
+
+
 def draw_loss_curve(runs: Mapping[str, Path], picture: Path) -> Path:
     """Draw cross-entropy, and KL to the reference where it was measured: training as a line, held-out examples as
     points. `runs`: name -> metrics file.
     """
+    return _draw_panels(runs, picture, LOSSES, "examples")
+
+
+def _draw_panels(runs: Mapping[str, Path], picture: Path, shown: Sequence[tuple[str, str, str]], items: str) -> Path:
+    """Draw the panels (label, training metric, held-out metric) that a run has measured."""
     read = {name: read_metrics(path) for name, path in runs.items()}
     known = {key for rows in read.values() for row in rows for key in row}
-    panels = [panel for panel in LOSSES if known & set(panel[1:])]
+    panels = [panel for panel in shown if known & set(panel[1:])]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (label, trained, heldout) in zip(axes[0], panels):
         for color, (name, rows) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], read.items()):
@@ -61,7 +77,7 @@ def draw_loss_curve(runs: Mapping[str, Path], picture: Path) -> Path:
                 points = [(row["step"], row[key]) for row in rows if key in row]
                 if points:
                     axis.plot(*zip(*points), color=color, **style,
-                              label=f"{name}: {'training' if key == trained else 'held-out'} examples")
+                              label=f"{name}: {'training' if key == trained else 'held-out'} {items}")
         axis.set(xlabel="update", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,11 +1,15 @@
-"""Build the live objects of a supervised fine-tuning, as `build` does for reinforcement learning."""
+"""Build the live objects of a training on given answers, as `build` does for reinforcement learning."""
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from frpo.cluster.device import check_packages
 from frpo.cluster.learner_group import LearnerGroup
@@ -15,11 +19,15 @@ from frpo.cluster.runtime import choose_device, ray_session
 from frpo.cluster.team import device_here, in_team
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.memory import memory_strategy
-from frpo.data.examples import ExampleSet, load_examples
+from frpo.config.preference import RewardModelRecipe
+from frpo.data.examples import load_examples
+from frpo.data.heldout import Split
 from frpo.data.order import updates_of_epoch
+from frpo.data.preferences import load_pairs
 from frpo.held import held_folder
 from frpo.learner.export import check_export
-from frpo.learner.model import check_reference, embedding_count, unstopped_turn
+from frpo.learner.model import check_reference, check_scores, embedding_count, unstopped_turn
+from frpo.learner.score_export import pad_apart
 from frpo.learner.tiny import tiny_model
 from frpo.run.build import check_whole, learner_ranks, tokenizer_of
 from frpo.run.checkpoint import CheckpointStore
@@ -32,18 +40,22 @@ from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
 
+GivenRecipe = FinetuneRecipe | RewardModelRecipe
+"""Recipe of a training on given answers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneParts:
-    """All parts of a fine-tuning.
+    """All parts of a fine-tuning, or of the training of a reward model.
 
     model_path: folder of the model to fine-tune. The same model is the reference if the recipe names no other.
+    examples: `Example`s, or `Pair`s for a reward model.
     """
 
-    recipe: FinetuneRecipe
+    recipe: Any
     run_dir: Path
     model_path: str
-    examples: ExampleSet
+    examples: Split[Any]
     learner: LearnerGroup
     journal: Journal
     timer: PhaseTimer = field(default_factory=PhaseTimer)
@@ -56,14 +68,14 @@ class FinetunePreflight:
     per_epoch: optimizer updates of one pass over the examples. updates: optimizer updates of the whole run.
     """
 
-    examples: ExampleSet
+    examples: Split[Any]
     per_epoch: int
     updates: int
     checkpoints: CheckpointStore
     resume: tuple[Path, RunState] | None
 
 
-def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
+def check_finetune(recipe: GivenRecipe) -> FinetunePreflight:
     """Check everything that can fail without a loaded model. Writes nothing.
 
     Raises an FrpoError whose message names the change that is needed.
@@ -75,6 +87,14 @@ def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
     resume = checkpoints.select()
     tokenizer = tokenizer_of(recipe.model)
     check_export(recipe.model, tokenizer, Path(recipe.run.dir))
+    examples = _pairs(recipe, tokenizer) if isinstance(recipe, RewardModelRecipe) else _examples(recipe, tokenizer)
+    per_epoch = updates_of_epoch(len(examples.train), recipe.data.batch_size)
+    return FinetunePreflight(examples=examples, per_epoch=per_epoch, updates=recipe.run.updates(per_epoch),
+                           checkpoints=checkpoints, resume=resume)
+
+
+def _examples(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> Split[Any]:
+    """Check the reference, and load the examples of a fine-tuning."""
     if recipe.reference.path is not None and recipe.objective.needs_reference:
         check_reference(recipe.model, recipe.reference.path, tokenizer)
     examples = load_examples(recipe.data, tokenizer, recipe.model.max_length, recipe.run.seed,
@@ -82,13 +102,20 @@ def check_finetune(recipe: FinetuneRecipe) -> FinetunePreflight:
     endless = unstopped_turn(recipe.model, tokenizer) if recipe.data.format == "chat" else None
     if endless:
         logger.warning("%s and in the export", endless)
-    per_epoch = updates_of_epoch(len(examples.train), recipe.data.batch_size)
-    return FinetunePreflight(examples=examples, per_epoch=per_epoch, updates=recipe.run.updates(per_epoch),
-                           checkpoints=checkpoints, resume=resume)
+    return examples
+
+
+def _pairs(recipe: RewardModelRecipe, tokenizer: PreTrainedTokenizerBase) -> Split[Any]:
+    """Check that the model can become a reward model, and load the pairs."""
+    if recipe.model.path is not None:
+        check_scores(recipe.model, recipe.model.path)
+    pad_apart(deepcopy(tokenizer))
+    return load_pairs(recipe.data, tokenizer, recipe.model.max_length, recipe.objective.compares, recipe.run.seed,
+                      embedding_count(recipe.model))
 
 
 @contextmanager
-def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
+def build_finetune(recipe: GivenRecipe) -> Iterator[FinetuneParts]:
     """Hold the run's folder, make the model if the recipe has no model.path, start the learner's ranks.
 
     The ranks are the launcher's processes, or this process if one rank is enough, or Ray actors. They end with the
@@ -99,7 +126,7 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
         with phase("reading model and examples"):
             checked = check_finetune(recipe)
             check_whole(recipe.model)
-        remark([*checked.examples.summary("examples", recipe.data), *recipe.run.notes(),
+        remark([*checked.examples.summary(recipe.ITEMS, recipe.data), *recipe.run.notes(),
                 *recipe.learner.notes(checked.updates, recipe.model.lora is not None)])
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
         if in_team(recipe):
@@ -113,7 +140,7 @@ def build_finetune(recipe: FinetuneRecipe) -> Iterator[FinetuneParts]:
 
 
 @contextmanager
-def finetune_on(ranks: Ranks, device: str, recipe: FinetuneRecipe, checked: FinetunePreflight, model_path: str,
+def finetune_on(ranks: Ranks, device: str, recipe: GivenRecipe, checked: FinetunePreflight, model_path: str,
                 samples: bool = False) -> Iterator[FinetuneParts]:
     """Load a learner of this recipe in running ranks and open a journal, which is closed with the context.
 

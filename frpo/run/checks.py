@@ -13,6 +13,7 @@ import numpy as np
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe
+from frpo.config.preference import RewardModelRecipe
 from frpo.config.sections import Recipe
 from frpo.data.heldout import Split
 from frpo.errors import InvariantError, ModelError
@@ -35,6 +36,8 @@ second push shows that all weights are replaced."""
 SAME_FUNCTION: Mapping[str, Gap] = {"fp32": (2e-4, 1e-2), "bf16": (5e-2, 2.0)}
 """Largest |log-prob difference| in nats that rounding explains between two ways to compute the same function: mean and
 largest over all tokens."""
+EXPORT_GAP = {"fp32": 1e-5, "bf16": 5e-2}
+"""Largest difference of scores that rounding explains, where the largest score is 1 or less."""
 PROBED_SEQUENCES, PROBED_TOKENS = 3, 512
 
 
@@ -65,6 +68,22 @@ def check_judged(constraint: Constraint, record: Mapping[str, float]) -> None:
         raise InvariantError(f"reward {constraint.cost!r} gave no cost to any watched completion for {UNJUDGED_STEPS} "
                              "steps, so objective.constraint is not held; mend the reward function, or set "
                              "objective.constraint to null")
+
+
+def check_export_scores(recipe: RewardModelRecipe, folder: str, expected: np.ndarray, found: Mapping[str, np.ndarray]
+                        ) -> None:
+    """Raise ModelError if an exported reward model scores answers otherwise than the learner, beyond rounding.
+
+    expected: scores of the learner. found: way of computing -> scores of plain transformers.
+    """
+    limit = EXPORT_GAP[recipe.model.dtype] * max(1.0, float(np.abs(expected).max()))
+    for way, scores in found.items():
+        gap = float(np.nan_to_num(np.abs(scores - expected), nan=np.inf).max())
+        if not gap <= limit:
+            raise ModelError(f"the export {folder!r}, loaded back by transformers, scores an answer {way} otherwise "
+                             f"than the learner: largest difference {gap:.3g} of {len(expected)} answers, allowed "
+                             f"{limit:.3g}. Check the padding token and config.json of the model; set "
+                             "checks.same_function=false to skip this check")
 
 
 def probe_sequences(items: Sequence[Sequence[int]], longest: int) -> list[list[int]]:

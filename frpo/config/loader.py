@@ -23,7 +23,7 @@ from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file, repository_files
 from frpo.config.text import as_yaml, parse_yaml, plain
 from frpo.errors import ConfigError
-from frpo.loading import nearest
+from frpo.loading import load_function, nearest
 from frpo.objectives.preference import preference_losses
 from frpo.objectives.supervised import supervised_losses
 
@@ -169,7 +169,7 @@ def _kind_of(values: dict[str, Any], default: type[WholeRecipe]) -> type[WholeRe
     """Return the kind of recipe by its keys, or `default`.
 
     Only a matrix has policies, only RL has rewards, and only an objective on given answers has a name. A name tells
-    losses on pairs from other losses; `default` decides about a class outside frpo.
+    losses on pairs from other losses. About a class outside frpo, `default` decides if it takes one, else the class.
     """
     if "policies" in values:
         return RetentionRecipe
@@ -179,8 +179,21 @@ def _kind_of(values: dict[str, Any], default: type[WholeRecipe]) -> type[WholeRe
     name = objective.get("name") if isinstance(objective, dict) else objective
     if not isinstance(name, str):
         return default
-    pairs = name in preference_losses() or (default is RewardModelRecipe and name not in supervised_losses())
-    return RewardModelRecipe if pairs else FinetuneRecipe
+    if name in preference_losses():
+        return RewardModelRecipe
+    if name in supervised_losses():
+        return FinetuneRecipe
+    return default if default in (FinetuneRecipe, RewardModelRecipe) else _kind_of_class(name)
+
+
+def _kind_of_class(name: str) -> type[WholeRecipe]:
+    """Return the kind of recipe that takes the loss `name` outside frpo. A loss that cannot be loaded is refused later.
+    """
+    try:
+        on_pairs = hasattr(load_function(name, "objective", ValueError), "compares")
+    except ValueError:
+        return FinetuneRecipe
+    return RewardModelRecipe if on_pairs else FinetuneRecipe
 
 
 def recipe_names(command: str | None = None) -> list[str]:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from frpo.data.assistant import continuation, turn_ending
 from frpo.data.chat import render, render_text, template_text
-from frpo.errors import ModelError
+from frpo.errors import DataError, ModelError
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -45,10 +46,15 @@ class AnswerTokens:
             text = "\n\n".join(content for _, content in messages)
             return render_text(text, self.tokenizer), text, self.tokenizer.eos_token
         given = [{"role": role, "content": content} for role, content in messages]
-        ending = turn_ending(given, self.tokenizer)
+        ids = render(given, self.tokenizer)
+        try:
+            ending = turn_ending(given, self.tokenizer)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses an answer after the roles {[role for role, _ in messages]}: "
+                            f"{error}") from error
         if ending is None:
             raise ModelError(
                 f"the chat template of tokenizer {self.tokenizer.name_or_path!r} writes no special token after the "
                 f"assistant's text, so an answer has no end to be scored at; put {{{{ eos_token }}}} "
                 f"({self.tokenizer.eos_token}) after the assistant's content and save the template beside the model")
-        return render(given, self.tokenizer), template_text(given, self.tokenizer, add_generation_prompt=True), ending
+        return ids, template_text(given, self.tokenizer, add_generation_prompt=True), ending

@@ -64,7 +64,7 @@ def _read(data: PreferenceDataSection, path: str, limit: int | None, answers: An
     pairs, skipped = [], Counter[str]()
     for row in rows:
         try:
-            pairs.append(_pair(row, data, answers, max_length, compares))
+            pairs.append(_pair(row, data, answers, max_length, compares, skipped))
         except _LeftOutError as reason:
             skipped[str(reason)] += 1
     return Source(items=tuple(pairs), origins=tuple(pair.origin for pair in pairs), skipped=skipped)
@@ -86,8 +86,11 @@ class Judged:
     margin: float = 0.0
 
 
-def _pair(row: Row, data: PreferenceDataSection, answers: AnswerTokens, max_length: int, compares: Compares) -> Pair:
+def _pair(row: Row, data: PreferenceDataSection, answers: AnswerTokens, max_length: int, compares: Compares,
+          counts: Counter[str]) -> Pair:
+    """Return the pair of a row. counts: receives whether its answers were cut."""
     judged = judged_row(row, compares)
+    _check_prompt(row, judged.prompt, data)
     if compares == "harm":
         _check_consistent(row, judged, data)
     chosen = judged.better if compares == "better" else None if judged.safer is None else 1 - judged.safer
@@ -113,6 +116,8 @@ def _pair(row: Row, data: PreferenceDataSection, answers: AnswerTokens, max_leng
         _refuse_or_drop(data.equal, "differ only where model.max_length cuts (data.equal)",
                         f"{row.origin}: the answers differ only after token {max_length}, where model.max_length cuts "
                         "them; raise it, or set data.too_long or data.equal to drop")
+    if longest > max_length:
+        counts["cut to fit model.max_length"] += 1
     signs = [_sign(judged.safe[index]) if compares == "harm" else 0 for index in order]
     return Pair(uid=content_hash([list(prompt), sorted(judged.answers)])[:16], origin=row.origin, first=first,
                 second=second, target=0.5 if chosen is None else 1.0, margin=judged.margin,
@@ -125,6 +130,17 @@ def _refuse_or_drop(choice: str, reason: str, message: str) -> None:
 
 def _sign(safe: bool | None) -> int:
     return 0 if safe is None else -1 if safe else 1
+
+
+def _check_prompt(row: Row, prompt: Messages, data: PreferenceDataSection) -> None:
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise DataError(f"{row.origin}: the last message before an answer must be the user's or a tool's, given "
+                        f"{prompt[-1]['role']!r}")
+    if not any(message["content"].strip() for message in prompt):
+        raise DataError(f"{row.origin}: the prompt has no text; remove the row")
+    if data.format == "text" and ("prompt" not in row.columns or len(prompt) > 1):
+        raise DataError(f"{row.origin}: data.format: text needs a column 'prompt' with one text, given a conversation "
+                        f"of {len(prompt) + 1} messages; set data.format to chat, or write each prompt as one text")
 
 
 def _check_consistent(row: Row, judged: Judged, data: PreferenceDataSection) -> None:
@@ -154,13 +170,17 @@ def judged_row(row: Row, compares: Compares) -> Judged:
                         f"{', '.join(names)}; use bradley_terry for pairs without flags of safety")
     if len(named) == 2:
         return _chosen_rejected(row)
-    known = dict.fromkeys(", ".join(LAYOUTS).split(", "))
     wanted = {"chosen", "rejected"} - named if named else {"response_0", "response_1"} - numbered if numbered else {
         "chosen"}
     missing = min(wanted)
-    close = did_you_mean(missing, [name for name in names if name not in known])
-    raise DataError(f"{row.origin}: no column {missing!r}{close}; preference rows have {LAYOUTS[0]}, or {LAYOUTS[1]}; "
-                    f"the row has {', '.join(names)} (data.rename gives a column another name)")
+    raise DataError(f"{row.origin}: no column {missing!r}{_close(row, missing)}; preference rows have {LAYOUTS[0]}, or "
+                    f"{LAYOUTS[1]}; the row has {', '.join(names) or 'none'} (data.rename gives a column another name)")
+
+
+def _close(row: Row, missing: str) -> str:
+    """Return a question about a column that may be `missing` under another name."""
+    known = {*", ".join(LAYOUTS).split(", "), *SAFETY}
+    return did_you_mean(missing, [name for name in row.columns if name not in known])
 
 
 def _numbered_answers(row: Row, compares: Compares) -> Judged:
@@ -168,7 +188,7 @@ def _numbered_answers(row: Row, compares: Compares) -> Judged:
     for name in needed:
         if name not in row.columns:
             why = "" if compares == "better" else f"; objective cost needs {', '.join(SAFETY)}"
-            raise DataError(f"{row.origin}: no column {name!r}{did_you_mean(name, row.columns)}; preference rows have "
+            raise DataError(f"{row.origin}: no column {name!r}{_close(row, name)}; preference rows have "
                             f"{LAYOUTS[0]}, or {LAYOUTS[1]}{why}")
     safe = tuple(_flag(row, f"is_response_{index}_safe") for index in (0, 1))
     return Judged(prompt=_prompt(row), answers=(_answer(row, "response_0"), _answer(row, "response_1")),
@@ -177,12 +197,12 @@ def _numbered_answers(row: Row, compares: Compares) -> Judged:
 
 
 def _chosen_rejected(row: Row) -> Judged:
-    margin = column(row, "margin", float, int) if row.columns.get("margin") is not None else 0.0
+    margin = _margin(row)
     chosen, rejected = (row.columns[name] for name in ("chosen", "rejected"))
     whole = "prompt" not in row.columns or all(_opens_with_prompt(each) for each in (chosen, rejected))
     if not whole:
         return Judged(prompt=_prompt(row), answers=(_answer(row, "chosen"), _answer(row, "rejected")), better=0,
-                      margin=float(margin))
+                      margin=margin)
     better, worse = _conversation(row, "chosen"), _conversation(row, "rejected")
     if better[:-1] != worse[:-1]:
         place = next((number for number, (a, b) in enumerate(zip(better[:-1], worse[:-1])) if a != b),
@@ -190,7 +210,16 @@ def _chosen_rejected(row: Row) -> Judged:
         raise DataError(f"{row.origin}: chosen and rejected differ before their last message, at message {place}; they "
                         "must be the same up to the assistant's last message")
     return Judged(prompt=better[:-1], answers=(better[-1]["content"], worse[-1]["content"]), better=0,
-                  margin=float(margin))
+                  margin=margin)
+
+
+def _margin(row: Row) -> float:
+    if row.columns.get("margin") is None:
+        return 0.0
+    margin = column(row, "margin", float, int)
+    if isinstance(margin, bool) or margin < 0:
+        raise DataError(f"{row.origin}: margin must be a number of at least 0, or null; given {margin!r}")
+    return float(margin)
 
 
 def _opens_with_prompt(value: Any) -> bool:
@@ -202,7 +231,7 @@ def _opens_with_prompt(value: Any) -> bool:
 def _conversation(row: Row, name: str) -> Messages:
     """Return the messages of a whole conversation, which ends with the assistant."""
     value = column(row, name, list, str)
-    messages = _turns(row, name, value) if isinstance(value, str) else checked_messages(row.origin, value)
+    messages = _turns(row, name, value) if isinstance(value, str) else _messages(row, name, value)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(f"{row.origin}: {name} must be a prompt and an answer of the assistant, given the roles "
                         f"{[message['role'] for message in messages]}; without a column 'prompt' it must hold both")
@@ -227,7 +256,7 @@ def _turns(row: Row, name: str, text: str) -> Messages:
 
 def _prompt(row: Row) -> Messages:
     value = column(row, "prompt", str, list)
-    return ({"role": "user", "content": value},) if isinstance(value, str) else checked_messages(row.origin, value)
+    return ({"role": "user", "content": value},) if isinstance(value, str) else _messages(row, "prompt", value)
 
 
 def _answer(row: Row, name: str) -> str:
@@ -235,11 +264,15 @@ def _answer(row: Row, name: str) -> str:
     value = column(row, name, str, list)
     if isinstance(value, str):
         return value
-    messages = checked_messages(row.origin, value)
+    messages = _messages(row, name, value) if value else ()
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise DataError(f"{row.origin}: {name} must be a text or one message of the assistant, given the roles "
                         f"{[message['role'] for message in messages]}")
     return messages[0]["content"]
+
+
+def _messages(row: Row, name: str, value: list[Any]) -> Messages:
+    return checked_messages(f"{row.origin}: column {name!r}", value)
 
 
 def _index(row: Row, name: str) -> int | None:

@@ -206,7 +206,7 @@ def valid_rewards(rewards_G: np.ndarray) -> ValidRewards:
 
 
 ADVANTAGES = Registry("advantage", "advantages(rewards_G)")
-SURROGATES = Registry("surrogate", "objective(tokens)", flags=("whole_sequences",))
+SURROGATES = Registry("surrogate", "objective(tokens)", flags={"whole_sequences": (True, False)})
 
 estimator, estimators, build_estimator = ADVANTAGES.register, ADVANTAGES.classes, ADVANTAGES.build
 """Functions for advantage estimators: register one under a name, list all by name, build one from a recipe's values."""

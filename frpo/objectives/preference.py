@@ -8,7 +8,7 @@ Shape suffix: P pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from frpo.objectives.base import LossOutput
 from frpo.objectives.registry import Registry
@@ -49,7 +49,7 @@ class PreferenceLoss(Protocol):
     def loss(self, inputs: PreferenceInputs) -> LossOutput: ...
 
 
-PREFERENCE = Registry("objective", "loss(inputs)", flags=("compares",))
+PREFERENCE = Registry("objective", "loss(inputs)", flags={"compares": get_args(Compares)})
 preference, preference_losses, build_preference = PREFERENCE.register, PREFERENCE.classes, PREFERENCE.build
 """Functions for losses on pairs: register one under a name, list all by name, build one from a recipe's values."""
 

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -27,10 +28,10 @@ class Registry:
 
     kind: the word for this kind in messages ("advantage").
     method: the method that every class must have, as a signature ("advantages(rewards_G)").
-    flags: class variables that every class must set.
+    flags: class variables that every class must set -> their allowed values.
     """
 
-    def __init__(self, kind: str, method: str, flags: Collection[str] = ()):
+    def __init__(self, kind: str, method: str, flags: Mapping[str, Collection[Any]] = MappingProxyType({})):
         self.kind, self.method, self.flags = kind, method, flags
         self._classes: dict[str, type] = {}
 
@@ -105,9 +106,12 @@ class Registry:
             methods = [key for key, value in vars(cls).items() if callable(value) and not key.startswith("_")]
             raise ValueError(f"{must}, but has no method {name}{did_you_mean(name, methods)}; it has "
                              f"{', '.join(methods) or 'none'}")
-        for flag in self.flags:
-            if not hasattr(cls, flag):
-                raise ValueError(f"{self.kind} {path!r} must define {flag}: ClassVar[bool] = True or False")
+        for flag, allowed in self.flags.items():
+            if getattr(cls, flag, None) not in allowed:
+                given = f"; given {getattr(cls, flag)!r:.40}" if hasattr(cls, flag) else ""
+                kind = type(next(iter(allowed))).__name__
+                raise ValueError(f"{self.kind} {path!r} must define {flag}: ClassVar[{kind}] = "
+                                 f"{' or '.join(map(repr, allowed))}{given}")
         return cls
 
 

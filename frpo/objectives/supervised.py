@@ -84,7 +84,7 @@ class SupervisedLoss(Protocol):
     def loss(self, inputs: SupervisedInputs, progress: Progress) -> LossOutput: ...
 
 
-SUPERVISED = Registry("objective", "loss(inputs, progress)", flags=("needs_reference",))
+SUPERVISED = Registry("objective", "loss(inputs, progress)", flags={"needs_reference": (True, False)})
 supervised, supervised_losses, build_supervised = SUPERVISED.register, SUPERVISED.classes, SUPERVISED.build
 """Functions for supervised losses: register one under a name, list all by name, build one from a recipe's values."""
 

@@ -88,7 +88,8 @@ def test_a_conversation_keeps_its_turns_and_a_system_message_comes_first(load):
 def test_text_is_taken_as_it_is(load):
     pair, = load([ROW], format="text").train
     assert texts(pair) == ("1+12<eos>", "1+13<eos>")
-    assert texts(load([{"prompt": [USER], "chosen": [TWO], "rejected": [THREE]}], format="text").train[0]) == texts(pair)
+    of_messages, = load([{"prompt": [USER], "chosen": [TWO], "rejected": [THREE]}], format="text").train
+    assert texts(of_messages) == texts(pair)
 
 
 def test_columns_may_have_other_names(load):
@@ -186,7 +187,7 @@ LAYOUTS = ("preference rows have prompt, chosen, rejected, or prompt, response_0
 
 @pytest.mark.parametrize("row, compares, told", [
     ({"prompt": "a", "choosen": "b", "rejected": "c"}, "better",
-     "no column 'chosen' (did you mean 'choosen'?); " + LAYOUTS + "; the row has prompt, choosen, rejected (data.rename"),
+     "no column 'chosen' (did you mean 'choosen'?); " + LAYOUTS + "; the row has prompt, choosen, rejected (data."),
     ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "better", "no column 'rejected' (did you mean 'rejectd'?); "),
     ({"prompt": "a", "response_0": "b", "respons_1": "c"}, "better",
      "no column 'response_1' (did you mean 'respons_1'?); "),
@@ -278,7 +279,7 @@ def test_a_template_that_refuses_or_ends_nothing_is_told(load):
     with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template refuses the roles \['system', 'user'\]: no "):
         load([ROW], template=STRICT, system_prompt="x")
     once = STRICT.replace("m.role == 'system'", "m.role == 'assistant'")
-    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template refuses an answer after the roles \['user'\]"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template refuses an answer after the roles \['user'"):
         load([ROW], template=once)
     with pytest.raises(ModelError, match="writes no special token after the assistant's text, so an answer has no end"):
         load([ROW], template=STRICT.replace("<eos>", ""))
@@ -317,7 +318,8 @@ def test_a_held_out_file_that_shares_pairs_is_refused_unless_allowed(load, tmp_p
 def test_what_is_left_out_of_the_held_out_file_is_told_apart(load, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(ROW | {"prompt": "9", "rejected": each}) + "\n" for each in "27"))
-    found = load([ROW, ROW | {"rejected": "2"}, ROW | {"rejected": "4"}], equal="drop", heldout_path=str(other), limit=2)
+    rows = [ROW | {"rejected": each} for each in "324"]
+    found = load(rows, equal="drop", heldout_path=str(other), limit=2)
     assert found.skipped == {"both answers are equal (data.equal)": 1,
                              "both answers are equal (data.equal) (held-out file)": 1}
     assert (len(found.train), len(found.heldout)) == (1, 1)

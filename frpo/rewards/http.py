@@ -158,12 +158,10 @@ def _read_reply(answer: Any, _: Body) -> str:
     try:
         content = answer["choices"][0]["message"]["content"]
     except (LookupError, TypeError):
-        content = answer  # no text, as the check below finds
-    if content is None:  # the judge refused, or was still thinking at max_tokens
-        return ""
-    if not isinstance(content, str):
+        content = False
+    if not isinstance(content, str | None):
         raise UnexpectedError('{"choices": [{"message": {"content": TEXT}}]}')
-    return content
+    return content or ""  # null if the judge refused, or was still thinking at max_tokens
 
 
 def _read_flags(answer: Any, body: Body, category: str | None) -> list[float]:

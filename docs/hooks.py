@@ -55,16 +55,17 @@ def _table(kind: type, found: list[Key]) -> str:
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for key in found:
         values = ", ".join(f"`{value}`" for value in key.values)
-        default = _code(_default(key)) if key.default is not None else _section_default(kind, key.name)
+        default = _code(_default(command, key)) if key.default is not None else _section_default(kind, key.name)
         shown = re.sub(r"([._\]])(?=\w)", r"\1<wbr>", key.name)
         rows.append(f'| <code id="{command}.{key.name}">{shown}</code> | {default} | {values} '
                     f"| {_escaped(key.meaning)} |")
     return "\n".join(rows)
 
 
-def _default(key: Key) -> str:
+def _default(command: str, key: Key) -> str:
     """A key's default as a recipe has it."""
-    for name, cls in REGISTRIES[key.name].classes().items() if key.name in REGISTRIES else ():
+    registry = REGISTRIES.get(command, {}).get(key.name)
+    for name, cls in registry.classes().items() if registry else ():
         if key.default.startswith(f"{cls.__name__}("):
             own = "".join(f", {field.name}: {_as_yaml(repr(field.default))}" for field in dataclasses.fields(cls))
             return f"{{name: {name}{own}}}"
@@ -98,12 +99,11 @@ def _as_yaml(default: str) -> str:
 def name_tables() -> str:
     """What the keys that take {name: ..., its own keys} can name."""
     repeated = ("auxiliary.objective", "objective.constraint.advantage")
-    return "\n\n".join(text for key, registry in REGISTRIES.items() if key not in repeated
-                       for text in _of_registry(key, registry))
+    return "\n\n".join(text for command, registries in REGISTRIES.items() for key, registry in registries.items()
+                       if key not in repeated for text in _of_registry(command, key, registry))
 
 
-def _of_registry(key: str, registry: Any) -> Iterator[str]:
-    command = "finetune" if key == "objective" else "train"
+def _of_registry(command: str, key: str, registry: Any) -> Iterator[str]:
     yield f"### Names of {key} ({command}) {{ #names-{command}-{key.rpartition('.')[2]} }}"
     rows = ["| name | its keys and their defaults | in short |", "|---|---|---|"]
     for name, cls in registry.classes().items():
@@ -115,7 +115,8 @@ def _of_registry(key: str, registry: Any) -> Iterator[str]:
 def command_helps() -> str:
     """The help of every command, as it prints it."""
     found = [("frpo", "frpo", _help("--help"))]
-    found += [(name, f"frpo {name}", _help(name, "--help")) for name in (command.__name__ for command in COMMANDS)]
+    names = [command.__name__.replace("_", "-") for command in COMMANDS]
+    found += [(name, f"frpo {name}", _help(name, "--help")) for name in names]
     return "\n\n".join(f"## {title} {{ #{anchor} }}\n\n```text\n{text}\n```" for anchor, title, text in found)
 
 

@@ -40,7 +40,7 @@ def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 def _recipes(kinds: Mapping[str, str], prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
     """List recipes of the command's kind: names in recipes/, and files that begin with the typed path."""
     files = [path for path in glob.glob(f"{glob.escape(prefix)}*") if path.endswith(".yaml") or Path(path).is_dir()]
-    named = recipe_names(kinds.get(parsed_args.command.__name__, "train"))
+    named = recipe_names(kinds.get(parsed_args.command.__name__.replace("_", "-"), "train"))
     return named + [f"{file}/" if Path(file).is_dir() else file for file in files]
 
 
@@ -61,7 +61,8 @@ def _sections(prefix: str, **_: object) -> list[str]:
 
 WORDS = {
     "learner.deepspeed": tuple(path.stem for path in repository_files("ds_configs", ".json")),
-    "run.resume": ("auto", "force", "never", "overwrite"), "objective": ("sft", "kl_sft", "csft", "csft_pa"),
+    "run.resume": ("auto", "force", "never", "overwrite"),
+    "objective": ("sft", "kl_sft", "csft", "csft_pa", "bradley_terry", "cost"),
     "placement": ("split", "colocate")}
 """Usual values of keys that take any text."""
 

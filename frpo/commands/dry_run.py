@@ -50,7 +50,7 @@ def _of_finetuning(recipe: GivenRecipe) -> list[str]:
         f"{checked.resume[0] if checked.resume else 'from the start'}",
         *examples.summary(recipe.ITEMS, recipe.data),
         f"length: {checked.updates} updates of {min(recipe.data.batch_size, len(examples.train))} {recipe.ITEMS}, each "
-        f"one {checked.updates / checked.per_epoch:.3g} times"]
+        f"{recipe.ITEMS[:-1]} {checked.updates / checked.per_epoch:.3g} times"]
     if recipe.data.batch_size > len(examples.train):
         lines.append(f"note: data.batch_size = {recipe.data.batch_size} is more than the {len(examples.train)} "
                      f"training {recipe.ITEMS}, so every update takes all of them")

@@ -4,19 +4,22 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from frpo.config.keys import keys
 from frpo.config.loader import KINDS, suggestion
 from frpo.errors import ConfigError
 from frpo.objectives.base import ADVANTAGES, SURROGATES
+from frpo.objectives.preference import PREFERENCE
+from frpo.objectives.registry import Registry
 from frpo.objectives.scalarise import SCALARISERS
 from frpo.objectives.supervised import SUPERVISED
 
-REGISTRIES = {"objective.advantage": ADVANTAGES, "objective.surrogate": SURROGATES,
-              "objective.scalarise": SCALARISERS, "objective.constraint.advantage": ADVANTAGES,
-              "objective": SUPERVISED, "auxiliary.objective": SUPERVISED}
-"""Key -> registry of the classes that the key can name."""
+REGISTRIES: Mapping[str, Mapping[str, Registry]] = {
+    "train": {"objective.advantage": ADVANTAGES, "objective.surrogate": SURROGATES, "objective.scalarise": SCALARISERS,
+              "objective.constraint.advantage": ADVANTAGES, "auxiliary.objective": SUPERVISED},
+    "finetune": {"objective": SUPERVISED}, "reward-model": {"objective": PREFERENCE}}
+"""Command -> key -> registry of the classes that the key can name."""
 
 
 def key_reference(section: str = "") -> str:
@@ -30,12 +33,12 @@ def key_reference(section: str = "") -> str:
         raise ConfigError(f"no recipe has a key {section!r}{suggestion(section, known)}")
     return "\n".join(line for kind, found in chosen.items() if found for line in (
         f"# === recipes of `frpo {kind.COMMAND}` ===",
-        *(line for key in found for line in (str(key), *(_choices(key.name) if section else ())))))
+        *(line for key in found for line in (str(key), *(_choices(kind.COMMAND, key.name) if section else ())))))
 
 
-def _choices(key: str) -> Iterator[str]:
+def _choices(command: str, key: str) -> Iterator[str]:
     """Yield the names that a key with {name: ..., own keys} can take, each with its own keys and their meaning."""
-    registry = REGISTRIES.get(key)
+    registry = REGISTRIES.get(command, {}).get(key)
     for name, cls in registry.classes().items() if registry else ():
         own = "".join(f", {field.name}: {'required' if field.default is dataclasses.MISSING else field.default}"
                       for field in dataclasses.fields(cls))

@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.data.batcher import pack
+from frpo.objectives.constraint import Constraint, Mixture
+from frpo.objectives.group import RLOO
+from frpo.objectives.stage import compute_advantages
 from frpo.types import AdvantagedGroup, Completion, RolloutGroup
 from loop import hand_made_groups, random_model, small_recipe, splitting_strategy
 
@@ -74,6 +77,65 @@ def test_gradient_is_the_formulas(learner_of, tmp_path, ranks, stage, micro_batc
           f"difference / gradient norm {worst / total:.1e}, norm {norm:.6f} against {total:.6f}")
     assert worst < 2e-5 * total
     assert norm == pytest.approx(total, rel=1e-5)
+
+
+NU, LAM = 1.7, 0.8
+
+
+def judged_mixture(path: str, groups: list[AdvantagedGroup], unit: float) -> dict[str, torch.Tensor]:
+    """d/dtheta, by autograd in float64, of the mean over groups of (L_r + nu L_c) / (1 + nu).
+
+    With u_i = exp(mean_t(log pi - log pi_old)) of the K completions with a cost: L_r = -sum u_i (r_i - mean of others),
+    L_c = K lam (Phi(log u + c / (unit lam)) - mean u), Phi the jackknife of the log-mean-exp.
+    """
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    loss, count = 0.0, sum(len(group.scored.group.completions) for group in groups)
+    for group in groups:
+        logs, prompt = [], group.scored.group.prompt.token_ids
+        for completion in group.scored.group.completions:
+            ids = torch.tensor([[*prompt, *completion.token_ids]])
+            logprobs = network(input_ids=ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+            chosen = logprobs[torch.arange(len(completion.token_ids)), ids[0, len(prompt):]]
+            logs.append((chosen - chosen.detach()).mean())
+        costs = torch.tensor(group.scored.terms["cost"])
+        known = ~costs.isnan()
+        log_u, rewards, k = torch.stack(logs)[known], torch.tensor(group.scored.rewards_G)[known], int(known.sum())
+        baseline = (rewards.sum() - rewards) / (k - 1)
+        x = log_u + costs[known] / (unit * LAM)
+        left_out = torch.stack([torch.cat([x[:j], x[j + 1:]]).logsumexp(0) - np.log(k - 1) for j in range(k)])
+        phi = k * (x.logsumexp(0) - np.log(k)) - (k - 1) / k * left_out.sum()
+        robust = k * LAM * (phi - log_u.exp().mean())
+        loss = loss + (NU * robust - (log_u.exp() * (rewards - baseline)).sum()) / ((1 + NU) * count)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ranks, stage, packed", [(1, 2, False), (2, 3, True)])
+def test_gradient_of_reward_and_robust_cost_together(learner_of, tmp_path, ranks, stage, packed):
+    """One completion has no cost, so it teaches nothing."""
+    path = random_model(tmp_path / "model", "qwen2", tied=True)
+    values = dump_recipe(small_recipe(path, splitting_strategy(tmp_path, stage), num_ranks=ranks))
+    values["learner"] |= {"lr": EPSILON * STEP_OVER_EPSILON, "eps": EPSILON, "grad_clip": 1e9,
+                          "micro_batch_tokens": 28, "packing": packed}
+    values["data"]["max_prompt_tokens"], values["rollout"]["max_new_tokens"] = 5, 9
+    values["objective"] |= {"kl_coef": 0.0, "correction": None}
+    learner = learner_of(recipe_from_dict(values), path)
+    random, groups = np.random.default_rng(3), hand_made_groups()
+    costs = random.normal(size=(len(groups), 3))
+    costs[0, 1] = np.nan
+    scored = [replace(group.scored, rewards_G=random.normal(size=3), terms={"cost": costs_G})
+              for group, costs_G in zip(groups, costs)]
+    mixture = Mixture(constraint=Constraint(cost="cost", advantage={"name": "frpo", "lam": LAM, "scale": "exact"}),
+                      nu=NU, scale=2.5)
+    mixed = compute_advantages(scored, RLOO(), [None] * len(scored), mixture=mixture)
+    assert mixed[0].advantages_G[1] == 0 and all(abs(group.advantages_G.sum()) < 1e-12 for group in mixed)
+    applied, _ = applied_gradient(learner, mixed, path, tmp_path / "export")
+    wanted = judged_mixture(path, mixed, mixture.scale)
+    total = torch.cat([g.flatten() for g in wanted.values()]).norm().item()
+    worst = max((applied[name] - wanted[name]).abs().max().item() for name in wanted)
+    print(f"\n{ranks} ranks, ZeRO-{stage}: largest difference / gradient norm {worst / total:.1e}, norm {total:.4f}")
+    assert worst < 2e-5 * total
 
 
 @pytest.mark.timeout(120)

@@ -445,7 +445,7 @@ def test_wrong_usage_is_told(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["lab"], "is a recipe of `frpo retention`; give a recipe of `frpo train` or `frpo finetune`"),
+    (["lab"], "is a recipe of `frpo retention`; give a recipe of `frpo train`, `frpo finetune` or `frpo reward-model`"),
     (["smoke", "learner.deepspeed=zero9"], "learner.deepspeed: no file 'zero9'"),
     (["frpo_math_qwen2.5_math_7b", "model.path=./none"], "model.path './none' is no folder"),
     (["smoke", "placement=colocate", "learner.num_ranks=3"], "make them equal, or set placement to split")])

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from frpo.data.assistant import continuation, turn_ending
 from frpo.data.chat import render, render_text, template_text
-from frpo.errors import ModelError
+from frpo.errors import DataError, ModelError
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -45,7 +46,10 @@ class AnswerTokens:
             text = "\n\n".join(content for _, content in messages)
             return render_text(text, self.tokenizer), text, self.tokenizer.eos_token
         given = [{"role": role, "content": content} for role, content in messages]
-        ending = turn_ending(given, self.tokenizer)
+        try:
+            ending = turn_ending(given, self.tokenizer)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the messages: {error}") from error
         if ending is None:
             raise ModelError(
                 f"the chat template of tokenizer {self.tokenizer.name_or_path!r} writes no special token after the "

@@ -111,8 +111,8 @@ class _Scorer(Reader):
         super().__init__(path, network, network.base_model, place)
         self.head = head
         if self.tokenizer.eos_token is None:
-            raise ModelError(f"{path}: its tokenizer has no end-of-sequence token, so an answer has no end to be scored "
-                             "at; set tokenizer.eos_token and save the tokenizer there")
+            raise ModelError(f"{path}: its tokenizer has no end-of-sequence token, so an answer has no end to be "
+                             "scored at; set tokenizer.eos_token and save the tokenizer there")
         if beaver:
             self.trained, self._of = BEAVER_LENGTH, self._as_beaver
             return
@@ -214,7 +214,9 @@ def _judge(path: str, device: str | None, dtype: str | None, threads: int | None
 
 
 class _BeaverScorer(LlamaForSequenceClassification):
-    """Llama with a head that has a bias."""
+    """Llama with a head that has a bias. The statistics of scores that such a checkpoint holds are not used."""
+
+    _keys_to_ignore_on_load_unexpected = (r"normalizer\.",)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

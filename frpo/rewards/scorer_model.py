@@ -50,7 +50,7 @@ class Reader:
         self._tell(sum(len(row) > self.trained for row in rows) if self.trained else 0, len(rows), self.trained,
                    "the longest in the model's training; do not rely on their scores")
         found: Values = [None] * len(rows)
-        for batch in _batches([(len(rows[number]), number) for number in fits], batch_tokens):
+        for batch in in_batches([(len(rows[number]), number) for number in fits], batch_tokens):
             with torch.inference_mode():
                 values = function(self._last([rows[number] for number in batch]))
             for number, value in zip(batch, values, strict=True):
@@ -92,7 +92,7 @@ def dtype_of(dtype: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[asked]
 
 
-def _batches(rows: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
+def in_batches(rows: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
     """Yield the numbers of rows of similar length. rows: (length, number). A longer row is a batch by itself."""
     batch: list[int] = []
     longest = 0

@@ -216,12 +216,12 @@ def _judge(path: str, device: str | None, dtype: str | None, threads: int | None
 class _BeaverScorer(LlamaForSequenceClassification):
     """Llama with a head that has a bias. The statistics of scores that such a checkpoint holds are not used."""
 
-    _keys_to_ignore_on_load_unexpected = (r"normalizer\.",)
-
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, 1)
 
+
+_BeaverScorer._keys_to_ignore_on_load_unexpected = [r"^normalizer\."]
 
 BEAVER_OPTIONS = {"key_mapping": {r"^score_head\.": "score."}, "num_labels": 1}
 """How such a checkpoint is read: names of weights, and the number of labels that its config lacks."""

@@ -179,7 +179,7 @@ def test_an_actor_without_a_place_is_told(source):
 
 def test_more_than_the_cluster_has_is_refused():
     def asked(**actor):
-        reward = {"name": "length", "function": "frpo.rewards.length:under", "actor": actor}
+        reward = {"name": "length", "function": "frpo.rewards.length:soft_overlong", "actor": actor}
         return load_recipe("smoke", [f"rewards={json.dumps([reward])}"])
 
     check_actors(asked(cpus=0.5))

@@ -1,6 +1,6 @@
 """What frpo adds to scoring with a model, and how much of the scoring hides behind generation.
 
-    python benchmarks/rewards.py [--repeats 5] [--json FILE] [--part throughput|overlap|both]
+    python benchmarks/rewards.py [--repeats 5] [--json FILE] [--part throughput|overlap|slept|all]
 
 throughput: a small random reward model scores the same sequences, in the same batches of equal lengths, in a plain loop
 of transformers in this process, in frpo's worker process and in a Ray actor. Each has one thread. The ratio is the
@@ -9,6 +9,8 @@ overlap: a vLLM engine generates groups while a Ray actor scores those that have
 The reward model is made as deep as it takes for scoring to cost half of the generation. The hidden share is
 1 - (both - generation) / scoring, each measured alone too. `max_num_seqs` keeps groups from all ending at once. It
 needs two idle cores. On a machine that others use, take many repeats and the figures of the lowest times.
+slept: the same stream and actor, but generator and reward sleep in place of computing, as if each had a device of its
+own. So it measures what the stream itself hides, on a busy machine too.
 Nothing here passes or fails.
 """
 from __future__ import annotations
@@ -53,6 +55,9 @@ COST = 0.5
 CALIBRATIONS = 5
 """Repeats from which the lowest time is taken to choose the model's depth."""
 
+GROUP_S = 0.1
+"""Seconds that a sleeping generator takes for a group."""
+
 Seconds = dict[str, float]
 
 
@@ -60,16 +65,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement, after one that warms up")
     parser.add_argument("--groups", type=int, default=24, help="groups of 8 completions")
-    parser.add_argument("--part", choices=["throughput", "overlap", "both"], default="both")
+    parser.add_argument("--part", choices=["throughput", "overlap", "slept", "all"], default="all")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     given = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"settings": {"groups": given.groups, "group_size": GROUP_SIZE, "torch": torch.__version__}}
     with tempfile.TemporaryDirectory() as folder, ray_session():
-        if given.part != "overlap":
+        if given.part in ("throughput", "all"):
             found["throughput"] = throughput(Path(folder), given.groups, given.repeats)
-        if given.part != "throughput":
+        if given.part in ("overlap", "all"):
             found["overlap"] = overlap(Path(folder), given.groups, given.repeats)
+        if given.part in ("slept", "all"):
+            found["slept"] = slept(Path(folder), given.groups, given.repeats)
     report(found)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -137,6 +144,24 @@ def overlap(folder: Path, count: int, repeats: int) -> list[Seconds]:
             return [measured(generate, suite) | {"layers": layers} for _ in range(repeats)]
     finally:
         pool.close()
+
+
+def slept(folder: Path, count: int, repeats: int) -> list[Seconds]:
+    """Seconds as of `overlap`, of a generator and a reward that sleep."""
+    groups = made_up_groups(count)
+    (folder / "slow.py").write_text(f"import time\n\ndef slow(completions):\n    "
+                                    f"time.sleep({COST * GROUP_S / GROUP_SIZE} * len(completions))\n"
+                                    "    return [0.0] * len(completions)\n", encoding="utf-8")
+
+    def generate(take: Callable[[RolloutGroup], Any]) -> None:
+        for group in groups:
+            time.sleep(GROUP_S)
+            take(group)
+
+    with RewardSuite([RewardSpec(name="slow", function=f"{folder / 'slow.py'}:slow", actor=ActorSpec(cpus=0))],
+                     workers=workers_of) as suite:
+        suite.score(groups)
+        return [measured(generate, suite) for _ in range(repeats)]
 
 
 def measured(generate: Callable[..., None], suite: RewardSuite) -> Seconds:
@@ -240,16 +265,18 @@ def report(found: dict[str, Any]) -> None:
     console = Console(width=120, soft_wrap=True)
     table = Table("figure", "median", "lowest", "highest", "of the lowest times", "wanted",
                   title="Scoring with a reward model")
-    throughput, overlap = found.get("throughput", []), found.get("overlap", [])
+    throughput = found.get("throughput", [])
     for path in ("process", "actor") if throughput else ():
         add(table, f"throughput of the {path} / plain loop", throughput,
             lambda row, path=path: row["plain"] / row[path], TARGETS["throughput"])
-    if overlap:
-        add(table, "scoring hidden behind generation", overlap,
-            lambda row: 1 - (row["both"] - row["generation"]) / row["scoring"], TARGETS["hidden"])
-        add(table, "time of scoring / of generation", overlap, lambda row: row["scoring"] / row["generation"], None)
+    for part in ("overlap", "slept"):
+        if part in found:
+            add(table, f"{part}: share of scoring that is hidden", found[part],
+                lambda row: 1 - (row["both"] - row["generation"]) / row["scoring"], TARGETS["hidden"])
+            add(table, f"{part}: time of scoring / of generation", found[part],
+                lambda row: row["scoring"] / row["generation"], None)
     console.print(table)
-    for part in ("throughput", "overlap"):
+    for part in ("throughput", "overlap", "slept"):
         for row in found.get(part, []):
             console.print(f"{part}: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
 

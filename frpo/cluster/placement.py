@@ -76,9 +76,25 @@ def bundles_of(recipe: AnyRecipe, *, ranks: bool = True, engines: bool = True) -
                    hosts=on_hosts) for index in range(num_engines)]
 
 
-def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle, str]]:
+def reward_gpus(recipe: AnyRecipe) -> int:
+    """Return the number of GPUs that the actors of rewards need. Parts of a GPU share one where they fit."""
+    actors = [reward.actor for reward in recipe.rewards if reward.actor] if isinstance(recipe, Recipe) else []
+    whole, rooms = 0, list[float]()
+    for share in sorted((actor.gpus for actor in actors for _ in range(actor.count)), reverse=True):
+        fitting = [number for number, room in enumerate(rooms) if room >= share - 1e-9]
+        if share >= 1:
+            whole += int(share)
+        elif fitting:
+            rooms[fitting[0]] -= share
+        elif share > 0:
+            rooms.append(1 - share)
+    return whole + len(rooms)
+
+
+def assign(bundles: Sequence[Bundle], nodes: Sequence[Node], held: int = 0) -> list[tuple[Bundle, str]]:
     """Pair each bundle with the address of a node that has room. Use few nodes in all.
 
+    held: number of GPUs that reward actors hold, for messages.
     Raises ConfigError if a bundle does not fit. The message names the bundle, the free GPUs and the keys to change.
     """
     free = {node.address: node.gpus for node in nodes}
@@ -87,7 +103,7 @@ def assign(bundles: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundl
         allowed = [address for address in free if bundle.hosts is None or address in bundle.hosts]
         room = [address for address in allowed if free[address] >= bundle.gpus]
         if not room:
-            raise ConfigError(_does_not_fit(bundle, bundles, nodes, allowed))
+            raise ConfigError(_does_not_fit(bundle, bundles, nodes, allowed, held))
         # Prefer a node in use already, then the node with the fewest free GPUs.
         begun = set(places.values())
         chosen = min(room, key=lambda address: (address not in begun, free[address]))
@@ -179,7 +195,7 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
         yield OnCpu()
         return
     bundles = bundles_of(recipe, ranks=ranks, engines=engines)
-    placed = _planned(bundles)
+    placed = _planned(bundles, reward_gpus(recipe))
     remark(table(placed))
     # Each bundle is bound to its node by the resource that Ray gives every node, so that the table holds.
     group = placement_group([{"GPU": bundle.gpus, f"node:{address}": 0.001} for bundle, address in placed])
@@ -196,21 +212,23 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
         remove_placement_group(group)
 
 
-def _planned(bundles: Sequence[Bundle]) -> list[tuple[Bundle, str]]:
+def _planned(bundles: Sequence[Bundle], held: int) -> list[tuple[Bundle, str]]:
     """Assign the bundles to free nodes, retrying for GRACE_S. Ray registers late that an earlier run freed its GPUs."""
     deadline = time.monotonic() + GRACE_S
     while True:
         try:
-            return assign(bundles, free_nodes())
+            return assign(bundles, free_nodes(), held)
         except ConfigError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
 
 
-def _does_not_fit(bundle: Bundle, bundles: Sequence[Bundle], nodes: Sequence[Node], allowed: Sequence[str]) -> str:
+def _does_not_fit(bundle: Bundle, bundles: Sequence[Bundle], nodes: Sequence[Node], allowed: Sequence[str], held: int
+                  ) -> str:
     needed = sum(each.gpus for each in bundles)
     free = ", ".join(f"{node.address} has {node.gpus}" for node in nodes) or "no node is alive"
+    free += f" (reward actors hold {held} more, rewards[].actor.gpus)" if held else ""
     if bundle.hosts and not allowed:
         return (f"placement puts {bundle.holder} on {', '.join(bundle.hosts)}, but the cluster has no such node; "
                 f"choose among its nodes: {', '.join(node.address for node in nodes)}")

@@ -33,6 +33,7 @@ from ray.exceptions import (
 )
 
 from frpo.cluster.device import check_slices, lacking_packages, settled
+from frpo.cluster.placement import reward_gpus
 from frpo.cluster.team import VISIBLE, outside_the_team
 from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
@@ -177,12 +178,13 @@ def choose_device(recipe: AnyRecipe, *, learner: bool = True, engines: bool = Tr
     sampling, ranks = 0, recipe.learner.num_ranks if learner else 0
     if engines and isinstance(recipe, Recipe) and not (learner and recipe.placement.mode == "colocate"):
         sampling = recipe.rollout.num_engines * recipe.rollout.tensor_parallel_size  # beside the ranks' GPUs
-    lacking = lacking_packages(engines)
-    if sampling + ranks > present:
+    lacking, scoring = lacking_packages(engines), reward_gpus(recipe)
+    if sampling + ranks + scoring > present:
         shown = f", or list more of them in {VISIBLE}, now {os.environ[VISIBLE]!r}" if VISIBLE in os.environ else ""
         lacking.append(
-            f"the recipe needs {sampling + ranks} GPUs (rollout.num_engines x tensor_parallel_size = {sampling}, "
-            f"learner.num_ranks = {ranks}), but the cluster has {present} (lower them or add nodes{shown})")
+            f"the recipe needs {sampling + ranks + scoring} GPUs (rollout.num_engines x tensor_parallel_size = "
+            f"{sampling}, learner.num_ranks = {ranks}{f', rewards[].actor.gpus = {scoring}' if scoring else ''}), but "
+            f"the cluster has {present} (lower them or add nodes{shown})")
     device = settled(recipe.run.device, lacking)
     if device == "cuda":
         check_slices(recipe, os.environ.get(VISIBLE, ""))

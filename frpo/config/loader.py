@@ -51,7 +51,7 @@ NOT_IN_DIGEST = {
     "evaluate": {"every", "samples", "temperature", "pass_at", "success", "best"},
     "telemetry": {"tensorboard", "wandb", "project", "group", "tags", "traces"},
     "checks": {"max_logprob_gap", "parameters_move", "rewards", "same_function"},
-    "rewards": {"processes", "timeout_s"},
+    "rewards": {"actor", "processes", "timeout_s"},
 }
 """Keys that may differ between a checkpoint and the recipe that resumes it.
 

@@ -95,6 +95,24 @@ class DataSection(Section):
                           "draw all")
 
 
+class ActorSection(Section):
+    """Ray actors, anywhere in the cluster, that run a reward function in place of processes on the run's machine."""
+
+    gpus: float = Field(
+        0.0, ge=0, description="GPUs of each actor, in addition to those of ranks and engines; a part such as 0.5 "
+                               "shares a GPU with other actors")
+    cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each actor")
+    count: int = Field(1, ge=1, description="number of actors; each call gets a share of a batch, in whole groups")
+
+    @field_validator("gpus")
+    @classmethod
+    def _part_or_whole(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"an actor has a part of one GPU or whole GPUs, given {value:g}; set it to 1 or less, or "
+                             "to a whole number")
+        return value
+
+
 class RewardSection(Section):
     name: str = Field(min_length=1, description="name of the component in metrics and traces")
     function: FunctionName = Field(description="the function, as 'package.module:function' or 'path/file.py:function'")
@@ -112,6 +130,16 @@ class RewardSection(Section):
     processes: int = Field(
         1, ge=1, description="processes that run the function; above 1, each call gets a share of a batch, in whole "
                              "groups")
+    actor: ActorSection | None = Field(
+        None, description="run the function in Ray actors, as a model needs that has a GPU of its own; {}: one actor "
+                          "on a CPU; null: in processes on the run's machine")
+
+    @model_validator(mode="after")
+    def _one_kind_of_worker(self) -> RewardSection:
+        if self.actor is not None and self.processes != 1:
+            raise ValueError(f"processes = {self.processes} has no effect with actor; set actor.count to the number, "
+                             "and remove processes")
+        return self
 
     @model_validator(mode="before")
     @classmethod

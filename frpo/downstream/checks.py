@@ -121,7 +121,7 @@ def check_rewards(seed: SeedPlan) -> None:
         tried.add(key)
         with about(stage.name):
             prompts = load_prompts(recipe.data, tokenizer_of(stage.first.recipe.model), recipe.run.seed)
-            with tried_rewards(recipe, prompts):
+            with tried_rewards(recipe, prompts, actors=False):
                 pass
 
 

@@ -17,11 +17,11 @@ from frpo.rewards.pool import RewardPool
 from frpo.rewards.protocol import Format, RewardSpec
 from frpo.rewards.stop import Stop
 from frpo.rewards.values import Foreign, PortableValue, check_values, unusable
-from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
+from frpo.rewards.worker import RewardCallError, RewardTimeoutError, Worker
 from frpo.types import LARGEST_REWARD, RolloutGroup
 
-Caller = Callable[[RewardWorker, Mapping[str, Any], Stop], list[PortableValue] | Foreign]
-"""`RewardWorker.call` or `RewardWorker.first_call`."""
+Caller = Callable[[Worker, Mapping[str, Any], Stop], list[PortableValue] | Foreign]
+"""`Worker.call` or `Worker.first_call`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def prompt_names(groups: Sequence[RolloutGroup]) -> list[str]:
 def score_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, stop: Stop) -> Component:
     """Score completions `share`. If the call fails under `on_error: abstain`, all of them abstain."""
     try:
-        return called(spec, spec.format, pool, batch, share, stop, RewardWorker.call)
+        return called(spec, spec.format, pool, batch, share, stop, Worker.call)
     except RewardCallError as error:
         if spec.on_error == "raise" or stop.is_set():
             raise

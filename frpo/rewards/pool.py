@@ -1,30 +1,40 @@
-"""Keep the worker processes of one reward function, and divide a call's completions among them.
+"""Keep the workers of one reward function, and divide a call's completions among them.
 
 For prompts, weights and sums see `suite`. For the work and the end of a process see `worker`.
 """
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 
+from frpo.rewards.protocol import RewardSpec
 from frpo.rewards.stop import Stop
-from frpo.rewards.worker import RewardCallError, RewardWorker
+from frpo.rewards.worker import RewardCallError, RewardWorker, Worker
+
+WorkersOf = Callable[[RewardSpec], Sequence[Worker]]
+"""Function that makes the workers of a reward; none of them is started."""
+
+
+def processes_of(spec: RewardSpec) -> list[Worker]:
+    """Make the reward's worker processes on this machine."""
+    return [RewardWorker(name=spec.name, function=spec.function, timeout_s=spec.timeout_s)
+            for _ in range(spec.processes)]
 
 
 class RewardPool:
-    """Pool of `processes` workers of one function. Each caller holds one worker; further callers wait."""
+    """Pool of the workers of one function. Each caller holds one worker; further callers wait."""
 
-    def __init__(self, *, name: str, function: str, timeout_s: float, processes: int) -> None:
-        self.workers = [RewardWorker(name=name, function=function, timeout_s=timeout_s) for _ in range(processes)]
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = list(workers)
         self._idle = list(self.workers)
         self._changed = threading.Condition()
 
     @contextmanager
-    def worker(self, stop: Stop) -> Iterator[RewardWorker]:
+    def worker(self, stop: Stop) -> Iterator[Worker]:
         """Wait for a free worker and hold it. Raises RewardCallError if `stop` is set before a worker is free."""
         with stop.calls(self._wake), self._changed:
             self._changed.wait_for(lambda: self._idle or stop.is_set())

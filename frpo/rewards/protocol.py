@@ -46,6 +46,18 @@ class RewardFunction(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActorSpec:
+    """Ray actors that run a reward function in place of processes on this machine.
+
+    gpus, cpus: what each actor reserves; a part of a GPU may be shared. count: number of actors.
+    """
+
+    gpus: float = 0.0
+    cpus: float = 1.0
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardSpec:
     """One reward of a run. The recipe's `RewardSection` has the same fields and serves as well.
 
@@ -61,6 +73,7 @@ class RewardSpec:
         other prompts the reward abstains.
     processes: number of processes that run the function; with more than one, each call gets a share of a batch, in
         whole groups.
+    actor: run the function in these Ray actors, where Ray runs; None: in processes on this machine.
     """
 
     name: str
@@ -72,3 +85,4 @@ class RewardSpec:
     on_error: Literal["raise", "abstain"] = "raise"
     where: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     processes: int = 1
+    actor: ActorSpec | None = None

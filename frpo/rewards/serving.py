@@ -89,7 +89,7 @@ def serve(descriptor: int, function: str) -> None:
         return
     connection.send(Loaded(parameters=parameters_of(loaded)))
     # The function runs on the main thread: signal-based limits (math-verify's) work nowhere else.
-    while (answer := _answer(loaded, calls.get())) is not None:
+    while (answer := answer_to(loaded, calls.get())) is not None:
         connection.send(answer)
 
 
@@ -123,7 +123,8 @@ def _apart(values: Any) -> Any:
     return apart
 
 
-def _answer(function: Callable[..., Any], message: bytes) -> Returned | Raised | None:
+def answer_to(function: Callable[..., Any], message: bytes) -> Returned | Raised | None:
+    """Call the function with the pickled arguments of `packed`. Returns None if there are none: the run is over."""
     try:
         arguments = pickle.loads(message)  # here, so that a value whose class cannot be imported is reported too
         if arguments is None:

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress, islice
+from operator import methodcaller
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -22,11 +23,11 @@ import numpy as np
 from frpo.errors import RewardError
 from frpo.rewards.arguments import check_kwargs
 from frpo.rewards.calls import Batch, Component, prompt_names, score_share
-from frpo.rewards.pool import RewardPool, shares
+from frpo.rewards.pool import RewardPool, WorkersOf, processes_of, shares
 from frpo.rewards.protocol import BATCH_ARGUMENTS, Format, RewardSpec
 from frpo.rewards.stop import Stop
 from frpo.rewards.trial import made_up, try_share
-from frpo.rewards.worker import RewardWorker
+from frpo.rewards.worker import Worker
 from frpo.types import LARGEST_REWARD, Prompt, RolloutGroup, ScoredGroup, matches
 
 Result = TypeVar("Result")
@@ -56,28 +57,28 @@ class ScoreReport:
 
 
 class RewardSuite:
-    """Several weighted rewards, each in worker processes of its own.
+    """Several weighted rewards, each in workers of its own.
 
     specs: `RewardSpec`s, or the recipe's reward sections.
     columns: names to pass at every call, as None for a prompt that lacks them. Pass the columns of the data set: a call
     whose prompts are all of another task then abstains instead of failing on a missing column.
+    workers: makes the workers of each reward: processes on this machine, or others.
 
     Raises RewardError if there is no reward, names repeat, or kwargs use the name of a batch argument.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], *, columns: Sequence[str] = ()) -> None:
+    def __init__(self, specs: Sequence[RewardSpec], *, columns: Sequence[str] = (), workers: WorkersOf = processes_of
+                 ) -> None:
         _check_specs(specs)
         self._specs = list(specs)
         self._columns = tuple(columns)
-        self._pools = [
-            RewardPool(name=spec.name, function=spec.function, timeout_s=spec.timeout_s, processes=spec.processes)
-            for spec in specs]
+        self._pools = [RewardPool(workers(spec)) for spec in specs]
         self._stops: set[Stop] = set()
 
     @property
     def processes(self) -> int:
-        """Most processes of a reward: this many calls of `score` at the same time keep all processes busy."""
-        return max(spec.processes for spec in self._specs)
+        """Most workers of a reward: this many calls of `score` at the same time keep all workers busy."""
+        return max(len(pool.workers) for pool in self._pools)
 
     def start(self) -> None:
         """Load all functions, concurrently. Raises RewardError if a function cannot be loaded or refuses its kwargs."""
@@ -131,7 +132,7 @@ class RewardSuite:
             stop.set()
         workers = [worker for pool in self._pools for worker in pool.workers]
         with ThreadPoolExecutor(len(workers), "reward") as executor:  # an exit may take a while
-            list(executor.map(RewardWorker.close, workers))
+            list(executor.map(methodcaller("close"), workers))
 
     def __enter__(self) -> Self:
         self.start()
@@ -147,7 +148,7 @@ class RewardSuite:
         routes = [tuple(matches(group.prompt.columns, spec.where) for group in groups) for spec in self._specs]
         batches = {route: Batch.of(list(compress(groups, route)), formats, self._columns) for route in set(routes)}
         sizes = [len(group.completions) for group in groups]
-        cuts = [shares(list(compress(sizes, route)), spec.processes) for spec, route in zip(self._specs, routes)]
+        cuts = [shares(list(compress(sizes, route)), len(pool.workers)) for pool, route in zip(self._pools, routes)]
         parts = iter(self._each([
             partial(scorer, spec, pool, batches[route], share)
             for spec, pool, route, cut in zip(self._specs, self._pools, routes, cuts) for share in cut], stop))
@@ -207,7 +208,7 @@ def _weighted_sum(weights_R: np.ndarray, values_RN: np.ndarray) -> np.ndarray:
     return np.where(counts_RN.any(axis=0), total_N, math.nan)
 
 
-def _load(spec: RewardSpec, worker: RewardWorker, stop: Stop) -> None:
+def _load(spec: RewardSpec, worker: Worker, stop: Stop) -> None:
     check_kwargs(spec, worker.label, worker.start(stop))
 
 

@@ -16,7 +16,7 @@ from frpo.rewards.calls import Batch, Component, called, failed
 from frpo.rewards.pool import RewardPool
 from frpo.rewards.protocol import Format, RewardSpec
 from frpo.rewards.stop import Stop
-from frpo.rewards.worker import RewardCallError, RewardTimeoutError, RewardWorker
+from frpo.rewards.worker import RewardCallError, RewardTimeoutError, Worker
 from frpo.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def try_share(spec: RewardSpec, pool: RewardPool, batch: Batch, share: slice, st
     Under `on_error: abstain` an exception is a warning, unless the function only takes the other format.
     """
     try:
-        return called(spec, spec.format, pool, batch, share, stop, RewardWorker.first_call)
+        return called(spec, spec.format, pool, batch, share, stop, Worker.first_call)
     except RewardError as error:
         if stop.is_set():
             raise
@@ -69,7 +69,7 @@ def _succeeds(error: RewardError, spec: RewardSpec, form: Format, pool: RewardPo
     if not parameters.open and not {"prompts", "completions"} & {*parameters.named}:
         return False  # the format changes nothing
     try:
-        called(spec, form, pool, batch, share, stop, RewardWorker.first_call)
+        called(spec, form, pool, batch, share, stop, Worker.first_call)
     except RewardError:
         return False
     return True

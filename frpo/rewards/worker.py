@@ -1,8 +1,8 @@
 """Run a reward function in a process: start it when needed, call it with a time limit, kill it beyond the limit.
 
-The worker is a fresh interpreter that imports `frpo.rewards` and the function's module, nothing else. `multiprocessing`
-does not start the worker: its spawn would run the parent's `__main__` again (a second import of torch, or of a script
-without a guard). Also, its daemons may not start processes of their own, as a reward that runs code must.
+A `RewardWorker` is a fresh interpreter that imports `frpo.rewards` and the function's module, nothing else.
+`multiprocessing` does not start it: its spawn would run the parent's `__main__` again (a second import of torch, or of
+a script without a guard). Also, its daemons may not start processes of their own, as a reward that runs code must.
 A call is never retried. For prompts, weights and sums see `suite`.
 """
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe
@@ -47,8 +48,8 @@ class RewardTimeoutError(RewardCallError):
     """A call exceeded its limit; its worker was killed."""
 
 
-class RewardWorker:
-    """Reward function in a process of its own.
+class Worker(ABC):
+    """One holder of a reward function: a process of its own (`RewardWorker`), or a remote one.
 
     The function keeps its module's state between calls. After a time-out or the death of the process, the next call
     starts a new process. Calls from several threads take turns. A closed worker may be started again.
@@ -63,8 +64,6 @@ class RewardWorker:
         self._startup_timeout_s = max(startup_timeout_s, timeout_s)
         self._folder = os.getcwd()  # relative paths mean the same at a restart, wherever the run has gone since
         self._turn = threading.RLock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
         self._parameters: Parameters | None = None
 
     def start(self, stop: Stop | None = None) -> Parameters:
@@ -73,8 +72,9 @@ class RewardWorker:
         Raises RewardError if the function cannot be loaded, its module does not load in time or `stop` is set.
         """
         with self._turn:
-            if self._process is not None and self._process.poll() is not None:
-                logger.warning("%s: its worker %s between calls; starting another", self.label, self._ending())
+            ending = self._gone()
+            if ending is not None:
+                logger.warning("%s: its worker %s between calls; starting another", self.label, ending)
                 self._discard()
             if self._parameters is None:
                 self._spawn()
@@ -109,14 +109,9 @@ class RewardWorker:
             assert isinstance(answer, Returned), answer
             return answer.result
 
+    @abstractmethod
     def kill(self) -> None:
         """Kill the process and all that it started, at once and from any thread. A running call raises."""
-        process = self._process
-        # Not `poll()`: while a dead leader is unreaped its group can still be killed, and a child that it forked may be
-        # what holds the connection open.
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
-                os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Let the process end by itself if it is idle, else kill it. A second call does nothing."""
@@ -124,21 +119,9 @@ class RewardWorker:
             self.kill()
             self._turn.acquire()
         try:
-            if self._process is not None:
-                self._ask_to_stop(self._process)
-                self._discard()
+            self._end()
         finally:
             self._turn.release()
-
-    def _spawn(self) -> None:
-        ours, theirs = Pipe()
-        path = json.dumps(path_without_siblings())
-        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), self._function, path]
-        # A session of its own: Ctrl-C reaches only the run, and a kill reaches what the function started.
-        self._process = subprocess.Popen(
-            command, cwd=self._folder, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True)
-        theirs.close()
-        self._connection = ours
 
     def _load(self, stop: Stop) -> Parameters:
         try:
@@ -151,12 +134,72 @@ class RewardWorker:
         assert isinstance(answer, Loaded), answer
         return answer.parameters
 
-    def _exchange(self, message: dict[str, Any] | None, timeout_s: float, what: str, stop: Stop) -> Any:
-        """Send `message` (if any) and receive one answer. After a time-out, a stop or a death the process has ended.
+    @abstractmethod
+    def _gone(self) -> str | None:
+        """Describe how the process of an idle worker ended; None if it has not, or if there is none."""
 
-        An answer that arrives together with the stop is dropped too: the process has been killed, even if this does
-        not show yet.
+    @abstractmethod
+    def _spawn(self) -> None:
+        """Start a process. It need not be ready."""
+
+    @abstractmethod
+    def _exchange(self, message: dict[str, Any] | None, timeout_s: float, what: str, stop: Stop) -> Any:
+        """Send a call (None: none, but load the function) and receive one answer.
+
+        After a time-out, a stop or a death the process has ended. An answer that arrives together with the stop is
+        dropped too: the process has been killed, even if this does not show yet.
         """
+
+    @abstractmethod
+    def _end(self) -> None:
+        """End the process, if there is one."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Kill the process and forget it."""
+
+    def _stopped(self, what: str) -> RewardCallError:
+        return RewardCallError(f"{self.label}: {what} was stopped from outside and its worker was killed")
+
+    def _too_long(self, what: str, timeout_s: float) -> RewardTimeoutError:
+        return RewardTimeoutError(
+            f"{self.label}: {what} took longer than {timeout_s:g} s and its worker was killed; "
+            "raise timeout_s, score fewer completions per call, or make the function faster")
+
+
+class RewardWorker(Worker):
+    """Reward function in a process of its own on this machine."""
+
+    _process: subprocess.Popen[bytes] | None = None
+    _connection: Connection | None = None
+
+    def kill(self) -> None:
+        process = self._process
+        # Not `poll()`: while a dead leader is unreaped its group can still be killed, and a child that it forked may be
+        # what holds the connection open.
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _gone(self) -> str | None:
+        return self._ending() if self._process is not None and self._process.poll() is not None else None
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._ask_to_stop(self._process)
+            self._discard()
+
+    def _spawn(self) -> None:
+        ours, theirs = Pipe()
+        path = json.dumps(path_without_siblings())
+        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), self._function, path]
+        # A session of its own: Ctrl-C reaches only the run, and a kill reaches what the function started.
+        self._process = subprocess.Popen(
+            command, cwd=self._folder, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True)
+        theirs.close()
+        self._connection = ours
+
+    def _exchange(self, message: dict[str, Any] | None, timeout_s: float, what: str, stop: Stop) -> Any:
         assert self._connection is not None
         answer = None
         with self._limit(timeout_s) as expired, stop.calls(self.kill):
@@ -168,12 +211,10 @@ class RewardWorker:
                 pass  # the process is dead, by its own doing, by the limit or by the stop
         if stop.is_set():
             self._discard()
-            raise RewardCallError(f"{self.label}: {what} was stopped from outside and its worker was killed")
+            raise self._stopped(what)
         if expired.is_set():
             self._discard()
-            raise RewardTimeoutError(
-                f"{self.label}: {what} took longer than {timeout_s:g} s and its worker was killed; "
-                "raise timeout_s, score fewer completions per call, or make the function faster")
+            raise self._too_long(what, timeout_s)
         if answer is None:
             ending = self._ending()
             self._discard()

@@ -19,6 +19,7 @@ from frpo.cluster.rank import Ranks
 from frpo.cluster.ray_ranks import RayRanks
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.cluster.runtime import choose_device, ray_session
+from frpo.cluster.scorers import check_actors, workers_of
 from frpo.cluster.team import TeamRanks, device_here, in_team
 from frpo.config.loader import AnyRecipe
 from frpo.config.memory import memory_strategy
@@ -45,6 +46,8 @@ from frpo.learner.model import (
 from frpo.learner.router import balance_coefficient
 from frpo.learner.tiny import tiny_model
 from frpo.rewards import RewardSpec, RewardSuite, ScoreReport
+from frpo.rewards.pool import WorkersOf, processes_of
+from frpo.rewards.protocol import ActorSpec
 from frpo.rewards.trial import constant_rewards
 from frpo.rollout.episodes import load_hook
 from frpo.rollout.sampler import Sampler
@@ -333,17 +336,28 @@ def engine_pool(recipe: Recipe, model_path: str, device: str, places: Places) ->
         pool.close()
 
 
-def reward_suite(recipe: Recipe, prompts: PromptSet) -> RewardSuite:
-    """Make the suite of the recipe's reward functions, each of which runs in its own process."""
-    specs = [RewardSpec(**reward.model_dump()) for reward in recipe.rewards]
+def reward_suite(recipe: Recipe, prompts: PromptSet, workers: WorkersOf = processes_of) -> RewardSuite:
+    """Make the suite of the recipe's reward functions. By default each runs in its own process on this machine."""
+    specs = [RewardSpec(**reward.model_dump(exclude={"actor"}),
+                        actor=None if reward.actor is None else ActorSpec(**reward.actor.model_dump()))
+             for reward in recipe.rewards]
     columns = sorted({name for prompt in prompts.train + prompts.heldout for name in prompt.columns})
-    return RewardSuite(specs, columns=columns)
+    return RewardSuite(specs, columns=columns, workers=workers)
 
 
 @contextmanager
-def tried_rewards(recipe: Recipe, prompts: PromptSet) -> Iterator[RewardSuite]:
-    """Start the reward functions and try them; end them with the context."""
-    with reward_suite(recipe, prompts) as rewards:
+def tried_rewards(recipe: Recipe, prompts: PromptSet, actors: bool = True) -> Iterator[RewardSuite]:
+    """Start the reward functions and try them; end them with the context.
+
+    If a reward has actors, Ray is started too. actors: False puts all functions into processes on this machine.
+    """
+    with ExitStack() as stack:
+        workers: WorkersOf = processes_of
+        if actors and any(reward.actor is not None for reward in recipe.rewards):
+            stack.enter_context(ray_session())
+            check_actors(recipe)
+            workers = workers_of
+        rewards = stack.enter_context(reward_suite(recipe, prompts, workers))
         try_rewards(rewards, recipe, prompts)
         yield rewards
 

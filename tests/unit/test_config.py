@@ -263,6 +263,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(base, override, m
     ("data.selection.revisit=0", "data.selection.revisit: should be greater than 0, given 0"),
     ("data.selection.momentum=1", "data.selection.momentum: should be less than 1, given 1"),
     ("rewards=[{name: a, function: b, processes: 0}]", "rewards.0.processes: should be greater than or equal to 1"),
+    ("rewards=[{name: a, function: b, processes: 2, actor: {}}]", "processes = 2 has no effect with actor; set"),
+    ("rewards=[{name: a, function: b, actor: {gpus: 1.5}}]", "a part of one GPU or whole GPUs, given 1.5; set it to 1"),
     ("data.selection={low: 0.9, high: 0.1}", "data.selection: low = 0.9 is above high = 0.1, so every prompt"),
     ("model.tiny.hidden_size=90", "model.tiny: hidden_size = 90 with num_heads = 3: rollout engines on CPU need"),
 ])
@@ -322,7 +324,8 @@ SAME = ["run.name=other", "run.dir=elsewhere", "run.num_steps=7", "run.save_ever
         "learner.num_ranks=1", "learner.deepspeed=zero3_offload", "learner.micro_batch_tokens=99", "learner.threads=9",
         "learner.gradient_checkpointing=true", "rollout.num_engines=2", "weight_sync.bucket_mb=7",
         "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, timeout_s: 5}]",
-        "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, processes: 3}]"]
+        "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, processes: 3}]",
+        "rewards=[{name: exact, function: 'a.b:c', kwargs: {tolerance: 1e-6}, actor: {gpus: 0.5, count: 2}}]"]
 OTHER = ["run.seed=1", "model.path=models/other", "data.limit=9", "data.selection={}", "data.heldout_overlap=keep",
          "rollout.group_size=8", "learner.lr=1e-3",
          "model.dtype=fp32", "objective.advantage.lam=3.0", "objective.advantage.name=grpo", "shuffle_rewards=true",

@@ -87,6 +87,16 @@ def test_what_is_not_started_needs_nothing(machine, caplog):
     assert choose_device(recipe(), learner=False) == "cuda" and not caplog.records
 
 
+def test_gpus_of_reward_actors_come_in_addition(machine):
+    actors = "rewards=[{name: scored, function: 'a:b', actor: {gpus: 0.5, count: 3}}]"
+    machine(4)
+    with pytest.raises(ConfigError, match=r"needs 5 GPUs \(.*, learner.num_ranks = 2, rewards\[\].actor.gpus = 2\), "
+                                          "but the cluster has 4"):
+        choose_device(recipe("cuda", actors))
+    machine(5)
+    assert choose_device(recipe("cuda", actors)) == "cuda"
+
+
 @pytest.mark.parametrize("given, seen", [
     ("", ""), ("-1", ""), ("none", ""), ("NoDevFiles", ""), (" ", ""), ("0,1", "0,1"), ("0, 1", "0,1"),
     ("0,-1,1", "0"), ("GPU-8932f937,MIG-3f", "GPU-8932f937,MIG-3f")])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from frpo.cluster.placement import Node, assign, bundles_of, table
+from frpo.cluster.placement import Node, assign, bundles_of, reward_gpus, table
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
 from frpo.errors import ConfigError
@@ -65,6 +65,25 @@ def test_roles_can_be_bound_to_nodes():
 def test_what_cannot_be_placed_is_told_with_the_keys_to_change(asked, gpus, message):
     with pytest.raises(ConfigError, match=message):
         planned(recipe(**asked), *gpus)
+
+
+def with_actors(*actors):
+    rewards = [{"name": f"r{number}", "function": "a:b", "actor": actor} for number, actor in enumerate(actors)]
+    return load_recipe("smoke", [f"rewards={json.dumps(rewards)}"])
+
+
+@pytest.mark.parametrize("actors, gpus", [
+    ([None], 0), ([{}], 0), ([{"gpus": 0.5, "count": 2}], 1), ([{"gpus": 0.5, "count": 3}], 2),
+    ([{"gpus": 0.6, "count": 2}], 2), ([{"gpus": 0.4, "count": 2}, {"gpus": 0.6, "count": 2}], 2),
+    ([{"gpus": 0.1, "count": 10}], 1), ([{"gpus": 2, "count": 2}, {"gpus": 0.25}], 5)])
+def test_actors_of_rewards_share_gpus_where_they_fit(actors, gpus):
+    assert reward_gpus(with_actors(*actors)) == gpus
+
+
+def test_gpus_that_actors_of_rewards_hold_are_named_where_too_few_are_free():
+    with pytest.raises(ConfigError, match=r"but 1 are free: 10.0.0.1 has 1 \(reward actors hold 2 more, rewards\[\]\."
+                                          r"actor\.gpus\); lower them"):
+        assign(bundles_of(recipe(ranks=1)), nodes(1), held=2)
 
 
 @pytest.mark.parametrize("overrides, message", [

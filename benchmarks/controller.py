@@ -29,7 +29,7 @@ from frpo.data.layout import Layout
 from frpo.objectives.frpo import FRPO
 from frpo.objectives.stage import compute_advantages
 from frpo.rewards import RewardSpec, RewardSuite
-from frpo.rewards.values import check_values, nonfinite, portable
+from frpo.rewards.values import check_values, portable, unusable
 from frpo.run.traces import trace_rows
 from frpo.telemetry.jsonl import JsonlFile
 from frpo.telemetry.step import rollout_metrics
@@ -136,7 +136,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def values_of(returned: list[float], uids: Sequence[str]) -> np.ndarray:
     """What a call's return value goes through on its way to rewards, less its journey between the processes."""
     values = portable(returned)
-    nonfinite(values)
+    unusable(values)
     return check_values(values, uids)
 
 

@@ -46,7 +46,7 @@ BEAVER_LENGTH = 512
 
 def scores(prompts: Sequence[Text], completions: Sequence[Text], model: str, device: str | None = None,
            dtype: str | None = None, batch_tokens: int = 8192, threads: int | None = None, negate: bool = False,
-           ) -> Values:
+           sigmoid: bool = False) -> Values:
     """Score each completion with a sequence classifier of one label. The score is that of the answer's last token.
 
     model: folder or hub id: an export of `frpo reward-model`, another `*ForSequenceClassification` with a `score`
@@ -56,21 +56,29 @@ def scores(prompts: Sequence[Text], completions: Sequence[Text], model: str, dev
     batch_tokens: most tokens of a batch, with padding.
     threads: threads of torch on the CPU; None leaves torch's own choice.
     negate: turn the sign, so that a reward model of harmlessness serves as a cost.
+    sigmoid: return the sigmoid of the score, which lies between 0 and 1.
 
     Raises ModelError if the model cannot be used, or if its tokenizer has another chat template than in training.
     """
     scorer = _scorer(model, device, dtype, threads)
     rows = [scorer.tokens(prompt, _text(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
     sign = -1.0 if negate else 1.0
-    return scorer.measured(rows, batch_tokens, lambda last_BD: (sign * scorer.head(last_BD)[:, 0]).tolist())
+
+    def values(last_BD: Tensor) -> Values:
+        score_B = sign * scorer.head(last_BD)[:, 0]
+        return (score_B.sigmoid() if sigmoid else score_B).tolist()
+
+    return scorer.measured(rows, batch_tokens, values)
 
 
-def judged(prompts: Sequence[Text], completions: Sequence[Text], model: str, template: str,
-           choices: Mapping[str, float], device: str | None = None, dtype: str | None = None, batch_tokens: int = 8192,
-           threads: int | None = None, chat: bool | None = None, least_mass: float = 0.0) -> Values:
+def judged(prompts: Sequence[Text], completions: Sequence[Text], model: str, choices: Mapping[str, float],
+           template: str | None = None, template_file: str | None = None, device: str | None = None,
+           dtype: str | None = None, batch_tokens: int = 8192, threads: int | None = None, chat: bool | None = None,
+           least_mass: float = 0.0) -> Values:
     """Ask a causal language model about each completion. The score is sum p_k v_k / sum p_k over the choices.
 
-    template: the question, with {prompt} and {completion}. Other braces are text.
+    template, template_file: the question, with {prompt} and {completion}, or a file that holds it. Other braces are
+        text. Give one of the two.
     choices: the first token of each possible answer -> its value, such as {"Yes": 1.0, "No": 0.0}.
     chat: whether the question is a user's message in the judge's chat template; None: if the judge has one.
     least_mass: abstain if the choices together have a smaller probability than this.
@@ -78,6 +86,7 @@ def judged(prompts: Sequence[Text], completions: Sequence[Text], model: str, tem
 
     Raises ModelError if the model cannot be used, or if a choice is not exactly one token.
     """
+    template = _template(template, template_file)
     judge = _judge(model, device, dtype, threads)
     questions = _questions(prompts, completions, template)
     by_template = bool(judge.tokenizer.chat_template) if chat is None else chat
@@ -243,6 +252,19 @@ def _facts(path: str) -> ScorerFacts | None:
     found = cached_file(path, FILE, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
                         _raise_exceptions_for_connection_errors=False)
     return None if found is None else ScorerFacts.read(Path(found).parent)
+
+
+def _template(template: str | None, file: str | None) -> str:
+    if (template is None) == (file is None):
+        raise ModelError(f"a judge needs its question in template or in template_file, given "
+                         f"{'neither' if file is None else 'both'}")
+    if file is None:
+        return template or ""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"template_file {file!r} cannot be read: {error.strerror}; give the file with the judge's "
+                         "question") from None
 
 
 def _questions(prompts: Sequence[Text], completions: Sequence[Text], template: str) -> Iterator[str]:

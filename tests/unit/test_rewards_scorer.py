@@ -99,6 +99,8 @@ def test_messages_and_texts_are_read_alike_and_negate_turns_the_sign(tmp_path):
     found = scorer.scores(prompts, completions, model)
     assert found == scorer.scores(PROMPTS, COMPLETIONS, model)
     assert scorer.scores(prompts, completions, model, negate=True) == [-value for value in found]
+    squashed = scorer.scores(prompts, completions, model, negate=True, sigmoid=True)
+    assert squashed == pytest.approx([1 / (1 + math.exp(value)) for value in found])
 
 
 def test_the_system_prompt_of_the_training_is_put_before_prompts_without_one(tmp_path):
@@ -270,9 +272,9 @@ def test_a_judges_score_is_the_mean_of_the_values_under_its_probabilities(tmp_pa
     expected = [by_hand(model, text if chat is False else f"<user>{text}<assistant>", choices) for text in texts]
     assert len({round(value, 3) for value, _ in expected}) == 4
     values = [value for value, _ in expected]
-    assert scorer.judged(PROMPTS, COMPLETIONS, model, QUESTION, choices, chat=chat) == pytest.approx(values, abs=1e-5)
+    assert scorer.judged(PROMPTS, COMPLETIONS, model, choices, QUESTION, chat=chat) == pytest.approx(values, abs=1e-5)
     least = sorted(mass for _, mass in expected)[1] * 0.999
-    found = scorer.judged(PROMPTS, COMPLETIONS, model, QUESTION, choices, chat=chat, least_mass=least)
+    found = scorer.judged(PROMPTS, COMPLETIONS, model, choices, QUESTION, chat=chat, least_mass=least)
     assert found == [pytest.approx(value, abs=1e-5) if mass >= least else None for value, mass in expected]
     assert found.count(None) == 1
 
@@ -281,22 +283,35 @@ def test_braces_in_texts_mean_nothing_and_roles_are_written(tmp_path):
     model, choices = judge(tmp_path), {"Y": 1.0, "N": 0.0}
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "{completion}"}]
     text = "<user>{x} system: s\n\nuser: {completion} / {prompt} {0}?<assistant>"
-    found = scorer.judged([messages], ["{prompt} {0}"], model, "{x} {prompt} / {completion}?", choices)
+    found = scorer.judged([messages], ["{prompt} {0}"], model, choices, "{x} {prompt} / {completion}?")
     assert found == pytest.approx([by_hand(model, text, choices)[0]], abs=1e-5)
 
 
 def test_a_choice_of_two_tokens_is_refused(tmp_path):
     model = judge(tmp_path)
     with pytest.raises(ModelError, match=r"the choice '10' is 2 tokens behind the question \(\['1', '0'\]\)"):
-        scorer.judged(PROMPTS, COMPLETIONS, model, QUESTION, {"1": 0.1, "10": 1.0})
+        scorer.judged(PROMPTS, COMPLETIONS, model, {"1": 0.1, "10": 1.0}, QUESTION)
     with pytest.raises(ModelError, match="distinct tokens, at least one"):
-        scorer.judged(PROMPTS, COMPLETIONS, model, QUESTION, {})
+        scorer.judged(PROMPTS, COMPLETIONS, model, {}, QUESTION)
 
 
 @pytest.mark.parametrize("template", ["{prompt}?", "{prompt}: {completion}", "{prompt}: {completion} \n"])
 def test_a_template_without_a_question_is_refused(tmp_path, template):
     with pytest.raises(ModelError, match="needs {completion}, and behind it a text"):
-        scorer.judged(PROMPTS, COMPLETIONS, judge(tmp_path), template, {"1": 1.0})
+        scorer.judged(PROMPTS, COMPLETIONS, judge(tmp_path), {"1": 1.0}, template)
+
+
+def test_the_question_may_be_in_a_file(tmp_path):
+    model, file = judge(tmp_path / "judge"), tmp_path / "question.txt"
+    file.write_text(QUESTION, encoding="utf-8")
+    choices = {"1": 0.0, "2": 1.0}
+    assert scorer.judged(PROMPTS, COMPLETIONS, model, choices, template_file=str(file)) == scorer.judged(
+        PROMPTS, COMPLETIONS, model, choices, QUESTION)
+    for given in ({}, {"template": QUESTION, "template_file": str(file)}):
+        with pytest.raises(ModelError, match="in template or in template_file, given (neither|both)"):
+            scorer.judged(PROMPTS, COMPLETIONS, model, choices, **given)
+    with pytest.raises(ModelError, match=r"template_file '.*none.txt' cannot be read: No such file"):
+        scorer.judged(PROMPTS, COMPLETIONS, model, choices, template_file=str(tmp_path / "none.txt"))
 
 
 # --- in a worker process --------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""One update of CSFT+PA beside one of SFT, with the reference run beside the policy or read from a cache.
+"""One update of CSFT+PA and of a reward model beside one of SFT; the reference is run, or read from a cache.
 
     python benchmarks/finetune_step.py [--rounds 7] [--hidden 512] [--layers 8] [--vocabulary 8192] [--threads 1]
 
 All variants train the same model, made on the spot (a Qwen2 with random weights and a tied head), on the same batches
-in one process, and take turns within a round; the reference of CSFT+PA is another such model. A step is everything from
-a packed batch to the optimizer's update; filling the cache is not part of it and is told apart. ZeRO-1 on one rank, so
-that nothing but the losses differs. Ratios are medians of the paired ratios. Nothing here passes or fails.
+in one process, and take turns within a round; the reference of CSFT+PA is another such model. The reward model learns
+from the same sequences, two by two as pairs. A step is everything from a packed batch to the optimizer's update;
+filling the cache is not part of it and is told apart. ZeRO-1 on one rank, so that nothing but the losses differs.
+Ratios are medians of the paired ratios. Nothing here passes or fails.
 """
 from __future__ import annotations
 
@@ -28,15 +29,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from frpo.cluster.team import TeamRanks
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import recipe_from_dict
-from frpo.data.batcher import pack_examples
+from frpo.config.preference import RewardModelRecipe
+from frpo.data.batcher import pack_examples, pack_pairs
 from frpo.data.layout import Layout
 from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.learner.model import cache_facts
 from frpo.learner.state_cache import StateCache
 from frpo.objectives.supervised import Progress
-from frpo.types import Example
+from frpo.types import Example, Pair
 
-TARGETS = {"CSFT+PA, cached reference": 1.6, "CSFT+PA, live reference": 2.2}
+PAIRS = "reward model, same tokens"
+TARGETS = {PAIRS: 1.05, "CSFT+PA, cached reference": 1.6, "CSFT+PA, live reference": 2.2}
 VARIANTS = {"SFT": ("sft", "live"), "CSFT, live reference": ("csft", "live"),
             "CSFT+PA, cached reference": ("csft_pa", "cache"), "CSFT+PA, live reference": ("csft_pa", "live")}
 PROGRESS = Progress(epochs_done=0.5, num_epochs=1)
@@ -49,18 +52,21 @@ def main() -> None:
         folder = Path(temporary)
         policy, reference = (make_model(given, folder / str(seed), seed) for seed in range(2))
         recipes = {name: recipe_of(given, policy, reference, *variant) for name, variant in VARIANTS.items()}
+        recipes[PAIRS] = reward_recipe_of(given, policy)
         team = TeamRanks(recipes["SFT"], "cpu")
         from frpo.learner.learner import Learner  # deepspeed reads the environment when it is imported
 
-        learners = {name: Learner(recipe, policy, "cpu") for name, recipe in recipes.items()}
+        learners = {name: Learner(recipe.learner_spec, policy, "cpu") for name, recipe in recipes.items()}
         layout = Layout(num_ranks=1, micro_batch_tokens=given.micro_batch_tokens, packed=True)
-        batches = [pack_examples(batch, layout, reduction="token-mean")[0] for batch in make_batches(given)]
+        made = make_batches(given)
+        batches = [pack_examples(batch, layout, reduction="token-mean")[0] for batch in made]
+        pairs = [pack_pairs(as_pairs(batch), layout)[0] for batch in made]
         cached = fill_cache(learners["CSFT+PA, cached reference"], recipes["SFT"], reference, given, batches, folder)
-        seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+        seconds: dict[str, list[float]] = {name: [] for name in recipes}
         for round_number in track(range(given.rounds + 1), description="rounds"):
-            names = list(VARIANTS) if round_number % 2 else list(VARIANTS)[::-1]
+            names = list(recipes) if round_number % 2 else list(recipes)[::-1]
             for name in names:
-                took = one_step(learners[name], batches[round_number])
+                took = one_step(learners[name], (pairs if name == PAIRS else batches)[round_number])
                 if round_number > 0:
                     seconds[name].append(took)
         team.close()
@@ -104,6 +110,20 @@ def recipe_of(given: argparse.Namespace, policy: str, reference: str, objective:
                     "micro_batch_tokens": given.micro_batch_tokens}}, FinetuneRecipe)
 
 
+def reward_recipe_of(given: argparse.Namespace, policy: str) -> RewardModelRecipe:
+    return recipe_from_dict({
+        "model": {"path": policy, "dtype": "fp32", "max_length": given.micro_batch_tokens // 2},
+        "data": {"path": "made.jsonl"}, "learner": {
+            "deepspeed": "zero1", "ranks": "process", "lr": 1e-5, "threads": given.threads,
+            "micro_batch_tokens": given.micro_batch_tokens}}, RewardModelRecipe)
+
+
+def as_pairs(batch: Sequence[tuple[int, Example]]) -> list[tuple[int, Pair]]:
+    """The sequences of a batch, two by two."""
+    return [(index, Pair(uid=one.uid, origin="", first=one.token_ids, second=other.token_ids))
+            for (index, one), (_, other) in zip(batch[::2], batch[1::2])]
+
+
 def make_batches(given: argparse.Namespace) -> list[list[tuple[int, Example]]]:
     """Random tokens; responses of half to one and a half times the mean."""
     random = np.random.Generator(np.random.PCG64(0))
@@ -138,7 +158,10 @@ def fill_cache(learner: Any, recipe: FinetuneRecipe, reference: str, given: argp
 
 def one_step(learner: Any, batch: Any) -> float:
     began = time.perf_counter()
-    learner.supervised_forward_backward(batch, PROGRESS).result()
+    if learner.spec.scores:
+        learner.preference_forward_backward(batch).result()
+    else:
+        learner.supervised_forward_backward(batch, PROGRESS).result()
     learner.optim_step(1000)
     return time.perf_counter() - began
 

@@ -47,6 +47,13 @@ class PreferenceDataSection(Section):
     batch_size: int = Field(
         64, ge=1, description="pairs per optimizer update; the last update of an epoch may have fewer")
 
+    @model_validator(mode="after")
+    def _system_prompt_of_a_chat(self) -> PreferenceDataSection:
+        if self.system_prompt is not None and self.format == "text":
+            raise ValueError("system_prompt is a message of a chat, but format is text; set format to chat, or write "
+                             "the text into the prompts")
+        return self
+
 
 class RewardModelRunSection(FinetuneRunSection):
     name: str = Field("reward_model", description="name of the run, shown in logs")

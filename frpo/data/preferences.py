@@ -192,7 +192,7 @@ def _numbered_answers(row: Row, compares: Compares) -> Judged:
                             f"{LAYOUTS[0]}, or {LAYOUTS[1]}{why}")
     safe = tuple(_flag(row, f"is_response_{index}_safe") for index in (0, 1))
     return Judged(prompt=_prompt(row), answers=(_answer(row, "response_0"), _answer(row, "response_1")),
-                  better=_index(row, "better_response_id"), safer=_index(row, "safer_response_id"),
+                  better=_index(row, "better_response_id"), safer=_index(row, "safer_response_id"), margin=_margin(row),
                   safe=(safe[0], safe[1]))
 
 

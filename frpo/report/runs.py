@@ -38,6 +38,8 @@ MEASURES = {
         metric="eval/kl", interval="eval/kl_interval", tuned=False, beside="eval/reward",
         unless="objective.kl_coef was 0, or evaluate.temperature not 1"),
     "entropy, nats a token": Measure(metric="policy/entropy"), "tokens a completion": Measure(metric="rollout/length"),
+    "constrained cost, training": Measure(metric="constraint/cost"),
+    "multiplier of the cost": Measure(metric="constraint/nu"),
     "accuracy of the order of pairs, training": Measure(metric="preference/accuracy"),
     "accuracy of the order of pairs, held-out": Measure(metric="eval/accuracy", interval="eval/interval"),
     "cross-entropy, training, nats a token": Measure(metric="sft/nll"),

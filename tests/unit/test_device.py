@@ -163,7 +163,7 @@ def test_only_the_first_rank_of_a_launcher_says_why(machine, monkeypatch, caplog
 
 
 FOR_CPU = {"quickstart", "quickstart_downstream", "quickstart_smollm2", "quickstart_smollm2_downstream", "smoke",
-           "smollm2_constraints", "gsm8k_calculator", "finetune_gsm8k",
+           "smollm2_constrained", "smollm2_constraints", "smollm2_harmless", "gsm8k_calculator", "finetune_gsm8k",
            "lab_alignment", "lab_attack", "lab_constrained", "lab_cost_model", "lab_downstream_grpo",
            "lab_downstream_sft", "lab_policy", "lab_reward_model", "lab_warm_start"}
 

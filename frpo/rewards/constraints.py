@@ -1,4 +1,4 @@
-"""Define instruction constraints, which ask for a form of the answer, and score how far completions follow them.
+"""Score how far completions follow constraints, which ask for a form of the answer.
 
 Rules on the text decide all scores. No score depends on whether an answer is true, or good English.
 """
@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+from frpo.data.sets.constraints import CLOSING, INSTRUCTIONS, MOST_WORDS, OPENING
 from frpo.rewards.verifiers import Completions, texts
 
-MOST_WORDS = 12
-OPENING, CLOSING = "Certainly", "That is all."
 PARTIAL = 0.3
 """Credit for a dictated phrase in another place, so that a model which never begins with the phrase can still learn."""
 OWN_WORDS = 4
@@ -20,17 +18,6 @@ OWN_WORDS = 4
 WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 BULLET = re.compile(r"^[ \t]*[-*\u2022][ \t]+\S", re.MULTILINE)
 QUOTES = '"\u201c\u201d'
-
-
-@dataclass(frozen=True, kw_only=True)
-class Constraint:
-    """Constraint of an answer. instruction: the sentence in a prompt.
-
-    degree: text -> how far the text follows the instruction; 1.0 if, and only if, it follows fully.
-    """
-
-    instruction: str
-    degree: Callable[[str], float]
 
 
 def _no_commas(text: str) -> float:
@@ -63,26 +50,23 @@ def _quoted(text: str) -> float:
     return 0.5 if ends == 2 and any(mark in text[1:-1] for mark in QUOTES) else ends / 2
 
 
-CONSTRAINTS: Mapping[str, Constraint] = {
-    "no_commas": Constraint(instruction="Use no commas.", degree=_no_commas),
-    "few_words": Constraint(instruction=f"Use at most {MOST_WORDS} words.", degree=_few_words),
-    "two_bullets": Constraint(instruction="Write exactly two bullet points.", degree=_two_bullets),
-    "opening": Constraint(instruction=f"Begin with the word {OPENING}.", degree=_opening),
-    "closing": Constraint(instruction=f'End with "{CLOSING}"', degree=_closing),
-    "quoted": Constraint(instruction="Write it as a quotation in quotation marks.", degree=_quoted),
-}
+DEGREES: Mapping[str, Callable[[str], float]] = {
+    "no_commas": _no_commas, "few_words": _few_words, "two_bullets": _two_bullets, "opening": _opening,
+    "closing": _closing, "quoted": _quoted}
+"""Name of a constraint -> function (text) -> how far it follows the instruction; 1.0 only if it follows fully."""
+assert {*DEGREES} == {*INSTRUCTIONS}
 
 
 def follows(completions: Completions, constraint: Sequence[str | None], graded: bool = True) -> list[float | None]:
     """Score, from 0.0 to 1.0, how far each completion follows the constraint named in its row's column `constraint`.
 
     graded: False gives 1.0 if the constraint is fully followed, else 0.0. A completion that is no answer (OWN_WORDS)
-    scores 0.0. The score is None if the row has no constraint. Raises ValueError for a name that is not in CONSTRAINTS.
+    scores 0.0. The score is None if the row has no constraint. Raises ValueError for a name that is not in DEGREES.
     """
-    unknown = {name for name in constraint if name is not None} - {*CONSTRAINTS}
+    unknown = {name for name in constraint if name is not None} - {*DEGREES}
     if unknown:
-        raise ValueError(f"constraint {min(unknown)!r} is not one of {', '.join(CONSTRAINTS)}")
-    degrees = [None if name is None else CONSTRAINTS[name].degree(text.strip()) * is_answer(text)
+        raise ValueError(f"constraint {min(unknown)!r} is not one of {', '.join(DEGREES)}")
+    degrees = [None if name is None else DEGREES[name](text.strip()) * is_answer(text)
                for text, name in zip(texts(completions), constraint, strict=True)]
     return degrees if graded else [None if degree is None else float(degree == 1.0) for degree in degrees]
 

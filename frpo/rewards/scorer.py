@@ -1,8 +1,9 @@
 """Score completions with a model: a reward model (`scores`), or a language model that judges (`judged`).
 
-A recipe names these functions, and a worker process loads this file. No module imports it, so it may use the rooms
-above `rewards`. A process loads a model at its first call and keeps it. A sequence that is longer than the model's
-window gets None, which abstains. B: sequences of a batch; D: width; V: size of the vocabulary; K: number of choices.
+A recipe names these functions, and only a worker process loads this file. A process loads a model at its first call and
+keeps it. A sequence that is longer than the model's window gets None, which abstains.
+
+B: sequences of a batch; D: width; V: size of the vocabulary; K: number of choices.
 """
 from __future__ import annotations
 

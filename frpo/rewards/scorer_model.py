@@ -1,6 +1,6 @@
 """Load a model that scores, with its tokenizer, and compute the states of the last tokens of sequences.
 
-Only `scorer` imports this module, and recipes' functions only `scorer`; so both may use the rooms above `rewards`.
+Only `scorer` imports this module.
 B: sequences of a batch; L: tokens of its longest sequence; D: width.
 """
 from __future__ import annotations

@@ -33,9 +33,9 @@ CHECKED_PUSHES = 2
 second push shows that all weights are replaced."""
 
 
-SAME_FUNCTION: Mapping[str, Gap] = {"fp32": (2e-4, 1e-2), "bf16": (5e-2, 2.0)}
+SAME_FUNCTION: Mapping[str, Gap] = {"fp32": (2e-4, 1e-2), "bf16": (1e-1, 2.0)}
 """Largest |log-prob difference| in nats that rounding explains between two ways to compute the same function: mean and
-largest over all tokens."""
+largest over all tokens. bf16: SmolLM2-135M on a CPU differs by 0.050 and 0.58."""
 EXPORT_GAP = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest difference of scores that rounding explains, where the largest score is 1 or less."""
 PROBED_SEQUENCES, PROBED_TOKENS = 3, 512

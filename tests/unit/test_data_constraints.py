@@ -5,21 +5,21 @@ import pytest
 
 from frpo.data.sets.constraints import HELDOUT_TOPICS, TRAINING_TOPICS, heldout_rows, training_rows
 from frpo.data.source import read_rows
-from frpo.rewards.constraints import CONSTRAINTS, names_topic
+from frpo.rewards.constraints import DEGREES, names_topic
 
 
 def test_every_training_topic_comes_with_every_constraint_in_seeded_order():
     rows = training_rows(None, 0)
-    assert {(row["topic"], row["constraint"]) for row in rows} == {(t, c) for t in TRAINING_TOPICS for c in CONSTRAINTS}
-    assert len(rows) == len(set(TRAINING_TOPICS)) * len(CONSTRAINTS) and len(set(TRAINING_TOPICS)) > 150
+    assert {(row["topic"], row["constraint"]) for row in rows} == {(t, c) for t in TRAINING_TOPICS for c in DEGREES}
+    assert len(rows) == len(set(TRAINING_TOPICS)) * len(DEGREES) and len(set(TRAINING_TOPICS)) > 150
     assert training_rows(9, 0) == rows[:9] != training_rows(9, 1)
-    assert {len({row["constraint"] for row in rows[:30]})} == {len(CONSTRAINTS)}
+    assert {len({row["constraint"] for row in rows[:30]})} == {len(DEGREES)}
 
 
 def test_heldout_topics_are_no_training_topics_and_share_the_constraints_evenly():
     rows = heldout_rows(None, 0)
     assert [row["topic"] for row in rows] == list(HELDOUT_TOPICS) and not set(HELDOUT_TOPICS) & set(TRAINING_TOPICS)
-    assert set(Counter(row["constraint"] for row in rows).values()) == {len(rows) // len(CONSTRAINTS)}
+    assert set(Counter(row["constraint"] for row in rows).values()) == {len(rows) // len(DEGREES)}
     assert heldout_rows(2, 5) == rows[:2]
 
 

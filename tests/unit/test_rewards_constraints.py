@@ -1,9 +1,9 @@
 """Each constraint on texts whose degree is plain to a reader, and what earns nothing."""
 import pytest
 
-from frpo.rewards.constraints import CONSTRAINTS, follows, is_answer, names_topic
+from frpo.rewards.constraints import DEGREES, follows, is_answer, names_topic
 
-DEGREES = {
+CASES = {
     "no_commas": {"Rain falls on the hills.": 1, "Rain, wind fall on hills.": 1 / 2, "Rain, wind, fog, hail.": 1 / 4},
     "few_words": {"a1 a2 a3 a4 a5 a6 a7 a8 a9 b1 b2 b3": 1, "a1 a2 a3 a4 a5 a6 a7 a8 a9 b1 b2 b3 b4": 12 / 13,
                   "It's well-known that rain that we've had falls down-hill in north-west winds": 1},
@@ -24,14 +24,14 @@ DEGREES = {
 
 
 @pytest.mark.parametrize("name, text, degree", [
-    (name, *case) for name, cases in DEGREES.items() for case in cases.items()])
+    (name, *case) for name, cases in CASES.items() for case in cases.items()])
 def test_degrees(name, text, degree):
     assert follows([text], [name]) == pytest.approx([degree])
     assert follows([text], [name], graded=False) == [float(degree == 1)]
 
 
 def test_every_constraint_is_tested():
-    assert set(DEGREES) == set(CONSTRAINTS)
+    assert set(CASES) == set(DEGREES)
 
 
 @pytest.mark.parametrize("name, text", [

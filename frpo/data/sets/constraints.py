@@ -1,12 +1,21 @@
-"""Generate prompts that ask to write about a topic and to follow one constraint of `frpo.rewards.constraints`.
+"""Generate prompts that ask to write about a topic and to follow one constraint.
 
-No held-out topic is a training topic. This module does not judge answers.
+No held-out topic is a training topic. This module does not judge answers; `frpo.rewards.constraints` does.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from frpo.rewards.constraints import CONSTRAINTS
+MOST_WORDS = 12
+OPENING, CLOSING = "Certainly", "That is all."
+
+INSTRUCTIONS: Mapping[str, str] = {
+    "no_commas": "Use no commas.", "few_words": f"Use at most {MOST_WORDS} words.",
+    "two_bullets": "Write exactly two bullet points.", "opening": f"Begin with the word {OPENING}.",
+    "closing": f'End with "{CLOSING}"', "quoted": "Write it as a quotation in quotation marks."}
+"""Name of a constraint -> the sentence in a prompt."""
 
 _TRAINING = """
     acorns airports ants apples arrows autumn balloons bamboo bananas bands baskets beans bears bees bells bicycles
@@ -35,7 +44,7 @@ TRAINING_TOPICS, HELDOUT_TOPICS = tuple(_TRAINING.split()), tuple(_HELDOUT.split
 
 def training_rows(limit: int | None, seed: int) -> list[dict[str, str]]:
     """Return rows of every training topic with every constraint, in seeded order, or the first `limit` rows."""
-    rows = [_row(topic, constraint) for topic in TRAINING_TOPICS for constraint in CONSTRAINTS]
+    rows = [_row(topic, constraint) for topic in TRAINING_TOPICS for constraint in INSTRUCTIONS]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
     return [rows[i] for i in order[:limit]]
 
@@ -45,10 +54,10 @@ def heldout_rows(limit: int | None, seed: int) -> list[dict[str, str]]:
 
     The rows do not depend on `seed`.
     """
-    names = list(CONSTRAINTS)
+    names = list(INSTRUCTIONS)
     return [_row(topic, names[number % len(names)]) for number, topic in enumerate(HELDOUT_TOPICS)][:limit]
 
 
 def _row(topic: str, constraint: str) -> dict[str, str]:
-    prompt = f"Write one or two sentences about {topic}. {CONSTRAINTS[constraint].instruction}"
+    prompt = f"Write one or two sentences about {topic}. {INSTRUCTIONS[constraint]}"
     return {"prompt": prompt, "topic": topic, "constraint": constraint}

@@ -26,6 +26,8 @@ LONGEST_PAUSE_S = 30.0
 Result = TypeVar("Result")
 Body = Mapping[str, Any]
 
+logger = logging.getLogger(__name__)
+
 _AGAIN = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError)
 _SECRET = re.compile(
     r"(key|token|secret|passw(or)?d|pwd|auth|authorization|credentials?|sig|signature)(?![a-z])|^code$", re.IGNORECASE)
@@ -55,6 +57,7 @@ class Endpoint:
     timeout_s: float
     retries: int
     backoff_s: float
+    partial: bool = False
 
     def __post_init__(self) -> None:
         check_number("max_concurrent", self.max_concurrent, 1, whole=True)
@@ -72,15 +75,27 @@ class Endpoint:
         """Return the first 80 characters in quotes, without the key."""
         return repr(self._hidden(text)[:80])
 
-    async def ask(self, bodies: Sequence[Body], read: Reader[Result]) -> list[Result]:
-        """Send each body and return what `read` makes of its answer, in order. The first error cancels the others."""
+    async def ask(self, bodies: Sequence[Body], read: Reader[Result]) -> list[Result | None]:
+        """Send each body and return what `read` makes of its answer, in order.
+
+        The first error cancels the others. With `partial` a failed request gives None, and a warning counts these; if
+        all fail, the first error is raised.
+        """
         contents = [_encoded(body) for body in bodies]
         _quiet(logging.getLogger("httpx"))
         turn = asyncio.Semaphore(self.max_concurrent)
 
-        async def one(body: Body, content: bytes) -> Result:
+        failed: list[RewardError] = []
+
+        async def one(body: Body, content: bytes) -> Result | None:
             async with turn:
-                return self._read(await self._answer(client, content), body, read)
+                try:
+                    return self._read(await self._answer(client, content), body, read)
+                except RewardError as error:
+                    failed.append(error)
+                    if not self.partial or len(failed) == len(bodies):
+                        raise
+                    return None
 
         async with self._client() as client:
             try:
@@ -88,6 +103,9 @@ class Endpoint:
                     running = [tasks.create_task(one(*pair)) for pair in zip(bodies, contents, strict=True)]
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
+        if failed:
+            logger.warning("%d of %d requests failed, the first: %s; their completions abstain", len(failed),
+                           len(bodies), failed[0])
         return [task.result() for task in running]
 
     def _hidden(self, text: str) -> str:

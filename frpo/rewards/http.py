@@ -10,13 +10,16 @@ retries: further tries of a request after a lost connection, a time-out, status 
     2xx is an error at once.
 backoff_s: pause before the first retry, doubled for each next one, with jitter. If the server's Retry-After is longer,
     it is obeyed. No pause is longer than 30 s. A request that pauses counts as running.
+partial: true: a request that fails for good costs only its own completions their scores. They abstain, and a warning
+    counts the requests. If all requests of a call fail, the call fails.
 
 A request takes at most (retries + 1) * timeout_s, and the pauses. A call with more than `max_concurrent` requests takes
 several times as long. The recipe's `rewards[].timeout_s` limits the whole call: beyond, frpo kills the worker process.
 Retries happen within one call only.
 
-The first request that fails for good ends the call: the others are cancelled, and RewardError is raised. The recipe's
-`on_error` then decides about all completions of the call. NaN and infinity in an answer are left to frpo's own checks.
+Without `partial`, the first request that fails for good ends the call: the others are cancelled, and RewardError is
+raised. The recipe's `on_error` then decides about all completions of the call. NaN and infinity in an answer are left
+to frpo's own checks.
 """
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ _RENAME = "a data column of this name needs data.rename"
 async def scores(
     prompts: Prompts, completions: Completions, url: str, columns: Sequence[str] = (), key_env: str | None = None,
     max_concurrent: int = 16, batch_size: int = 64, timeout_s: float = 30.0, retries: int = 3, backoff_s: float = 0.5,
-    **data_columns: Any,
+    partial: bool = False, **data_columns: Any,
 ) -> list[float | None]:
     """Return the scores that a server gives: POST {"prompts", "completions", "columns"} -> {"scores": [...]}.
 
@@ -54,25 +57,25 @@ async def scores(
     For the other arguments see the module. Raises RewardError for a wrong argument and for a failed request.
     """
     server = Endpoint(url=url, key_env=key_env, max_concurrent=max_concurrent, timeout_s=timeout_s, retries=retries,
-                      backoff_s=backoff_s)
+                      backoff_s=backoff_s, partial=partial)
     check_number("batch_size", batch_size, 1, whole=True)
     _check_columns(scores, data_columns, len(completions))
     if isinstance(columns, str) or not isinstance(columns, Sequence):
         raise RewardError(f"columns must be a list of names of data columns, given {columns!r:.80}")
     for name in columns:
         _check_known("columns", name, data_columns)
+    parts = _parts(len(completions), batch_size)
     answers = await server.ask([
         {"prompts": prompts[part], "completions": completions[part],
-         "columns": {name: data_columns[name][part] for name in columns}}
-        for part in _parts(len(completions), batch_size)], _read_scores)
-    return [score for answer in answers for score in answer]
+         "columns": {name: data_columns[name][part] for name in columns}} for part in parts], _read_scores)
+    return _joined(answers, parts)
 
 
 async def judged(
     prompts: Prompts, completions: Completions, url: str, model: str, template: str, pattern: str | None = None,
     choices: Mapping[str, float] | None = None, temperature: float | None = 0.0, max_tokens: int | None = 512,
     extra_body: Mapping[str, Any] | None = None, key_env: str | None = None, max_concurrent: int = 16,
-    timeout_s: float = 30.0, retries: int = 3, backoff_s: float = 0.5, **data_columns: Any,
+    timeout_s: float = 30.0, retries: int = 3, backoff_s: float = 0.5, partial: bool = False, **data_columns: Any,
 ) -> list[float | None]:
     """Return the scores that a language model gives as a judge: one request for each completion.
 
@@ -89,7 +92,7 @@ async def judged(
     Raises RewardError for a wrong argument and for a failed request.
     """
     server = Endpoint(url=url, path="/chat/completions", key_env=key_env, max_concurrent=max_concurrent,
-                      timeout_s=timeout_s, retries=retries, backoff_s=backoff_s)
+                      timeout_s=timeout_s, retries=retries, backoff_s=backoff_s, partial=partial)
     _check_columns(judged, data_columns, len(completions))
     _check_text("model", model)
     read = _reader(pattern, choices)
@@ -100,8 +103,8 @@ async def judged(
     replies = await server.ask(
         [{"model": model, "messages": [{"role": "user", "content": text}], **settings, **(extra_body or {})}
          for text in asked.values()], _read_reply)
-    found = {index: read(reply) for index, reply in zip(asked, replies, strict=True)}
-    unread = [reply for reply, score in zip(replies, found.values(), strict=True) if score is None]
+    found = {index: None if reply is None else read(reply) for index, reply in zip(asked, replies, strict=True)}
+    unread = [reply for reply, score in zip(replies, found.values()) if reply is not None and score is None]
     if unread:
         logger.warning("%s: %d of %d replies hold no score, the first is %s; their completions abstain",
                        server.label, len(unread), len(replies), server.quoted(unread[0]))
@@ -111,8 +114,8 @@ async def judged(
 async def moderated(
     completions: Completions, url: str, model: str | None = None, category: str | None = None,
     key_env: str | None = None, max_concurrent: int = 16, batch_size: int = 32, timeout_s: float = 30.0,
-    retries: int = 3, backoff_s: float = 0.5,
-) -> list[float]:
+    retries: int = 3, backoff_s: float = 0.5, partial: bool = False,
+) -> list[float | None]:
     """Return 1.0 for each completion that a moderator flags, else 0.0. This is a cost: give it a negative weight.
 
     url: base of an OpenAI-compatible API, such as "https://api.openai.com/v1"; "/moderations" is added. Prompts are not
@@ -123,21 +126,27 @@ async def moderated(
     For the other arguments see the module. Raises RewardError for a wrong argument and for a failed request.
     """
     server = Endpoint(url=url, path="/moderations", key_env=key_env, max_concurrent=max_concurrent,
-                      timeout_s=timeout_s, retries=retries, backoff_s=backoff_s)
+                      timeout_s=timeout_s, retries=retries, backoff_s=backoff_s, partial=partial)
     check_number("batch_size", batch_size, 1, whole=True)
     for name, value in (("model", model), ("category", category)):
         _check_text(name, value, optional=True)
     sent = {index: text for index, text in enumerate(texts(completions)) if text.strip()}
     inputs = [*sent.values()]
-    answers = await server.ask(
-        [{"input": inputs[part], **({} if model is None else {"model": model})}
-         for part in _parts(len(inputs), batch_size)], lambda answer, body: _read_flags(answer, body, category))
-    found = dict(zip(sent, (score for answer in answers for score in answer), strict=True))
+    parts = _parts(len(inputs), batch_size)
+    answers = await server.ask([{"input": inputs[part], **({} if model is None else {"model": model})}
+                                for part in parts], lambda answer, body: _read_flags(answer, body, category))
+    found = dict(zip(sent, _joined(answers, parts), strict=True))
     return [found.get(index, 0.0) for index in range(len(completions))]
 
 
 def _parts(count: int, size: int) -> list[slice]:
-    return [slice(first, first + size) for first in range(0, count, size)]
+    return [slice(first, min(count, first + size)) for first in range(0, count, size)]
+
+
+def _joined(answers: Sequence[Sequence[float | None] | None], parts: Sequence[slice]) -> list[float | None]:
+    """Join the scores of all requests. A failed request has None for each of its completions."""
+    return [score for answer, part in zip(answers, parts, strict=True)
+            for score in ([None] * (part.stop - part.start) if answer is None else answer)]
 
 
 def _read_scores(answer: Any, body: Body) -> list[float | None]:

@@ -313,6 +313,24 @@ def test_an_answer_of_another_form_is_an_error_at_once(server, content, end):
 # Secrets
 
 
+@pytest.mark.parametrize("broken", [(500, "down"), (200, "{"), (200, {"scores": []})])
+def test_with_partial_a_failed_request_costs_only_its_own_completions(server, caplog, broken):
+    server.answer = lambda body, _: broken if body["completions"] == ["bb"] else (200, {"scores": [1.0]})
+    assert ask(server, "a", "bb", "ccc", batch_size=1, retries=1, partial=True) == [1, None, 1]
+    assert "1 of 3 requests failed, the first: http://127.0.0.1" in caplog.text
+    server.answer = lambda body, _: broken
+    assert "answered status" in error_of(server, "a", "bb", batch_size=1, retries=0, partial=True)
+
+
+def test_with_partial_judge_and_moderator_abstain_alike(server):
+    reply = {"choices": [{"message": {"content": "0.5"}}]}
+    server.answer = lambda body, _: (400, "no") if "bb" in body["messages"][0]["content"] else (200, reply)
+    asked = {"function": judged, "model": "m", "template": "{completion}?", "partial": True}
+    assert ask(server, "a", "bb", "ccc", **asked) == [0.5, None, 0.5]
+    server.answer = lambda body, _: (400, "no") if "bb" in body["input"] else (200, {"results": [{"flagged": True}]})
+    assert ask(server, "a", "bb", " ", function=moderated, batch_size=1, partial=True) == [1, None, 0]
+
+
 def test_the_key_reaches_the_server_and_no_message(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
     assert ask(server, "a", key_env="JUDGE_KEY") == [1]

@@ -18,8 +18,8 @@ def draw_calibration(bins: Sequence[tuple[float, float, int]], scores: Mapping[s
     left.plot([0.5, 1], [0.5, 1], color="grey", linewidth=1, linestyle="dotted", label="perfect calibration")
     if bins:
         confidence, right_share, counts = map(np.array, zip(*bins))
-        left.errorbar(confidence, right_share, yerr=1.96 * np.sqrt(right_share * (1 - right_share) / counts),
-                      marker="o", markersize=4, capsize=3, label="held-out pairs")
+        left.errorbar(confidence, right_share, yerr=_wilson(right_share, counts), marker="o", markersize=4, capsize=3,
+                      label="held-out pairs")
     left.set(xlabel="confidence in the order, sigmoid of the difference", ylabel="share of pairs ordered rightly")
     left.legend(frameon=False, fontsize=8)
     edges = np.histogram_bin_edges(np.concatenate([*scores.values()]), bins=30).tolist()
@@ -32,3 +32,11 @@ def draw_calibration(bins: Sequence[tuple[float, float, int]], scores: Mapping[s
     figure.savefig(picture, dpi=130)
     plt.close(figure)
     return picture
+
+
+def _wilson(share_B: np.ndarray, count_B: np.ndarray) -> np.ndarray:
+    """Return the distances (2, B) from shares to the ends of their 95 % intervals by Wilson, which stay in [0, 1]."""
+    z2 = 1.96**2
+    middle_B = (share_B + z2 / (2 * count_B)) / (1 + z2 / count_B)
+    half_B = np.sqrt(z2 * (share_B * (1 - share_B) / count_B + z2 / (4 * count_B**2))) / (1 + z2 / count_B)
+    return np.stack([share_B - middle_B + half_B, middle_B + half_B - share_B]).clip(0)

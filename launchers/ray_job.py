@@ -30,8 +30,7 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from frpo.cluster.runtime import show_token
-from frpo.config.loader import dump_recipe, load_recipe
-from frpo.config.sections import Recipe
+from frpo.config.loader import AnyRecipe, dump_recipe, load_training
 from frpo.data.source import GENERATED, READERS
 from frpo.errors import ConfigError, EngineError, FrpoError
 
@@ -80,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
     try:
-        submission = prepare(load_recipe(parsed.recipe, parsed.overrides), Path.cwd(), parsed.upload)
-        command = entrypoint(parsed.python)
+        recipe = load_training(parsed.recipe, parsed.overrides)
+        submission = prepare(recipe, Path.cwd(), parsed.upload)
+        command = entrypoint(parsed.python, recipe.COMMAND)
         if parsed.dry_run:
             print(f"{_text(submission)}# command: {command}\n# files to send: {_names(submission)}")
             return 0
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submission:
+def prepare(recipe: AnyRecipe, here: Path, upload: Sequence[str] = ()) -> Submission:
     """Find the files to send with the recipe.
 
     Relative paths start at the folder `here`. A file is sent under its own name. The path of a folder becomes absolute,
@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submissio
     for *sections, key in FOLDERS:
         section = values
         for name in sections:
-            section = section and section[name]  # a section may be null
+            section = section and section.get(name)  # a section may be null, or of other recipes
         if section and section[key] not in (None, *GENERATED) and (here / section[key]).is_dir():
             section[key] = os.path.normpath(here / section[key])
     for name in upload:
@@ -121,8 +121,8 @@ def prepare(recipe: Recipe, here: Path, upload: Sequence[str] = ()) -> Submissio
     return Submission(recipe=values, files=files)
 
 
-def entrypoint(python: str | None) -> str:
-    """Return the job's shell command.
+def entrypoint(python: str | None, command: str = "train") -> str:
+    """Return the job's shell command. command: the `frpo` command that takes the recipe.
 
     python: the interpreter. None: this interpreter if the head node has it at the same path, as on a shared disk or in
     containers of one image, else the head node's own.
@@ -131,7 +131,7 @@ def entrypoint(python: str | None) -> str:
         interpreter = shlex.quote(python)
     else:
         interpreter = f'"$(command -v {shlex.quote(sys.executable)} || command -v python || command -v python3)"'
-    return f"exec {interpreter} -m frpo train {RECIPE}"  # exec: signals and the exit code are the run's own
+    return f"exec {interpreter} -m frpo {command} {RECIPE}"  # exec: signals and the exit code are the run's own
 
 
 def connect(address: str | None) -> JobSubmissionClient:

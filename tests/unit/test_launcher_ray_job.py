@@ -125,6 +125,15 @@ def test_what_else_shall_go_along_does(here):
     assert (here / "job" / "words.json").is_file() and (here / "job" / launcher.RECIPE).is_file()
 
 
+def test_recipes_of_other_trainings_go_along_under_their_command(here, capsys):
+    for recipe, command in (("finetune_gsm8k", "finetune"), ("lab_cost_model", "reward-model")):
+        overrides = ["data.path=rows.jsonl", "data.heldout_path=null", "model.path=policy", "model.tiny=null"]
+        assert launcher.main([recipe, *overrides, "--dry-run"]) == 0
+        told = capsys.readouterr().out
+        assert f"-m frpo {command} {launcher.RECIPE}\n# files to send: rows.jsonl" in told
+        assert f"path: {here / 'policy'}" in told
+
+
 def test_the_command_is_the_run_itself_under_the_interpreter_that_exists(here, monkeypatch):
     for name in ("own python", "bin/python"):
         (here / name).parent.mkdir(exist_ok=True)

@@ -158,7 +158,7 @@ def fill_cache(learner: Any, recipe: FinetuneRecipe, reference: str, given: argp
 
 def one_step(learner: Any, batch: Any) -> float:
     began = time.perf_counter()
-    if learner.spec.scores:
+    if learner.spec.is_reward_model:
         learner.preference_forward_backward(batch).result()
     else:
         learner.supervised_forward_backward(batch, PROGRESS).result()

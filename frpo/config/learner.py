@@ -92,7 +92,7 @@ class LearnerSpec:
     bucket_mb: float = 256.0
 
     @property
-    def scores(self) -> bool:
+    def is_reward_model(self) -> bool:
         """Whether the model gives a score in place of logits."""
         return self.preference_loss is not None
 

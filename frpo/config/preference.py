@@ -5,21 +5,19 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from frpo.config.base import RowsPath, Section, WholeRecipe
+from frpo.config.base import RowsPath, WholeRecipe
 from frpo.config.finetune import FinetuneEvaluateSection, FinetuneRunSection
 from frpo.config.learner import LearnerSection, LearnerSpec
 from frpo.config.model import ModelSection
 from frpo.config.sections import ChecksSection, FinetuneTelemetrySection
-from frpo.config.supervised import SOURCES
+from frpo.config.supervised import SOURCES, GivenDataSection
 from frpo.objectives.preference import PREFERENCE, PreferenceLoss, build_preference
 
 
-class PreferenceDataSection(Section):
+class PreferenceDataSection(GivenDataSection):
     path: RowsPath = Field(
         description=f"{SOURCES}. Rows have prompt, chosen and rejected; or chosen and rejected as whole conversations; "
                     "or the columns of PKU-SafeRLHF (prompt, response_0, response_1, better_response_id, ...)")
-    subset: str | None = Field(None, description="configuration of an HF data set that has several")
-    split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
     format: Literal["chat", "text"] = Field(
         "chat", description="chat: apply the chat template to messages; text: use prompt and answer as they are")
     system_prompt: str | None = Field(None, description="system message put before every chat prompt")
@@ -34,18 +32,6 @@ class PreferenceDataSection(Section):
     too_long: Literal["refuse", "cut", "drop"] = Field(
         "refuse", description="pairs with an answer that ends beyond model.max_length. refuse: an error; cut: its end "
                               "is left off; drop: left out")
-    where: dict[str, list[Any]] = Field(
-        {}, description="column -> values; keep only rows whose columns have one of these values")
-    limit: int | None = Field(None, ge=1, description="use only this many rows, the first ones; null: all")
-    heldout: int = Field(0, ge=0, description="pairs set aside for evaluation, never trained on")
-    heldout_path: RowsPath | None = Field(
-        None, description="source of evaluation pairs, instead of `heldout`; the same forms as `path`")
-    heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
-        "refuse", description="training pairs that are also in heldout_path. refuse: an error; remove: left out; "
-                              "keep: trained on")
-    shuffle: bool = Field(True, description="true: shuffle every epoch by the seed; false: file order")
-    batch_size: int = Field(
-        64, ge=1, description="pairs per optimizer update; the last update of an epoch may have fewer")
 
     @model_validator(mode="after")
     def _system_prompt_of_a_chat(self) -> PreferenceDataSection:

@@ -24,10 +24,27 @@ def supervised_loss(value: Any) -> SupervisedLoss:
     return build_supervised(value)
 
 
-class SupervisedDataSection(Section):
+class GivenDataSection(Section):
+    """Keys of data with given answers: where the rows are, which ones are used, and in which order."""
+
     path: RowsPath = Field(description=SOURCES)
     subset: str | None = Field(None, description="configuration of an HF data set that has several")
     split: str = Field("train", description="split of an HF data set or of a folder; a file has none")
+    where: dict[str, list[Any]] = Field(
+        {}, description="column -> values; keep only rows whose columns have one of these values")
+    limit: int | None = Field(None, ge=1, description="use only this many rows, the first ones; null: all")
+    heldout: int = Field(0, ge=0, description="rows set aside for evaluation, never trained on")
+    heldout_path: RowsPath | None = Field(
+        None, description="source of evaluation rows, instead of `heldout`; the same forms as `path`")
+    heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
+        "refuse", description="training rows that are also in heldout_path. refuse: an error; remove: left out; keep: "
+                              "trained on")
+    shuffle: bool = Field(True, description="true: shuffle every epoch by the seed; false: file order")
+    batch_size: int = Field(
+        64, ge=1, description="rows per optimizer update; the last update of an epoch may have fewer")
+
+
+class SupervisedDataSection(GivenDataSection):
     format: Literal["chat", "text"] = Field(
         "chat", description="chat: apply the chat template to messages; text: use prompt and response as they are")
     messages_column: str = Field(
@@ -45,18 +62,6 @@ class SupervisedDataSection(Section):
     unknown_tokens: Literal["refuse", "drop"] = Field(
         "refuse", description="examples whose response has a character without a token. refuse: an error; drop: left "
                               "out")
-    where: dict[str, list[Any]] = Field(
-        {}, description="column -> values; keep only rows whose columns have one of these values")
-    limit: int | None = Field(None, ge=1, description="use only this many rows, the first ones; null: all")
-    heldout: int = Field(0, ge=0, description="examples set aside for evaluation, never trained on")
-    heldout_path: RowsPath | None = Field(
-        None, description="source of evaluation examples, instead of `heldout`; the same forms as `path`")
-    heldout_overlap: Literal["refuse", "remove", "keep"] = Field(
-        "refuse", description="training examples that are also in heldout_path. refuse: an error; remove: left out; "
-                              "keep: trained on")
-    shuffle: bool = Field(True, description="true: shuffle every epoch by the seed; false: file order")
-    batch_size: int = Field(
-        64, ge=1, description="examples per optimizer update; the last update of an epoch may have fewer")
 
 
 class AuxiliarySection(Section):

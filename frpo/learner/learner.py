@@ -97,7 +97,7 @@ class Learner:
         ds.init_process_group(self.device, spec.learner.timeout_s)
         self.config = ds.deepspeed_config(spec.learner, spec.model, self.device)
         self.engine = ds.build_policy(self._policy, spec.learner, self.config, self.device)
-        self.balance = 0.0 if spec.scores else balance_coefficient(spec.model, self.network)
+        self.balance = 0.0 if spec.is_reward_model else balance_coefficient(spec.model, self.network)
         self.form = CheckpointForm(self.network, merged_weights(self.network))
         # Without its adapters the policy is a reference at no cost.
         self.reference: Reference | None = None
@@ -110,11 +110,11 @@ class Learner:
         learner = self.spec.learner
         network = load_model(self.spec.model, self.model_path, packed=learner.packing,
                              gradient_checkpointing=learner.gradient_checkpointing,
-                             score_seed=self.spec.seed if self.spec.scores else None)
+                             score_seed=self.spec.seed if self.spec.is_reward_model else None)
         if self.spec.model.lora is not None:
             add_adapters(network, self.spec.model.lora, self.spec.seed)
-        model = TokenModel(network, scores=self.spec.scores)
-        if self.spec.scores:
+        model = TokenModel(network, scores=self.spec.is_reward_model)
+        if self.spec.is_reward_model:
             model.head.weight.requires_grad_(True)  # a score has no use before it is trained, so adapters leave it
         return model
 
@@ -359,7 +359,7 @@ class Learner:
         shards = self._shards(self._checkpoint())
         try:
             if self.rank == 0:
-                if self.spec.scores:
+                if self.spec.is_reward_model:
                     self.network.config.pad_token_id = pad_apart(self.tokenizer).pad_token_id
                 write_model(self.network, self.tokenizer, shards, self.model_path, Path(folder))
         finally:

@@ -89,4 +89,4 @@ def adapters(recipe: AnyRecipe) -> list[str]:
     """
     if recipe.model.lora is None or recipe.model.path is None:
         return []
-    return [adapter_summary(recipe.model, recipe.model.path, scores=recipe.learner_spec.scores)]
+    return [adapter_summary(recipe.model, recipe.model.path, scores=recipe.learner_spec.is_reward_model)]

@@ -112,7 +112,8 @@ def job_of(recipe: AnyRecipe, shape: Shape, reference_shape: Shape | None = None
         shape=shape, reference_shape=reference_shape or shape, strategy=strategy_of(learner.deepspeed),
         ranks=learner.num_ranks, width=WIDTHS[recipe.model.dtype], tokens=learner.micro_batch_tokens,
         checkpointing=learner.gradient_checkpointing, adapter_rank=lora.r if lora else 0,
-        reference=_reference(spec), compared=_compares(spec), scores=spec.scores, packed=backend in ("nccl", "ipc"),
+        reference=_reference(spec), compared=_compares(spec), scores=spec.is_reward_model,
+        packed=backend in ("nccl", "ipc"),
         bucket=max(spec.bucket_mb * 2**20, shape.largest * WIDTHS[recipe.model.dtype]) if backend else 0)
 
 

@@ -81,7 +81,7 @@ def test_a_dumped_recipe_is_read_back_also_by_another_process(load):
 
 def test_the_learner_gets_the_loss_and_no_reference(load):
     spec = load("objective=cost").learner_spec
-    assert spec.preference_loss == Cost() and spec.scores and spec.reference == "none"
+    assert spec.preference_loss == Cost() and spec.is_reward_model and spec.reference == "none"
     assert spec.supervised_loss is None
 
 

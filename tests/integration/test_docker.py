@@ -1,6 +1,6 @@
 """docker/Dockerfile.cpu, built and run for real, without a registry of images: its base is made from Debian's packages.
 
-It takes many minutes and 20 GiB of disk, so it runs only with FRPO_TEST_IMAGES=1, as root, and with the programs below.
+It takes many minutes and 25 GiB of disk, so it runs only with FRPO_TEST_IMAGES=1, as root, and with the programs below.
 What needs no image is in tests/unit/test_docker.py.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 CHECKOUT = Path(__file__).parents[2]
 PROGRAMS = ("buildah", "podman", "runc", "mmdebstrap")
 BASE, IMAGE = "docker.io/library/python:3.11-slim-bookworm", "localhost/frpo:cpu"
-DISK_GIB = 20
+DISK_GIB = 25
 
 STAND_IN = """
 FROM scratch

@@ -23,7 +23,7 @@ print(found["frpo"], found["torch"], found["no-such-package"])
 def seen_from(folder: Path, code: Path) -> list[str]:
     """What the inspector says in a process whose frpo is that of `folder`."""
     done = subprocess.run([sys.executable, "-c", LOOK, str(code)], capture_output=True, text=True, timeout=60,
-                          env={"PYTHONPATH": str(folder)}, check=True)
+                          env={"PYTHONPATH": str(folder)}, cwd=code.parent, check=True)
     return done.stdout.split()
 
 

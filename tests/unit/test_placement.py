@@ -187,8 +187,8 @@ def test_hosts_that_are_gone_are_left_out_and_unknown_ones_refused(here, caplog)
     assert on_cpu(both, nodes).ranks == ("c", "c")
     assert "placement.learner_hosts: the run goes on without 10.0.0.2, which is gone" in caplog.text
     assert on_cpu(recipe(engine_hosts=["10.0.0.2"]), nodes).engines == ("here",)
-    with pytest.raises(ConfigError, match=r"placement.engine_hosts = .*: the cluster has no node 10.0.0.9; choose among "
-                                          r"its nodes: 10.0.0.1, 10.0.0.3"):
+    with pytest.raises(ConfigError, match=r"placement.engine_hosts = .*: the cluster has no node 10.0.0.9; choose "
+                                          r"among its nodes: 10.0.0.1, 10.0.0.3"):
         on_cpu(recipe(engine_hosts=["10.0.0.1", "10.0.0.9"]), nodes)
 
 

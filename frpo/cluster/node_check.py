@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from frpo.cluster.placement import known_nodes, own_node
+from frpo.cluster.placement import own_node
 from frpo.errors import ConfigError, EngineError
 from frpo.held import LOCK
 from frpo.telemetry.progress import phase
@@ -36,7 +36,7 @@ def check_nodes(nodes: set[str], run_dir: Path, model_path: str) -> None:
         return
     paths = (run_dir.absolute() / LOCK, Path(model_path).absolute() / "config.json")
     here = _inspector()({str(path): None for path in paths if path.is_file()}, PACKAGES, 0.0)
-    address_of = {node: address for address, node in known_nodes().items() if node}
+    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     with phase(f"checking {len(others)} other node(s)"):
         for node, seen in zip(others, _ask(others, address_of, here["files"]), strict=True):
             name = f"node {seen['host']} ({address_of[node]})"

@@ -205,7 +205,7 @@ class OnCpu:
 
     def of_engine(self, index: int) -> dict[str, Any]:
         """Return the engine's place. In place of a node that is gone, take another engine's, or this process's node."""
-        alive = {node for node in known_nodes().values() if node}
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         wanted = [*self.engines[index:index + 1], *self.engines, own_node()]
         return self._on(next(node for node in wanted if node in alive))
 

@@ -2,13 +2,19 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
+
 from frpo.cluster.launcher import INTERFACE, interface_towards
+from frpo.config.learner import LearnerSection
 from frpo.config.loader import AnyRecipe, recipe_from_dict
 from frpo.config.rollout import WeightSyncSection
+from frpo.weight_sync.group import reserved_port, served_store
 
 
 class RankHost:
@@ -20,9 +26,7 @@ class RankHost:
         """Return (host, a free port, process id). The port stays reserved: only a process that asks for its number, as
         the ranks' store does, gets it.
         """
-        self.reserved = socket.socket()
-        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.reserved.bind(("", 0))
+        self.reserved = reserved_port(self.host())
         return self.host(), self.reserved.getsockname()[1], os.getpid()
 
     def host(self) -> str:
@@ -35,9 +39,25 @@ class RankHost:
         os.environ.update(environment)
         if interface := interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
             os.environ.setdefault(INTERFACE, interface)
+        self._join(recipe_from_dict(recipe, kind).learner, device)
         from frpo.learner.learner import Learner
 
         self.learner = Learner(recipe_from_dict(recipe, kind).learner_spec, model_path, device)
+
+    def _join(self, learner: LearnerSection, device: str) -> None:
+        """Join the process group of all ranks, unless this process has joined it before. Rank 0 serves the store."""
+        if dist.is_initialized():
+            return
+        host, rank = os.environ["MASTER_ADDR"], int(os.environ["RANK"])
+        if rank == 0:
+            store = served_store(self.reserved, host, learner.startup_timeout_s)
+        else:
+            store = TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False,
+                             timeout=timedelta(seconds=learner.startup_timeout_s))
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=learner.timeout_s))
 
     def connect_engines(self, client: Any, section: WeightSyncSection) -> None:
         """Connect the learner to the rollout engines. client: the engines' client on rank 0, None on other ranks."""

@@ -8,18 +8,20 @@ import glob
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of Cython, without stubs
 from ray.exceptions import (
     ActorUnschedulableError,
@@ -112,14 +114,14 @@ def ray_session() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        _start_local()
-    else:
-        _join(address)
-    try:
+    with ExitStack() as stack:
+        if address == "local":
+            stack.enter_context(_token_of_its_own())
+            _start_local()
+        else:
+            _join(address)
+        stack.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
 
 
 def _start_local(attempts: int = 3) -> None:
@@ -127,7 +129,7 @@ def _start_local(attempts: int = 3) -> None:
     before = _descendants()
     for attempt in range(1, attempts + 1):
         try:
-            with phase("starting Ray"), outside_the_team(), _own_sigterm():
+            with phase("starting Ray"), outside_the_team(), _own_sigterm(), _closed_to_others():
                 show_what_cuda_sees()
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return
@@ -138,6 +140,47 @@ def _start_local(attempts: int = 3) -> None:
             _end(_descendants() - before)  # Ray ends what it has half started only with this process
             if attempt == attempts or "timed out during startup" not in str(error):
                 raise EngineError(f"Ray did not start on this machine (attempt {attempt}): {error}") from error
+
+
+@contextmanager
+def _token_of_its_own() -> Iterator[None]:
+    """Let a Ray that starts in this context demand a token that only its processes have, unless RAY_AUTH_MODE is set.
+
+    The token is in the environment of these processes and nowhere on a disk.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        yield
+        return
+    before = os.environ.get("RAY_AUTH_TOKEN")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    _read_authentication()
+    try:
+        yield
+    finally:
+        del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
+        if before is not None:
+            os.environ["RAY_AUTH_TOKEN"] = before
+        _read_authentication()
+
+
+def _read_authentication() -> None:
+    """Let Ray read its authentication variables again, which it has read when it was imported."""
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
+
+
+@contextmanager
+def _closed_to_others() -> Iterator[None]:
+    """Keep the Ray that starts in this context on the loopback. Ray has this only as a setting for systems on which it
+    supports no clusters.
+    """
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
 
 
 @contextmanager
@@ -193,7 +236,7 @@ def show_token() -> None:
     """
     if "RAY_AUTH_MODE" not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")  # Ray read the mode when it was imported
+        _read_authentication()
 
 
 def choose_device(recipe: AnyRecipe, *, learner: bool = True, engines: bool = True) -> str:

@@ -31,6 +31,7 @@ from frpo.cluster.rank import RankHost, local_environment, local_places
 from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError, FrpoError
 from frpo.weight_sync.cpu_shm import memory_id
+from frpo.weight_sync.group import reserved_port, served_store
 
 GRACE_S = 30.0
 """Seconds after the limit of a call until a rank that hangs ends itself. A collective that hangs raises before."""
@@ -76,10 +77,11 @@ def meet(recipe: AnyRecipe) -> None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = not follows() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = TCPStore(host, port, is_master=serves, wait_for_workers=False,
-                         timeout=timedelta(seconds=recipe.learner.startup_timeout_s))
+        limit_s = recipe.learner.startup_timeout_s
+        store = (served_store(reserved_port(host, port), host, limit_s) if serves else
+                 TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit_s)))
         _meeting = store, TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LOST_S))
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise EngineError(f"the ranks of the launcher cannot meet at {host}:{port} (MASTER_ADDR, MASTER_PORT): "
                           f"{str(error).splitlines()[0]}") from None
 
@@ -169,7 +171,7 @@ class _Team:
     @staticmethod
     def _own_store() -> TCPStore:
         """Open the store of a team of one. Nobody else reaches it."""
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = served_store(reserved_port("127.0.0.1"), "127.0.0.1", LOST_S)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         return store
 

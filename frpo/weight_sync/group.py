@@ -10,6 +10,7 @@ This module does not depend on what the bytes mean. All members get all bytes.
 """
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -20,6 +21,10 @@ import torch
 from torch.distributed import TCPStore
 
 SENDER = 0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+BACKLOG = 2048
+"""Connections to a store that may wait to be accepted."""
+
 LOOK_S = 0.5
 """Seconds between two checks of a waiting member that the store still exists."""
 
@@ -109,6 +114,27 @@ class BroadcastGroup:
         return work.result()
 
 
+def reserved_port(host: str, port: int = 0) -> socket.socket:
+    """Bind a port of this machine; 0: a free one. Nobody else gets the port while the socket is open.
+
+    On a loopback address only this machine can reach the port. Else all networks can, since a machine may be known to
+    others by an address that it does not have itself.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    reserved = socket.socket(family, kind)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(address if host in LOOPBACK else ("", port))
+    return reserved
+
+
+def served_store(reserved: socket.socket, host: str, timeout_s: float) -> TCPStore:
+    """Open a store in this process at a reserved port. host: the address by which this process reaches the store."""
+    reserved.listen(BACKLOG)
+    port = reserved.getsockname()[1]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
+                    master_listen_fd=reserved.detach())
+
+
 def form_as_sender(transport: type[Transport], host: str, size: int, timeout_s: float,
                    invite: Callable[[int], Callable[[], None]]) -> BroadcastGroup:
     """Form a new group of `size` members with this process as its sender.
@@ -117,7 +143,7 @@ def form_as_sender(transport: type[Transport], host: str, size: int, timeout_s: 
     invite: invite(port) asks the members to join and returns a function that waits for their answers. If that function
     raises, this function raises the same error, and no member goes on waiting.
     """
-    server = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    server = served_store(reserved_port(host), host, timeout_s)
     joined = invite(server.port)
     own = begin(_join, torch.cuda.current_device() if torch.cuda.is_available() else None, transport, host,
                 server.port, size, timeout_s)

@@ -195,7 +195,8 @@ def test_hosts_that_are_gone_are_left_out_and_unknown_ones_refused(here, caplog)
 def test_an_engine_whose_node_is_gone_starts_elsewhere(monkeypatch):
     own, gone, other = ("0" * 55 + end for end in "123")
     monkeypatch.setattr(placement, "own_node", lambda: own)
-    monkeypatch.setattr(placement, "known_nodes", lambda: {"a": own, "b": None, "c": other})
+    monkeypatch.setattr(placement.ray, "nodes", lambda: [
+        {"NodeID": node, "Alive": node != gone} for node in (own, gone, other)])
     places = OnCpu(ranks=(own,), engines=(gone, other))
     assert [places.of_engine(index)["scheduling_strategy"].node_id for index in range(2)] == [other, other]
     assert OnCpu(ranks=(own,), engines=(gone,)).of_engine(0)["scheduling_strategy"].node_id == own

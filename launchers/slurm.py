@@ -341,8 +341,9 @@ class Follower:
 
     def _tell(self, state: State) -> None:
         again = f", start {state.restarts + 1}" if state.restarts else ""
+        why = "" if state.reason in ("", "None") else f" ({state.reason})"
         told = (f"running on {state.nodes}{again}" if state.name == "RUNNING" else
-                f"waits ({state.reason}){again}" if state.name in ("PENDING", "REQUEUED") else "")
+                f"waits{why}{again}" if state.name in ("PENDING", "REQUEUED") else "")
         if told and told != self.told:
             _say(f"job {self.number} {told}")
         self.told = told or self.told

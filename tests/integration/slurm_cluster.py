@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
 NODES = ("n1", "n2")
 
 CONF = """
@@ -122,6 +122,8 @@ def running() -> Iterator[Slurm]:
             slurm.command("slurmd", "-N", node)
         until(lambda: slurm.command("sinfo", "-h", "-o", "%T %D").split() == ["idle", str(len(NODES))], 60)
         yield slurm
+        slurm.command("scancel", "--user", "root")
+        until(lambda: not slurm.command("squeue", "-h"), 60)
     finally:
         pids = [folder / f"slurmd.{node}.pid" for node in NODES] + [folder / "slurmctld.pid", folder / "munge" / "pid"]
         _end([int(path.read_text()) for path in pids if path.is_file()])

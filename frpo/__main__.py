@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +21,8 @@ from frpo.config.preference import RewardModelRecipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.config.text import as_yaml
-from frpo.errors import ConfigError, FrpoError
+from frpo.errors import FrpoError
+from frpo.run import stop_request
 from frpo.run.checkpoint import CheckpointStore, finished_line
 
 
@@ -33,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = None
     try:
         parsed = parse(arguments, COMMANDS)
-        _hear_signals()
+        _hear_signals(parsed)
         set_accelerator()
+        _join_launcher(parsed.command)
         return parsed.command(parsed) or 0
     except BrokenPipeError:  # the reader has closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the final flush does not fail
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FrpoError as error:
         print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except stop_request.StopRequested as stop:
+        print(f"frpo: stopped {stop}, as SIGUSR1 asked{_what_is_left(parsed)}", file=sys.stderr)
+        return stop_request.EXIT_CODE
     except KeyboardInterrupt:
         terminated = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # see _terminate
         print(f"frpo: {'terminated' if terminated else 'interrupted'}{_what_is_left(parsed)}", file=sys.stderr)
@@ -128,7 +133,6 @@ def _several(parsed: argparse.Namespace, recipe: RetentionRecipe) -> int:
     from frpo.downstream.plan import make_plan
 
     plan = make_plan(recipe, Path(parsed.recipe).parent)
-    _not_launched(parsed.command.__name__)
     from frpo.downstream.command import check_and_show, run_part, run_retention
 
     if getattr(parsed, "part", False):
@@ -184,7 +188,7 @@ def _what_is_left(parsed: argparse.Namespace | None) -> str:
         return ""
     if command in (retention, sweep):
         return "; the same command continues and keeps finished stages"
-    if command not in (train, finetune, reward_model):
+    if command not in TRAININGS:
         return ""
     try:
         recipe = load_training(parsed.recipe, parsed.overrides)
@@ -195,8 +199,8 @@ def _what_is_left(parsed: argparse.Namespace | None) -> str:
     return f"; no checkpoint was saved yet (run.save_every = {recipe.run.save_every}), the same command starts over"
 
 
-def _hear_signals() -> None:
-    """End in order at SIGTERM, which batch systems send, as at SIGINT.
+def _hear_signals(parsed: argparse.Namespace) -> None:
+    """End in order at SIGTERM, which batch systems send, as at SIGINT. At SIGUSR1 trainings stop after a step.
 
     Ray stops a job by SIGINT. A process that a script starts in the background ignores SIGINT, and so do the jobs that
     such a process starts. So restore Python's handler of SIGINT in a Ray job.
@@ -207,6 +211,8 @@ def _hear_signals() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
+    if parsed.command in (*TRAININGS, retention, sweep):
+        stop_request.hear()
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -215,7 +221,7 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _train(recipe: AnyRecipe, dry_run: bool) -> int:
-    from frpo.cluster.team import follows, launched, with_launcher_ranks
+    from frpo.cluster.launcher import follows, launched, with_launcher_ranks
 
     if dry_run:
         if not follows():
@@ -231,16 +237,25 @@ def _train(recipe: AnyRecipe, dry_run: bool) -> int:
     return 0
 
 
-def _not_launched(command: str) -> None:
-    from frpo.cluster.team import launched
+def _join_launcher(command: Callable[[argparse.Namespace], int]) -> None:
+    """Take part in the training of a launcher. Raises ConfigError for a command that its processes would repeat."""
+    if command in READERS:
+        return
+    from frpo.cluster.launcher import adopt, launched, refuse_launched
 
-    if launched():
-        raise ConfigError(f"frpo {command} starts its own ranks and cannot run under the deepspeed launcher; start it "
-                          "without the launcher, with learner.ranks: ray or process in its recipes")
+    adopt(os.environ)
+    if launched():  # torch, which reads this when it is loaded, warns with stacks when rank 0 ends
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if command not in TRAININGS:
+        refuse_launched(f"frpo {command.__name__}")
 
 
 COMMANDS = (train, finetune, reward_model, evaluate, harness, rollout, rescore, retention, sweep, report, attack, model,
             config, plan, quickstart, doctor, completion)
+TRAININGS = (train, finetune, reward_model)
+"""Commands whose process may be one of a launcher's ranks."""
+READERS = (config, plan, doctor, completion)
+"""Commands that may run anywhere, any number of times: they write nothing."""
 
 
 if __name__ == "__main__":

@@ -218,10 +218,10 @@ class Steps:
 
 
 def _trained(recipe: AnyRecipe) -> Result:
-    from frpo.cluster.team import launched
+    from frpo.cluster.launcher import launched
     from frpo.loops.training import run_training
 
-    _prepare()
+    _prepare(ranks=True)
     if not launched() and (done := finished_line(recipe)):
         say(done)
     else:
@@ -235,9 +235,18 @@ def set_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _prepare() -> None:
-    """Set the process up, unless it only loads a function from the script that calls. Raises ConfigError then."""
+def _prepare(ranks: bool = False) -> None:
+    """Set the process up. ranks: whether the processes of a launcher may make this call together.
+
+    Raises ConfigError if the process only loads a function from the script that calls, and for other calls under a
+    launcher.
+    """
     if file := file_being_loaded():
         raise ConfigError(f"{file} starts a training while frpo loads one of its functions; put the code that starts "
                           "it under `if __name__ == \"__main__\":`")
     set_accelerator()
+    from frpo.cluster.launcher import adopt, refuse_launched
+
+    adopt(os.environ)
+    if not ranks:
+        refuse_launched("this function")

@@ -2,19 +2,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import ray
 
+from frpo.cluster.actor_logs import write_output_to
 from frpo.cluster.device import check_backend, check_cpu_engines
 from frpo.cluster.gpu_turns import GpuTurns, NoTurns
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus
-from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, result_of, wait_for
+from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, place_here, result_of, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
-from frpo.errors import EngineError
+from frpo.errors import ConfigError, EngineError
 from frpo.rollout.assignment import Assignment
 from frpo.rollout.construction import environment
 from frpo.rollout.engine import GroupRequest, RolloutEngine, Sampling
@@ -30,8 +32,13 @@ These calls have their own threads, so that an engine can receive weights and ot
 class _EngineActor(RolloutEngine):
     """A RolloutEngine built from a dumped recipe, because Ray constructs actors from plain values."""
 
-    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int):
+    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int, log: str | None):
+        """log: see `write_output_to`."""
+        write_output_to(log)
         super().__init__(recipe_from_dict(recipe), model_path, device, index)
+
+    def place(self) -> str:
+        return place_here()
 
 
 class EnginesLostError(ActorDeadError):
@@ -48,13 +55,15 @@ class EnginePool:
     """
 
     def __init__(self, recipe: Recipe, model_path: str, device: str, num_engines: int | None = None,
-                 places: Places | None = None):
-        """num_engines: replaces the recipe's number, such as 0 if nothing is sampled. places: None means the CPU."""
+                 places: Places | None = None, logs: Path | None = None):
+        """num_engines: replaces the recipe's number, such as 0 if nothing is sampled. places: None means the node of
+        this process, on the CPU. logs: a folder that all nodes share; None: the engines' output stays in Ray's logs.
+        """
         count = recipe.rollout.num_engines if num_engines is None else num_engines
         if count and device == "cpu":
             check_cpu_engines()
-        self.recipe, self.model_path, self.device = with_backend(recipe, device), model_path, device
-        self.places = places or OnCpu()
+        self.places, self.logs = places or OnCpu(), logs
+        self.recipe, self.model_path, self.device = with_backend(recipe, device, self.places), model_path, device
         self.turns: NoTurns | GpuTurns = NoTurns()
         self.awake = True
         self.starting = [self._start(index) for index in range(count)]
@@ -66,15 +75,20 @@ class EnginePool:
         shown = options.get("runtime_env", {}).get("env_vars", {})
         options["runtime_env"] = {"env_vars": environment(recipe.rollout, self.device) | shown}
         actor = cast(Any, ray.remote)(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
-        handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index)
-        named = NamedActor(name=f"rollout engine {index}", handle=handle, log_path="the newest worker-*.err of Ray")
+        log = None if self.logs is None else str(self.logs.absolute() / f"rollout_engine_{index}.log")
+        handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index, log)
+        named = NamedActor(name=f"rollout engine {index}", handle=handle,
+                           log_path=log or "the newest worker-*.err of Ray")
         return named, handle.ready.remote()
 
     def wait_until_ready(self) -> None:
         """Wait until all engines are loaded. Until this call they load in the background."""
         pids = wait_for("start rollout engines", self.starting, self.recipe.rollout.startup_timeout_s)
-        self.engines = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
-                        for (a, _), pid in zip(self.starting, pids)]
+        actors = [actor for actor, _ in self.starting]
+        places = wait_for("find the engines' nodes", [(a, a.handle.place.remote()) for a in actors],
+                          self.recipe.rollout.startup_timeout_s)
+        self.engines = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid) if self.logs is None else
+                                   a.log_path, place=place) for a, pid, place in zip(actors, pids, places)]
 
     def dead(self) -> list[int]:
         """List the indices of engines whose process is gone. Call this only while no engine samples."""
@@ -185,9 +199,16 @@ class EnginePool:
             ray.kill(actor.handle)
 
 
-def with_backend(recipe: Recipe, device: str) -> Recipe:
-    """Return the recipe with `weight_sync.backend: auto` resolved by device, placement and number of Ray's hosts."""
+def with_backend(recipe: Recipe, device: str, places: Places) -> Recipe:
+    """Return the recipe with `weight_sync.backend: auto` resolved by device and places.
+
+    Raises ConfigError for a backend that does not reach the engines.
+    """
     check_backend(recipe, device)
+    near = isinstance(places, OnCpu) and places.beside_first_rank()
+    if recipe.weight_sync.backend == "cpu_shm" and isinstance(places, OnCpu) and not near:
+        raise ConfigError("weight_sync.backend: cpu_shm reaches only engines on the node of learner rank 0, but "
+                          "placement.engine_hosts puts engines on other nodes; set it to auto or gloo")
     if recipe.model.lora is None and recipe.weight_sync.adapters:  # engines of another model than the one trained
         recipe = recipe.model_copy(update={"weight_sync": recipe.weight_sync.model_copy(update={"adapters": False})})
     if recipe.weight_sync.backend != "auto":
@@ -195,7 +216,7 @@ def with_backend(recipe: Recipe, device: str) -> Recipe:
     if device == "cuda":
         backend = "ipc" if recipe.placement.mode == "colocate" else "nccl"
     else:
-        backend = "cpu_shm" if sum(node["Alive"] for node in ray.nodes()) == 1 else "gloo"
+        backend = "cpu_shm" if near else "gloo"
     return recipe.model_copy(update={"weight_sync": recipe.weight_sync.model_copy(update={"backend": backend})})
 
 

@@ -2,19 +2,22 @@
 
 split: one bundle for each learner rank and one for each engine, in one reservation. A bundle lies on one node, so all
 workers of an engine share a node. Bundles fill as few nodes as possible. colocate: one bundle for each engine. The
-ranks of the bundle own its GPUs; the engine starts beside them and sees the same GPUs. CPUs are never reserved: all
-processes share them.
+ranks of the bundle own its GPUs; the engine starts beside them and sees the same GPUs.
+
+CPUs are never reserved: all processes share them. A run on the CPU is on the driver's node, unless the recipe names
+hosts; then ranks and engines are spread evenly over their hosts.
 """
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from frpo.config.loader import AnyRecipe
@@ -22,6 +25,8 @@ from frpo.config.placement import PlacementSection
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError
 from frpo.telemetry.progress import remark
+
+logger = logging.getLogger(__name__)
 
 GRACE_S = 5.0
 """Seconds to wait for GPUs that are not free."""
@@ -125,8 +130,56 @@ def table(placed: Sequence[tuple[Bundle, str]]) -> list[str]:
 def free_nodes() -> list[Node]:
     """List the cluster's nodes with their GPUs that are not reserved."""
     available = ray._private.state.available_resources_per_node()
-    return [Node(address=node["NodeManagerAddress"], gpus=int(available.get(node["NodeID"], {}).get("GPU", 0)))
-            for node in ray.nodes() if node["Alive"]]
+    return [Node(address=address, gpus=int(available.get(node, {}).get("GPU", 0)))
+            for address, node in known_nodes().items() if node]
+
+
+def known_nodes() -> dict[str, str | None]:
+    """Return address -> id of the nodes that the cluster has had. None: the node is gone."""
+    nodes: dict[str, str | None] = {}
+    for node in ray.nodes():
+        nodes[node["NodeManagerAddress"]] = node["NodeID"] if node["Alive"] else nodes.get(node["NodeManagerAddress"])
+    return nodes
+
+
+def own_node() -> str:
+    """Return the id of the node of this process."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def nodes_of(group: PlacementGroup) -> set[str]:
+    """Return the ids of the nodes of a reservation."""
+    return set(placement_group_table(group)["bundles_to_node_id"].values())
+
+
+def on_cpu(recipe: AnyRecipe, nodes: Mapping[str, str | None], *, ranks: bool = True) -> OnCpu:
+    """Place ranks and engines on the recipe's hosts. nodes: address -> id; None: the node is gone.
+
+    ranks: False if a launcher has started them. Raises ConfigError for a host that is no node of the cluster, and if
+    all hosts of a kind are gone. Warns about other hosts that are gone and does without them.
+    """
+    if not isinstance(recipe, Recipe):
+        return OnCpu()
+    where, here, count = recipe.placement, own_node(), recipe.learner.num_ranks
+    return OnCpu(ranks=_spread("learner_hosts", where.learner_hosts, count, nodes, here) if ranks else (here,),
+                 engines=_spread("engine_hosts", where.engine_hosts, recipe.rollout.num_engines, nodes, here))
+
+
+def _spread(key: str, hosts: Sequence[str] | None, count: int, nodes: Mapping[str, str | None], here: str
+            ) -> tuple[str, ...]:
+    """Return the node of each of `count` processes, in blocks of equal size. hosts: value of placement.`key`."""
+    if hosts is None:
+        return (here,) * count
+    usable = [node for host in hosts if (node := nodes.get(host)) is not None]
+    unknown = [host for host in hosts if host not in nodes]
+    if unknown or not usable:
+        alive = ", ".join(address for address, node in nodes.items() if node) or "none"
+        raise ConfigError(f"placement.{key} = {list(hosts)}: the cluster has no node {(unknown or hosts)[0]} now; "
+                          f"choose among its nodes: {alive}")
+    if len(usable) < len(hosts):
+        gone = ", ".join(host for host in hosts if nodes[host] is None)
+        logger.warning("placement.%s: the run goes on without %s, which is gone", key, gone)
+    return tuple(usable[number * len(usable) // count] for number in range(count))
 
 
 class Places(Protocol):
@@ -136,14 +189,37 @@ class Places(Protocol):
 
     def of_engine(self, index: int) -> dict[str, Any]: ...
 
+    def nodes(self) -> set[str]:
+        """Return the ids of all nodes with a place."""
+        ...
 
+
+@dataclass(frozen=True)
 class OnCpu:
-    """Places on the CPU. Actors run on any node and share its cores."""
+    """Places on the CPU. ranks, engines: id of the node of each; none: all are on the node of this process."""
+
+    ranks: Sequence[str] = ()
+    engines: Sequence[str] = ()
 
     def of_rank(self, rank: int) -> dict[str, Any]:
-        return {"num_cpus": 0, "num_gpus": 0}
+        return self._on(self.ranks[rank] if self.ranks else own_node())
 
-    of_engine = of_rank
+    def of_engine(self, index: int) -> dict[str, Any]:
+        """Return the engine's place. In place of a node that is gone, take another engine's, or this process's node."""
+        alive = {node for node in known_nodes().values() if node}
+        wanted = [*self.engines[index:index + 1], *self.engines, own_node()]
+        return self._on(next(node for node in wanted if node in alive))
+
+    def nodes(self) -> set[str]:
+        return {*self.ranks, *self.engines} or {own_node()}
+
+    def beside_first_rank(self) -> bool:
+        """Return whether all engines are on the node of learner rank 0."""
+        return set(self.engines) <= {self.ranks[0] if self.ranks else own_node()}
+
+    @staticmethod
+    def _on(node: str) -> dict[str, Any]:
+        return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 @dataclass
@@ -153,6 +229,9 @@ class OnGpus:
     group: PlacementGroup
     ranks: int
     engine_gpus: int
+
+    def nodes(self) -> set[str]:
+        return nodes_of(self.group)
 
     def of_rank(self, rank: int) -> dict[str, Any]:
         return self._in(rank, 1)
@@ -177,6 +256,9 @@ class SharedGpus:
     engine_gpus: int
     seats: list[tuple[str, str]] = field(default_factory=list)
 
+    def nodes(self) -> set[str]:
+        return nodes_of(self.group)
+
     def of_rank(self, rank: int) -> dict[str, Any]:
         return {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(
             self.group, placement_group_bundle_index=rank // self.engine_gpus)}
@@ -192,7 +274,7 @@ class SharedGpus:
 def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: bool = True) -> Iterator[Places]:
     """Reserve places for a run until the context ends. Raises ConfigError or EngineError if they are not available."""
     if device == "cpu":
-        yield OnCpu()
+        yield on_cpu(recipe, known_nodes(), ranks=ranks)
         return
     bundles = bundles_of(recipe, ranks=ranks, engines=engines)
     placed = _planned(bundles, reward_gpus(recipe))

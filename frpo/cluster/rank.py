@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from frpo.cluster.launcher import INTERFACE, interface_towards
 from frpo.config.loader import AnyRecipe, recipe_from_dict
 from frpo.config.rollout import WeightSyncSection
 
@@ -32,6 +33,8 @@ class RankHost:
               ) -> None:
         """Load the learner of the rank that `environment` describes. Collective."""
         os.environ.update(environment)
+        if interface := interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
+            os.environ.setdefault(INTERFACE, interface)
         from frpo.learner.learner import Learner
 
         self.learner = Learner(recipe_from_dict(recipe, kind).learner_spec, model_path, device)
@@ -72,15 +75,24 @@ class Ranks(Protocol):
         ...
 
 
-def rank_environment(rank: int, host: str, port: int, device: str, recipe: AnyRecipe) -> dict[str, str]:
-    """Return the variables by which a rank finds the other ranks. The rank has one device of its own, or the CPU."""
-    count = recipe.learner.num_ranks
-    environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": host,
-                   "MASTER_PORT": str(port)}
-    return environment | (cpu_environment(rank, recipe) if device == "cpu" else {})
+def rank_environments(hosts: Sequence[str], port: int, device: str, recipe: AnyRecipe) -> list[dict[str, str]]:
+    """Return, for each rank, the variables by which the rank finds the others. hosts: the address of each rank's
+    machine. Each rank has one device of its own, or the CPU.
+    """
+    environments = []
+    for rank, place in enumerate(local_places(hosts)):
+        environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": hosts[0],
+                       "MASTER_PORT": str(port)}
+        environments.append(environment | (local_environment(*place, recipe) if device == "cpu" else {}))
+    return environments
 
 
-def cpu_environment(rank: int, recipe: AnyRecipe) -> dict[str, str]:
-    """Return the variables that DeepSpeed needs on a CPU. All ranks are on one machine."""
-    return {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(recipe.learner.num_ranks),
+def local_places(machines: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (number among the ranks of its machine, number of these ranks) of each rank. machines: a name for each."""
+    return [(machines[:rank].count(machine), machines.count(machine)) for rank, machine in enumerate(machines)]
+
+
+def local_environment(local_rank: int, local_size: int, recipe: AnyRecipe) -> dict[str, str]:
+    """Return the variables that DeepSpeed needs on a CPU."""
+    return {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(local_rank), "LOCAL_SIZE": str(local_size),
             "OMP_NUM_THREADS": str(recipe.learner.threads)}

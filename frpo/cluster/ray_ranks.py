@@ -2,21 +2,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from frpo.cluster.actor_logs import write_output_to
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus
-from frpo.cluster.rank import RankHost, rank_environment
-from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, result_of, wait_for
+from frpo.cluster.rank import RankHost, rank_environments
+from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, place_here, result_of, wait_for
 from frpo.config.loader import AnyRecipe
 from frpo.telemetry.progress import phase
 
 
 class _LearnerActor(RankHost):
+    def __init__(self, log: str | None):
+        """log: see `write_output_to`."""
+        write_output_to(log)
+
     def host(self) -> str:
         return ray.util.get_node_ip_address()
+
+    def place(self) -> str:
+        return place_here()
 
     def seat(self) -> tuple[str, str]:
         """Return (id of the node, this rank's GPU as CUDA_VISIBLE_DEVICES names it)."""
@@ -27,23 +36,27 @@ class _LearnerActor(RankHost):
 class RayRanks:
     """Learner ranks as Ray actors. Construction starts their processes; no model is loaded yet."""
 
-    def __init__(self, recipe: AnyRecipe, device: str, places: Places | None = None):
-        """places: None means the CPU."""
+    def __init__(self, recipe: AnyRecipe, device: str, places: Places | None = None, logs: Path | None = None):
+        """places: None means the node of this process, on the CPU. logs: a folder that all nodes share; None: the
+        ranks' output stays in Ray's logs.
+        """
         places, actor = places or OnCpu(), ray.remote(_LearnerActor)
-        handles = [actor.options(**places.of_rank(rank)).remote() for rank in range(recipe.learner.num_ranks)]
-        anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path="not started")
-                     for rank, handle in enumerate(handles)]
+        files = [None if logs is None else str(logs.absolute() / f"learner_rank_{rank}.log")
+                 for rank in range(recipe.learner.num_ranks)]
+        handles = [actor.options(**places.of_rank(rank)).remote(file) for rank, file in enumerate(files)]
+        anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path=file or "not started")
+                     for rank, (handle, file) in enumerate(zip(handles, files))]
         with phase(f"starting {len(handles)} learner process(es)"):
             addresses = wait_for("start learner", [(a, a.handle.address.remote()) for a in anonymous],
                               recipe.learner.startup_timeout_s)
         if isinstance(places, SharedGpus):
             places.seats = wait_for("find the ranks' GPUs", [(a, a.handle.seat.remote()) for a in anonymous],
                                     recipe.learner.startup_timeout_s)
-        self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid))
-                       for a, (_, _, pid) in zip(anonymous, addresses)]
-        host, port, _ = addresses[0]
-        self.environments = [
-            rank_environment(rank, host, port, device, recipe) for rank in range(recipe.learner.num_ranks)]
+        where = wait_for("start learner", [(a, a.handle.place.remote()) for a in anonymous],
+                         recipe.learner.startup_timeout_s)
+        self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=file or log_path(pid), place=place)
+                       for a, file, (_, _, pid), place in zip(anonymous, files, addresses, where)]
+        self.environments = rank_environments([host for host, _, _ in addresses], addresses[0][1], device, recipe)
 
     def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
              timeout_s: float) -> list[Any]:

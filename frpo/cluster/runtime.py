@@ -22,6 +22,7 @@ import psutil
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of Cython, without stubs
 from ray.exceptions import (
+    ActorUnschedulableError,
     AuthenticationError,
     GetTimeoutError,
     LocalRayletDiedError,
@@ -32,9 +33,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from frpo.cluster.actor_logs import last_lines
 from frpo.cluster.device import check_slices, lacking_packages, settled
+from frpo.cluster.launcher import VISIBLE, outside_the_team
 from frpo.cluster.placement import reward_gpus
-from frpo.cluster.team import VISIBLE, outside_the_team
 from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
@@ -50,7 +52,8 @@ GRACE_S = 5.0
 """Seconds to wait until a rank's death is known. The death fails the other ranks' collective at once."""
 
 
-GONE = (RayActorError, GetTimeoutError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, LocalRayletDiedError)
+GONE = (RayActorError, ActorUnschedulableError, GetTimeoutError, OutOfMemoryError, NodeDiedError, WorkerCrashedError,
+        LocalRayletDiedError)
 """Errors that Ray raises instead of an actor's answer if its process is gone or was killed for lack of memory."""
 
 
@@ -60,14 +63,21 @@ class ActorDeadError(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedActor:
-    """A Ray actor, its name in error messages, and the path of its log."""
+    """A Ray actor, its name in error messages, the path of its log, and where it runs, if that is known."""
 
     name: str
     handle: Any
     log_path: str
+    place: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} (log: {self.log_path})"
+        return f"{self.name}{self.place and ' on '}{self.place} (log: {self.log_path})"
+
+    def cause_of_death(self, error: BaseException) -> str:
+        """Return Ray's first line about the death and, if the log can be read here, the actor's last lines."""
+        lines = last_lines(self.log_path)
+        quoted = "".join(f"\n    {line}" for line in lines)
+        return str(error).splitlines()[0] + (f" Its last lines:{quoted}" if lines else "")
 
 
 @contextmanager
@@ -199,6 +209,11 @@ def log_path(pid: int) -> str:
     return found[0] if found else f"{logs}/worker-*-{pid}.err on the actor's node"
 
 
+def place_here() -> str:
+    """Return the name and the address of this process's node."""
+    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+
+
 def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float) -> list[Any]:
     """Wait for one call on each actor and return the results in order.
 
@@ -243,4 +258,4 @@ def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
             raise error.cause from None
         raise EngineError(f"{phase}: {actor} raised {error.cause!r}") from error
     except GONE as error:
-        raise ActorDeadError(f"{phase}: {actor} died: {str(error).splitlines()[0]}") from None
+        raise ActorDeadError(f"{phase}: {actor} died: {actor.cause_of_death(error)}") from None

@@ -1,88 +1,57 @@
-"""Run learner ranks as the processes of one launcher (`deepspeed`, `torchrun`): rank 0 drives, the others follow.
+"""Run learner ranks as the processes of one launcher (`cluster.launcher`): rank 0 drives, the others follow.
 
-The launcher starts the same command once for each rank. Rank 0 runs the command, and every other rank waits for calls.
-Each call goes to all ranks, and the results return to rank 0. One process without a launcher is a team of one. A rank
-may wait for a call as long as generation takes; the call itself has a limit. A rank that fails ends its process, and
-the launcher then ends the other processes.
+Rank 0 runs the command, and every other rank waits for calls. Each call goes to all ranks, and the results return to
+rank 0. One process without a launcher is a team of one.
+
+All ranks meet at a store in rank 0 (`meet`) before rank 0 checks anything. From then on a rank may wait as long as rank
+0 lives, while rank 0 reads data or engines generate. A rank that fails ends its process, and the launcher then ends the
+other processes.
 """
 from __future__ import annotations
 
+import faulthandler
 import os
-import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore
 
 from frpo.cluster.device import lacking_packages, settled
-from frpo.cluster.nvidia import asked
-from frpo.cluster.rank import RankHost, cpu_environment
+from frpo.cluster.launcher import INTERFACE, follows, interface_towards, launched
+from frpo.cluster.rank import RankHost, local_environment, local_places
 from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError, FrpoError
+from frpo.weight_sync.cpu_shm import memory_id
 
-IDLE = timedelta(days=365)
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables that a launcher sets for its processes."""
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+GRACE_S = 30.0
+"""Seconds after the limit of a call until a rank that hangs ends itself. A collective that hangs raises before."""
 
+LOST_S = 60.0
+"""Seconds in which rank 0's store must answer; a store that does not is on a machine out of reach."""
 
-def launched() -> bool:
-    """Return whether a launcher has started this process as one of its ranks."""
-    return all(name in os.environ for name in LAUNCHER)
+LONGEST_NAP_S = 0.05
+"""Most seconds between two looks for the next call."""
 
+BEGIN = "begin"
+"""Key of the store: rank 0 is ready to load a learner."""
 
-@contextmanager
-def outside_the_team() -> Iterator[None]:
-    """Hide the launcher from processes that start within this context. They see only the GPUs that no rank has."""
-    if not launched():
-        yield
-        return
-    machine = asked("index", "uuid") if torch.cuda.is_available() else []
-    spare = spare_gpus(os.environ, [(number, uuid) for number, uuid in machine])
-    before = {name: os.environ.pop(name) for name in (*LAUNCHER, VISIBLE) if name in os.environ}
-    os.environ[VISIBLE] = ",".join(spare)
-    try:
-        yield
-    finally:
-        del os.environ[VISIBLE]
-        os.environ.update(before)
-
-
-def spare_gpus(environ: Mapping[str, str], machine: Sequence[tuple[str, str]]) -> list[str]:
-    """List the GPUs that a launcher's ranks on this machine leave to engines, as CUDA_VISIBLE_DEVICES names them.
-
-    machine: (number, UUID) of each GPU. torchrun's ranks all see the same GPUs and take the first ones; GPUs that they
-    do not see are not used. deepspeed shows its ranks only their own GPUs; the rest of the machine is spare.
-    """
-    given = [name.strip() for name in environ.get(VISIBLE, "").split(",") if name.strip()]
-    visible = given if VISIBLE in environ else [number for number, _ in machine]
-    ranks = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or 1)
-    if "TORCHELASTIC_RUN_ID" in environ or len(visible) > ranks:
-        return visible[ranks:]
-    return [number for number, uuid in machine if not {number, uuid} & set(visible)]
-
-
-def follows() -> bool:
-    """Return whether this process must `follow` rank 0."""
-    return launched() and int(os.environ["RANK"]) > 0
+_runs = count()
+_meeting: tuple[TCPStore, TCPStore] | None = None
+"""The store of the launcher's ranks, and a second connection to it, on which a rank sees whether rank 0 still lives."""
 
 
 def in_team(recipe: AnyRecipe) -> bool:
     """Return whether the ranks are a launcher's processes or this process alone. Otherwise they are Ray actors."""
     return launched() or recipe.learner.ranks == "process"
-
-
-def with_launcher_ranks(recipe: AnyRecipe) -> AnyRecipe:
-    """Return the recipe with the number of ranks that the launcher has started; unchanged without a launcher."""
-    if not launched():
-        return recipe
-    learner = recipe.learner.model_copy(update={"num_ranks": int(os.environ["WORLD_SIZE"]), "ranks": "launcher"})
-    return recipe.model_copy(update={"learner": learner})
 
 
 def device_here(recipe: AnyRecipe) -> str:
@@ -96,25 +65,43 @@ def device_here(recipe: AnyRecipe) -> str:
     return settled(recipe.run.device, lacking, quiet=follows())
 
 
+def meet(recipe: AnyRecipe) -> None:
+    """Open the store at which the launcher's ranks meet, or connect to it. Do nothing without a launcher.
+
+    Raises EngineError if rank 0 does not come within learner.startup_timeout_s.
+    """
+    global _meeting
+    if not launched() or _meeting is not None:
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = not follows() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = TCPStore(host, port, is_master=serves, wait_for_workers=False,
+                         timeout=timedelta(seconds=recipe.learner.startup_timeout_s))
+        _meeting = store, TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LOST_S))
+    except RuntimeError as error:
+        raise EngineError(f"the ranks of the launcher cannot meet at {host}:{port} (MASTER_ADDR, MASTER_PORT): "
+                          f"{str(error).splitlines()[0]}") from None
+
+
 class TeamRanks:
     """All ranks of the team, driven by rank 0. Construction waits until the other ranks follow."""
 
     def __init__(self, recipe: AnyRecipe, device: str):
         self.team = _Team(recipe, device)
-        self.environments = [self.team.environment(rank) for rank in range(recipe.learner.num_ranks)]
+        self.environments: list[dict[str, str]] = [{} for _ in range(self.team.size)]
         self.inside_a_call = False
 
     def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],
              timeout_s: float) -> list[Any]:
-        """Call `method` on all ranks. timeout_s: unused; a call that hangs ends by the limit of collectives,
-        learner.timeout_s.
-        """
+        """Call `method` on all ranks. A rank that hangs ends itself GRACE_S after `timeout_s`."""
         self.inside_a_call = True
-        self.team.tell((method, kwargs), arguments)
+        what = f"learner {phase}"
+        self.team.tell((what, method, kwargs, timeout_s), arguments)
         try:
-            results = self.team.answer(self.team.do(method, arguments[0], kwargs))
+            results = self.team.answer(self.team.do(what, method, arguments[0], kwargs, timeout_s))
         except RuntimeError as error:  # torch.distributed's, when a collective fails
-            raise EngineError(f"learner {phase}: {error}") from error
+            raise EngineError(f"{what}: {error}") from error
         self.inside_a_call = False
         return results
 
@@ -131,14 +118,15 @@ class TeamRanks:
 
 def follow(recipe: AnyRecipe) -> int:
     """Run the calls of rank 0 until rank 0 is done, then return the exit code. If a call fails, end the process."""
-    team = _Team(recipe, device_here(recipe))
+    rank = int(os.environ["RANK"])
     try:
+        team = _Team(recipe, device_here(recipe))
         while (told := team.hear()) is not None:
-            (method, kwargs), given = told
-            team.answer(team.do(method, given, kwargs))
+            (what, method, kwargs, timeout_s), given = told
+            team.answer(team.do(what, method, given, kwargs, timeout_s))
     except Exception as error:
         text = f"{type(error).__name__}: {error}" if isinstance(error, FrpoError) else traceback.format_exc().rstrip()
-        print(f"frpo: rank {team.rank}: {text}", file=sys.stderr, flush=True)
+        print(f"frpo: rank {rank}: {text}", file=sys.stderr, flush=True)
         os._exit(2)  # an orderly exit would wait for ranks that wait for this one
     team.leave()
     return 0
@@ -149,49 +137,97 @@ class _Team:
 
     def __init__(self, recipe: AnyRecipe, device: str):
         self.host = RankHost()
-        self.rank, self.size = (int(os.environ[name]) if launched() else default
-                                for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        self.device, self.recipe = device, recipe
-        os.environ.update(self.environment(self.rank))
-        if device == "cuda":
+        if not launched():
+            self._be_alone()
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        run = f"run {next(_runs)}"
+        self.store, self.watched = (PrefixStore(run, store) for store in _meeting or [self._own_store()] * 2)
+        self.calls = count()
+        if self.rank == 0:
+            self.store.set(BEGIN, "")
+        self._await(BEGIN)
+        if interface := interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
+            os.environ.setdefault(INTERFACE, interface)
+        if device == "cuda":  # srun may show each rank its own GPU alone
+            os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         limit = timedelta(seconds=recipe.learner.timeout_s)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=limit)
-        self.calls = dist.new_group(backend="gloo", timeout=IDLE)
-        self.results = dist.new_group(backend="gloo", timeout=limit)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=self.store, rank=self.rank,
+                                world_size=self.size, timeout=limit)
+        self.objects = dist.new_group(backend="gloo", timeout=max(
+            limit, timedelta(seconds=recipe.learner.startup_timeout_s)))
+        if device == "cpu":
+            machines: list[str] = [""] * self.size
+            dist.all_gather_object(machines, memory_id(), group=self.objects)
+            os.environ.update(local_environment(*local_places(machines)[self.rank], recipe))
 
-    def environment(self, rank: int) -> dict[str, str]:
-        """Return the variables that the process lacks: all in a team of one; on a CPU those that DeepSpeed needs."""
-        alone = {} if launched() else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                                       "MASTER_PORT": str(_free_port())}
-        return alone | (cpu_environment(rank, self.recipe) if self.device == "cpu" else {})
+    @staticmethod
+    def _be_alone() -> None:
+        """Set the variables of a team of one, but for the address of its store."""
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+
+    @staticmethod
+    def _own_store() -> TCPStore:
+        """Open the store of a team of one. Nobody else reaches it."""
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+        return store
 
     def tell(self, what: Any, arguments: Sequence[tuple[Any, ...]]) -> None:
-        """Send `what` from rank 0 to all ranks, and arguments[i] to rank i."""
-        dist.broadcast_object_list([what], src=0, group=self.calls)
-        dist.scatter_object_list([None], list(arguments), src=0, group=self.calls)
+        """Send a call to all ranks, on rank 0: `what` to each, and to each rank its own arguments. None: no more."""
+        self.store.set(f"call {next(self.calls)}", "")
+        dist.broadcast_object_list([what], src=0, group=self.objects)
+        dist.scatter_object_list([None], list(arguments), src=0, group=self.objects)
 
     def hear(self) -> tuple[Any, tuple[Any, ...]] | None:
         """Receive the next call and its arguments from rank 0, on any other rank. None: no more calls follow."""
         what, given = [None], [None]
-        dist.broadcast_object_list(what, src=0, group=self.calls)
-        dist.scatter_object_list(given, None, src=0, group=self.calls)
+        self._await(f"call {next(self.calls)}")
+        dist.broadcast_object_list(what, src=0, group=self.objects)
+        dist.scatter_object_list(given, None, src=0, group=self.objects)
         return what[0] and (what[0], given[0])
 
-    def do(self, method: str, given: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return getattr(self.host, method)(*given, **kwargs)
+    def _await(self, key: str) -> None:
+        """Wait until the store has the key. Raises EngineError if rank 0 has ended or is out of reach."""
+        began = time.monotonic()
+        try:
+            while not self.watched.check([key]):
+                time.sleep(min(LONGEST_NAP_S, (time.monotonic() - began) / 10))
+        except RuntimeError:
+            raise EngineError("rank 0 has ended, or its machine is out of reach; see the output of rank 0") from None
+
+    def do(self, what: str, method: str, given: tuple[Any, ...], kwargs: Mapping[str, Any], timeout_s: float) -> Any:
+        with ending_after(timeout_s + GRACE_S, f"rank {self.rank}: {what}: no end within {timeout_s:g} s"):
+            return getattr(self.host, method)(*given, **kwargs)
 
     def answer(self, result: Any) -> list[Any]:
         """Send this rank's result to rank 0. Return the list of all results on rank 0, [] on other ranks."""
         results = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(result, results, dst=0, group=self.results)
+        dist.gather_object(result, results, dst=0, group=self.objects)
         return results or []
 
     def leave(self) -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def ending_after(limit_s: float, message: str) -> Iterator[None]:
+    """End this process with the message if the context lasts longer. A hang in native code obeys no other limit.
+
+    Native code may keep Python's threads from running. The stacks of all threads are then printed GRACE_S later, and
+    the process ends.
+    """
+    def end() -> None:
+        print(f"frpo: EngineError: {message}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(2)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(limit_s + GRACE_S, exit=True)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""Define the section that assigns GPUs to learner ranks and rollout engines."""
+"""Define the section that assigns GPUs, and nodes, to learner ranks and rollout engines."""
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -9,7 +9,9 @@ from frpo.config.base import Section
 
 
 class PlacementSection(Section):
-    """GPUs of ranks and engines, without effect on CPU. `placement: colocate` is short for {mode: colocate}."""
+    """GPUs and nodes of ranks and engines. On the CPU only the hosts have an effect. `placement: colocate` is short for
+    {mode: colocate}.
+    """
 
     mode: Literal["split", "colocate"] = Field(
         "split", description="split: ranks and engines have GPUs of their own; colocate: engines use the ranks' GPUs")
@@ -19,8 +21,10 @@ class PlacementSection(Section):
     offload_optimizer: bool = Field(
         False, description="colocate with ZeRO-3: move the optimizer's state to CPU memory while engines sample")
     learner_hosts: list[str] | None = Field(
-        None, description="addresses of the nodes for learner ranks, as `ray status -v` names them; null: any")
-    engine_hosts: list[str] | None = Field(None, description="addresses of the nodes for engines; null: any")
+        None, min_length=1, description="addresses of the nodes for learner ranks, as `ray status -v` names them; "
+                                        "null: any on GPUs, the node of the command on the CPU")
+    engine_hosts: list[str] | None = Field(
+        None, min_length=1, description="addresses of the nodes for engines; null: as for learner_hosts")
 
     @model_validator(mode="before")
     @classmethod

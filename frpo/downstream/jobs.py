@@ -4,6 +4,7 @@ Stages of different seeds share only the folder of the matrix, so no process wai
 """
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from frpo.downstream.plan import Plan
 from frpo.errors import EngineError
+from frpo.run.stop_request import EXIT_CODE, StopRequested, asked
 from frpo.telemetry.progress import ProgressBar
 
 POLL_S = 1.0
@@ -22,19 +24,23 @@ def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
     """Distribute the seeds to processes and wait for them. Their output goes to job<N>.log in the matrix's folder.
 
     recipe: the file of the matrix. If a process broke off, raises EngineError after all processes have ended; the error
-    names the log of such a process.
+    names the log of such a process. A request to stop is passed on, and StopRequested is raised at the end.
     """
     seeds = [seed.seed for seed in plan.seeds]
     shares = [seeds[job::jobs] for job in range(min(jobs, len(seeds)))]
     logs = [recipe.parent / f"job{job}.log" for job in range(len(shares))]
     running = [_started(recipe, share, log) for share, log in zip(shares, logs)]
-    stages = list(plan.stages)
+    stages, told = list(plan.stages), False
     try:
         with ProgressBar(len(stages), 0, plan.recipe.run.name) as bar:
             while True:
                 alive = [process for process in running if process.poll() is None]
                 done = sum(stage.done is not None for stage in stages)
                 bar.progress.update(bar.task, completed=done, note=f"{len(alive)} processes")
+                if asked() and not told:
+                    told = True
+                    for process in alive:
+                        process.send_signal(signal.SIGUSR1)
                 if not alive:
                     break
                 time.sleep(POLL_S)
@@ -44,6 +50,8 @@ def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
                 process.terminate()
         for process in running:
             process.wait()
+    if any(process.returncode == EXIT_CODE for process in running):
+        raise StopRequested("with all processes of the matrix")
     broken = [log for process, log in zip(running, logs) if process.returncode not in ENDED]
     if broken:
         raise EngineError(f"{len(broken)} of {len(running)} processes failed; last lines of {broken[0]}:\n"

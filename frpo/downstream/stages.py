@@ -37,6 +37,7 @@ from frpo.loops.sft import FineTuner
 from frpo.report.curve import read_metrics
 from frpo.run.build import Processes, RunParts, build_stack, check, parts_on, tried_rewards
 from frpo.run.build_finetune import FinetuneParts, check_finetune, finetune_on
+from frpo.run.stop_request import stop_if_asked
 from frpo.telemetry.jsonl import JsonlFile
 from frpo.telemetry.progress import ProgressBar
 from frpo.types import RunState
@@ -103,6 +104,7 @@ class Matrix:
         """Run a stage that is not done; record its failure."""
         if stage.done:
             return
+        stop_if_asked(f"before {stage.name}")
         bar.note(stage.name)
         if stage.origin and not stage.origin.done:
             return stage.fail(f"its start, the policy {stage.origin.policy}, is missing")

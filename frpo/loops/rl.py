@@ -21,6 +21,7 @@ from frpo.objectives.constraint import Mixture
 from frpo.objectives.stage import GroupLogprobs, compute_advantages
 from frpo.run import checks
 from frpo.run.build import RunParts
+from frpo.run.stop_request import asked, stop_if_asked
 from frpo.run.traces import trace_rows
 from frpo.telemetry.progress import ProgressBar, phase, remark
 from frpo.telemetry.step import rollout_metrics, staleness_metrics
@@ -73,15 +74,19 @@ class Trainer:
         with closing(self.batches), ProgressBar(run.num_steps, state.step, run.name) as bar:
             if state.step == 0:
                 journal.write(0, self.evaluate(state) | self.parts.timer.collect(), bar)
+            stop_if_asked(f"at step {state.step}")
             while state.step < run.num_steps:
                 state, metrics, groups = self.step(state, bar)
                 metrics |= self.evaluate(state) | self.parts.timer.collect()
                 journal.write(state.step, metrics, bar)
                 self.state = state
                 bar.advance()
-                if state.step == run.num_steps or (run.save_every and state.step % run.save_every == 0):
+                last = state.step == run.num_steps
+                if last or asked() or (run.save_every and state.step % run.save_every == 0):
                     bar.note("save")
                     self.save()
+                if not last:
+                    stop_if_asked(f"after step {state.step}")
                 yield Step(number=state.step, metrics=metrics, groups=groups)
         with phase("exporting the model"):
             self.parts.learner.export(str(self.parts.run_dir / "export"))

@@ -17,6 +17,7 @@ from frpo.learner.state_cache import StateCache, being_filled
 from frpo.objectives.supervised import Progress
 from frpo.run import checks
 from frpo.run.build_finetune import FinetuneParts
+from frpo.run.stop_request import asked, stop_if_asked
 from frpo.telemetry.progress import ProgressBar, phase
 from frpo.telemetry.sums import MetricSums
 from frpo.types import Example, Probe, RankBatches, RunState
@@ -52,13 +53,17 @@ class FineTuner:
         with ProgressBar(self.total, state.step, run.name) as bar:
             if state.step == 0:
                 journal.write(0, self.evaluate(state) | self.parts.timer.collect(), bar)
+            stop_if_asked(f"at update {state.step}")
             while state.step < self.total:
                 state, metrics = self.update(state)
                 journal.write(state.step, metrics | self.evaluate(state) | self.parts.timer.collect(), bar)
                 bar.advance()
-                if state.step == self.total or (run.save_every and state.step % run.save_every == 0):
+                last = state.step == self.total
+                if last or asked() or (run.save_every and state.step % run.save_every == 0):
                     bar.note("save")
                     journal.save(state, self.learner)
+                if not last:
+                    stop_if_asked(f"after update {state.step}")
         self.export(state)
         journal.finish(state)
         return state

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frpo.cluster.team import follow, follows, with_launcher_ranks
+from frpo.cluster.launcher import follows, with_launcher_ranks
+from frpo.cluster.team import follow, meet
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import AnyRecipe
 from frpo.config.preference import RewardModelRecipe
@@ -52,6 +53,7 @@ def run_training(recipe: AnyRecipe) -> None:
     Under a launcher, the other ranks follow the first rank. Raises the errors of `restart.run_with_restarts`.
     """
     recipe = with_launcher_ranks(recipe)
+    meet(recipe)
     if follows():
         follow(recipe)
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from frpo.cluster.actor_logs import FOLDER
 from frpo.cluster.device import check_packages
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
@@ -255,11 +256,12 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
             raise ConfigError("placement: colocate needs ranks that Ray has started; run the recipe without a launcher "
                               "and with learner.ranks: ray, or set placement to split")
         places = stack.enter_context(reserved(recipe, device, ranks=not team, engines=samples))
+        logs = Path(recipe.run.dir) / FOLDER
         if isinstance(places, SharedGpus):  # engines follow the ranks to their GPUs
             ranks = stack.enter_context(learner_ranks(recipe, device, places))
-            pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
+            pool = stack.enter_context(engine_pool(recipe, model_path, device, places, logs))
         else:  # engines take longer to load, so they start first
-            pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
+            pool = stack.enter_context(engine_pool(recipe, model_path, device, places, logs))
             ranks = stack.enter_context(learner_ranks(recipe, device, places))
         yield Processes(pool=pool, ranks=ranks, device=device)
 
@@ -319,7 +321,8 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[SamplingParts]
 @contextmanager
 def learner_ranks(recipe: AnyRecipe, device: str, places: Places) -> Iterator[Ranks]:
     """Start processes for a learner, without a model yet: a team or Ray actors. They end with the context."""
-    ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device, places)
+    ranks = (TeamRanks(recipe, device) if in_team(recipe) else
+             RayRanks(recipe, device, places, Path(recipe.run.dir) / FOLDER))
     try:
         yield ranks
     finally:
@@ -327,9 +330,14 @@ def learner_ranks(recipe: AnyRecipe, device: str, places: Places) -> Iterator[Ra
 
 
 @contextmanager
-def engine_pool(recipe: Recipe, model_path: str, device: str, places: Places) -> Iterator[EnginePool]:
-    """Start rollout engines, which begin to load the model; none if traces are replayed. End them with the context."""
-    pool = EnginePool(recipe, model_path, device, 0 if recipe.rollout.replay else recipe.rollout.num_engines, places)
+def engine_pool(recipe: Recipe, model_path: str, device: str, places: Places, logs: Path | None = None
+                ) -> Iterator[EnginePool]:
+    """Start rollout engines, which begin to load the model; none if traces are replayed. End them with the context.
+
+    logs: folder for their output; None: Ray's own.
+    """
+    count = 0 if recipe.rollout.replay else recipe.rollout.num_engines
+    pool = EnginePool(recipe, model_path, device, count, places, logs)
     try:
         yield pool
     finally:

@@ -31,7 +31,7 @@ class Sender:
         if rank == 0:
             assert client is not None
             remove_leftovers()
-            client.init_weight_transfer_engine(section.for_engines)
+            client.init_weight_transfer_engine({**section.for_engines, "memory": memory_id()})
 
     def send(self, weights: WeightStream, version: int) -> None:
         if self.rank != 0:
@@ -52,6 +52,12 @@ class Sender:
             drained(remaining)
             if lock:
                 remove_buckets(lock)
+
+
+def memory_id() -> str:
+    """Return an id of the shared memory that this process sees. Two processes have the same id if they see the same."""
+    kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{kernel}:{SHARED_MEMORY.stat().st_dev}"
 
 
 def own_lock() -> HeldFile:

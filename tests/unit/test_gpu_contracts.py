@@ -22,7 +22,7 @@ import torch
 from packaging.requirements import Requirement
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from frpo.cluster.team import spare_gpus
+from frpo.cluster.launcher import spare_gpus
 from frpo.config.loader import load_recipe
 from frpo.config.rollout import SET_BY_FRPO, WeightSyncSection
 from frpo.errors import ConfigError

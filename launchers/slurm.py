@@ -88,13 +88,12 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """Files to write, and the log that the job will write. `%j` in the log's name stands for the job's number."""
+    """Files to write. The job's log will lie beside them, named after the job's number."""
 
     script: str
     recipe: str
     script_path: Path
     recipe_path: Path
-    log: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,11 +192,10 @@ def prepare(recipe: AnyRecipe, job: Job, here: Path) -> Submission:
     text = yaml.safe_dump(dict(values), sort_keys=False)
     folder = Path(values["run"]["dir"]) / "slurm"
     name = hashlib.sha256(text.encode()).hexdigest()[:8]
-    recipe_path, log = folder / f"recipe-{name}.yaml", folder / "%j.log"
+    recipe_path = folder / f"recipe-{name}.yaml"
     script = render(recipe, job, here, recipe_path)
     name = hashlib.sha256(script.encode()).hexdigest()[:8]
-    return Submission(script=script, recipe=text, script_path=folder / f"job-{name}.sbatch", recipe_path=recipe_path,
-                      log=log)
+    return Submission(script=script, recipe=text, script_path=folder / f"job-{name}.sbatch", recipe_path=recipe_path)
 
 
 def absolute(recipe: AnyRecipe, here: Path) -> dict[str, Any]:
@@ -259,7 +257,7 @@ def run(submission: Submission, *, wait: bool) -> int:
     Returns the exit code. Ctrl-C cancels the job first.
     """
     number = submit(submission)
-    log = Path(str(submission.log).replace("%j", number))
+    log = submission.script_path.parent / f"{number}.log"
     _say(f"job {number}; log: {log}")
     if not wait:
         print(number)
@@ -325,6 +323,7 @@ class Follower:
                     seen = time.monotonic()
                     self._tell(state)
                     if state.name in FINAL:
+                        time.sleep(POLL_S)  # for the end of the log to arrive here from another machine
                         self._print()
                         return state
                 elif time.monotonic() - seen > LOST_S:

@@ -4,7 +4,6 @@ What needs no Slurm is in tests/unit/test_launcher_slurm.py.
 """
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -184,12 +183,10 @@ def test_a_job_stopped_before_its_time_limit_is_requeued_and_goes_on_to_the_bit(
 @pytest.mark.timeout(200)
 def test_srun_starts_one_rank_for_each_task(slurm, place):
     (place / "rows.jsonl").write_text("".join(f'{{"question": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(16)))
-    tasks = ("export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_PROCID LOCAL_SIZE=$SLURM_NTASKS "
-             f"MASTER_ADDR=127.0.0.1 MASTER_PORT={29000 + os.getpid() % 900}")
     given = [f"run.dir={place / 'tuned'}", "data.path=rows.jsonl", "learner.ranks=launcher", "model.path=null",
              "model.tiny={warm_start: {steps: 0}}", "model.max_length=64", "data.heldout=4", "data.batch_size=4",
              "run.max_steps=2", "learner.micro_batch_tokens=128"]
-    launched = launch(slurm, place / "tuned", *given, "--setup", tasks, recipe="finetune_gsm8k")
+    launched = launch(slurm, place / "tuned", *given, recipe="finetune_gsm8k")
     launched.until_processes("-m frpo finetune")
     assert launched.finish() == 0, launched.told()[-3000:]
     assert [row["step"] for row in metrics(launched.folder)] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Put the output of actors into files of the run's folder, and read the last lines of such a file.
+"""Begin an actor's process where the run is: in the driver's folder, with its output in a file of the run's folder.
 
 Ray keeps an actor's output on the actor's node, where it is lost with the node. A file in the run's folder, which all
 nodes share, is where a user looks, and the driver can quote it when the actor has died.
@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 FOLDER = "logs"
@@ -18,10 +19,18 @@ LINES, WIDTH = 8, 300
 """Most lines to quote, and most characters of each."""
 
 
-def write_output_to(path: str | None) -> None:
-    """Append all output of this process to the file from now on, native code's included. None: leave it as it is."""
-    if path is None:
-        return
+def begin_in(folder: str, log: str | None) -> None:
+    """Change to the driver's folder, where relative paths begin, if this node has it; append all output to `log`.
+
+    log: a file, for the output of native code too; None: leave the output where it is.
+    """
+    with suppress(OSError):
+        os.chdir(folder)
+    if log is not None:
+        _write_output_to(log)
+
+
+def _write_output_to(path: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):

@@ -1,6 +1,7 @@
 """Start all rollout engines and stream groups from them. `EngineClient` carries weights from the learner to them."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -8,12 +9,12 @@ from typing import Any, cast
 import numpy as np
 import ray
 
-from frpo.cluster.actor_logs import write_output_to
+from frpo.cluster.actor_logs import begin_in
 from frpo.cluster.device import check_backend, check_cpu_engines
 from frpo.cluster.gpu_turns import GpuTurns, NoTurns
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus
-from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, place_here, result_of, wait_for
+from frpo.cluster.runtime import ActorDeadError, NamedActor, Node, log_path, node_here, result_of, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError
@@ -32,13 +33,14 @@ These calls have their own threads, so that an engine can receive weights and ot
 class _EngineActor(RolloutEngine):
     """A RolloutEngine built from a dumped recipe, because Ray constructs actors from plain values."""
 
-    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int, log: str | None):
-        """log: see `write_output_to`."""
-        write_output_to(log)
+    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int, folder: str,
+                 log: str | None):
+        """folder, log: see `begin_in`."""
+        begin_in(folder, log)
         super().__init__(recipe_from_dict(recipe), model_path, device, index)
 
-    def place(self) -> str:
-        return place_here()
+    def node(self) -> Node:
+        return node_here()
 
 
 class EnginesLostError(ActorDeadError):
@@ -76,7 +78,7 @@ class EnginePool:
         options["runtime_env"] = {"env_vars": environment(recipe.rollout, self.device) | shown}
         actor = cast(Any, ray.remote)(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
         log = None if self.logs is None else str(self.logs.absolute() / f"rollout_engine_{index}.log")
-        handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index, log)
+        handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index, os.getcwd(), log)
         named = NamedActor(name=f"rollout engine {index}", handle=handle,
                            log_path=log or "the newest worker-*.err of Ray")
         return named, handle.ready.remote()
@@ -85,10 +87,10 @@ class EnginePool:
         """Wait until all engines are loaded. Until this call they load in the background."""
         pids = wait_for("start rollout engines", self.starting, self.recipe.rollout.startup_timeout_s)
         actors = [actor for actor, _ in self.starting]
-        places = wait_for("find the engines' nodes", [(a, a.handle.place.remote()) for a in actors],
-                          self.recipe.rollout.startup_timeout_s)
+        nodes = wait_for("find the engines' nodes", [(a, a.handle.node.remote()) for a in actors],
+                         self.recipe.rollout.startup_timeout_s)
         self.engines = [NamedActor(name=a.name, handle=a.handle, log_path=log_path(pid) if self.logs is None else
-                                   a.log_path, place=place) for a, pid, place in zip(actors, pids, places)]
+                                   a.log_path, node=node) for a, pid, node in zip(actors, pids, nodes)]
 
     def dead(self) -> list[int]:
         """List the indices of engines whose process is gone. Call this only while no engine samples."""

@@ -1,6 +1,7 @@
 """Drive all learner ranks as one learner: each call goes to every rank and returns when all ranks are done."""
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -140,13 +141,13 @@ class LearnerGroup:
                         self.recipe.learner.timeout_s)
 
     def save(self, folder: str) -> None:
-        self._all("save", folder)
+        self._all("save", os.path.abspath(folder))
 
     def load(self, folder: str) -> int:
-        return self._all("load", folder)[0]
+        return self._all("load", os.path.abspath(folder))[0]
 
     def export(self, folder: str) -> None:
-        self._all("export", folder)
+        self._all("export", os.path.abspath(folder))
 
     def dead(self) -> list[int]:
         """List the ranks whose process is gone."""

@@ -1,31 +1,32 @@
 """Run learner ranks as Ray actors, each in its own process."""
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from frpo.cluster.actor_logs import write_output_to
+from frpo.cluster.actor_logs import begin_in
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus
 from frpo.cluster.rank import RankHost, rank_environments
-from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, log_path, place_here, result_of, wait_for
+from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, Node, log_path, node_here, result_of, wait_for
 from frpo.config.loader import AnyRecipe
 from frpo.telemetry.progress import phase
 
 
 class _LearnerActor(RankHost):
-    def __init__(self, log: str | None):
-        """log: see `write_output_to`."""
-        write_output_to(log)
+    def __init__(self, folder: str, log: str | None):
+        """See `begin_in`."""
+        begin_in(folder, log)
 
     def host(self) -> str:
         return ray.util.get_node_ip_address()
 
-    def place(self) -> str:
-        return place_here()
+    def node(self) -> Node:
+        return node_here()
 
     def seat(self) -> tuple[str, str]:
         """Return (id of the node, this rank's GPU as CUDA_VISIBLE_DEVICES names it)."""
@@ -43,7 +44,7 @@ class RayRanks:
         places, actor = places or OnCpu(), ray.remote(_LearnerActor)
         files = [None if logs is None else str(logs.absolute() / f"learner_rank_{rank}.log")
                  for rank in range(recipe.learner.num_ranks)]
-        handles = [actor.options(**places.of_rank(rank)).remote(file) for rank, file in enumerate(files)]
+        handles = [actor.options(**places.of_rank(rank)).remote(os.getcwd(), file) for rank, file in enumerate(files)]
         anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path=file or "not started")
                      for rank, (handle, file) in enumerate(zip(handles, files))]
         with phase(f"starting {len(handles)} learner process(es)"):
@@ -52,10 +53,10 @@ class RayRanks:
         if isinstance(places, SharedGpus):
             places.seats = wait_for("find the ranks' GPUs", [(a, a.handle.seat.remote()) for a in anonymous],
                                     recipe.learner.startup_timeout_s)
-        where = wait_for("start learner", [(a, a.handle.place.remote()) for a in anonymous],
+        where = wait_for("start learner", [(a, a.handle.node.remote()) for a in anonymous],
                          recipe.learner.startup_timeout_s)
-        self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=file or log_path(pid), place=place)
-                       for a, file, (_, _, pid), place in zip(anonymous, files, addresses, where)]
+        self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=file or log_path(pid), node=node)
+                       for a, file, (_, _, pid), node in zip(anonymous, files, addresses, where)]
         self.environments = rank_environments([host for host, _, _ in addresses], addresses[0][1], device, recipe)
 
     def call(self, phase: str, method: str, arguments: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any],

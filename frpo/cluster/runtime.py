@@ -36,7 +36,7 @@ from ray.exceptions import (
 from frpo.cluster.actor_logs import last_lines
 from frpo.cluster.device import check_slices, lacking_packages, settled
 from frpo.cluster.launcher import VISIBLE, outside_the_team
-from frpo.cluster.placement import reward_gpus
+from frpo.cluster.placement import known_nodes, reward_gpus
 from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, FrpoError
@@ -62,19 +62,39 @@ class ActorDeadError(EngineError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Node:
+    """A machine of the cluster: its own name, and the address that Ray has for it."""
+
+    name: str
+    address: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.address})"
+
+    def is_gone(self) -> bool:
+        """Return whether the cluster has lost this node."""
+        return known_nodes().get(self.address, "") is None
+
+
+@dataclass(frozen=True, kw_only=True)
 class NamedActor:
-    """A Ray actor, its name in error messages, the path of its log, and where it runs, if that is known."""
+    """A Ray actor, its name in error messages, the path of its log, and its node, if that is known."""
 
     name: str
     handle: Any
     log_path: str
-    place: str = ""
+    node: Node | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}{self.place and ' on '}{self.place} (log: {self.log_path})"
+        return f"{self.name}{f' on {self.node}' if self.node else ''} (log: {self.log_path})"
 
     def cause_of_death(self, error: BaseException) -> str:
-        """Return Ray's first line about the death and, if the log can be read here, the actor's last lines."""
+        """Return Ray's first line about the death and, if the log can be read here, the actor's last lines.
+
+        If the node is gone, its loss is the cause.
+        """
+        if self.node and self.node.is_gone():
+            return f"its node {self.node} is gone (power, network, or a Ray that has ended there)"
         lines = last_lines(self.log_path)
         quoted = "".join(f"\n    {line}" for line in lines)
         return str(error).splitlines()[0] + (f" Its last lines:{quoted}" if lines else "")
@@ -209,9 +229,9 @@ def log_path(pid: int) -> str:
     return found[0] if found else f"{logs}/worker-*-{pid}.err on the actor's node"
 
 
-def place_here() -> str:
-    """Return the name and the address of this process's node."""
-    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+def node_here() -> Node:
+    """Return the node of this process."""
+    return Node(name=socket.gethostname(), address=ray.util.get_node_ip_address())
 
 
 def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float) -> list[Any]:

@@ -5,6 +5,7 @@ arrives. `shm_receiver`, `broadcast_receiver` and `ipc_receiver` define how a bu
 """
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -30,6 +31,9 @@ class InitInfo(WeightTransferInitInfo):
     staged: bool
     adapters: bool = False
 
+
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+"""At every push it warns about layers without parameters. `load_check` finds what really stays unread."""
 
 Info = TypeVar("Info", bound=InitInfo)
 Update = TypeVar("Update", bound=WeightTransferUpdateInfo)

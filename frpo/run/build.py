@@ -15,6 +15,7 @@ from frpo.cluster.actor_logs import FOLDER
 from frpo.cluster.device import check_packages
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.node_check import check_nodes
 from frpo.cluster.placement import Places, SharedGpus, reserved
 from frpo.cluster.rank import Ranks
 from frpo.cluster.ray_ranks import RayRanks
@@ -256,6 +257,7 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
             raise ConfigError("placement: colocate needs ranks that Ray has started; run the recipe without a launcher "
                               "and with learner.ranks: ray, or set placement to split")
         places = stack.enter_context(reserved(recipe, device, ranks=not team, engines=samples))
+        check_nodes(places.nodes(), Path(recipe.run.dir), model_path)
         logs = Path(recipe.run.dir) / FOLDER
         if isinstance(places, SharedGpus):  # engines follow the ranks to their GPUs
             ranks = stack.enter_context(learner_ranks(recipe, device, places))
@@ -309,6 +311,7 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[SamplingParts]
         stack.enter_context(ray_session())
         device = choose_device(recipe, learner=False)
         places = stack.enter_context(reserved(recipe, device, ranks=False))
+        check_nodes(places.nodes(), Path(recipe.run.dir), model_path)
         pool = stack.enter_context(engine_pool(recipe, model_path, device, places))
         with phase(f"waiting for {len(pool.starting)} rollout engine(s) to load the model"):
             pool.wait_until_ready()

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from frpo.cluster.device import check_packages
 from frpo.cluster.learner_group import LearnerGroup
-from frpo.cluster.placement import OnCpu, reserved
+from frpo.cluster.node_check import check_nodes
+from frpo.cluster.placement import OnCpu, Places, reserved
 from frpo.cluster.rank import Ranks
 from frpo.cluster.runtime import choose_device, ray_session
 from frpo.cluster.team import device_here, in_team
@@ -129,12 +130,14 @@ def build_finetune(recipe: GivenRecipe) -> Iterator[FinetuneParts]:
         remark([*checked.examples.summary(recipe.ITEMS, recipe.data), *recipe.run.notes(),
                 *recipe.learner.notes(checked.updates, recipe.model.lora is not None)])
         model_path = recipe.model.path or tiny_model(recipe, Path(recipe.run.dir) / "model")
+        places: Places = OnCpu()
         if in_team(recipe):
             device = device_here(recipe)
         else:
             stack.enter_context(ray_session())
             device = choose_device(recipe, engines=False)
-        places = OnCpu() if in_team(recipe) else stack.enter_context(reserved(recipe, device, engines=False))
+            places = stack.enter_context(reserved(recipe, device, engines=False))
+            check_nodes(places.nodes(), Path(recipe.run.dir), model_path)
         ranks = stack.enter_context(learner_ranks(recipe, device, places))
         yield stack.enter_context(finetune_on(ranks, device, recipe, checked, model_path))
 

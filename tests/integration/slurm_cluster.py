@@ -1,31 +1,32 @@
-"""A private Slurm for tests: its own munge key, daemons and ports in one folder; two nodes on this machine.
+"""A private Slurm for tests: its own munge key, daemons and files in one folder; two machines (`nodes`) on this one.
 
-Not a test itself. Debian packages: slurmctld, slurmd, slurm-client, munge.
+Not a test itself. Debian packages: slurmctld, slurmd, slurm-client, munge, and those of `nodes`.
 """
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+import nodes
+from nodes import Machine
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
 NODES = ("n1", "n2")
 
 CONF = """
 ClusterName=test
-SlurmctldHost=localhost
-SlurmctldPort={controller}
+SlurmctldHost={controller}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -57,19 +58,20 @@ SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd.%n.log
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
-NODE = ("NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000 "
-        "State=UNKNOWN\n")
+NODE = "NodeName={name} NodeAddr={address} CPUs=2 RealMemory=2000 State=UNKNOWN\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
     """A running Slurm. environment: variables with which its commands, and jobs submitted by them, run."""
 
-    folder: Path
+    nodes: Sequence[Machine]
     environment: Mapping[str, str]
 
-    def command(self, *arguments: str) -> str:
-        done = subprocess.run(arguments, env=dict(self.environment), capture_output=True, text=True, timeout=60)
+    def command(self, *arguments: str, node: int = 0) -> str:
+        """Run a command on a node; return its output."""
+        done = subprocess.run(self.nodes[node].inside(arguments), env=dict(self.environment), capture_output=True,
+                              text=True, timeout=60)
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -94,7 +96,7 @@ def why_not() -> str | None:
     missing = [name for name in DAEMONS if shutil.which(name, path=_path()) is None]
     if missing:
         return f"Slurm is not installed ({', '.join(missing)})"
-    return None if os.geteuid() == 0 else "Slurm's daemons need root here"
+    return nodes.why_not()
 
 
 @contextmanager
@@ -108,25 +110,27 @@ def running() -> Iterator[Slurm]:
     (folder / "munge").chmod(0o711)
     (folder / "munge" / "key").write_bytes(os.urandom(1024))
     (folder / "munge" / "key").chmod(0o600)
-    controller, *ports = _free_ports(1 + len(NODES))
-    nodes = "".join(NODE.format(name=name, port=port) for name, port in zip(NODES, ports))
-    (folder / "slurm.conf").write_text(
-        nodes + CONF.format(folder=folder, controller=controller, nodes=",".join(NODES)))
-    slurm = Slurm(folder=folder, environment=_environment(folder))
     munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     try:
-        slurm.command("munged", "--force", "--num-threads=2",
-                      *(f"--{option}={folder / 'munge' / name}" for option, name in munge.items()))
-        slurm.command("slurmctld", "-c")
-        for node in NODES:
-            slurm.command("slurmd", "-N", node)
-        until(lambda: slurm.command("sinfo", "-h", "-o", "%T %D").split() == ["idle", str(len(NODES))], 60)
-        yield slurm
-        slurm.command("scancel", "--user", "root")
-        until(lambda: not slurm.command("squeue", "-h"), 60)
+        with nodes.machines(folder, *NODES) as made:
+            lines = "".join(NODE.format(name=machine.name, address=machine.address) for machine in made)
+            controller = f"{made[0].name}({made[0].address})"
+            (folder / "slurm.conf").write_text(
+                lines + CONF.format(folder=folder, controller=controller, nodes=",".join(NODES)))
+            slurm = Slurm(nodes=made, environment=_environment(folder))
+            slurm.command("munged", "--force", "--num-threads=2",  # one serves all: its socket is on their common disk
+                          *(f"--{option}={folder / 'munge' / name}" for option, name in munge.items()))
+            slurm.command("slurmctld", "-c")
+            for number in range(len(made)):
+                slurm.command("slurmd", node=number)
+            until(lambda: slurm.command("sinfo", "-h", "-o", "%T %D").split() == ["idle", str(len(NODES))], 60)
+            yield slurm
+            slurm.command("scancel", "--user", "root")
+            until(lambda: not slurm.command("squeue", "-h"), 60)
+            pids = [*(folder / f"slurmd.{node}.pid" for node in NODES), folder / "slurmctld.pid",
+                    folder / "munge" / "pid"]
+            _end([int(path.read_text()) for path in pids if path.is_file()])
     finally:
-        pids = [folder / f"slurmd.{node}.pid" for node in NODES] + [folder / "slurmctld.pid", folder / "munge" / "pid"]
-        _end([int(path.read_text()) for path in pids if path.is_file()])
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -162,13 +166,3 @@ def _end(pids: list[int]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=20)
     for process in alive:
         process.kill()
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

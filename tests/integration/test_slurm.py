@@ -87,10 +87,16 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
+def training(slurm: Slurm, folder: Path) -> list[str]:
+    """Overrides of a small run with its ranks on the first node and its engine on the second."""
+    return [*overrides_of(folder), f"placement.engine_hosts=[{slurm.nodes[1].address}]"]
+
+
 def launch(slurm: Slurm, folder: Path, *arguments: str, recipe: str = "smoke") -> Launched:
-    command = [sys.executable, str(LAUNCHER), recipe, *arguments, "--nodes", "2", "--time", "20"]
+    command = ["env", "-C", str(folder.parent), sys.executable, str(LAUNCHER), recipe, *arguments, "--nodes", "2",
+               "--time", "20"]
     with folder.with_suffix(".out").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder.parent,
+        process = subprocess.Popen(slurm.nodes[0].inside(command), stdout=output, stderr=subprocess.STDOUT,
                                    env=dict(slurm.environment))
     return Launched(process=process, slurm=slurm, folder=folder)
 
@@ -98,7 +104,7 @@ def launch(slurm: Slurm, folder: Path, *arguments: str, recipe: str = "smoke") -
 @pytest.fixture(scope="module")
 def alone(slurm, place) -> Mapping[str, object]:
     """A whole run that nothing disturbs, and who knew its token while it ran."""
-    launched = launch(slurm, place / "alone", *overrides_of(place / "alone"))
+    launched = launch(slurm, place / "alone", *training(slurm, place / "alone"))
     launched.until_processes(*RUN)
     token = (launched.private() / "token").read_bytes()
     modes = [oct(path.stat().st_mode & 0o777) for path in (launched.private(), launched.private() / "token")]
@@ -139,7 +145,7 @@ def test_a_run_that_fails_gives_its_exit_code_and_keeps_the_logs(slurm, place):
     (place / "broken").mkdir()
     (place / "broken" / "reward.py").write_text(BROKEN)
     folder = place / "broken" / "run"
-    launched = launch(slurm, folder, *overrides_of(folder))
+    launched = launch(slurm, folder, *training(slurm, folder))
     launched.until_processes(*RUN)
     assert launched.finish() == 2, launched.told()[-3000:]
     assert "RewardCallError: reward 'spread'" in launched.told()
@@ -153,7 +159,7 @@ def test_a_run_that_fails_gives_its_exit_code_and_keeps_the_logs(slurm, place):
 
 @pytest.mark.timeout(300)
 def test_a_cancelled_job_leaves_nothing(slurm, place):
-    launched = launch(slurm, place / "cancelled", *overrides_of(place / "cancelled"), "run.num_steps=100000")
+    launched = launch(slurm, place / "cancelled", *training(slurm, place / "cancelled"), "run.num_steps=100000")
     until(lambda: lines(launched.folder / "metrics.jsonl"), 200, launched.process)
     launched.until_processes(*RUN)
     slurm.command("scancel", launched.number())
@@ -164,17 +170,17 @@ def test_a_cancelled_job_leaves_nothing(slurm, place):
 
 @pytest.mark.timeout(400)
 def test_a_job_stopped_before_its_time_limit_is_requeued_and_goes_on_to_the_bit(slurm, place, alone):
-    launched = launch(slurm, place / "stopped", *overrides_of(place / "stopped"))
+    launched = launch(slurm, place / "stopped", *training(slurm, place / "stopped"))
     until(lambda: len(lines(launched.folder / "metrics.jsonl")) > 1, 200, launched.process)
     number = launched.number()
     slurm.command("scancel", "--batch", "--signal=USR1", number)
     until(lambda: slurm.job(number)["JobState"] == "PENDING", 100, launched.process)
     reached = len(metrics(launched.folder))
     assert 1 < reached < 7
-    assert "slurm: stopped for now, and requeued\n" in launched.told()
     assert launched.nothing_left()
     slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")
     assert launched.finish() == 0, launched.told()[-3000:]
+    assert "slurm: stopped for now; requeueing the job\n" in launched.told()
     assert slurm.job(number)["Restarts"] == "1" and f"job {number} running on n[1-2], start 2" in launched.told()
     assert metrics(launched.folder) == metrics(alone["launched"].folder)
     assert launched.nothing_left()

@@ -251,7 +251,7 @@ def test_the_plain_scripts_are_valid_and_agree():
         assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= set(options(path.read_text()))
     bodies = {name: text.partition(launcher.END)[2] for name, text in names.items()}
     assert bodies["retention"] == bodies["retention_array"] != ""
-    for function in ("requeue", "wait_for"):
+    for function in ("was_preempted", "requeue", "wait_for"):
         found = {re.search(rf"^{function}\(\) .*?^}}\n", body, re.MULTILINE | re.DOTALL)[0] for body in bodies.values()}
         assert len(found) == 1
 

@@ -20,7 +20,7 @@ help:
 	@echo "make install     environment in $(VENV), from the locked versions"
 	@echo "make quickstart  train a small model here and see what forks of it keep (MODEL=tiny: 4 minutes)"
 	@echo "make test        all tests"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy and hadolint"
 	@echo "make docs        the site, into build/site"
 	@echo "make lock        newest versions that setup.py allows"
 	@echo "LOCK=gpu takes the versions for machines with GPUs."
@@ -36,6 +36,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

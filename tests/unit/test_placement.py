@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from frpo.cluster.placement import Node, assign, bundles_of, reward_gpus, table
+from frpo.cluster import placement
+from frpo.cluster.engine_pool import with_backend
+from frpo.cluster.placement import Node, OnCpu, assign, bundles_of, on_cpu, reward_gpus, table
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.loader import load_recipe
 from frpo.errors import ConfigError
@@ -161,3 +163,47 @@ def test_ray_reserves_what_was_planned_and_releases_it(tmp_path):
 def test_a_key_beside_the_short_form_keeps_it():
     found = load_recipe("smoke", ["placement=colocate", "placement.sleep=false"]).placement
     assert (found.mode, found.sleep, found.sleeps) == ("colocate", False, False)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(placement, "own_node", lambda: "here")
+
+
+def test_on_the_cpu_all_are_on_the_drivers_node_unless_hosts_are_named(here):
+    nodes = {"10.0.0.1": "here", "10.0.0.2": "b", "10.0.0.3": "c"}
+    alone = on_cpu(recipe(ranks=2), nodes)
+    assert alone == OnCpu(ranks=("here", "here"), engines=("here",)) and alone.beside_first_rank()
+    spread = on_cpu(
+        recipe(ranks=4, engines=2, learner_hosts=["10.0.0.2", "10.0.0.3"], engine_hosts=["10.0.0.3"]), nodes)
+    assert spread == OnCpu(ranks=("b", "b", "c", "c"), engines=("c", "c")) and not spread.beside_first_rank()
+    assert on_cpu(recipe(ranks=2), nodes, ranks=False).ranks == ("here",)
+    assert spread.nodes() == {"b", "c"}
+
+
+def test_hosts_that_are_gone_are_left_out_and_unknown_ones_refused(here, caplog):
+    nodes = {"10.0.0.1": "here", "10.0.0.2": None, "10.0.0.3": "c"}
+    both = recipe(ranks=2, learner_hosts=["10.0.0.2", "10.0.0.3"])
+    assert on_cpu(both, nodes).ranks == ("c", "c")
+    assert "placement.learner_hosts: the run goes on without 10.0.0.2, which is gone" in caplog.text
+    assert on_cpu(recipe(engine_hosts=["10.0.0.2"]), nodes).engines == ("here",)
+    with pytest.raises(ConfigError, match=r"placement.engine_hosts = .*: the cluster has no node 10.0.0.9; choose "
+                                          r"among its nodes: 10.0.0.1, 10.0.0.3"):
+        on_cpu(recipe(engine_hosts=["10.0.0.1", "10.0.0.9"]), nodes)
+
+
+def test_an_engine_whose_node_is_gone_starts_elsewhere(monkeypatch):
+    own, gone, other = ("0" * 55 + end for end in "123")
+    monkeypatch.setattr(placement, "own_node", lambda: own)
+    monkeypatch.setattr(placement, "known_nodes", lambda: {"a": own, "b": None, "c": other})
+    places = OnCpu(ranks=(own,), engines=(gone, other))
+    assert [places.of_engine(index)["scheduling_strategy"].node_id for index in range(2)] == [other, other]
+    assert OnCpu(ranks=(own,), engines=(gone,)).of_engine(0)["scheduling_strategy"].node_id == own
+
+
+def test_weights_go_through_shared_memory_only_on_one_node(here):
+    near, far = OnCpu(ranks=("a",), engines=("a",)), OnCpu(ranks=("a",), engines=("a", "b"))
+    assert with_backend(recipe(), "cpu", near).weight_sync.backend == "cpu_shm"
+    assert with_backend(recipe(), "cpu", far).weight_sync.backend == "gloo"
+    with pytest.raises(ConfigError, match="cpu_shm reaches only engines on the node of learner rank 0"):
+        with_backend(load_recipe("smoke", ["weight_sync.backend=cpu_shm"]), "cpu", far)

@@ -4,9 +4,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from frpo.config.rollout import WeightSyncSection
+from frpo.errors import EngineError
 from frpo.weight_sync import cpu_shm
 from pid_namespace import NAMESPACE, needs_namespaces
 
@@ -80,3 +82,13 @@ def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     cpu_shm.remove_leftovers()
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "precious").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_engine_with_another_shared_memory_refuses_to_connect():
+    from frpo.rollout.shm_receiver import SharedInfo, SharedMemoryReceiver
+
+    receiver = object.__new__(SharedMemoryReceiver)
+    receiver.init_transfer_engine(SharedInfo(staged=True, memory=cpu_shm.memory_id()))
+    assert receiver.staging
+    with pytest.raises(EngineError, match="cpu_shm needs the engines on the machine of learner rank 0, .* gloo"):
+        receiver.init_transfer_engine(SharedInfo(staged=True, memory="another boot:25"))

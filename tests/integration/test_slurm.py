@@ -149,7 +149,7 @@ def test_a_run_that_fails_gives_its_exit_code_and_keeps_the_logs(slurm, place):
     launched.until_processes(*RUN)
     assert launched.finish() == 2, launched.told()[-3000:]
     assert "RewardCallError: reward 'spread'" in launched.told()
-    assert f"slurm: frpo ended with exit code 2; Ray's logs of each node: {folder}/slurm/" in launched.told()
+    assert f"slurm: exit code 2; Ray's logs of each node: {folder}/slurm/" in launched.told()
     assert launched.slurm.job(launched.number())["ExitCode"] == "2:0"
     assert launched.nothing_left()
     logs = folder / "slurm" / f"{launched.number()}.ray"

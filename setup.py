@@ -15,7 +15,8 @@ setup(
     packages=[*find_packages(include=["frpo", "frpo.*"]), "frpo.recipes", "frpo.ds_configs", "frpo.launchers"],
     package_dir={"frpo.recipes": "recipes", "frpo.ds_configs": "ds_configs", "frpo.launchers": "launchers"},
     package_data={"frpo": ["py.typed", "locks/*.txt", "report/*.html", "data/sets/gsm8k_sample.*"],
-                  "frpo.recipes": ["*.yaml"], "frpo.ds_configs": ["*.json"], "frpo.launchers": ["kubernetes/*"]},
+                  "frpo.recipes": ["*.yaml"], "frpo.ds_configs": ["*.json"],
+                  "frpo.launchers": ["kubernetes/*", "slurm_scripts/*.sbatch"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "transformers>=5.16.1,<5.20",

@@ -1,0 +1,199 @@
+"""The Slurm launcher for real, on a private Slurm of two nodes: exit codes, no orphans, stopped and requeued.
+
+What needs no Slurm is in tests/unit/test_launcher_slurm.py.
+"""
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from runs import REWARD, lines, metrics, overrides_of
+from slurm_cluster import Slurm, running, until, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+LAUNCHER = Path(__file__).parents[2] / "launchers" / "slurm.py"
+
+SLOW = "import time\n\n" + REWARD.replace(":\n    return [sum", ":\n    time.sleep(0.3)\n    return [sum")
+"""Steps last long enough to be interrupted."""
+
+BROKEN = """
+def spread(completions, **columns):
+    calls.append(0)
+    if len(calls) == 1:  # before the run
+        return [0.0] * len(completions)
+    raise ValueError("no value for this")
+
+def dear(completions, **columns):
+    return [0.0] * len(completions)
+
+calls = []
+"""
+
+RUN = ("raylet/raylet", "gcs_server", "-m frpo train", "_EngineActor", "_LearnerActor")
+"""What the processes of a job are called: Ray's own, a run's driver, an engine's, a rank's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A launcher that follows its job."""
+
+    process: subprocess.Popen
+    slurm: Slurm
+    folder: Path
+    """run.dir of the job's run."""
+
+    def told(self) -> str:
+        return self.folder.with_suffix(".out").read_text()
+
+    def number(self) -> str:
+        until(lambda: "; log: " in self.told(), 60, self.process)
+        return self.told().split("slurm: job ")[1].split(";")[0]
+
+    def until_processes(self, *names: str) -> None:
+        number = self.number()
+        until(lambda: all(any(name in line for line in self.slurm.processes(number).values()) for name in names), 150,
+              self.process)
+
+    def finish(self) -> int:
+        return self.process.wait(timeout=200)
+
+    def nothing_left(self) -> bool:
+        """Whether processes, temporary files and the token go, in the seconds that Slurm takes to end a job."""
+        number = self.number()
+        until(lambda: not self.slurm.processes(number), 40)
+        until(lambda: not Path(f"/tmp/ray-{number}").exists(), 5)
+        return not self.private().exists()
+
+    def private(self) -> Path:
+        return self.folder / "slurm" / f".private-{self.number()}"
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with running() as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("of slurm")  # paths with spaces
+    (place / "reward.py").write_text(SLOW)
+    return place
+
+
+def training(slurm: Slurm, folder: Path) -> list[str]:
+    """Overrides of a small run with its ranks on the first node and its engine on the second."""
+    return [*overrides_of(folder), f"placement.engine_hosts=[{slurm.nodes[1].address}]"]
+
+
+def launch(slurm: Slurm, folder: Path, *arguments: str, recipe: str = "smoke") -> Launched:
+    command = ["env", "-C", str(folder.parent), sys.executable, str(LAUNCHER), recipe, *arguments, "--nodes", "2",
+               "--time", "20"]
+    with folder.with_suffix(".out").open("w") as output:
+        process = subprocess.Popen(slurm.nodes[0].inside(command), stdout=output, stderr=subprocess.STDOUT,
+                                   env=dict(slurm.environment))
+    return Launched(process=process, slurm=slurm, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def alone(slurm, place) -> Mapping[str, object]:
+    """A whole run that nothing disturbs, and who knew its token while it ran."""
+    launched = launch(slurm, place / "alone", *training(slurm, place / "alone"))
+    launched.until_processes(*RUN)
+    token = (launched.private() / "token").read_bytes()
+    modes = [oct(path.stat().st_mode & 0o777) for path in (launched.private(), launched.private() / "token")]
+    knowing = [path for process in Path("/proc").glob("[0-9]*") for path in (process / "cmdline", process / "environ")
+               if token in contents(path)]
+    return {"launched": launched, "code": launched.finish(), "token": token, "modes": modes, "knowing": knowing}
+
+
+def contents(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has just ended, or is not ours
+        return b""
+
+
+@pytest.mark.timeout(300)
+def test_a_run_over_two_nodes_ends_with_zero_and_leaves_nothing(alone):
+    launched = alone["launched"]
+    assert alone["code"] == 0, launched.told()[-3000:]
+    assert "slurm: 2 of 2 nodes joined Ray\n" in launched.told()
+    assert [row["step"] for row in metrics(launched.folder)] == [0, 1, 2, 3, 4, 5, 6]
+    assert launched.told().count("step 6/6 ") == 1
+    assert launched.slurm.job(launched.number())["ExitCode"] == "0:0"
+    assert launched.nothing_left()
+    assert {path.suffix for path in (launched.folder / "slurm").iterdir()} == {".log", ".sbatch", ".yaml"}
+
+
+@pytest.mark.timeout(300)
+def test_nobody_but_its_file_tells_the_token(alone):
+    assert len(alone["token"]) == 64 and alone["modes"] == ["0o700", "0o600"]
+    assert alone["knowing"] == []
+    files = [path for path in (alone["launched"].folder / "slurm").rglob("*") if path.is_file()]
+    assert files and not [path for path in files if alone["token"] in path.read_bytes()]
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_fails_gives_its_exit_code_and_keeps_the_logs(slurm, place):
+    (place / "broken").mkdir()
+    (place / "broken" / "reward.py").write_text(BROKEN)
+    folder = place / "broken" / "run"
+    launched = launch(slurm, folder, *training(slurm, folder))
+    launched.until_processes(*RUN)
+    assert launched.finish() == 2, launched.told()[-3000:]
+    assert "RewardCallError: reward 'spread'" in launched.told()
+    assert f"slurm: exit code 2; Ray's logs of each node: {folder}/slurm/" in launched.told()
+    assert launched.slurm.job(launched.number())["ExitCode"] == "2:0"
+    assert launched.nothing_left()
+    logs = folder / "slurm" / f"{launched.number()}.ray"
+    assert all((logs / f"{node}.log").is_file() for node in ("n1", "n2"))
+    assert next(logs.glob("n?/raylet.out"), None)
+
+
+@pytest.mark.timeout(300)
+def test_a_cancelled_job_leaves_nothing(slurm, place):
+    launched = launch(slurm, place / "cancelled", *training(slurm, place / "cancelled"), "run.num_steps=100000")
+    until(lambda: lines(launched.folder / "metrics.jsonl"), 200, launched.process)
+    launched.until_processes(*RUN)
+    slurm.command("scancel", launched.number())
+    assert launched.finish() == 130, launched.told()[-3000:]
+    assert launched.told().endswith("slurm: the job was cancelled\n")
+    assert launched.nothing_left()
+
+
+@pytest.mark.timeout(400)
+def test_a_job_stopped_before_its_time_limit_is_requeued_and_goes_on_to_the_bit(slurm, place, alone):
+    launched = launch(slurm, place / "stopped", *training(slurm, place / "stopped"))
+    until(lambda: len(lines(launched.folder / "metrics.jsonl")) > 1, 200, launched.process)
+    number = launched.number()
+    slurm.command("scancel", "--batch", "--signal=USR1", number)
+    until(lambda: slurm.job(number)["JobState"] == "PENDING", 100, launched.process)
+    reached = len(metrics(launched.folder))
+    assert 1 < reached < 7
+    assert launched.nothing_left()
+    slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+    assert launched.finish() == 0, launched.told()[-3000:]
+    assert "slurm: stopped for now; requeueing the job\n" in launched.told()
+    assert slurm.job(number)["Restarts"] == "1" and f"job {number} running on n[1-2], start 2" in launched.told()
+    assert metrics(launched.folder) == metrics(alone["launched"].folder)
+    assert launched.nothing_left()
+
+
+@pytest.mark.timeout(200)
+def test_srun_starts_one_rank_for_each_task(slurm, place):
+    (place / "rows.jsonl").write_text("".join(f'{{"question": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(16)))
+    given = [f"run.dir={place / 'tuned'}", "data.path=rows.jsonl", "learner.ranks=launcher", "model.path=null",
+             "model.tiny={warm_start: {steps: 0}}", "model.max_length=64", "data.heldout=4", "data.batch_size=4",
+             "run.max_steps=2", "learner.micro_batch_tokens=128"]
+    launched = launch(slurm, place / "tuned", *given, recipe="finetune_gsm8k")
+    launched.until_processes("-m frpo finetune")
+    assert launched.finish() == 0, launched.told()[-3000:]
+    assert [row["step"] for row in metrics(launched.folder)] == [0, 1, 2]
+    assert launched.nothing_left()

@@ -1,0 +1,264 @@
+"""The Slurm launcher without Slurm: the rendered scripts, bad input, what Slurm tells of a job, a log that grows."""
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from frpo.config.loader import load_training, recipe_digest, recipe_from_dict
+
+PATH = Path(__file__).parents[2] / "launchers" / "slurm.py"
+SPEC = importlib.util.spec_from_file_location("launcher_slurm", PATH)
+launcher = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(launcher)
+
+SCRIPTS = sorted(launcher.SCRIPTS.glob("*.sbatch"))
+GPU = ("smoke", "run.device=cuda", "learner.num_ranks=4", "rollout.num_engines=2", "rollout.tensor_parallel_size=2")
+RANKS = ("finetune_gsm8k", "data.path=rows.jsonl", "learner.ranks=launcher")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder, its name with a space and a quote, with files that a recipe may name."""
+    here = tmp_path / "it's here"
+    for folder in ("lib", "policy", "zero3", "arithmetic", "auto"):
+        (here / folder).mkdir(parents=True)
+    (here / "lib" / "rewards.py").write_text("def good(completions):\n    return [1.0] * len(completions)\n")
+    (here / "rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    monkeypatch.chdir(here)
+    return here
+
+
+def dry(capsys, *arguments: str) -> str:
+    """The script, which is valid bash."""
+    assert launcher.main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True).stderr == ""
+    return script
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert launcher.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("slurm: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def options(script: str) -> list[str]:
+    """What sbatch reads: the options in the comments before the first command."""
+    head = re.split(r"^[^#\n]", script, maxsplit=1, flags=re.MULTILINE)[0]
+    return re.findall(r"^#SBATCH (.+)$", head, flags=re.MULTILINE)
+
+
+def settings(script: str, *names: str) -> dict[str, list[str]]:
+    """What bash makes of variables above the end of the settings."""
+    above = script[:script.index(launcher.END)]
+    show = "".join(f'printf "%s\\0" {name} "${{{name}[@]}}" ""\n' for name in names)
+    done = subprocess.run(["bash", "-c", above + show], capture_output=True, text=True, check=True)
+    return {name: values for name, *values in (part.split("\0") for part in done.stdout.split("\0\0") if part)}
+
+
+def test_a_dry_run_prints_the_whole_script_and_writes_nothing(here, capsys):
+    before = sorted(here.rglob("*"))
+    script = dry(capsys, "smoke", "run.seed=3", "--nodes", "2", "--cpus-per-node", "16", "--time", "1:00:00",
+                 "--partition", "p", "--account", "a", "--qos", "q", "--sbatch=--constraint=x", "run.name=a b")
+    assert options(script) == [
+        "--job-name=a-b", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=16", "--time=1:00:00",
+        f'--chdir="{here}"', f'--output="{here}/runs/smoke/slurm/%j.log"', "--open-mode=append", "--requeue",
+        "--signal=B:USR1@300", "--partition=p", "--account=a", "--qos=q", "--constraint=x"]
+    found = settings(script, "command", "folder", "python", "gpus", "max_requeues")
+    command, path = found["command"]
+    assert command == "train" and Path(path).parent == here / "runs/smoke/slurm"
+    assert found["folder"] == [f"{here}/runs/smoke/slurm"] and found["python"] == [sys.executable]
+    assert (found["gpus"], found["max_requeues"]) == (["0"], ["20"])
+    assert sorted(here.rglob("*")) == before
+
+
+def test_whole_nodes_unless_cpus_are_given(here, capsys):
+    assert {"--exclusive", "--mem=0"} <= set(options(dry(capsys, "smoke", "--nodes", "1")))
+    shared = options(dry(capsys, *RANKS, "--nodes", "1", "--ranks-per-node", "4", "--cpus-per-node", "10"))
+    assert "--cpus-per-task=2" in shared and not {"--exclusive", "--mem=0"} & set(shared)
+
+
+def test_the_body_is_that_of_the_plain_script(here, capsys):
+    for arguments, name in ((("smoke",), "rl"), ((*RANKS, "learner.ranks=ray"), "rl"),
+                            (RANKS, "finetune"), ((*RANKS, "learner.ranks=process"), "finetune")):
+        script = dry(capsys, *arguments, "--nodes", "1")
+        plain = (launcher.SCRIPTS / f"{name}.sbatch").read_text()
+        assert script.partition(launcher.END)[2] == plain.partition(launcher.END)[2] != ""
+
+
+def test_every_setting_of_a_plain_script_is_written(here, capsys):
+    for arguments, name in ((("smoke",), "rl"), (RANKS, "finetune")):
+        above = (launcher.SCRIPTS / f"{name}.sbatch").read_text().partition(launcher.END)[0]
+        names = re.findall(r"^(\w+)(?:=|\(\) \{)", above, flags=re.MULTILINE)
+        script = dry(capsys, *arguments, "--nodes", "1").partition(launcher.END)[0]
+        assert set(re.findall(r"^(\w+)(?:=|\(\) \{)", script, flags=re.MULTILINE)) == set(names)
+
+
+def test_one_task_for_each_gpu_if_srun_starts_the_ranks(here, capsys):
+    found = options(dry(capsys, *RANKS, "run.device=cuda", "--nodes", "2", "--gpus-per-node", "4"))
+    assert "--ntasks-per-node=4" in found and "--gpus-per-node=4" in found
+    assert "--ntasks-per-node=1" in options(dry(capsys, *RANKS, "--nodes", "2"))
+
+
+@pytest.mark.parametrize("given, again, requeues, option", [
+    ("auto", [], "20", "--requeue"), ("force", [], "20", "--requeue"),
+    ("never", ["run.resume=auto"], "20", "--requeue"), ("overwrite", [], "0", "--no-requeue"),
+    ("runs/old/checkpoints/step_000002", [], "0", "--no-requeue")])
+def test_a_requeued_job_goes_on_and_never_starts_over(here, capsys, given, again, requeues, option):
+    script = dry(capsys, "smoke", f"run.resume={given}", "--nodes", "1")
+    found = settings(script, "again", "max_requeues")
+    assert (found["again"], found["max_requeues"]) == (again, [requeues])
+    assert option in options(script)
+
+
+def test_a_container_sees_the_folders_of_the_run(here, capsys):
+    given = ["smoke", "run.dir=/shared/run", "--nodes", "1", "--container", "frpo image.sif", "--container-kind"]
+    found = settings(dry(capsys, *given, "apptainer"), "container", "pyxis", "python")
+    assert found["container"] == ["apptainer", "exec", "--nv", "--bind", str(here), "--bind", "/shared/run",
+                                  "frpo image.sif"]
+    assert found["pyxis"] == [] and found["python"] == ["python"]
+    found = settings(dry(capsys, *given, "pyxis"), "container", "pyxis")
+    assert found["container"] == [] and found["pyxis"][0] == "--container-image=frpo image.sif"
+    assert found["pyxis"][2] == f"--container-mounts={here}:{here},/shared/run:/shared/run,/tmp:/tmp"
+
+
+def test_setup_runs_as_it_is_written(here, capsys):
+    line = "export A='it is \"so\"' && B=$A # set"
+    above = dry(capsys, "smoke", "--nodes", "1", "--setup", line).partition(launcher.END)[0]
+    done = subprocess.run(["bash", "-c", f'{above}setup; printf %s "$B"'], capture_output=True, text=True)
+    assert done.stdout == 'it is "so"'
+    assert "setup() {\n    :\n}" in dry(capsys, "smoke", "--nodes", "1")
+
+
+def test_a_python_that_the_node_lacks_is_replaced_and_a_given_one_is_not(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/not/on the node/python")
+    assert settings(dry(capsys, "smoke", "--nodes", "1"), "python")["python"] == ["python"]
+    given = ["smoke", "--nodes", "1", "--python", "/an env/bin/python"]
+    assert settings(dry(capsys, *given), "python")["python"] == ["/an env/bin/python"]
+
+
+def test_the_recipe_means_the_same_from_any_folder(here):
+    rewards = "rewards=[{name: a, function: 'lib/rewards.py:good'}]"
+    recipe = load_training("smoke", [rewards, "model.tiny=null", "model.path=policy", "data.path=rows.jsonl",
+                                     "run.resume=runs/a/checkpoints/step_000002"])
+    values = launcher.absolute(recipe, here)
+    assert values["rewards"][0]["function"] == f"{here}/lib/rewards.py:good"
+    assert (values["model"]["path"], values["data"]["path"]) == (f"{here}/policy", f"{here}/rows.jsonl")
+    assert values["run"]["dir"] == f"{here}/runs/smoke"
+    assert values["run"]["resume"] == f"{here}/runs/a/checkpoints/step_000002"
+    plain = load_training("smoke")
+    values = launcher.absolute(plain, here)
+    assert recipe_digest(recipe_from_dict(values)) == recipe_digest(plain)
+    assert values["learner"]["deepspeed"] == "zero3" and values["data"]["path"] == "arithmetic"
+    assert values["run"]["resume"] == "auto"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["smoek", "--nodes", "1"], r"recipe not found: no file 'smoek' .*did you mean 'smoke'"),
+    (["smoke", "run.sed=1", "--nodes", "1"], r"unknown key 'run.sed'; did you mean 'seed'"),
+    (["smoke", "rewards=[{name: a, function: 'lib/reward.py:good'}]", "--nodes", "1"],
+     r"rewards.0.function: there is no file 'lib/reward.py' in "),
+    ([*GPU, "--nodes", "1", "--gpus-per-node", "4"],
+     r"needs 8 .*, but 4 are free: node 1 has 4; .*ask for more by --nodes and --gpus-per-node, given 1 and 4"),
+    ([*GPU, "rollout.tensor_parallel_size=4", "--nodes", "8", "--gpus-per-node", "2"],
+     r"engine 0 needs 4 GPUs on one node .*or ask for more by --nodes and --gpus-per-node, given 8 and 2"),
+    ([*GPU, "--nodes", "1"], r"run.device: cuda needs GPUs; give --gpus-per-node"),
+    (["smoke", "--nodes", "1", "--gpus-per-node", "4"], r"--gpus-per-node 4: the recipe has run.device: cpu"),
+    ([*RANKS, "run.device=cuda", "--nodes", "1", "--gpus-per-node", "2", "--ranks-per-node", "4"],
+     r"--ranks-per-node 4: every rank needs a GPU, but --gpus-per-node is 2; make them equal"),
+    (["smoke", "--nodes", "1", "--ranks-per-node", "4"], r"--ranks-per-node: this run of `frpo train` has its ranks"),
+    ([*RANKS, "--nodes", "1", "--ranks-per-node", "4", "--cpus-per-node", "2"], r"--cpus-per-node 2 is less than one"),
+    (["smoke", "--nodes", "1", "--time", "5"], r"--time 5 is not longer than --signal-before 300 s"),
+    (["smoke", "--nodes", "1", "--time", "soon"], r"--time 'soon': give hours:minutes:seconds"),
+    (["smoke", "--nodes", "1", "--sbatch", "constraint=x"], r"--sbatch 'constraint=x': an option of sbatch is needed"),
+    (["smoke", "--nodes", "1", "--container", "x"], r"--container IMAGE needs --container-kind"),
+    (["smoke", "--nodes", "1", "--setup", "echo 'x"], r"--setup \"echo 'x\" is not valid bash: "),
+    (["smoke", 'run.dir=a"b', "--nodes", "1"], r"sbatch cannot read a path with quotes")])
+def test_bad_input_is_one_message(here, capsys, arguments, message):
+    assert re.search(message, refused(capsys, *arguments))
+    assert not (here / "runs").exists()
+
+
+def test_gpus_that_suffice_are_accepted(here, capsys):
+    dry(capsys, *GPU, "--nodes", "2", "--gpus-per-node", "4")
+    dry(capsys, *GPU, "placement=colocate", "--nodes", "1", "--gpus-per-node", "4")
+    dry(capsys, *GPU, "placement.learner_hosts=[10.0.0.1]", "--nodes", "1", "--gpus-per-node", "8")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["smoke", "--nodes", "0"], "argument --nodes: must be a whole number >= 1, given '0'"),
+    (["smoke"], "the following arguments are required: --nodes")])
+def test_wrong_usage_is_told(here, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        launcher.main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit, seconds", [
+    ("30", 1800), ("30:10", 1810), ("1:00:05", 3605), ("2-0", 172800), ("1-2:03", 93780), ("1-2:03:04", 93784)])
+def test_time_limits_are_read_as_slurm_reads_them(limit, seconds):
+    assert launcher.seconds_of(limit) == seconds
+
+
+def test_a_machine_without_sbatch_is_one_message(here, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(here))
+    (here / "bash").symlink_to("/bin/bash")
+    assert "EngineError: there is no `sbatch` on this machine; submit from a login node" in refused(
+        capsys, "smoke", "--nodes", "1")
+    assert not (here / "runs").exists()
+
+
+SHOWN = ("JobId=5 JobName=smoke UserId=u(1) JobState={state} Reason=None Dependency=(null) Requeue=1 Restarts=2 "
+         "ExitCode={code} RunTime=00:00:01 NodeList=n[1-2] Command=/a b/job.sbatch --x=1 Power=")
+
+
+@pytest.mark.parametrize("state, code, expected", [
+    ("COMPLETED", "0:0", 0), ("FAILED", "2:0", 2), ("FAILED", "0:9", 137), ("CANCELLED", "0:15", 130),
+    ("TIMEOUT", "0:0", 1), ("NODE_FAIL", "1:0", 1), ("OUT_OF_MEMORY", "0:125", 253)])
+def test_exit_codes_are_those_of_the_run(capsys, state, code, expected):
+    found = launcher.state_of(SHOWN.format(state=state, code=code))
+    assert (found.name, found.restarts, found.nodes) == (state, 2, "n[1-2]")
+    assert launcher.exit_code(found) == expected
+    told = capsys.readouterr().err
+    assert (state in told or "cancelled" in told) if state not in ("COMPLETED", "FAILED") else told == ""
+
+
+def test_a_growing_log_is_printed_once_and_whole(tmp_path, capsys):
+    log, text = tmp_path / "5.log", "step 1 ±\nstep 2 ±\n"
+    follower = launcher.Follower("5", log)
+    follower._print()  # before there is one
+    whole = text.encode()
+    for end in range(0, len(whole) + 1, 3):
+        log.write_bytes(whole[:end])
+        follower._print()
+    log.write_bytes(whole)
+    follower._print()
+    assert capsys.readouterr().out == text
+
+
+def test_the_plain_scripts_are_valid_and_agree():
+    names = {path.stem: path.read_text() for path in SCRIPTS}
+    assert set(names) == {"rl", "finetune", "retention", "retention_array"}
+    for path in SCRIPTS:
+        assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
+        assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= set(options(path.read_text()))
+    bodies = {name: text.partition(launcher.END)[2] for name, text in names.items()}
+    assert bodies["retention"] == bodies["retention_array"] != ""
+    for function in ("was_preempted", "requeue", "wait_for"):
+        found = {re.search(rf"^{function}\(\) .*?^}}\n", body, re.MULTILINE | re.DOTALL)[0] for body in bodies.values()}
+        assert len(found) == 1
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing(here, capsys, tmp_path):
+    rendered = tmp_path / "rendered.sbatch"
+    rendered.write_text(dry(capsys, "smoke", "--nodes", "2", "--setup", "source env.sh"))
+    done = subprocess.run(["shellcheck", "--exclude=SC1091", *SCRIPTS, rendered], capture_output=True, text=True)
+    assert done.stdout == ""

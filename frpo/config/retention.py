@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from frpo.config.base import FunctionName, Section, WholeRecipe
 from frpo.config.sections import Bounds
+from frpo.config.text import unwritable
 
 OVERRIDES = "values that replace those of the recipe, as section.key=value; $seed, $setup and $run stand for the " \
             "seed, the setup's folder of this seed, and run.dir"
@@ -219,7 +220,8 @@ class RetentionRecipe(WholeRecipe):
         for name, policy in policies.items():
             grid = policy.get("over") if isinstance(policy, dict) else None
             own = policy.get("extra", []) if isinstance(policy, dict) else []
-            if not (isinstance(grid, dict) and grid and all(grid.values())
+            if not (isinstance(name, str) and isinstance(grid, dict) and grid and all(grid.values())
+                    and all(isinstance(key, str) for key in grid) and not any(unwritable(grid))
                     and all(isinstance(each, list) for each in (own, *grid.values()))):
                 expanded[name] = policy  # as it is, or to be refused
                 continue

@@ -21,7 +21,7 @@ from frpo.config.other_names import translate
 from frpo.config.preference import RewardModelRecipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file, repository_files
-from frpo.config.text import FLATTER, MAX_DEPTH, as_yaml, parse_yaml, plain, printable, unwritable
+from frpo.config.text import FLATTER, MAX_DEPTH, as_yaml, parse_yaml, plain, unwritable
 from frpo.errors import ConfigError
 from frpo.loading import load_function, nearest
 from frpo.objectives.preference import preference_losses
@@ -273,7 +273,7 @@ def _find_recipe(name: str, beside: Path | None = None) -> Path:
     try:
         return beside if beside is not None and beside.is_file() else repository_file("recipes", name, ".yaml")
     except FileNotFoundError as error:
-        raise ConfigError(f"recipe not found: {printable(str(error))}") from None
+        raise ConfigError(f"recipe not found: {error}") from None
     except OSError as error:  # a name too long, a folder above it that may not be entered
         raise ConfigError(f"recipe {name!r:.200} cannot be found: {error.strerror}; check the path") from None
 
@@ -341,7 +341,7 @@ def _validated(values: dict[str, Any], kind: type[Kind], source: str) -> Kind:
     except RecursionError:
         lines = [FLATTER]
     if lines:
-        raise ConfigError("\n".join(f"{source}: {printable(line)}" for line in lines))
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines))
     return recipe
 
 

@@ -157,8 +157,3 @@ def unwritable(value: Any, key: str = "") -> Iterator[str]:
     elif value is not None and type(value) not in (bool, float):
         yield (f"{key}: holds {type(value).__name__}, which the file of a recipe cannot hold; give text, a number, "
                "true, false, null, a list or a mapping")
-
-
-def printable(text: str) -> str:
-    """Return the text with its control characters and lone surrogates as Python escapes, so that it can be shown."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from frpo.config.finetune import FinetuneRecipe
@@ -27,7 +27,7 @@ from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.config.text import parse_yaml
 from frpo.errors import ConfigError
-from odd_values import LONG, any_values, assert_plain, plain_values
+from odd_values import LONG, any_values, assert_plain, fuzzed, plain_values
 
 STARTS = {
     Recipe: ("smoke", "lab_policy", "frpo_safety_mistral_7b", "safe_rlhf", "smollm2_constrained", "gsm8k_calculator"),
@@ -197,11 +197,6 @@ def outcome(read, *arguments):
     if not isinstance(recipe, RetentionRecipe):
         assert recipe_digest(recipe) == recipe_digest(again)
     return recipe
-
-
-def fuzzed(cases):
-    return settings(max_examples=cases, deadline=None, derandomize=True, database=None,
-                    suppress_health_check=[*HealthCheck])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, overload
 
 from pydantic import BaseModel, ValidationError
 
-from frpo.config.base import Section, WholeRecipe
+from frpo.config.base import FROM_FILE, Section, WholeRecipe
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.keys import keys
 from frpo.config.other_names import translate
@@ -95,7 +95,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Whol
     if found is not kind:
         raise ConfigError(f"{path} is a recipe of `frpo {found.COMMAND}`, by its sections; this command takes recipes "
                           f"of `frpo {kind.COMMAND}`")
-    return _validated(values, kind, source=str(path))
+    return _validated(values, kind, str(path), FROM_FILE)
 
 
 def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kind:
@@ -129,7 +129,7 @@ def _given(value: Any, depth: int = 0) -> Any:
 def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> WholeRecipe:
     """Read a recipe of any kind, as `load_recipe` does. The sections of the recipe decide its kind."""
     values = _read_overridden(path, overrides)
-    return _validated(values, _kind_of(values, Recipe), source=str(path))
+    return _validated(values, _kind_of(values, Recipe), str(path), FROM_FILE)
 
 
 def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -139,7 +139,7 @@ def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     if kind is RetentionRecipe:
         raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give a recipe of `frpo train`, "
                           "`frpo finetune` or `frpo reward-model`")
-    return cast(AnyRecipe, _validated(values, kind, source=str(path)))
+    return cast(AnyRecipe, _validated(values, kind, str(path), FROM_FILE))
 
 
 def load_policy(path: str | Path, overrides: Sequence[str] = ()) -> PolicyRecipe:
@@ -332,9 +332,9 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _validated(values: dict[str, Any], kind: type[Kind], source: str) -> Kind:
+def _validated(values: dict[str, Any], kind: type[Kind], source: str, context: str | None = None) -> Kind:
     try:
-        recipe = kind.model_validate(values)
+        recipe = kind.model_validate(values, context=context)
         lines = [*unwritable(dump_recipe(recipe))]
     except ValidationError as error:
         lines = [_explain(dict(problem), kind) for problem in error.errors()]

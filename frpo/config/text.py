@@ -51,7 +51,7 @@ class _RecipeYaml(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # a value that its tag cannot have
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # the value is none of its tag
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
             raise yaml.constructor.ConstructorError(
                 None, None, f"{node.value!r:.40} cannot be read as {kind}; put text into quotes", node.start_mark

@@ -12,7 +12,6 @@ from pydantic import BaseModel
 
 from frpo.errors import ConfigError
 
-
 MAX_DEPTH = 100
 """Most levels of lists and mappings in a recipe. Reading and writing recurse, and fail a few hundred levels deeper."""
 

@@ -12,7 +12,6 @@ from frpo.config.finetune import FinetuneRecipe
 from frpo.config.keys import keys
 from frpo.config.loader import (
     KINDS,
-    dump_recipe,
     load_any_recipe,
     load_policy,
     load_recipe,
@@ -39,8 +38,8 @@ STARTING_VALUES = {name: yaml.safe_load(recipe_text(name)) for names in STARTS.v
 KNOWN = {kind: [key.name for key in keys(kind)] for kind in KINDS}
 
 SNIPPETS = [
-    "!!python/object/apply:os.getcwd []", "!!python/name:os.getcwd", "!!binary x", "!!binary aGk=", "!!set {a}", "!!set [a]",
-    "!!omap [a: 1]", "!!omap x", "!!pairs [a: 1]", "!!map [a]", "!!map x", "!!seq {a: b}", "!!str [a]", "!!str {a: b}",
+    "!!python/object/apply:os.getcwd []", "!!python/name:os.getcwd", "!!binary x", "!!binary aGk=", "!!set {a}",
+    "!!set [a]", "!!omap [a: 1]", "!!omap x", "!!pairs [a: 1]", "!!map [a]", "!!map x", "!!seq {a: b}", "!!str [a]", "!!str {a: b}",
     "!!timestamp x", "!!timestamp 2020-01-01", "!!timestamp 2020-99-99", "!!int x", "!!int ''", "!!float x", "!!bool x",
     "!!null x", "!foo x", "!foo", "!<tag:yaml.org,2002:int> x", "!", "!!", "&a", "*a", "&a [*a]", "&a {b: *a}",
     "&a [1, 2]", "<<: *a", "{<<: [1]}", "{<<: {a: 1}}", "{<<: 1}", "{<<: [{a: 1}, {a: 2}]}", "{? [a, b] : c}",
@@ -53,7 +52,8 @@ SNIPPETS = [
     "1" * 5000, "x" * LONG, "extends: mine.yaml\n", "extends: other.yaml\n", "extends: smoke\n", "extends: nowhere\n",
     "extends: .\n", "extends: ''\n", "extends: [smoke]\n", "extends: {}\n", "extends: 3\n", 'extends: "a\\0b"\n',
     f"extends: {'x' * LONG}\n", "extends: a/../../b\n", "run: 1\n", "rewards: x\n", "objective: x\n", "policies: []\n",
-    "objective: cost\n", "objective: csft\n", "objective: [sft]\n", "objective: {name: {}}\n", "1: 2\n", "null\n", "x\n"]
+    "objective: cost\n", "objective: csft\n", "objective: [sft]\n", "objective: {name: {}}\n", "1: 2\n", "null\n",
+    "x\n"]
 """Pieces of YAML that are odd, dangerous to a careless reader, or broken."""
 
 ENCODINGS = ["utf-8"] * 8 + ["utf-8-sig", "utf-16", "latin-1", "utf-32"]
@@ -61,14 +61,16 @@ ENCODINGS = ["utf-8"] * 8 + ["utf-8-sig", "utf-16", "latin-1", "utf-32"]
 ODD_OVERRIDES = [
     "", "=", "==", "a", "a=", "=a", "a.=1", ".a=1", "a..b=1", ".=1", "run=", "run.seed", "run.seed==1", "run.seed= 1",
     " run.seed=1", "run .seed=1", "run.seed.x=1", "run.seed.x.y=1", "run={}", "run=null", "run=[]", "rewards.0.name=x",
-    "rewards.name=x", "rewards=x", "rewards=[]", "rewards={}", "extends=smoke", "extends=x", "model=null", "model.tiny=",
-    "model.path=", "data.where={a: 1}", "data.where.a=[1]", "data.where.a=1", "é.x=1", "run.é=1", "run.\0=1", "run.seed=\0",
+    "rewards.name=x", "rewards=x", "rewards=[]", "rewards={}", "extends=smoke", "extends=x", "model=null",
+    "model.tiny=", "model.path=", "data.where={a: 1}", "data.where.a=[1]", "data.where.a=1", "é.x=1", "run.é=1", "run.\0=1",
+    "run.seed=\0",
     "run.name=\x1b[1m", "\x1b[1m=1", "\ud800=1", "run.name=\ud800", "run.name=\udcff", "a.b.c.d.e.f.g=1", "1.2=3",
     f"{'x' * LONG}=1", f"run.{'x' * LONG}=1", f"run.name={'x' * LONG}", f"{'a.' * 1000}b=1", f"{'a.' * 3000}b=1",
     "objective=1", "objective=frpo", "objective.name=csft", "objective.name=1", "objective.advantage=grpo",
     "objective.advantage=1", "objective.advantage.name=x", "objective.advantage.lam=x", "objective.surrogate=clip",
     "objective.surrogate=[]", "placement=colocate", "placement=1", "placement.mode=x", "policies.x=1", "policies={}",
-    "policies..path=x", "learner.lr=1_0", "learner.lr=1e-3", "learner.lr=1:30", "learner.betas=[1]", "learner.betas=0.9"]
+    "policies..path=x", "learner.lr=1_0", "learner.lr=1e-3", "learner.lr=1:30", "learner.betas=[1]",
+    "learner.betas=0.9"]
 
 
 DEPTH = 8
@@ -85,8 +87,9 @@ def copied(value, depth=DEPTH):
 def slots(value, path=()):
     """The paths of the values of a recipe, from outside to inside."""
     yield path
-    deep = len(path) == DEPTH - 1
-    inside = () if deep else value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if len(path) == DEPTH - 1:
+        return
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inside:
         yield from slots(item, (*path, key))
 
@@ -119,8 +122,8 @@ def key_path(values, name):
 
 
 def misspelt(draw, key):
-    letters = [key.upper(), f"{key}s", key[:-1], key[1:], key.replace("_", "-"), f" {key}", f"{key} ", key * 2, "é", ""]
-    return draw(st.sampled_from(letters + ["lr", "learning_rate", "name", "x" * LONG, "a.b", "\0", "num_generations"]))
+    near = [key.upper(), f"{key}s", key[:-1], key[1:], key.replace("_", "-"), f" {key}", f"{key} ", key * 2, "é", ""]
+    return draw(st.sampled_from(near + ["lr", "learning_rate", "name", "x" * LONG, "a.b", "\0", "num_generations"]))
 
 
 def changed(draw, kind, values, odd):

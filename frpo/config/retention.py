@@ -44,7 +44,8 @@ class PolicySection(Section):
     """A policy whose retention is measured: a model, or a recipe that trains the policy from a model."""
 
     path: PathText | None = Field(None, description="model that exists already, such as the folder of an export")
-    recipe: PathText | None = Field(None, description="recipe of `frpo train` or `frpo finetune` that trains the policy")
+    recipe: PathText | None = Field(
+        None, description="recipe of `frpo train` or `frpo finetune` that trains the policy")
     start: str | None = Field(None, description="policy that the recipe starts from; null: the recipe's own model")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)

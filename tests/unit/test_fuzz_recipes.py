@@ -37,40 +37,40 @@ STARTING_VALUES = {name: yaml.safe_load(recipe_text(name)) for names in STARTS.v
 """Valid recipes, without `extends`, from which the changes start."""
 KNOWN = {kind: [key.name for key in keys(kind)] for kind in KINDS}
 
-SNIPPETS = [
-    "!!python/object/apply:os.getcwd []", "!!python/name:os.getcwd", "!!binary x", "!!binary aGk=", "!!set {a}",
-    "!!set [a]", "!!omap [a: 1]", "!!omap x", "!!pairs [a: 1]", "!!map [a]", "!!map x", "!!seq {a: b}", "!!str [a]", "!!str {a: b}",
-    "!!timestamp x", "!!timestamp 2020-01-01", "!!timestamp 2020-99-99", "!!int x", "!!int ''", "!!float x", "!!bool x",
-    "!!null x", "!foo x", "!foo", "!<tag:yaml.org,2002:int> x", "!", "!!", "&a", "*a", "&a [*a]", "&a {b: *a}",
-    "&a [1, 2]", "<<: *a", "{<<: [1]}", "{<<: {a: 1}}", "{<<: 1}", "{<<: [{a: 1}, {a: 2}]}", "{? [a, b] : c}",
-    "{? {a: b} : c}", "{[a]: b}", "{{}: b}", "{? a}", "{: a}", "{=: 1}", "=", "{1: 2}", "{null: 1}", "{true: 1}",
-    "{.nan: 1}", "{a: 1, a: 2}", "{1: a, 01: b}", "- ", ": ", ":", "{", "}", "[", "]", ",", "\t", "\n\t", "\0", "\x85",
-    "\u2028", "\ufeff", "\x7f", "%YAML 9.9", "%TAG ! x", "---", "\n---\n", "\n--- a\n--- b\n", "...", "\n...\n", "0x_",
-    "0b_", "0b2", "0o7", "1_000", "1:61", "1:99:99", "-", "+", ".", "_", "08", "1e999", "-1e999", "1e", ".inf", "-.INF",
-    ".nan", "'", '"', '"\\x"', '"\\ud800"', '"\\U00110000"', '"\\0"', "|", ">", "|9", "|\n x", "@", "`", "%", "#", " #",
-    "? ", "[" * 100, "[" * 1500, "{a: " * 1500, "[" * 1500 + "]" * 1500, "{a: " * 1500 + "}" * 1500, "- " * 1500,
-    "1" * 5000, "x" * LONG, "extends: mine.yaml\n", "extends: other.yaml\n", "extends: smoke\n", "extends: nowhere\n",
-    "extends: .\n", "extends: ''\n", "extends: [smoke]\n", "extends: {}\n", "extends: 3\n", 'extends: "a\\0b"\n',
-    f"extends: {'x' * LONG}\n", "extends: a/../../b\n", "run: 1\n", "rewards: x\n", "objective: x\n", "policies: []\n",
-    "objective: cost\n", "objective: csft\n", "objective: [sft]\n", "objective: {name: {}}\n", "1: 2\n", "null\n",
-    "x\n"]
+SNIPPETS = ["!!python/object/apply:os.getcwd []", "!!python/name:os.getcwd", "!!binary x", "!!binary aGk=", "!!set {a}",
+            "!!set [a]", "!!omap [a: 1]", "!!omap x", "!!pairs [a: 1]", "!!map [a]", "!!map x", "!!seq {a: b}",
+            "!!str [a]", "!!str {a: b}", "!!timestamp x", "!!timestamp 2020-01-01", "!!timestamp 2020-99-99", "!!int x",
+            "!!int ''", "!!float x", "!!bool x", "!!null x", "!foo x", "!foo", "!<tag:yaml.org,2002:int> x", "!", "!!",
+            "&a", "*a", "&a [*a]", "&a {b: *a}", "&a [1, 2]", "<<: *a", "{<<: [1]}", "{<<: {a: 1}}", "{<<: 1}",
+            "{<<: [{a: 1}, {a: 2}]}", "{? [a, b] : c}", "{? {a: b} : c}", "{[a]: b}", "{{}: b}", "{? a}", "{: a}",
+            "{=: 1}", "=", "{1: 2}", "{null: 1}", "{true: 1}", "{.nan: 1}", "{a: 1, a: 2}", "{1: a, 01: b}", "- ", ": ",
+            ":", "{", "}", "[", "]", ",", "\t", "\n\t", "\0", "\x85", "\u2028", "\ufeff", "\x7f", "%YAML 9.9",
+            "%TAG ! x", "---", "\n---\n", "\n--- a\n--- b\n", "...", "\n...\n", "0x_", "0b_", "0b2", "0o7", "1_000",
+            "1:61", "1:99:99", "-", "+", ".", "_", "08", "1e999", "-1e999", "1e", ".inf", "-.INF", ".nan", "'", '"',
+            '"\\x"', '"\\ud800"', '"\\U00110000"', '"\\0"', "|", ">", "|9", "|\n x", "@", "`", "%", "#", " #", "? ",
+            "[" * 100, "[" * 1500, "{a: " * 1500, "[" * 1500 + "]" * 1500, "{a: " * 1500 + "}" * 1500, "- " * 1500,
+            "1" * 5000, "x" * LONG, "extends: mine.yaml\n", "extends: other.yaml\n", "extends: smoke\n",
+            "extends: nowhere\n", "extends: .\n", "extends: ''\n", "extends: [smoke]\n", "extends: {}\n",
+            "extends: 3\n", 'extends: "a\\0b"\n', f"extends: {'x' * LONG}\n", "extends: a/../../b\n", "run: 1\n",
+            "rewards: x\n", "objective: x\n", "policies: []\n", "objective: cost\n", "objective: csft\n",
+            "objective: [sft]\n", "objective: {name: {}}\n", "1: 2\n", "null\n", "x\n"]
 """Pieces of YAML that are odd, dangerous to a careless reader, or broken."""
 
 ENCODINGS = ["utf-8"] * 8 + ["utf-8-sig", "utf-16", "latin-1", "utf-32"]
 
-ODD_OVERRIDES = [
-    "", "=", "==", "a", "a=", "=a", "a.=1", ".a=1", "a..b=1", ".=1", "run=", "run.seed", "run.seed==1", "run.seed= 1",
-    " run.seed=1", "run .seed=1", "run.seed.x=1", "run.seed.x.y=1", "run={}", "run=null", "run=[]", "rewards.0.name=x",
-    "rewards.name=x", "rewards=x", "rewards=[]", "rewards={}", "extends=smoke", "extends=x", "model=null",
-    "model.tiny=", "model.path=", "data.where={a: 1}", "data.where.a=[1]", "data.where.a=1", "é.x=1", "run.é=1", "run.\0=1",
-    "run.seed=\0",
-    "run.name=\x1b[1m", "\x1b[1m=1", "\ud800=1", "run.name=\ud800", "run.name=\udcff", "a.b.c.d.e.f.g=1", "1.2=3",
-    f"{'x' * LONG}=1", f"run.{'x' * LONG}=1", f"run.name={'x' * LONG}", f"{'a.' * 1000}b=1", f"{'a.' * 3000}b=1",
-    "objective=1", "objective=frpo", "objective.name=csft", "objective.name=1", "objective.advantage=grpo",
-    "objective.advantage=1", "objective.advantage.name=x", "objective.advantage.lam=x", "objective.surrogate=clip",
-    "objective.surrogate=[]", "placement=colocate", "placement=1", "placement.mode=x", "policies.x=1", "policies={}",
-    "policies..path=x", "learner.lr=1_0", "learner.lr=1e-3", "learner.lr=1:30", "learner.betas=[1]",
-    "learner.betas=0.9"]
+ODD_OVERRIDES = ["", "=", "==", "a", "a=", "=a", "a.=1", ".a=1", "a..b=1", ".=1", "run=", "run.seed", "run.seed==1",
+                 "run.seed= 1", " run.seed=1", "run .seed=1", "run.seed.x=1", "run.seed.x.y=1", "run={}", "run=null",
+                 "run=[]", "rewards.0.name=x", "rewards.name=x", "rewards=x", "rewards=[]", "rewards={}",
+                 "extends=smoke", "extends=x", "model=null", "model.tiny=", "model.path=", "data.where={a: 1}",
+                 "data.where.a=[1]", "data.where.a=1", "é.x=1", "run.é=1", "run.\0=1", "run.seed=\0",
+                 "run.name=\x1b[1m", "\x1b[1m=1", "\ud800=1", "run.name=\ud800", "run.name=\udcff", "a.b.c.d.e.f.g=1",
+                 "1.2=3", f"{'x' * LONG}=1", f"run.{'x' * LONG}=1", f"run.name={'x' * LONG}", f"{'a.' * 1000}b=1",
+                 f"{'a.' * 3000}b=1", "objective=1", "objective=frpo", "objective.name=csft", "objective.name=1",
+                 "objective.advantage=grpo", "objective.advantage=1", "objective.advantage.name=x",
+                 "objective.advantage.lam=x", "objective.surrogate=clip", "objective.surrogate=[]",
+                 "placement=colocate", "placement=1", "placement.mode=x", "policies.x=1", "policies={}",
+                 "policies..path=x", "learner.lr=1_0", "learner.lr=1e-3", "learner.lr=1:30", "learner.betas=[1]",
+                 "learner.betas=0.9"]
 
 
 DEPTH = 8

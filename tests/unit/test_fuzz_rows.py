@@ -49,23 +49,21 @@ GOOD = {
 ROLES = ["system", "user", "assistant", "tool", "human", "gpt", "", "User", None, 3]
 TURNS = st.lists(st.builds(message, st.sampled_from(ROLES[:4] * 3 + ROLES),
                            st.sampled_from(["1", "2+2=", "", " ", "\n", None, 3, ["x"], "<eos>", "<assistant>", "é",
-                                            "\uf8ff",
-                                            "\ue000", "<think>\n</think>", "x" * LONG])), max_size=5)
+                                            "\uf8ff", "\ue000", "<think>\n</think>", "x" * LONG])), max_size=5)
 CELLS = st.one_of(plain_values, TURNS, TURNS.map(lambda turns: [*turns, TALK[1]]),
                   TURNS.map(lambda turns: [*turns, *ANSWERED[:2]]),
                   TURNS.map(lambda turns: [turn | {"name": None} for turn in turns]),
                   TURNS.map(lambda turns: [{"tool_calls": []} | turn for turn in turns]), st.text(max_size=6),
                   st.sampled_from(["\n\nHuman:", "\n\nAssistant: x", "Human: a\n\nAssistant:", "<eos>", "<user>",
-                                   "<<1+=2>>",
-                                   "<<1+1=2>>", "#### ", "<<" + "9" * 400 + "*9=1>>", "<<1/0=1>>", -1, 2, "0", "true"]))
+                                   "<<1+=2>>", "<<1+1=2>>", "#### ", "<<" + "9" * 400 + "*9=1>>", "<<1/0=1>>", -1, 2,
+                                   "0", "true"]))
 NAMES = sorted({name for rows in GOOD.values() for row in rows for name in row}
                | {"", " ", "promt", "x" * 300, "é", "\0", "a.b"})
 
 PIECES = [b"", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xe9", b"\xef\xbb\xbf", b"\xff\xfe", b"\x1f\x8b", b"PAR1", b"{",
-          b"}", b"[", b"]", b",", b":", b'"', b'""', b"\\", b"\t", b";", b"NaN", b"-Infinity", b"1e999", b"1" * 5000, b"null",
-          b"x",
-          b"\\ud800", b"[" * 3000, b'{"a":' * 3000, b'{"a": 1, "a": 2}', b"{}", b"[]", b"// comment", b"'", b"\x1a",
-          b"\xe2\x80\xa8", b"\x85", b"\x0b", b"\x0c", b" "]
+          b"}", b"[", b"]", b",", b":", b'"', b'""', b"\\", b"\t", b";", b"NaN", b"-Infinity", b"1e999", b"1" * 5000,
+          b"null", b"x", b"\\ud800", b"[" * 3000, b'{"a":' * 3000, b'{"a": 1, "a": 2}', b"{}", b"[]", b"// comment",
+          b"'", b"\x1a", b"\xe2\x80\xa8", b"\x85", b"\x0b", b"\x0c", b" "]
 ENCODINGS = ["utf-8"] * 40 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252"]
 SUFFIXES = ["jsonl"] * 12 + [
     "json", "json", "csv", "tsv", "ndjson", "jsonl.gz", "csv.gz", "parquet", "parquet", "txt", "JSONL"]
@@ -75,7 +73,8 @@ SUFFIXES = ["jsonl"] * 12 + [
 def tokenizers():
     strict = build_tokenizer()
     strict.chat_template = ("{% for m in messages %}"
-                            "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.role }}>{{ m.content | trim }}<eos>{% endfor %}"
+                            "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                            "<{{ m.role }}>{{ m.content | trim }}<eos>{% endfor %}"
                             "{% if add_generation_prompt %}<assistant>{% endif %}")
     return (build_tokenizer(), build_tokenizer(), strict, tokenizer_of(FAMILIES["Qwen3"], "byte-level"),
             tokenizer_of(FAMILIES["Llama-2"], "sentencepiece"), tokenizer_of(FAMILIES["Gemma"], "sentencepiece"))

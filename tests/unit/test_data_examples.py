@@ -172,4 +172,5 @@ def test_no_row_left_is_an_error_beside_a_held_out_file_too(load, tmp_path, over
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "1", "response": "2"}) + "\n")
     with pytest.raises(DataError, match=r"no row of '.*rows.jsonl' can be used \(dropped to fit model.max_length: 1\)"):
-        load([{"prompt": "1+1", "response": "x" * 99}], too_long="drop", heldout_path=str(other), heldout_overlap=overlap)
+        load([{"prompt": "1+1", "response": "x" * 99}], too_long="drop", heldout_path=str(other),
+             heldout_overlap=overlap)

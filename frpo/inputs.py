@@ -62,8 +62,15 @@ def path_of(rows: Any) -> str:
                         "one split")
     if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise DataError("rows must be a list of mappings (at least one), a datasets.Dataset or a pandas table; "
-                        f"given {type(rows).__name__}: {rows!r:.80}")
+                        f"given {_shown(rows)}")
     return _written("jsonl", lambda path: _write_lines(path, rows))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{type(value).__name__}: {value!r:.80}"
+    except (RecursionError, ValueError):  # levels and digits beyond what Python writes
+        return f"{type(value).__name__} that is too large to show"
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -71,7 +78,7 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         for number, row in enumerate(rows):
             try:
                 file.write(json.dumps(dict(row), allow_nan=False) + "\n")
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"row {number} cannot be written as JSON: {error}; give text, numbers, lists and "
                                 "mappings") from None
 

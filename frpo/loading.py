@@ -72,9 +72,10 @@ def _load(function: str, what: str) -> Callable[..., Any]:
     if function.endswith(".pkl"):
         return _load_pickle(function, what)
     where, separator, name = function.rpartition(":")
-    if not (separator and where and name.isidentifier()):
+    in_file = where.endswith(".py")
+    if not (separator and name.isidentifier() and (in_file or all(where.split(".")))):
         raise _NotFoundError(f"{what} {function!r} is not of the form {FORMS}")
-    module = _load_file(where, what, function) if where.endswith(".py") else _load_module(where, what, function)
+    module = _load_file(where, what, function) if in_file else _load_module(where, what, function)
     if not hasattr(module, name):
         raise _NotFoundError(f"{what} {function!r}: {where} has no {name!r}{_suggestion(module, name)}")
     found = getattr(module, name)
@@ -141,11 +142,14 @@ def _load_module(name: str, what: str, function: str) -> ModuleType:
 
 
 def _load_file(path: str, what: str, function: str) -> ModuleType:
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        beside = sorted(other.name for other in file.parent.glob("*.py"))
-        raise _NotFoundError(
-            f"{what} {function!r}: there is no file {file}{did_you_mean(file.name, beside)}")
+    try:
+        file = Path(path).expanduser().resolve()
+        if not file.is_file():
+            beside = sorted(other.name for other in file.parent.glob("*.py"))
+            raise _NotFoundError(f"{what} {function!r}: there is no file {file}{did_you_mean(file.name, beside)}")
+    except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, ~ of nobody
+        raise _NotFoundError(f"{what} {function!r:.200}: no file can be found there: {_reason(error)}; check the path"
+                             ) from error
     # Register the module, since dataclasses and pickle look their module up; the digest keeps equal file names apart.
     name = f"frpo_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -195,12 +199,17 @@ def _lies_in(module: ModuleType, folders: list[str]) -> bool:
 def _load_pickle(path: str, what: str) -> Callable[..., Any]:
     """Load a function that `inputs.name_of` has written as a pickle, because the function is in no file."""
     try:
-        with open(path, "rb") as file:
-            return pickle.load(file)
-    except OSError as error:
-        raise _NotFoundError(f"{what} {path!r} cannot be read: {error.strerror} ({here()})") from error
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise _NotFoundError(f"{what} {path!r:.200} cannot be read: {_reason(error)} ({here()})") from error
+    try:
+        return pickle.loads(content)
     except Exception as error:  # unpickling imports what the function uses
         raise _import_failure(what, path, error) from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _import_failure(what: str, function: str, error: Exception) -> _NotFoundError:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from frpo.config.base import Section, WholeRecipe
+from frpo.config.base import PathText, Section, WholeRecipe
 from frpo.config.learner import LearnerSection, LearnerSpec
 from frpo.config.model import ModelSection
 from frpo.config.sections import ChecksSection, FinetuneTelemetrySection
@@ -15,12 +15,12 @@ from frpo.objectives.supervised import SupervisedLoss, build_supervised
 
 class FinetuneRunSection(Section):
     name: str = Field("finetune", description="name of the run, shown in logs")
-    dir: str = Field("runs/finetune", description="folder of the run: metrics, checkpoints, export")
+    dir: PathText = Field("runs/finetune", description="folder of the run: metrics, checkpoints, export")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda if torch is built for it and there are enough GPUs, else cpu and a warning "
                             "with the reason; cpu: no GPU is used; cuda: GPUs, an error if they cannot be used")
-    num_epochs: float = Field(1.0, gt=0, description="passes over the examples, such as 3 or 0.5")
+    num_epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the examples, such as 3 or 0.5")
     max_steps: int | None = Field(
         None, ge=1, description="optimizer updates of the run, instead of num_epochs; null: num_epochs decides")
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: only at the end")
@@ -28,7 +28,7 @@ class FinetuneRunSection(Section):
     max_restarts: int = Field(
         2, ge=0, description="most restarts from the newest checkpoint after the death of a learner rank; one more "
                              "death ends the run")
-    resume: str = Field(
+    resume: PathText = Field(
         "auto", description="auto: continue from the newest complete checkpoint of run.dir, if any; force: the same, "
                             "even if its recipe differs; never: start anew, an error if run.dir has checkpoints; "
                             "overwrite: start anew and replace them; or a checkpoint's path: continue from it")
@@ -46,13 +46,13 @@ class FinetuneRunSection(Section):
 
 
 class ReferenceSection(Section):
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="the aligned model; null: the model that is fine-tuned, as it is before the first update")
     mode: Literal["live", "cache"] = Field(
         "live", description="live: the reference runs beside the policy (with LoRA and no path it is the policy "
                             "without adapters); cache: its final hidden states are computed once, before training, and "
                             "kept on disk")
-    cache_dir: str | None = Field(None, description="folder of the caches; null: reference_cache in run.dir")
+    cache_dir: PathText | None = Field(None, description="folder of the caches; null: reference_cache in run.dir")
 
 
 class FinetuneLearnerSection(LearnerSection):

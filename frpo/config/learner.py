@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from frpo.config.base import Section
+from frpo.config.base import PathText, Section
 from frpo.config.model import ModelSection
 from frpo.objectives.preference import PreferenceLoss
 from frpo.objectives.supervised import SupervisedLoss
@@ -25,7 +25,7 @@ class LearnerSection(Section):
     ranks: Literal["ray", "process", "launcher"] = Field(
         "ray", description="ray: each rank is a Ray actor; process: the only rank is this process; launcher: the ranks "
                            "are the processes of the deepspeed launcher. Under this launcher the value is ignored")
-    deepspeed: str = Field(
+    deepspeed: PathText = Field(
         "zero3", description="name of a file in ds_configs/, or path of a DeepSpeed JSON; it sets the memory strategy "
                              "only")
     updates_per_step: int = Field(

@@ -10,18 +10,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, cast, get_args, get_origin, overload
 
 from pydantic import BaseModel, ValidationError
 
-from frpo.config.base import Section, WholeRecipe
+from frpo.config.base import FROM_FILE, Section, WholeRecipe
 from frpo.config.finetune import FinetuneRecipe
 from frpo.config.keys import keys
 from frpo.config.other_names import translate
 from frpo.config.preference import RewardModelRecipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe, repository_file, repository_files
-from frpo.config.text import as_yaml, parse_yaml, plain
+from frpo.config.text import FLATTER, MAX_DEPTH, as_yaml, parse_yaml, plain, unwritable
 from frpo.errors import ConfigError
 from frpo.loading import load_function, nearest
 from frpo.objectives.preference import preference_losses
@@ -95,7 +95,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: type[Whol
     if found is not kind:
         raise ConfigError(f"{path} is a recipe of `frpo {found.COMMAND}`, by its sections; this command takes recipes "
                           f"of `frpo {kind.COMMAND}`")
-    return _validated(values, kind, source=str(path))
+    return _validated(values, kind, str(path), FROM_FILE)
 
 
 def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kind:
@@ -117,17 +117,19 @@ def to_recipe(source: Source, overrides: Sequence[str], kind: type[Kind]) -> Kin
                       f"given {type(source).__name__}")
 
 
-def _given(value: Any) -> Any:
+def _given(value: Any, depth: int = 0) -> Any:
     """Convert sections to mappings of the keys that were set, so that they can be merged over other values."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"recipe: {FLATTER}")
     if isinstance(value, BaseModel):
-        return {name: _given(getattr(value, name)) for name in value.model_fields_set}
-    return {key: _given(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+        value = {name: getattr(value, name) for name in value.model_fields_set}
+    return {key: _given(item, depth + 1) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> WholeRecipe:
     """Read a recipe of any kind, as `load_recipe` does. The sections of the recipe decide its kind."""
     values = _read_overridden(path, overrides)
-    return _validated(values, _kind_of(values, Recipe), source=str(path))
+    return _validated(values, _kind_of(values, Recipe), str(path), FROM_FILE)
 
 
 def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -137,7 +139,7 @@ def load_training(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     if kind is RetentionRecipe:
         raise ConfigError(f"{path} is a recipe of `frpo {kind.COMMAND}`; give a recipe of `frpo train`, "
                           "`frpo finetune` or `frpo reward-model`")
-    return cast(AnyRecipe, _validated(values, kind, source=str(path)))
+    return cast(AnyRecipe, _validated(values, kind, str(path), FROM_FILE))
 
 
 def load_policy(path: str | Path, overrides: Sequence[str] = ()) -> PolicyRecipe:
@@ -266,11 +268,14 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
             for name, leaf in _leaves(item, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _find_recipe(name: str) -> Path:
+def _find_recipe(name: str, beside: Path | None = None) -> Path:
+    """Return the file of a recipe: `beside` if it exists, else the path `name`, else the recipe of this name."""
     try:
-        return repository_file("recipes", name, ".yaml")
+        return beside if beside is not None and beside.is_file() else repository_file("recipes", name, ".yaml")
     except FileNotFoundError as error:
         raise ConfigError(f"recipe not found: {error}") from None
+    except OSError as error:  # a name too long, a folder above it that may not be entered
+        raise ConfigError(f"recipe {name!r:.200} cannot be found: {error.strerror}; check the path") from None
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -298,10 +303,8 @@ def _with_base(values: dict[str, Any], folder: Path, seen: tuple[Path, ...]) -> 
         return values
     if not isinstance(base, str):
         raise ConfigError(f"{seen[-1] if seen else 'recipe'}: extends: should be one recipe's name or path, given "
-                          f"{base!r}")
-    beside = folder / base
-    base_path = beside if beside.is_file() else _find_recipe(base.removesuffix(".yaml"))
-    return _merge(_read_with_bases(base_path, seen), values)
+                          f"{_shown(base)}")
+    return _merge(_read_with_bases(_find_recipe(base.removesuffix(".yaml"), folder / base), seen), values)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -320,19 +323,26 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    value = parse_yaml(text, f"override {override!r}")
+        raise ConfigError(f"override {override!r:.200} is not of the form section.key=value")
+    if key.count(".") >= MAX_DEPTH:
+        raise ConfigError(f"override {override!r:.200}: {FLATTER}")
+    value = parse_yaml(text, f"override {override!r:.200}")
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def _validated(values: dict[str, Any], kind: type[Kind], source: str) -> Kind:
+def _validated(values: dict[str, Any], kind: type[Kind], source: str, context: str | None = None) -> Kind:
     try:
-        return kind.model_validate(values)
+        recipe = kind.model_validate(values, context=context)
+        lines = [*unwritable(dump_recipe(recipe))]
     except ValidationError as error:
         lines = [_explain(dict(problem), kind) for problem in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+    except RecursionError:
+        lines = [FLATTER]
+    if lines:
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines))
+    return recipe
 
 
 def _explain(problem: dict[str, Any], kind: type[WholeRecipe]) -> str:
@@ -347,7 +357,14 @@ def _explain(problem: dict[str, Any], kind: type[WholeRecipe]) -> str:
             location += f".{_named_key(message, given)}"
         return f"{location}: {message}" if location else message
     message = REWORDED.get(problem["type"], message).replace("Input should", "should")
-    return f"{location}: {message}, given {given!r:.80}"
+    return f"{location}: {message}, given {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except (RecursionError, ValueError):  # levels and digits beyond what Python writes
+        return f"{type(value).__name__} that is too large to show"
 
 
 def _unknown(problem: dict[str, Any], kind: type[BaseModel]) -> str:
@@ -378,14 +395,14 @@ def _named_key(message: str, given: dict[str, Any]) -> str:
 
 
 def _known_keys(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
-    model: Any = kind
+    """Return the keys of the section at a location, whose parts are keys, numbers in lists and names in mappings."""
+    found: Any = kind
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+        candidates = (found, *get_args(found))
+        section = next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), None)
+        holder = next((each for each in candidates if get_origin(each) in (dict, list)), None)
+        found = get_args(holder)[-1] if section is None or holder else section.model_fields[part].annotation
+    return next(list(each.model_fields) for each in (found, *get_args(found)) if hasattr(each, "model_fields"))
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from frpo.config.base import Section
+from frpo.config.base import PathText, Section
 
 
 class WarmStartSection(Section):
@@ -45,7 +45,7 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    path: str | None = Field(None, description="local folder or HF id of a causal language model")
+    path: PathText | None = Field(None, description="local folder or HF id of a causal language model")
     tiny: TinyModelSection | None = Field(None, description="make a small new model instead of loading `path`")
     lora: LoraSection | None = Field(
         None, description="train low-rank adapters on a frozen model, which is also the reference; null: train the "

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from frpo.config.base import RowsPath, WholeRecipe
+from frpo.config.base import PathText, RowsPath, WholeRecipe
 from frpo.config.finetune import FinetuneEvaluateSection, FinetuneRunSection
 from frpo.config.learner import LearnerSection, LearnerSpec
 from frpo.config.model import ModelSection
@@ -43,7 +43,7 @@ class PreferenceDataSection(GivenDataSection):
 
 class RewardModelRunSection(FinetuneRunSection):
     name: str = Field("reward_model", description="name of the run, shown in logs")
-    dir: str = Field("runs/reward_model", description="folder of the run: metrics, checkpoints, export")
+    dir: PathText = Field("runs/reward_model", description="folder of the run: metrics, checkpoints, export")
 
 
 class RewardModelLearnerSection(LearnerSection):

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from frpo.config.base import FunctionName, Section, WholeRecipe
+from frpo.config.base import FunctionName, PathText, Section, WholeRecipe
 from frpo.config.sections import Bounds
+from frpo.config.text import unwritable
 
 OVERRIDES = "values that replace those of the recipe, as section.key=value; $seed, $setup and $run stand for the " \
             "seed, the setup's folder of this seed, and run.dir"
@@ -34,7 +35,7 @@ MAX_NAME = 200
 
 class RetentionRunSection(Section):
     name: str = Field("retention", description="name of the matrix, shown in logs and in the report")
-    dir: str = Field("runs/retention", description="folder of everything: policies, forks, results, report")
+    dir: PathText = Field("runs/retention", description="folder of everything: policies, forks, results, report")
     restarts: int = Field(
         2, ge=0, description="most restarts of engines and ranks after one of them has died, in the whole matrix")
 
@@ -42,8 +43,9 @@ class RetentionRunSection(Section):
 class PolicySection(Section):
     """A policy whose retention is measured: a model, or a recipe that trains the policy from a model."""
 
-    path: str | None = Field(None, description="model that exists already, such as the folder of an export")
-    recipe: str | None = Field(None, description="recipe of `frpo train` or `frpo finetune` that trains the policy")
+    path: PathText | None = Field(None, description="model that exists already, such as the folder of an export")
+    recipe: PathText | None = Field(
+        None, description="recipe of `frpo train` or `frpo finetune` that trains the policy")
     start: str | None = Field(None, description="policy that the recipe starts from; null: the recipe's own model")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)
@@ -75,7 +77,7 @@ class PolicySection(Section):
 class RegimeSection(Section):
     """A fine-tuning that forks go through."""
 
-    recipe: str = Field(description="recipe of `frpo finetune` or `frpo train`")
+    recipe: PathText = Field(description="recipe of `frpo finetune` or `frpo train`")
     means: str | None = Field(None, description="what forks are fine-tuned for, in words for the report")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)
@@ -86,7 +88,7 @@ class TaskSection(Section):
     """Held-out prompts, and the rewards of their completions."""
 
     means: str | None = Field(None, description="what the task is, in words for the report")
-    recipe: str = Field(description="recipe of `frpo train`; its data, rewards, rollout and evaluate are used")
+    recipe: PathText = Field(description="recipe of `frpo train`; its data, rewards, rollout and evaluate are used")
     overrides: list[str] = Field([], description=OVERRIDES)
     extra: list[str] = Field([], description=EXTRA)
 
@@ -219,7 +221,8 @@ class RetentionRecipe(WholeRecipe):
         for name, policy in policies.items():
             grid = policy.get("over") if isinstance(policy, dict) else None
             own = policy.get("extra", []) if isinstance(policy, dict) else []
-            if not (isinstance(grid, dict) and grid and all(grid.values())
+            if not (isinstance(name, str) and isinstance(grid, dict) and grid and all(grid.values())
+                    and all(isinstance(key, str) for key in grid) and not any(unwritable(grid))
                     and all(isinstance(each, list) for each in (own, *grid.values()))):
                 expanded[name] = policy  # as it is, or to be refused
                 continue

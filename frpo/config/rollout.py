@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from frpo.config.base import FunctionName, Section
+from frpo.config.base import FunctionName, PathText, Section
 
 SET_BY_FRPO = frozenset({
     "model", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend", "block_size",
@@ -31,7 +31,7 @@ class RolloutSection(Section):
         None, description="replace groups that teach nothing; a mapping such as {max_draws: 4}; null: keep them")
     max_staleness: int = Field(
         0, ge=0, description="steps that sampling may run ahead of the learner; 0: sampling and learning take turns")
-    replay: str | None = Field(
+    replay: PathText | None = Field(
         None, description="path of a traces.jsonl; the run learns from its groups step by step and starts no engine; "
                           "null: sample")
     assignment: Literal["static", "load"] = Field(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from frpo.config.base import FunctionName, RowsPath, Section, WholeRecipe
+from frpo.config.base import FunctionName, PathText, RowsPath, Section, WholeRecipe
 from frpo.config.learner import LearnerSection, LearnerSpec
 from frpo.config.model import ModelSection
 from frpo.config.objective import ObjectiveSection
@@ -27,7 +27,7 @@ from frpo.objectives.surrogate import PolicyLoss
 
 class RunSection(Section):
     name: str = Field("frpo", description="name of the run, shown in logs")
-    dir: str = Field("runs/frpo", description="folder of the run: metrics, traces, checkpoints, export")
+    dir: PathText = Field("runs/frpo", description="folder of the run: metrics, traces, checkpoints, export")
     seed: int = Field(0, ge=0, description="seed of data order, sampling and initialisation")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda if torch and vllm are built for it and the cluster has enough GPUs, else cpu "
@@ -39,7 +39,7 @@ class RunSection(Section):
     max_restarts: int = Field(
         2, ge=0, description="most restarts from the newest checkpoint after the death of a learner rank; one more "
                              "death ends the run")
-    resume: str = Field(
+    resume: PathText = Field(
         "auto", description="auto: continue from the newest complete checkpoint of run.dir, if any; force: the same, "
                             "even if its recipe differs; never: start anew, an error if run.dir has checkpoints; "
                             "overwrite: start anew and replace them; or a checkpoint's path: continue from it")

@@ -105,6 +105,10 @@ def set_aside(train: Source[T], evaluation: Source[T] | None, data: HeldoutKeys)
     happens to training items with the same tokens.
     Raises DataError for an overlap that is refused, and if nothing is left to train on.
     """
+    if not train.items:
+        left_out = ", ".join(f"{why}: {count}" for why, count in train.skipped.items())
+        raise DataError(f"nothing left to train on: no row of {data.path!r} can be used ({left_out}); give other rows, "
+                        "or change the setting that leaves them out")
     if evaluation is None:
         heldout, skipped = _smallest_uids(train.items, data.heldout), dict(train.skipped)
     else:
@@ -120,10 +124,6 @@ def set_aside(train: Source[T], evaluation: Source[T] | None, data: HeldoutKeys)
                      overlap=extra)
     if extra:
         skipped["same prompt as a held-out one"] = extra
-    if not train.items:
-        left_out = ", ".join(f"{why}: {count}" for why, count in train.skipped.items())
-        raise DataError(f"nothing left to train on: no row of {data.path!r} can be used ({left_out}); give other rows, "
-                        "or change the setting that leaves them out")
     if not kept:
         raise DataError(f"nothing left to train on: all of the {len(train.items)} prompts of {data.path!r} are held "
                         f"out; lower data.heldout (given {data.heldout}), or give more rows or another "

@@ -9,6 +9,7 @@ This module does not batch or order the pairs.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -219,6 +220,8 @@ def _margin(row: Row) -> float:
     margin = column(row, "margin", float, int)
     if isinstance(margin, bool) or margin < 0:
         raise DataError(f"{row.origin}: margin must be a number of at least 0, or null; given {margin!r}")
+    if margin > sys.float_info.max:
+        raise DataError(f"{row.origin}: margin is beyond the largest number that a float holds; give a smaller one")
     return float(margin)
 
 

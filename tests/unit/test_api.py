@@ -26,6 +26,13 @@ def one(completions, **columns):
     return [1.0 for _ in completions]
 
 
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def made(length):
     return lambda completions, **columns: [float(len(text) > length) for text in completions]
 
@@ -245,6 +252,8 @@ def test_a_data_set_and_a_table_are_rows(place, kind):
 @pytest.mark.parametrize("rows, message", [
     ([], r"\(at least one\), .*; given list"), (iter(ROWS), "given list_iterator"), ([1], "given list"),
     ([{"prompt": {1, 2}}], "row 0 cannot be written as JSON: Object of type set"),
+    ([{"prompt": deep(2000)}], "row 0 cannot be written as JSON: maximum recursion depth exceeded"),
+    (deep(5000), "given list that is too large to show"), ([10**5000], "given list that is too large to show"),
     ([ROWS[0], {"prompt": float("nan")}], "row 1 cannot be written as JSON"),
     ({"train": Dataset.from_list(ROWS)}, "given as dict with the splits train; give one split")])
 def test_what_is_no_rows_is_refused_and_leaves_nothing(place, rows, message):

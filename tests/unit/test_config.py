@@ -15,6 +15,7 @@ from frpo.config.loader import (
     recipe_difference,
     recipe_digest,
     recipe_from_dict,
+    to_recipe,
 )
 from frpo.config.reference import key_reference
 from frpo.config.sections import Recipe
@@ -111,6 +112,21 @@ def test_a_circle_of_bases_is_named(tmp_path):
     ("run: {name: \x01}", "mine.yaml: not valid YAML: unacceptable character"),
     ('run:\n  name: "a\\ud800"', r"mine.yaml, line 2, column 9: not valid YAML: '\\ud800' is a lone surrogate, half"),
     ("", "key 'model' is required"),
+    ("run: {name: !!int x}", r"line 1, column 13: not valid YAML: 'x' cannot be read as int; put text into quotes"),
+    ("run: {seed: 0x_}", "line 1, column 13: not valid YAML: '0x_' cannot be read as int"),
+    ("run: {seed: !!int ''}", "line 1, column 13: not valid YAML: '' cannot be read as int"),
+    (f"run: {{seed: {'1' * 5000}}}", "line 1, column 13: not valid YAML: '111.* cannot be read as int"),
+    ("run: {seed: !!bool x}", "line 1, column 13: not valid YAML: 'x' cannot be read as bool"),
+    ("run: {name: !!timestamp x}", "line 1, column 13: not valid YAML: 'x' cannot be read as timestamp"),
+    ("run: {name: !!timestamp 2020-99-99}", "'2020-99-99' cannot be read as timestamp"),
+    ("run: !!map [a]", "line 1, column 6: not valid YAML: expected a mapping node, but found sequence"),
+    ("run: {? [a, b] : c}", "line 1, column 9: not valid YAML: found unhashable key"),
+    ('run: {name: "\\U00110000"}', r"mine.yaml, line 1, column \d+: not valid YAML: chr\(\) arg not in range"),
+    ("run: &a [*a]", r"line 1, column 10: not valid YAML: \*a stands inside &a, so it would contain itself"),
+    (f"run: {'[' * 101}{']' * 101}", "line 1, column 106: .* nested more than 100 levels deep; make them flatter"),
+    ("[" * 5000, "line 1, column 102: not valid YAML: lists and mappings are nested more than 100 levels deep"),
+    ('extends: "a\\0b"', r"recipe not found: no file 'a\\x00b' and no recipes/a\\x00b.yaml"),
+    (f"extends: {'x' * 300}", "recipe 'xxx.*x cannot be found: File name too long; check the path"),
 ])
 def test_a_malformed_file_is_named_with_its_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
@@ -147,6 +163,12 @@ def test_a_number_in_keyword_arguments_of_a_reward_is_one(base):
 @pytest.mark.parametrize("override", ["run.name", "=3", "run..name=3", ".run=3"])
 def test_an_override_of_another_form_is_shown(base, override):
     assert error_of(base, override) == f"override {override!r} is not of the form section.key=value"
+
+
+def test_an_override_of_too_many_parts_is_shown_by_its_beginning(base):
+    message = error_of(base, "a." * 3000 + "b=1")
+    assert message.startswith("override 'a.a.a.") and "nested more than 100 levels deep" in message
+    assert len(message) < 400 and len(error_of(base, "x" * 5000)) < 400
 
 
 def test_an_override_that_is_no_yaml_is_shown(base):
@@ -405,3 +427,78 @@ def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
         load_recipe("onse.yaml")
     with pytest.raises(ConfigError, match=r"no recipes/smok.yaml \(did you mean 'smoke'\?\); known: "):
         load_recipe("smok")
+
+
+# --- values that no recipe can hold -----------------------------------------------------------------------------------
+
+POLICIES = "policies: {path: {path: x, pth: y}}\nmeasure: {kept: {recipe: smoke}}"
+
+
+def test_an_unknown_key_of_a_section_under_a_name_is_told_the_keys_beside_it(tmp_path):
+    path = write(tmp_path / "mine.yaml", POLICIES)
+    with pytest.raises(ConfigError, match=r"unknown key 'policies.path.pth'; did you mean 'path'\?"):
+        load_any_recipe(path)
+    path = write(tmp_path / "mine.yaml", POLICIES.replace("pth: y", "over: {}") + "\ntables: [{title: a, row: []}]")
+    with pytest.raises(ConfigError, match=r"unknown key 'tables.0.row'; did you mean 'rows'\?"):
+        load_any_recipe(path)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("run.seed=9223372036854775808", "run.seed: an integer must be below 2\\^63 in size, given one of 64 bits"),
+    ("data.limit=99999999999999999999", "data.limit: an integer must be below 2\\^63 in size, given one of 67 bits"),
+    ("evaluate.pass_at=[9223372036854775808]", "evaluate.pass_at: an integer must be below"),
+    (f"run.dir={'x' * 256}", "run.dir: no path is that long, given 'xxx.*; allowed are 255 bytes for each name"),
+    (f"run.dir={'é' * 128}", "run.dir: no path is that long"),
+    (f"run.dir={'x/' * 2001}", "run.dir: no path is that long, .* and 4000 for all; shorten it"),
+    ('run.resume="a\\0b"', r"run.resume: no path can hold the character NUL, given 'a\\x00b'; remove it"),
+    (f"learner.deepspeed={'x' * 300}", "learner.deepspeed: no path is that long"),
+    ('rollout.hook="a\\0.py:f"', "rollout.hook: no path can hold the character NUL"),
+    ("data.path=[{prompt: a}]", r"data.path: should be a valid string, given \[\{'prompt': 'a'\}\]"),
+    ("data.where={a: [!!timestamp 2020-01-01]}", "data.where.a.0: holds date, which the file of a recipe cannot hold"),
+    ("data.where={a: [!!binary aGk=]}", "data.where.a.0: holds bytes, which the file"),
+    ("data.where={a: [!!set {b}]}", "data.where.a.0: holds set, which the file of a recipe cannot hold; give text"),
+    ("run={\"a\\0\": 1}", r"unknown key 'run.a\\x00'"),
+])
+def test_a_value_that_no_run_can_use_is_refused_by_its_key(base, tmp_path, monkeypatch, override, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(base, [override])
+    assert sorted(tmp_path.rglob("*")) == before  # rows of a file are not written to another one
+
+
+def test_the_largest_numbers_and_names_are_taken(base):
+    recipe = load_recipe(base, [f"run.seed={2**63 - 1}", f"run.dir={'x' * 255}", f"data.where={{a: [{10**30}]}}"])
+    assert (recipe.run.seed, recipe.run.dir, recipe.data.where) == (2**63 - 1, "x" * 255, {"a": [10**30]})
+
+
+def deep(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("where, message", [
+    ({"a": ["\ud800"]}, r"data.where.a.0: holds the lone surrogate '\\ud800', half a character; write the whole one"),
+    ({"\udfff": [1]}, r"data.where.\\udfff: the key has a lone surrogate, half a character"),
+    ({"a": [object]}, "data.where.a.0: holds type, which the file of a recipe cannot hold"),
+    ({"a": [10**4300]}, "data.where.a.0: holds an integer of more than 4300 digits; write it as text"),
+    ({"a": [deep(200)]}, "data.where.a.*: lists and mappings are nested more than 100 levels deep"),
+    ({"a": [deep(5000)]}, "recipe: lists and mappings are nested more than 100 levels deep"),
+    (deep(5000), "data.where: should be a valid dictionary, given list that is too large to show"),
+    pytest.param(10**5000, "data.where: should be a valid dictionary, given int that is too large to show", id="int")])
+def test_a_value_of_python_that_no_file_could_hold_is_refused(where, message):
+    with pytest.raises(ConfigError, match=message):
+        to_recipe({"extends": "smoke", "data": {"where": where}}, (), Recipe)
+
+
+def test_mappings_of_python_without_end_are_refused():
+    endless = {}
+    endless["run"] = endless
+    with pytest.raises(ConfigError, match="recipe: lists and mappings are nested more than 100 levels deep"):
+        to_recipe(endless, (), Recipe)
+
+
+def test_control_characters_of_an_error_are_shown_and_not_sent_to_the_terminal():
+    assert str(ConfigError("a\x1b[31m\0\ud800 é\n\t日本")) == "a\\x1b[31m\\x00\\ud800 é\n\t日本"

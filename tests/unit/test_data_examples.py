@@ -165,3 +165,12 @@ def test_a_character_that_the_tokenizer_lacks_is_refused_or_dropped_where_it_wou
     kept = load(rows, unknown_tokens="drop")
     assert [example.origin[-2:] for example in kept.train] == [":1"]
     assert kept.skipped == {"dropped, a character without a token": 1}
+
+
+@pytest.mark.parametrize("overlap", ["refuse", "remove", "keep"])
+def test_no_row_left_is_an_error_beside_a_held_out_file_too(load, tmp_path, overlap):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "1", "response": "2"}) + "\n")
+    with pytest.raises(DataError, match=r"no row of '.*rows.jsonl' can be used \(dropped to fit model.max_length: 1\)"):
+        load([{"prompt": "1+1", "response": "x" * 99}], too_long="drop", heldout_path=str(other),
+             heldout_overlap=overlap)

@@ -238,6 +238,7 @@ def test_columns_of_no_layout_or_of_two(load, row, compares, told):
     (ROW | {"margin": -0.5}, "margin must be a number of at least 0, or null; given -0.5"),
     (ROW | {"margin": True}, "margin must be a number of at least 0, or null; given True"),
     (ROW | {"margin": "1"}, "column 'margin' must be float or int, given str '1'"),
+    (ROW | {"margin": 10**400}, "margin is beyond the largest number that a float holds; give a smaller one"),
     (ROW | {"margin": float("nan")}, "NaN is not a JSON number"),
     ({"chosen": "2", "rejected": "3"}, "chosen is a text without \"Human:\" and \"Assistant:\" turns; give a column "
                                        "'prompt', or a list of messages, given '2'"),

@@ -114,11 +114,22 @@ def test_missing_function_names_the_nearest_and_the_others(source):
     assert message.endswith("it defines Rubric, length_reward")  # neither _hidden nor the imported OrderedDict
 
 
-@pytest.mark.parametrize("given", ["json.dumps", ":f", "json:", "json:a b", "rewards.py"])
+@pytest.mark.parametrize("given", ["json.dumps", ":f", "json:", "json:a b", "rewards.py", ".a:b", "a..b:c", "json.:f"])
 def test_wrong_form(given):
     with pytest.raises(RewardError) as caught:
         load_function(given)
     assert f"{given!r} is not of the form 'package.module:function' or 'path/file.py:function'" in str(caught.value)
+
+
+@pytest.mark.parametrize("given, why", [
+    ("a\0.py:f", "no file can be found there: embedded null byte"), ("~no-such-user/a.py:f",
+    "no file can be found there: Could"),
+    (f"{'x' * 300}.py:f", "no file can be found there: File name too long"), ("\ud800.py:f", "surrogates not allowed"),
+    ("a\0.pkl", "cannot be read: embedded null byte"), (f"{'x' * 300}.pkl", "cannot be read: File name too long")])
+def test_a_path_that_no_file_can_have_is_told_of_without_a_traceback(given, why):
+    with pytest.raises(RewardError) as caught:
+        load_function(given)
+    assert why in str(caught.value) and "Traceback" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_missing_file_names_its_path_and_the_nearest(source):

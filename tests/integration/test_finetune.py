@@ -158,3 +158,25 @@ def test_reinforcement_learning_on_a_launchers_processes_is_that_on_ray_actors(a
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert metrics(folder) == metrics(alone) and weights(folder) == weights(alone)
     assert (folder / "traces.jsonl").read_bytes() == (alone / "traces.jsonl").read_bytes()
+
+
+@pytest.mark.timeout(200)
+def test_sigusr1_stops_after_an_update_and_the_same_command_goes_on(place):
+    """The checkpoint is of the update that was in progress, whatever run.save_every says."""
+    command = [sys.executable, "-m", "frpo", "finetune", "finetune_gsm8k",
+               *overrides(place, "stopped", "run.num_epochs=30", "run.save_every=1000", "evaluate.every=1000")]
+    rows = place / "stopped" / "metrics.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(lines(rows)) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    _, told = process.communicate(timeout=60)
+    step = len(lines(rows)) - 1
+    assert process.returncode == 75 and 2 <= step < 180
+    assert f"frpo: stopped after update {step}, as SIGUSR1 asked; the same command continues" in told
+    assert [path.name for path in (place / "stopped" / "checkpoints").iterdir()] == [f"step_{step:06d}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming from step {step} " in done.stdout + done.stderr
+    assert [row["step"] for row in metrics(place / "stopped")] == list(range(181))

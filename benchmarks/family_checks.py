@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import OnCpu
 from frpo.cluster.rank import Ranks
 from frpo.cluster.runtime import wait_for
 from frpo.config.finetune import FinetuneRecipe
@@ -68,13 +69,13 @@ class Processes:
         self.pool: EnginePool | None = None
 
     def learner_ranks(self, recipe: FinetuneRecipe | Recipe) -> Ranks:
-        self.ranks = self.ranks or self._ranks.enter_context(learner_ranks(recipe, "cpu"))
+        self.ranks = self.ranks or self._ranks.enter_context(learner_ranks(recipe, "cpu", OnCpu()))
         return self.ranks
 
     def engine_with(self, recipe: Recipe) -> EnginePool:
         """An engine that has loaded the recipe's model. A fresh one first loads another, so that all load alike."""
         if self.pool is None:
-            self.pool = self._engine.enter_context(engine_pool(recipe, make_model("llama", self.folder), "cpu"))
+            self.pool = self._engine.enter_context(engine_pool(recipe, make_model("llama", self.folder), "cpu", OnCpu()))
             self.pool.wait_until_ready()
         self.pool.recipe, self.pool.model_path = recipe, recipe.model.path
         wait_for("load", [(engine, engine.handle.__ray_call__.remote(load_another, dump_recipe(recipe)))

@@ -33,8 +33,8 @@ These calls have their own threads, so that an engine can receive weights and ot
 class _EngineActor(RolloutEngine):
     """A RolloutEngine built from a dumped recipe, because Ray constructs actors from plain values."""
 
-    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int, folder: str,
-                 log: str | None):
+    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int, folder: str = ".",
+                 log: str | None = None):
         """folder, log: see `begin_in`."""
         begin_in(folder, log)
         super().__init__(recipe_from_dict(recipe), model_path, device, index)

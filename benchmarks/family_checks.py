@@ -75,7 +75,8 @@ class Processes:
     def engine_with(self, recipe: Recipe) -> EnginePool:
         """An engine that has loaded the recipe's model. A fresh one first loads another, so that all load alike."""
         if self.pool is None:
-            self.pool = self._engine.enter_context(engine_pool(recipe, make_model("llama", self.folder), "cpu", OnCpu()))
+            first = make_model("llama", self.folder)
+            self.pool = self._engine.enter_context(engine_pool(recipe, first, "cpu", OnCpu()))
             self.pool.wait_until_ready()
         self.pool.recipe, self.pool.model_path = recipe, recipe.model.path
         wait_for("load", [(engine, engine.handle.__ray_call__.remote(load_another, dump_recipe(recipe)))

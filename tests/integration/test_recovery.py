@@ -71,7 +71,7 @@ def test_an_engine_that_died_between_steps_is_replaced_by_the_push(loop):
 def test_without_restarts_left_the_death_is_the_error(loop):
     loop.push()
     pid = pid_of(loop.pool.engines[0])
-    with pytest.raises(EngineError, match=rf"generate: rollout engine 0 \(log: \S*{pid}\.err\) died"):
+    with pytest.raises(EngineError, match=rf"generate: rollout engine 0 on .* \(log: \S*{pid}\.err\) died"):
         sampled(loop, RecoveringEngines(loop.pool, loop.learner, max_restarts=0), kill_after_s=0.2)
     with pytest.raises(EngineError, match="rollout engine 0"):
         RecoveringEngines(loop.pool, loop.learner, max_restarts=0).push(loop.version + 1)

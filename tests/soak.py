@@ -1,0 +1,246 @@
+"""Disturb one small run again and again, then compare it with a run that nothing disturbed. Not collected by pytest.
+
+    python tests/soak.py [--faults 100] [--seed 0] [--folder /tmp/soak] [--kinds KIND ...]
+
+The run is on two machines, namespaces of this one: driver, rewards and learner rank 0 on the first, a rank and the
+engine on the second. It saves at every step. A fault comes at a random moment of a step. The same command is started
+again where a fault ends it. After each fault the run must make a step within LIMIT_S. At the end metrics, traces and
+weights must equal, to the bit, those of the other run. Prints a line for each fault and a table by kind; needs root.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent / "integration"))
+from nodes import Machine, cluster, machines, until, why_not
+from runs import REWARD, lines, metrics
+
+LIMIT_S = 400.0
+"""Seconds after which a run that has made no step counts as hung."""
+
+SLOW = "import time\n" + REWARD.replace(":\n    return [sum", ":\n    time.sleep(0.2)\n    return [sum")
+SPREAD = ("placement.learner_hosts=[10.77.0.1,10.77.0.2]", "placement.engine_hosts=[10.77.0.2]", "learner.num_ranks=2")
+ALLOWED_ENDS = {"SIGTERM": (143,), "SIGUSR1": (75,), "kill the driver": (-9, 137), "full disk": (1, 2)}
+"""Exit codes with which a fault may end the driver. Other faults may end it only by an error of frpo (2)."""
+
+
+@dataclass
+class Outcome:
+    """What became of one fault."""
+
+    number: int
+    kind: str
+    step: int
+    moment: str
+    ended: int | None
+    """Exit code if the fault has ended the driver; None if the run went on by itself."""
+    seconds: float
+    """Until the run had made a step more than before."""
+    told: str
+
+
+@dataclass
+class Soak:
+    folder: Path
+    na: Machine
+    nb: Machine
+    environ: dict[str, str]
+    token: str
+    steps: int
+    process: subprocess.Popen | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "disk" / "run"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "run.log"
+
+    def command(self, run: Path) -> list[str]:
+        reward = self.folder / "reward.py"
+        return ["frpo", "train", "smoke", f"run.dir={run}",
+                f"rewards=[{{name: spread, function: '{reward}:spread'}}]", "model.tiny.hidden_size=64",
+                "model.tiny.num_heads=2", "model.tiny.num_layers=2", "model.tiny.warm_start.steps=0", "data.heldout=0",
+                "rollout.prompts_per_step=4", "rollout.group_size=4", f"run.num_steps={self.steps}", "run.save_every=1",
+                "run.max_restarts=1000", "rollout.max_restarts=1000", "rollout.startup_timeout_s=120",
+                "learner.startup_timeout_s=120", "rollout.timeout_s=60", "learner.timeout_s=60",
+                "weight_sync.timeout_s=60", *SPREAD]
+
+    def start(self) -> None:
+        self.process = self.na.start(self.command(self.run), self.log, self.environ)
+
+    def done(self) -> int:
+        return max(0, len(lines(self.run / "metrics.jsonl")) - 1)
+
+    def moment(self) -> str:
+        """Say what the run does now, as far as files tell."""
+        saves = self.run / "checkpoints"
+        if saves.is_dir() and any(not (path / "COMPLETE").is_file() for path in saves.iterdir()):
+            return "checkpoint"
+        if (self.run / "finished.json").exists():
+            return "end"
+        traced = len(lines(self.run / "traces.jsonl")) // 4
+        return "learn or push" if traced > self.done() else "generate or load"
+
+    def wait_for_step(self, beyond: int) -> int | None:
+        """Wait until the run is beyond a step; start it again where it ends. Returns the first exit code, if any."""
+        code, deadline = None, time.monotonic() + LIMIT_S
+        while self.done() <= beyond and not (self.run / "finished.json").is_file():
+            if self.process is None or self.process.poll() is not None:
+                if self.process is not None and code is None:
+                    code = self.process.returncode
+                self.start()
+            if time.monotonic() > deadline:
+                raise SystemExit(f"hung: no step beyond {beyond} within {LIMIT_S:g} s; see {self.log}")
+            time.sleep(0.05)
+        return code
+
+
+def processes_named(machine: Machine, name: str) -> list[psutil.Process]:
+    found = []
+    for process in machine.processes():
+        with suppress(psutil.NoSuchProcess):
+            if any(name in part for part in [process.name(), *process.cmdline()]):
+                found.append(process)
+    return found
+
+
+def kill_one(name: str, machine: str) -> Callable[[Soak], None]:
+    def fault(soak: Soak) -> None:
+        for process in processes_named(getattr(soak, machine), name)[:1]:
+            process.kill()
+
+    return fault
+
+
+def signal_driver(number: int) -> Callable[[Soak], None]:
+    def fault(soak: Soak) -> None:
+        for process in processes_named(soak.na, "frpo"):
+            if process.cmdline()[1:3] and process.cmdline()[-1] == soak.command(soak.run)[-1]:
+                process.send_signal(number)
+
+    return fault
+
+
+def lose_node(soak: Soak) -> None:
+    soak.nb.kill()
+    time.sleep(random.uniform(0, 20))
+    soak.nb.cable("up")
+    soak.nb.join(soak.na, soak.token)
+
+
+def cut_network(soak: Soak) -> None:
+    soak.nb.cable("down")
+    time.sleep(random.choice([1, 5, 15, 40]))
+    soak.nb.cable("up")
+    if not processes_named(soak.nb, "raylet/raylet"):  # Ray ends on a node that was away for long
+        soak.nb.join(soak.na, soak.token)
+
+
+def fill_disk(soak: Soak) -> None:
+    block, before = soak.folder / "disk" / "block", soak.done()
+    with block.open("wb") as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * 65536)
+    deadline = time.monotonic() + 60
+    while soak.process and soak.process.poll() is None and soak.done() <= before + 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    block.unlink()
+
+
+def second_run(soak: Soak) -> None:
+    done = soak.na.run(*soak.command(soak.run), environ=soak.environ, timeout=120)
+    if soak.process and soak.process.poll() is None:
+        assert done.returncode == 2 and "another run is writing into" in done.stderr, done.stderr
+
+
+FAULTS: dict[str, Callable[[Soak], None]] = {
+    "kill an engine": kill_one("_EngineActor", "nb"), "kill a rank": kill_one("_LearnerActor", "nb"),
+    "kill rank 0": kill_one("_LearnerActor", "na"), "kill a reward": kill_one("frpo.rewards.serving", "na"),
+    "kill the driver": signal_driver(signal.SIGKILL), "SIGTERM": signal_driver(signal.SIGTERM),
+    "SIGUSR1": signal_driver(signal.SIGUSR1), "lose a node": lose_node, "cut the network": cut_network,
+    "full disk": fill_disk, "a second run": second_run}
+
+
+def disturb(soak: Soak, faults: int, kinds: list[str], chance: random.Random) -> None:
+    for number in range(1, faults + 1):
+        kind = kinds[(number - 1) % len(kinds)] if number <= len(kinds) else chance.choice(kinds)
+        before = soak.done()
+        soak.wait_for_step(before)  # it runs
+        time.sleep(chance.uniform(0.0, 1.2))
+        before, moment, size, began = soak.done(), soak.moment(), soak.log.stat().st_size, time.monotonic()
+        FAULTS[kind](soak)
+        ended = soak.wait_for_step(before + 1)
+        told = [line for line in soak.log.read_text(encoding="utf-8", errors="replace")[size:].splitlines()
+                if "died" in line or line.startswith("frpo:") or "Error" in line]
+        outcome = Outcome(number=number, kind=kind, step=before, moment=moment, ended=ended,
+                          seconds=round(time.monotonic() - began, 1), told=told[0][:200] if told else "")
+        soak.outcomes.append(outcome)
+        print(json.dumps(asdict(outcome)), flush=True)
+        allowed = (None, 2, *ALLOWED_ENDS.get(kind, ()))
+        assert ended in allowed, f"{kind} ended the driver with {ended}; see {soak.log}"
+
+
+def report(outcomes: list[Outcome]) -> None:
+    print(f"\n{'kind':<18}{'faults':>7}{'went on':>9}{'started again':>15}{'median s':>10}{'longest s':>11}")
+    for kind, count in sorted(Counter(outcome.kind for outcome in outcomes).items()):
+        own = [outcome for outcome in outcomes if outcome.kind == kind]
+        seconds = sorted(outcome.seconds for outcome in own)
+        went_on = sum(outcome.ended is None for outcome in own)
+        print(f"{kind:<18}{count:>7}{went_on:>9}{count - went_on:>15}{seconds[count // 2]:>10}{seconds[-1]:>11}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/soak"))
+    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=list(FAULTS))
+    given = parser.parse_args()
+    if reason := why_not():
+        raise SystemExit(reason)
+    chance = random.Random(given.seed)
+    random.seed(given.seed)
+    shutil.rmtree(given.folder, ignore_errors=True)
+    (given.folder / "disk").mkdir(parents=True)
+    (given.folder / "reward.py").write_text(SLOW, encoding="utf-8")
+    # Both machines see the small disk, since it is mounted before they are made.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", given.folder / "disk"], check=True)
+    try:
+        with machines(given.folder, "na", "nb") as (na, nb), cluster(given.folder, [na, nb]) as environ:
+            soak = Soak(given.folder, na, nb, environ, environ["RAY_AUTH_TOKEN_PATH"], steps=3 * given.faults + 5)
+            disturb(soak, given.faults, given.kinds, chance)
+            soak.wait_for_step(soak.steps)
+            until(lambda: soak.process is None or soak.process.poll() is not None, 120)
+            shutil.copytree(soak.run, given.folder / "disturbed")
+            report(soak.outcomes)
+            alone = given.folder / "alone"
+            code = na.start(soak.command(alone), given.folder / "alone.log", environ).wait(timeout=3600)
+            assert code == 0, given.folder / "alone.log"
+    finally:
+        subprocess.run(["umount", "--lazy", given.folder / "disk"], check=True)
+    same = metrics(given.folder / "disturbed") == metrics(alone)
+    for name in ("traces.jsonl", "export/model.safetensors"):
+        same = same and (given.folder / "disturbed" / name).read_bytes() == (alone / name).read_bytes()
+    print(f"{len(metrics(alone)) - 1} steps; equal to the undisturbed run to the bit: {same}")
+    sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -217,7 +217,8 @@ class Matrix:
         if self.stack is None:
             started = time.perf_counter()
             with self.sharing():
-                self.stack = self.running.enter_context(build_stack(of_model(recipe, model), model))
+                self.stack = self.running.enter_context(
+                    build_stack(of_model(recipe, model), model, Path(self.recipe.run.dir)))
                 self.stack.pool.wait_until_ready()
             starts = JsonlFile(Path(self.recipe.run.dir) / STARTS)
             starts.append({"seconds": time.perf_counter() - started})

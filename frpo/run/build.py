@@ -234,14 +234,17 @@ def build(recipe: Recipe) -> Iterator[RunParts]:
                 *recipe.learner.notes(recipe.updates, recipe.model.lora is not None), *checked.notes])
         with tried_rewards(recipe, checked.prompts) as rewards:
             model_path = recipe.model.path or tiny_model(recipe, run_dir / "model")
-            with build_stack(recipe, model_path) as stack, \
+            with build_stack(recipe, model_path, run_dir) as stack, \
                     parts_on(stack, recipe, checked, rewards, model_path) as parts:
                 yield parts
 
 
 @contextmanager
-def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
-    """Start Ray, engines that begin to load the model, and learner ranks without a model; end all with the context."""
+def build_stack(recipe: Recipe, model_path: str, run_dir: Path) -> Iterator[Processes]:
+    """Start Ray, engines that begin to load the model, and learner ranks without a model; end all with the context.
+
+    run_dir: the folder in which their output goes to files.
+    """
     with ExitStack() as stack:
         stack.enter_context(ray_session())
         team, samples = in_team(recipe), recipe.rollout.replay is None
@@ -257,14 +260,14 @@ def build_stack(recipe: Recipe, model_path: str) -> Iterator[Processes]:
             raise ConfigError("placement: colocate needs ranks that Ray has started; run the recipe without a launcher "
                               "and with learner.ranks: ray, or set placement to split")
         places = stack.enter_context(reserved(recipe, device, ranks=not team, engines=samples))
-        check_nodes(places.nodes(), Path(recipe.run.dir), model_path)
-        logs = Path(recipe.run.dir) / FOLDER
+        check_nodes(places.nodes(), run_dir, model_path)
+        logs = run_dir / FOLDER
         if isinstance(places, SharedGpus):  # engines follow the ranks to their GPUs
-            ranks = stack.enter_context(learner_ranks(recipe, device, places))
+            ranks = stack.enter_context(learner_ranks(recipe, device, places, logs))
             pool = stack.enter_context(engine_pool(recipe, model_path, device, places, logs))
         else:  # engines take longer to load, so they start first
             pool = stack.enter_context(engine_pool(recipe, model_path, device, places, logs))
-            ranks = stack.enter_context(learner_ranks(recipe, device, places))
+            ranks = stack.enter_context(learner_ranks(recipe, device, places, logs))
         yield Processes(pool=pool, ranks=ranks, device=device)
 
 
@@ -322,10 +325,12 @@ def build_engines(recipe: Recipe, prompts: PromptSet) -> Iterator[SamplingParts]
 
 
 @contextmanager
-def learner_ranks(recipe: AnyRecipe, device: str, places: Places) -> Iterator[Ranks]:
-    """Start processes for a learner, without a model yet: a team or Ray actors. They end with the context."""
-    ranks = (TeamRanks(recipe, device) if in_team(recipe) else
-             RayRanks(recipe, device, places, Path(recipe.run.dir) / FOLDER))
+def learner_ranks(recipe: AnyRecipe, device: str, places: Places, logs: Path | None = None) -> Iterator[Ranks]:
+    """Start processes for a learner, without a model yet: a team or Ray actors. They end with the context.
+
+    logs: folder for the output of actors; None: Ray's own.
+    """
+    ranks = TeamRanks(recipe, device) if in_team(recipe) else RayRanks(recipe, device, places, logs)
     try:
         yield ranks
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from frpo.cluster.actor_logs import FOLDER
 from frpo.cluster.device import check_packages
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.node_check import check_nodes
@@ -138,7 +139,7 @@ def build_finetune(recipe: GivenRecipe) -> Iterator[FinetuneParts]:
             device = choose_device(recipe, engines=False)
             places = stack.enter_context(reserved(recipe, device, engines=False))
             check_nodes(places.nodes(), Path(recipe.run.dir), model_path)
-        ranks = stack.enter_context(learner_ranks(recipe, device, places))
+        ranks = stack.enter_context(learner_ranks(recipe, device, places, Path(recipe.run.dir) / FOLDER))
         yield stack.enter_context(finetune_on(ranks, device, recipe, checked, model_path))
 
 

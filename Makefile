@@ -31,7 +31,7 @@ quickstart: $(READY)
 	$(BIN)/frpo quickstart --model $(MODEL)
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2 --dist loadscope --no-loadscope-reorder --durations=60
+	$(BIN)/python -m pytest tests -n 2 --dist loadscope --no-loadscope-reorder --durations=8
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ EXIT_CODES = """exit codes:
        fit; or an unexpected Python error
   2    an error that the message explains: usage, recipe, data, model, machine
   130  interrupted (Ctrl-C); the same command continues from the newest checkpoint
-  143  terminated (SIGTERM); continues like 130"""
+  143  terminated (SIGTERM); continues like 130
+  75   stopped after a step (SIGUSR1) and saved; continues like 130"""
 RECIPE_COMMANDS = {"finetune": "finetune", "reward-model": "reward-model", "retention": "retention"}
 """Commands whose recipes are of another kind than the recipes of train -> that kind."""
 EXAMPLES = {"train": "smoke", "finetune": "finetune_gsm8k data.path=gsm8k.jsonl", "retention": "lab --quick",

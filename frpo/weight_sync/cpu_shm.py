@@ -9,6 +9,7 @@ for all engines of the host. This backend does not cross hosts. The receiving en
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -55,9 +56,15 @@ class Sender:
 
 
 def memory_id() -> str:
-    """Return an id of the shared memory that this process sees. Two processes have the same id if they see the same."""
-    kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{kernel}:{SHARED_MEMORY.stat().st_dev}"
+    """Return an id of the shared memory that this process sees. Two processes have the same id if they see the same.
+
+    On a system without /dev/shm it is the name of the machine.
+    """
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{kernel}:{SHARED_MEMORY.stat().st_dev}"
+    except OSError:
+        return socket.gethostname()
 
 
 def own_lock() -> HeldFile:

@@ -30,21 +30,16 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from frpo.cluster.runtime import show_token
-from frpo.config.loader import AnyRecipe, dump_recipe, load_training
-from frpo.data.source import GENERATED, READERS
+from frpo.config.loader import AnyRecipe, load_training
 from frpo.errors import ConfigError, EngineError, FrpoError
+from frpo.run.relocation import resolved
 
 ADDRESS = "http://127.0.0.1:8265"
 RECIPE = "frpo-recipe.yaml"
 """The resolved recipe's name in the job's folder."""
 
-FUNCTION = re.compile(r"(.+\.py)(:\w+)")
-DATA = re.compile(rf"(.+(?:{'|'.join(map(re.escape, READERS))}))()", re.IGNORECASE)
-"""Patterns of values that name a file in a recipe."""
-
-FOLDERS = (("model", "path"), ("data", "path"), ("data", "heldout_path"), ("auxiliary", "data", "path"),
-           ("auxiliary", "data", "heldout_path"))
-"""Keys whose value may be a folder."""
+RESUMES = ("auto", "force", "never", "overwrite")
+"""Values of run.resume that are no path."""
 
 STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 """Environment for Ray to stop the run as Ctrl-C does, with time for the run to end its processes."""
@@ -103,17 +98,16 @@ def prepare(recipe: AnyRecipe, here: Path, upload: Sequence[str] = ()) -> Submis
     Raises ConfigError for a function's file that is missing, and for files that are not below `here`.
     """
     files: dict[str, Path] = {}
-    values = _sent(dump_recipe(recipe), "", here, files)
-    run = values["run"]
-    run["dir"] = os.path.normpath(here / run["dir"])
-    if run["resume"] not in ("auto", "never"):
-        run["resume"] = os.path.normpath(here / run["resume"])
-    for *sections, key in FOLDERS:
-        section = values
-        for name in sections:
-            section = section and section.get(name)  # a section may be null, or of other recipes
-        if section and section[key] not in (None, *GENERATED) and (here / section[key]).is_dir():
-            section[key] = os.path.normpath(here / section[key])
+
+    def sent(key: str, path: str, function: bool) -> str:
+        name = _inside(key, path, here)
+        files[name] = here / path
+        if function:  # the function's file may import the files beside it
+            files.update({os.path.join(os.path.dirname(name), beside.name): beside
+                          for beside in sorted((here / path).parent.glob("*.py"))})
+        return name
+
+    values = resolved(recipe, here, RESUMES, sent)
     for name in upload:
         if not (here / name).exists():
             raise ConfigError(f"--upload {name!r}: there is no such file or folder in {here}")
@@ -290,33 +284,6 @@ def _stop(follower: Follower) -> None:
         _say(f"not waiting; `ray job status {follower.job}` shows whether it has ended")
     except OFFLINE as error:
         raise EngineError(f"the job could not be stopped: {error}; try `ray job stop {follower.job}`") from None
-
-
-def _sent(value: Any, key: str, here: Path, files: dict[str, Path]) -> Any:
-    """Return `value` as the job must read it, and collect the files to send.
-
-    A file of `here` that the value names is added to `files` and keeps its name. If the file is a function's, the
-    `.py` files beside it are added too.
-    """
-    if isinstance(value, dict):
-        return {name: _sent(item, f"{key}.{name}".lstrip("."), here, files) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_sent(item, f"{key}.{number}", here, files) for number, item in enumerate(value)]
-    named = (FUNCTION.fullmatch(value) or DATA.fullmatch(value)) if isinstance(value, str) else None
-    if named is None or os.path.isabs(value) or value.startswith("~"):
-        return value
-    path, function = named.groups()
-    if (here / path).is_file():
-        name = _inside(key, path, here)
-        files[name] = here / path
-        if function:  # the function's file may import the files beside it
-            files |= {os.path.join(os.path.dirname(name), beside.name): beside
-                      for beside in sorted((here / path).parent.glob("*.py"))}
-        return name + function
-    if function:
-        raise ConfigError(f"{key}: there is no file {path!r} in {here}; correct the path, or give the absolute path "
-                          "of a file on the cluster")
-    return value
 
 
 def _inside(key: str, given: str, here: Path) -> str:

@@ -24,21 +24,14 @@ from typing import Any
 import yaml
 
 from frpo.cluster.placement import Node, assign, bundles_of, reward_gpus
-from frpo.config.loader import AnyRecipe, dump_recipe, load_training
+from frpo.config.loader import AnyRecipe, load_training
 from frpo.config.sections import Recipe
-from frpo.data.source import GENERATED, READERS
 from frpo.errors import ConfigError, EngineError, FrpoError
+from frpo.run.relocation import resolved
 
 SCRIPTS = Path(__file__).with_name("slurm_scripts")
 END = "# --- end of settings\n"
 """Line of a script below which nothing is changed."""
-
-FILES = re.compile(rf"(.+\.py)(:\w+)|(.+(?:{'|'.join(map(re.escape, READERS))}))()", re.IGNORECASE)
-"""Pattern of values that name a file in a recipe: a function's file, or data."""
-
-FOLDERS = (("model", "path"), ("reference", "path"), ("data", "path"), ("data", "heldout_path"),
-           ("auxiliary", "data", "path"), ("auxiliary", "data", "heldout_path"))
-"""Keys whose value may be a folder."""
 
 TIME = re.compile(r"(?:(?P<minutes>\d+)(?::(?P<seconds>\d+))?"
                   r"|(?P<hours>\d+):(?P<m>\d+):(?P<s>\d+)"
@@ -200,18 +193,8 @@ def prepare(recipe: AnyRecipe, job: Job, here: Path) -> Submission:
 
 def absolute(recipe: AnyRecipe, here: Path) -> dict[str, Any]:
     """Return the recipe's values with absolute paths in place of the relative ones. Raises ConfigError."""
-    values = _absolute(dump_recipe(recipe), "", here)
-    run = values["run"]
-    run["dir"] = os.path.normpath(here / run["dir"])
-    if run["resume"] not in (*REQUEUED_RESUME, "overwrite"):
-        run["resume"] = os.path.normpath(here / run["resume"])
-    for *sections, key in FOLDERS:
-        section = values
-        for name in sections:
-            section = section and section.get(name)  # a section may be null, or of other recipes
-        if section and section.get(key) not in (None, *GENERATED) and (here / section[key]).is_dir():
-            section[key] = os.path.normpath(here / section[key])
-    return values
+    return resolved(recipe, here, (*REQUEUED_RESUME, "overwrite"),
+                    lambda key, path, function: os.path.normpath(here / path))
 
 
 def render(recipe: AnyRecipe, job: Job, here: Path, recipe_path: Path) -> str:
@@ -397,24 +380,6 @@ def _cancel(follower: Follower) -> None:
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of Slurm. A Ctrl-C reaches this process alone."""
     return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-
-
-def _absolute(value: Any, key: str, here: Path) -> Any:
-    """Return `value` with absolute paths of files. Raises ConfigError if a function's file is missing."""
-    if isinstance(value, dict):
-        return {name: _absolute(item, f"{key}.{name}".lstrip("."), here) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_absolute(item, f"{key}.{number}", here) for number, item in enumerate(value)]
-    named = FILES.fullmatch(value) if isinstance(value, str) else None
-    if named is None or os.path.isabs(value) or value.startswith("~"):
-        return value
-    path, function = named[1] or named[3], named[2] or ""
-    if (here / path).is_file():
-        return os.path.normpath(here / path) + function
-    if function:
-        raise ConfigError(f"{key}: there is no file {path!r} in {here}; correct the path, or give the absolute path "
-                          "of a file on the cluster")
-    return value
 
 
 def _array(name: str, *values: str) -> str:

@@ -18,6 +18,7 @@ import psutil
 from frpo.cluster.nvidia import asked
 from frpo.config.loader import AnyRecipe
 from frpo.errors import ConfigError
+from frpo.weight_sync.addresses import own_address
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for its processes."""
@@ -75,9 +76,9 @@ def adopt(environ: MutableMapping[str, str]) -> None:
 def refuse_launched(command: str) -> None:
     """Raise ConfigError under a launcher, for a command that would run once in each of the launcher's processes."""
     if launched():
-        raise ConfigError(f"{command} starts the processes that it needs by itself, but a launcher has started it "
-                          f"{os.environ['WORLD_SIZE']} times (deepspeed, torchrun or srun); start it once, without a "
-                          "launcher and with srun --ntasks=1 in a Slurm job")
+        raise ConfigError(f"{command} is run once and starts what it needs, but a launcher (deepspeed, torchrun or "
+                          f"srun) has started it {os.environ['WORLD_SIZE']} times; start it without a launcher, in a "
+                          "Slurm job with srun --ntasks=1")
 
 
 def first_host(hosts: str) -> str:
@@ -145,9 +146,6 @@ def spare_gpus(environ: Mapping[str, str], machine: Sequence[tuple[str, str]]) -
 
 def interface_towards(host: str, port: int) -> str | None:
     """Return the name of the network interface of this machine from which `host` is reached; None if unknown."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # sends nothing
-        own = probe.getsockname()[0]
+    own = own_address(host, port)
     return next((name for name, addresses in psutil.net_if_addrs().items()
                  if any(each.address.partition("%")[0] == own for each in addresses)), None)

@@ -14,7 +14,8 @@ from frpo.cluster.launcher import INTERFACE, interface_towards
 from frpo.config.learner import LearnerSection
 from frpo.config.loader import AnyRecipe, recipe_from_dict
 from frpo.config.rollout import WeightSyncSection
-from frpo.weight_sync.group import reserved_port, served_store
+from frpo.weight_sync.addresses import reserved_port
+from frpo.weight_sync.group import served_store
 
 
 class RankHost:

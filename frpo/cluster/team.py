@@ -30,8 +30,9 @@ from frpo.cluster.launcher import INTERFACE, follows, interface_towards, launche
 from frpo.cluster.rank import RankHost, local_environment, local_places
 from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError, FrpoError
+from frpo.weight_sync.addresses import reserved_port
 from frpo.weight_sync.cpu_shm import memory_id
-from frpo.weight_sync.group import reserved_port, served_store
+from frpo.weight_sync.group import served_store
 
 GRACE_S = 30.0
 """Seconds after the limit of a call until a rank that hangs ends itself. A collective that hangs raises before."""

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
+from frpo.weight_sync.addresses import own_address
 from frpo.weight_sync.broadcast import BroadcastSender
 from frpo.weight_sync.group import SENDER
 
@@ -43,13 +43,7 @@ class Sender(BroadcastSender):
 
 
 def _devices_towards(host: str, port: int) -> list[Any]:
-    """Return the networks that GLOO_SOCKET_IFNAME names, or else the network on which `host` is reached.
-
-    By default gloo would take the address of this machine's name, which is often the loopback.
-    """
+    """Return the networks that GLOO_SOCKET_IFNAME names, or else the network on which `host` is reached."""
     if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
         return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # sends nothing
-        return [ProcessGroupGloo.create_device(hostname=probe.getsockname()[0])]
+    return [ProcessGroupGloo.create_device(hostname=own_address(host, port))]

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import TCPStore
 
+from frpo.weight_sync.addresses import reserved_port
+
 SENDER = 0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BACKLOG = 2048
 """Connections to a store that may wait to be accepted."""
 
@@ -112,19 +113,6 @@ class BroadcastGroup:
             assert self._watched is not None  # no caller closes a group while waiting for it
             self._watched.check(["any key"])
         return work.result()
-
-
-def reserved_port(host: str, port: int = 0) -> socket.socket:
-    """Bind a port of this machine; 0: a free one. Nobody else gets the port while the socket is open.
-
-    On a loopback address only this machine can reach the port. Else all networks can, since a machine may be known to
-    others by an address that it does not have itself.
-    """
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    reserved = socket.socket(family, kind)
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind(address if host in LOOPBACK else ("", port))
-    return reserved
 
 
 def served_store(reserved: socket.socket, host: str, timeout_s: float) -> TCPStore:

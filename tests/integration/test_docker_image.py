@@ -120,12 +120,12 @@ def test_doctor_misses_a_library_that_the_image_lacks(image):
 
 def test_a_program_runs_in_place_of_frpo_and_without_rights(image):
     done = image("python", "-c", "import os, frpo.recipes; print(os.getuid(), os.getcwd())")
-    assert (done.returncode, done.stdout.split()) == (0, ["1000", "/work"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, ["1000", "/data"]), done.stderr
     assert image("ray", "--version").stdout.startswith("ray, version ")
 
 
 def test_smoke_trains_and_leaves_its_run_in_a_volume(image):
-    kept = ("--volume", "runs:/work")
+    kept = ("--volume", "runs:/data")
     done = image("train", "smoke", options=kept)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "4 steps done." in done.stdout

@@ -94,9 +94,9 @@ def test_the_lock_is_installed_before_the_source_is_there(name):
 def test_an_image_ends_as_a_user_without_rights_in_a_folder_of_its_own(name):
     user = last(name, "USER")
     assert user.isdecimal() and int(user) > 0, "Kubernetes proves runAsNonRoot by a number"
-    assert last(name, "WORKDIR") == "/work"
+    assert last(name, "WORKDIR") == "/data"
     made, = (rest for word, rest in instructions(name) if word == "RUN" and "useradd" in rest)
-    assert f'--uid "{user}"' in made and re.search(r"install --directory --owner frpo .*/work\b", made)
+    assert f'--uid "{user}"' in made and re.search(r"install --directory --owner frpo .*/data\b", made)
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
@@ -148,7 +148,7 @@ def test_ports_are_published_on_this_machine_only(services):
 def test_nodes_share_runs_and_have_room(services):
     assert {"head", "worker", "train"} <= services.keys()
     for service in services.values():
-        assert service["volumes"] == ["runs:/work"] and service["shm_size"] and service["ulimits"]["nofile"] >= 20000
+        assert service["volumes"] == ["runs:/data"] and service["shm_size"] and service["ulimits"]["nofile"] >= 20000
 
 
 def test_the_overlay_for_gpus_changes_services_that_exist(services):

@@ -77,8 +77,8 @@ def test_commands_that_start_their_own_processes_are_refused_under_a_launcher(co
     done = subprocess.run([sys.executable, "-m", "frpo", *command], env=environ, cwd=tmp_path, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 2
-    assert f"frpo: ConfigError: frpo {command[0]} starts the processes that it needs by itself, but a launcher has " \
-           "started it 4 times" in done.stderr
+    assert f"frpo: ConfigError: frpo {command[0]} is run once and starts what it needs, but a launcher (deepspeed, " \
+           "torchrun or srun) has started it 4 times" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from frpo.cluster.rank import RankHost
-from frpo.weight_sync.group import reserved_port, served_store
+from frpo.weight_sync.addresses import reserved_port
+from frpo.weight_sync.group import served_store
 
 
 def test_an_offered_port_waits_for_the_store_of_the_ranks():

@@ -21,15 +21,16 @@ from frpo.config.preference import RewardModelRecipe
 from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.config.text import as_yaml
-from frpo.errors import FrpoError
+from frpo.errors import FrpoError, StorageError
 from frpo.run import stop_request
 from frpo.run.checkpoint import CheckpointStore, finished_line
+from frpo.storage import full_disk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the arguments and run the command. Returns the exit code.
 
-    An FrpoError is printed as one message, without traceback.
+    An FrpoError, and an OSError for want of room, are printed as one message, without traceback.
     """
     parsed = None
     try:
@@ -41,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the final flush does not fail
         return 0
-    except FrpoError as error:
-        print(f"frpo: {type(error).__name__}: {error}", file=sys.stderr)
+    except (FrpoError, OSError) as error:
+        shown = error if isinstance(error, FrpoError) else full_disk(error)
+        if shown is None:
+            raise
+        left = _what_is_left(parsed) if isinstance(shown, StorageError) else ""
+        print(f"frpo: {type(shown).__name__}: {shown}{left}", file=sys.stderr)
         return 2
     except stop_request.StopRequested as stop:
         print(f"frpo: stopped {stop}, as SIGUSR1 asked{_what_is_left(parsed)}", file=sys.stderr)

@@ -42,6 +42,10 @@ class CheckpointError(FrpoError):
     """Error: a checkpoint is incomplete, of another recipe, or not at the expected place."""
 
 
+class StorageError(FrpoError):
+    """Error: a file cannot be written, as on a full disk."""
+
+
 class EngineError(FrpoError):
     """Error: an engine or learner process died, timed out, or got a request for weights that it does not hold."""
 

@@ -34,7 +34,7 @@ LIMIT_S = 400.0
 
 SLOW = "import time\n" + REWARD.replace(":\n    return [sum", ":\n    time.sleep(0.2)\n    return [sum")
 SPREAD = ("placement.learner_hosts=[10.77.0.1,10.77.0.2]", "placement.engine_hosts=[10.77.0.2]", "learner.num_ranks=2")
-ALLOWED_ENDS = {"SIGTERM": (143,), "SIGUSR1": (75,), "kill the driver": (-9, 137), "full disk": (1, 2)}
+ALLOWED_ENDS = {"SIGTERM": (143,), "SIGUSR1": (75,), "kill the driver": (-9, 137)}
 """Exit codes with which a fault may end the driver. Other faults may end it only by an error of frpo (2)."""
 
 

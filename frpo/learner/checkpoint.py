@@ -26,6 +26,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from frpo.errors import CheckpointError
 from frpo.held import HeldByAnotherError, held
+from frpo.storage import writing
 
 TAG = "learner"
 RECORD = "learner.json"
@@ -33,21 +34,20 @@ UNIVERSAL = "universal"
 
 
 def save_state(engine: DeepSpeedEngine, folder: str, updates_done: int) -> None:
-    """Write parameters, optimizer state and the number of updates done under `folder`. Collective."""
+    """Write parameters, optimizer state and the number of updates done under `folder`. Collective.
+
+    Raises StorageError if there is no room for them.
+    """
     path = Path(folder)
     if dist.get_rank() == 0:
         for earlier in (TAG, UNIVERSAL):
             shutil.rmtree(path / earlier, ignore_errors=True)
-    try:
+    with writing(path):
         engine.save_checkpoint(folder, tag=TAG, client_state={"updates_done": updates_done}, save_latest=False,
                                exclude_frozen_parameters=True)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError without the cause
-        free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 2**20
-        raise CheckpointError(f"{folder} cannot be written ({error}); {free:.0f} MiB are free there. Make room, or "
-                              "choose another run.dir") from error
-    if dist.get_rank() == 0:
-        record = {"num_ranks": dist.get_world_size(), "updates_done": updates_done, "zero": _zero_settings(engine)}
-        (path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if dist.get_rank() == 0:
+            record = {"num_ranks": dist.get_world_size(), "updates_done": updates_done, "zero": _zero_settings(engine)}
+            (path / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def load_state(engine: DeepSpeedEngine, folder: str) -> int:

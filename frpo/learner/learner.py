@@ -58,6 +58,7 @@ from frpo.learner.reference import (
 from frpo.learner.router import ExpertUse, RouterTerm, UseCounter, balance_coefficient, counted_tokens
 from frpo.learner.score_export import pad_apart
 from frpo.objectives.supervised import Progress
+from frpo.storage import writing
 from frpo.telemetry.sums import MetricSums
 from frpo.types import (
     AnySample,
@@ -361,13 +362,15 @@ class Learner:
             if self.rank == 0:
                 if self.spec.is_reward_model:
                     self.network.config.pad_token_id = pad_apart(self.tokenizer).pad_token_id
-                write_model(self.network, self.tokenizer, shards, self.model_path, Path(folder))
+                with writing(Path(folder)):
+                    write_model(self.network, self.tokenizer, shards, self.model_path, Path(folder))
         finally:
             drained(shards)
         if self.spec.model.lora is not None:
             for adapters in self._shards(as_they_are(adapter_weights(self.network)), limit=math.inf):
                 if self.rank == 0:
-                    write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
+                    with writing(Path(folder)):
+                        write_adapter(Path(folder) / "adapter", self.network, adapters, self.model_path)
 
     def _checkpoint(self) -> list[Stored]:
         """Return the policy in the form of the checkpoint from which it was loaded, adapters merged."""

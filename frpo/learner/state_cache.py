@@ -13,6 +13,7 @@ by which process.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import numpy as np
 
 from frpo.errors import ConfigError
 from frpo.held import held_folder
+from frpo.storage import writing
 
 FACTS, OFFSETS, HIDDEN, DONE, HEAD, MARKER = (
     "cache.json", "offsets.npy", "hidden.bin", "done.bin", "head.safetensors", "COMPLETE")
@@ -50,7 +52,8 @@ class StateCache:
     def begin(cls, folder: Path, facts: Mapping[str, Any], lengths: Sequence[int]) -> StateCache:
         """Open the cache of these facts in `folder`, finished or not; make a new cache where there is none.
 
-        lengths: rows of every example. Raises ConfigError if `folder` holds the cache of another model or data set.
+        lengths: rows of every example. Raises ConfigError if `folder` holds the cache of another model or data set,
+        and StorageError if there is no room for it.
         """
         if (folder / FACTS).is_file():
             held = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -62,14 +65,16 @@ class StateCache:
             return cls.begun(folder)
         folder.mkdir(parents=True, exist_ok=True)  # an existing folder is the unfinished setup of an ended process
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        np.save(folder / OFFSETS, offsets)
         size = int(offsets[-1]) * facts["width"] * BITS[facts["dtype"]].itemsize
-        for name, count in ((HIDDEN, size), (DONE, len(lengths))):
-            with (folder / name).open("wb") as file:
-                file.truncate(count)
-        unfinished = folder / f"{FACTS}.unfinished"
-        unfinished.write_text(json.dumps(dict(facts), indent=1), encoding="utf-8")
-        unfinished.rename(folder / FACTS)
+        with writing(folder, f"The states take {size / 2**20:.0f} MiB: make room, or choose another "
+                             "reference.cache_dir"):
+            np.save(folder / OFFSETS, offsets)
+            for name, count in ((HIDDEN, size), (DONE, len(lengths))):
+                with (folder / name).open("wb") as file:  # takes the room now: a mapped file that finds none is fatal
+                    os.posix_fallocate(file.fileno(), 0, count)
+            unfinished = folder / f"{FACTS}.unfinished"
+            unfinished.write_text(json.dumps(dict(facts), indent=1), encoding="utf-8")
+            unfinished.rename(folder / FACTS)
         return cls.begun(folder)
 
     @classmethod

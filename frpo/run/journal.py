@@ -15,6 +15,7 @@ from frpo.errors import CheckpointError
 from frpo.run.checkpoint import FINISHED, CheckpointStore, write_finished
 from frpo.run.sinks import EVENTS, Sink, open_sinks
 from frpo.run.traces import plain
+from frpo.storage import writing
 from frpo.telemetry.jsonl import JsonlFile
 from frpo.telemetry.progress import ProgressBar, phase, say
 from frpo.types import RunState, ScoredGroup
@@ -58,12 +59,16 @@ class Journal:
 
     def save(self, state: RunState, learner: LearnerGroup,
              others: Callable[[Path], None] = lambda path: None) -> None:
-        """Save a resumable checkpoint. others: a function that writes further files for a resume into its folder."""
-        path = self.checkpoints.begin(state.step)
-        learner.save(str(path / "learner"))
-        others(path)
-        offsets = {name: file.offset() for name, file in self.files.items()}
-        self.checkpoints.finish(path, replace(state, file_offsets=offsets))
+        """Save a resumable checkpoint. others: a function that writes further files for a resume into its folder.
+
+        Raises StorageError if there is no room for it.
+        """
+        with writing(self.checkpoints.folder):
+            path = self.checkpoints.begin(state.step)
+            learner.save(str(path / "learner"))
+            others(path)
+            offsets = {name: file.offset() for name, file in self.files.items()}
+            self.checkpoints.finish(path, replace(state, file_offsets=offsets))
 
     def finish(self, state: RunState) -> None:
         """Write that the run is finished."""

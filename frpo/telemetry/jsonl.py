@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from frpo.errors import CheckpointError
+from frpo.storage import writing
 
 
 class JsonlFile:
@@ -27,8 +28,9 @@ class JsonlFile:
             line = json.dumps(row, allow_nan=False)
         except ValueError:
             line = json.dumps(_finite(row), allow_nan=False)
-        self.file.write(line + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(line + "\n")
+            self.file.flush()
 
     def offset(self) -> int:
         """Return the size of the file in bytes."""
@@ -46,7 +48,8 @@ class JsonlFile:
         self.file.truncate(offset)
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # a line that found no room; `append` has said so
+            self.file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from frpo.config.rollout import WeightSyncSection
 from frpo.held import HeldByAnotherError, HeldFile
+from frpo.storage import writing
 from frpo.weight_sync.protocol import WeightStream, WeightSyncClient, drained
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -46,7 +47,9 @@ class Sender:
             self.client.start_weight_update()
             for index, bucket in enumerate(remaining):
                 file = lock.path.with_name(f"{lock.path.stem}-{index}.safetensors")
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in bucket}, file)
+                with writing(file, f"Make {SHARED_MEMORY} larger, as by docker's --shm-size, or lower "
+                                   "weight_sync.bucket_mb"):
+                    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in bucket}, file)
                 self.client.update_weights({"path": str(file)})
             self.client.finish_weight_update(str(version))
         finally:

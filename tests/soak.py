@@ -4,8 +4,10 @@
 
 The run is on two machines, namespaces of this one: driver, rewards and learner rank 0 on the first, a rank and the
 engine on the second. It saves at every step. A fault comes at a random moment of a step. The same command is started
-again where a fault ends it. After each fault the run must make a step within LIMIT_S. At the end metrics, traces and
-weights must equal, to the bit, those of the other run. Prints a line for each fault and a table by kind; needs root.
+again where a fault ends it. After each fault the run must make a step within LIMIT_S. A run that has left the second
+machine is stopped by SIGUSR1 and started again, on both. At the end metrics, traces and weights must equal, to the bit,
+those of the other run. Prints a line for each fault, and a table by kind; FOLDER/outcomes.jsonl has the lines. Needs
+root.
 """
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
+import nodes
 from nodes import Machine, cluster, machines, until, why_not
 from runs import REWARD, lines, metrics
 
@@ -36,6 +39,9 @@ SLOW = "import time\n" + REWARD.replace(":\n    return [sum", ":\n    time.sleep
 SPREAD = ("placement.learner_hosts=[10.77.0.1,10.77.0.2]", "placement.engine_hosts=[10.77.0.2]", "learner.num_ranks=2")
 ALLOWED_ENDS = {"SIGTERM": (143,), "SIGUSR1": (75,), "kill the driver": (-9, 137)}
 """Exit codes with which a fault may end the driver. Other faults may end it only by an error of frpo (2)."""
+
+LEASE_S = 4 * 3600
+"""Seconds after which the machines end by themselves."""
 
 
 @dataclass
@@ -98,6 +104,13 @@ class Soak:
         traced = len(lines(self.run / "traces.jsonl")) // 4
         return "learn or push" if traced > self.done() else "generate or load"
 
+    def back_on_both(self) -> None:
+        """Stop a run that goes on without the second machine; `wait_for_step` starts it again."""
+        if self.process and self.process.poll() is None and not processes_named(self.nb, ENGINE):
+            signal_driver(signal.SIGUSR1)(self)
+            until(lambda: self.process is None or self.process.poll() is not None, LIMIT_S)
+            assert self.process.returncode in (0, 75), (self.process.returncode, self.log)
+
     def wait_for_step(self, beyond: int) -> int | None:
         """Wait until the run is beyond a step; start it again where it ends. Returns the first exit code, if any."""
         code, deadline = None, time.monotonic() + LIMIT_S
@@ -121,10 +134,10 @@ def processes_named(machine: Machine, name: str) -> list[psutil.Process]:
     return found
 
 
-def kill_one(name: str, machine: str) -> Callable[[Soak], None]:
+def signal_one(number: int, name: str, machine: str) -> Callable[[Soak], None]:
     def fault(soak: Soak) -> None:
-        for process in processes_named(getattr(soak, machine), name)[:1]:
-            process.kill()
+        until(lambda: processes_named(getattr(soak, machine), name), 60)
+        processes_named(getattr(soak, machine), name)[0].send_signal(number)
 
     return fault
 
@@ -170,10 +183,14 @@ def second_run(soak: Soak) -> None:
         assert done.returncode == 2 and "another run is writing into" in done.stderr, done.stderr
 
 
+ENGINE, RANK, REWARDS = "_EngineActor", "_LearnerActor", "frpo.rewards.serving"
+"""Parts of the names of the run's processes."""
+
 FAULTS: dict[str, Callable[[Soak], None]] = {
-    "kill an engine": kill_one("_EngineActor", "nb"), "kill a rank": kill_one("_LearnerActor", "nb"),
-    "kill rank 0": kill_one("_LearnerActor", "na"), "kill a reward": kill_one("frpo.rewards.serving", "na"),
-    "kill the driver": signal_driver(signal.SIGKILL), "SIGTERM": signal_driver(signal.SIGTERM),
+    "kill an engine": signal_one(signal.SIGKILL, ENGINE, "nb"), "kill a rank": signal_one(signal.SIGKILL, RANK, "nb"),
+    "kill rank 0": signal_one(signal.SIGKILL, RANK, "na"), "kill a reward": signal_one(signal.SIGKILL, REWARDS, "na"),
+    "kill the driver": signal_driver(signal.SIGKILL), "hang an engine": signal_one(signal.SIGSTOP, ENGINE, "nb"),
+    "hang a rank": signal_one(signal.SIGSTOP, RANK, "nb"), "SIGTERM": signal_driver(signal.SIGTERM),
     "SIGUSR1": signal_driver(signal.SIGUSR1), "lose a node": lose_node, "cut the network": cut_network,
     "full disk": fill_disk, "a second run": second_run}
 
@@ -192,9 +209,12 @@ def disturb(soak: Soak, faults: int, kinds: list[str], chance: random.Random) ->
         outcome = Outcome(number=number, kind=kind, step=before, moment=moment, ended=ended,
                           seconds=round(time.monotonic() - began, 1), told=told[0][:200] if told else "")
         soak.outcomes.append(outcome)
-        print(json.dumps(asdict(outcome)), flush=True)
+        print(line := json.dumps(asdict(outcome)), flush=True)
+        with (soak.folder / "outcomes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
         allowed = (None, 2, *ALLOWED_ENDS.get(kind, ()))
         assert ended in allowed, f"{kind} ended the driver with {ended}; see {soak.log}"
+        soak.back_on_both()
 
 
 def report(outcomes: list[Outcome]) -> None:
@@ -215,6 +235,7 @@ def main() -> None:
     given = parser.parse_args()
     if reason := why_not():
         raise SystemExit(reason)
+    nodes.LEASE_S = LEASE_S
     chance = random.Random(given.seed)
     random.seed(given.seed)
     shutil.rmtree(given.folder, ignore_errors=True)
@@ -228,6 +249,9 @@ def main() -> None:
             disturb(soak, given.faults, given.kinds, chance)
             soak.wait_for_step(soak.steps)
             until(lambda: soak.process is None or soak.process.poll() is not None, 120)
+            left = [process for machine in (na, nb) for name in (ENGINE, RANK, REWARDS)
+                    for process in processes_named(machine, name)]
+            assert not left, left
             shutil.copytree(soak.run, given.folder / "disturbed")
             report(soak.outcomes)
             alone = given.folder / "alone"

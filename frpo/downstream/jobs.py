@@ -18,6 +18,8 @@ from frpo.telemetry.progress import ProgressBar
 POLL_S = 1.0
 ENDED = (0, 1)
 """Exit codes of a process that reached its end: 0, or 1 if stages failed."""
+UNHEARD = -signal.SIGUSR1
+"""Exit code of a process to which the request to stop came before it could hear it."""
 
 
 def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
@@ -50,7 +52,7 @@ def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
                 process.terminate()
         for process in running:
             process.wait()
-    if any(process.returncode == EXIT_CODE for process in running):
+    if any(process.returncode == EXIT_CODE or (told and process.returncode == UNHEARD) for process in running):
         raise StopRequested("with all processes of the matrix")
     broken = [log for process, log in zip(running, logs) if process.returncode not in ENDED]
     if broken:

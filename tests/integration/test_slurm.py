@@ -4,6 +4,7 @@ What needs no Slurm is in tests/unit/test_launcher_slurm.py.
 """
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -93,9 +94,9 @@ def training(slurm: Slurm, folder: Path) -> list[str]:
     return [*overrides_of(folder), f"placement.engine_hosts=[{slurm.nodes[1].address}]"]
 
 
-def launch(slurm: Slurm, folder: Path, *arguments: str, recipe: str = "smoke") -> Launched:
+def launch(slurm: Slurm, folder: Path, *arguments: str, recipe: str = "smoke", minutes: str = "20") -> Launched:
     command = ["env", "-C", str(folder.parent), sys.executable, str(LAUNCHER), recipe, *arguments, "--nodes", "2",
-               "--time", "20"]
+               "--time", minutes]
     with folder.with_suffix(".out").open("w") as output:
         process = subprocess.Popen(slurm.nodes[0].inside(command), stdout=output, stderr=subprocess.STDOUT,
                                    env=dict(slurm.environment))
@@ -179,6 +180,44 @@ def test_a_cancelled_job_leaves_nothing(slurm, place):
     assert launched.finish() == 130, launched.told()[-3000:]
     assert launched.told().endswith("slurm: the job was cancelled\n")
     assert launched.nothing_left()
+
+
+LONG = pytest.mark.skipif(os.environ.get("FRPO_TEST_LONG") != "1", reason="Slurm counts time limits in minutes: set "
+                          "FRPO_TEST_LONG=1 to run it")
+
+
+@LONG
+@pytest.mark.timeout(600)
+def test_slurm_itself_stops_a_run_before_its_time_limit(slurm, place, alone):
+    """One minute before the limit; steps are slow, so that the run needs a second start."""
+    (place / "limited").mkdir()
+    (place / "limited" / "reward.py").write_text(SLOW.replace("sleep(0.3)", "sleep(1.5)"))
+    folder = place / "limited" / "run"
+    launched = launch(slurm, folder, *training(slurm, folder), "--signal-before", "60", minutes="2")
+    number = launched.number()
+    until(lambda: slurm.job(number)["JobState"] == "PENDING", 200, launched.process)
+    reached = len(metrics(folder))
+    assert 0 < reached < 7 and launched.nothing_left()
+    time.sleep(2)
+    slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now", "TimeLimit=20")
+    assert launched.finish() == 0, launched.told()[-3000:]
+    assert "slurm: stopped for now; requeueing the job\n" in launched.told()
+    assert metrics(folder) == metrics(alone)
+
+
+@LONG
+@pytest.mark.timeout(600)
+def test_a_job_killed_at_its_time_limit_is_gone_on_with_by_the_same_command(slurm, place, alone):
+    (place / "killed").mkdir()
+    (place / "killed" / "reward.py").write_text(SLOW.replace("sleep(0.3)", "sleep(5)"))
+    folder = place / "killed" / "run"
+    given = (*training(slurm, folder), "--signal-before", "0")
+    launched = launch(slurm, folder, *given, minutes="2")
+    assert launched.finish() != 0 and "slurm: the job ended by TIMEOUT\n" in launched.told(), launched.told()[-3000:]
+    assert 0 < len(metrics(folder)) < 7 and launched.nothing_left()
+    launched = launch(slurm, folder, *given)
+    assert launched.finish() == 0, launched.told()[-3000:]
+    assert metrics(folder) == metrics(alone)
 
 
 @pytest.mark.timeout(200)

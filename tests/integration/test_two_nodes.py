@@ -1,9 +1,10 @@
-"""A run over two machines computes what one machine computes, and survives the loss of one of them.
+"""A run over two machines computes what one machine computes, and outlives a cut cable and the loss of a machine.
 
 The machines are namespaces of this one (`nodes`): they share the disk, but neither the network nor /dev/shm.
 """
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,20 @@ from runs import STEPS, lines, metrics, overrides_of
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=f"no machines beside this one: {why_not()}"),
               pytest.mark.timeout(400)]
+LAUNCHER = Path(__file__).parents[2] / "launchers" / "ray_job.py"
+CUT_S = 6.0
+"""Shorter than the time after which Ray takes a node for dead."""
+
 SPREAD = ("learner.num_ranks=2", "placement.learner_hosts=[10.77.0.1,10.77.0.2]", "placement.engine_hosts=[10.77.0.2]")
 
 
 @pytest.fixture(scope="module")
 def cluster_of_two(tmp_path_factory):
-    """(the two machines, the environment of a driver)."""
+    """(the two machines, one beside the cluster, the environment of a driver). `na` has the job server."""
     folder = tmp_path_factory.mktemp("nodes")
-    with machines(folder, "na", "nb") as (na, nb), cluster(folder, [na, nb]) as environ:
-        yield na, nb, environ
+    with machines(folder, "na", "nb", "nc") as (na, nb, nc), \
+            cluster(folder, [na, nb], "--include-dashboard=true", f"--dashboard-host={na.address}") as environ:
+        yield na, nb, nc, environ
 
 
 def started(na: Machine, folder: Path, environ: dict[str, str], *more: str):
@@ -34,7 +40,7 @@ def text_of(folder: Path) -> str:
 
 
 def test_ranks_and_engine_on_two_nodes_compute_what_one_node_computes(cluster_of_two, alone):
-    na, _, environ = cluster_of_two
+    na, _, _, environ = cluster_of_two
     folder = alone.parent / "two_nodes"
     assert started(na, folder, environ).wait(timeout=200) == 0, text_of(folder)[-3000:]
     assert metrics(folder) == metrics(alone)
@@ -43,6 +49,23 @@ def test_ranks_and_engine_on_two_nodes_compute_what_one_node_computes(cluster_of
     logs = {path.name: path.read_text(encoding="utf-8").splitlines()[0] for path in (folder / "logs").iterdir()}
     assert {name: line.split()[-1] for name, line in logs.items()} == {
         "learner_rank_0.log": "na", "learner_rank_1.log": "nb", "rollout_engine_0.log": "nb"}
+
+
+def test_a_job_from_a_machine_outside_of_the_cluster_whose_cable_is_cut_for_a_while(cluster_of_two, alone):
+    """The launcher is on `nc`, ranks and engine are on `na` and `nb`. In a step nb is out of reach for CUT_S."""
+    na, nb, nc, environ = cluster_of_two
+    folder = alone.parent / "job"
+    process = nc.start(["python", str(LAUNCHER), "smoke", *overrides_of(folder), *SPREAD], folder.with_suffix(".log"),
+                       environ | {"RAY_ADDRESS": f"http://{na.address}:8265"})
+    until(lambda: len(lines(folder / "metrics.jsonl")) == 3 or process.poll() is not None, 200)
+    assert process.poll() is None, text_of(folder)[-3000:]
+    nb.cable("down")
+    time.sleep(CUT_S)
+    assert len(lines(folder / "metrics.jsonl")) <= 4  # nothing moves without nb
+    nb.cable("up")
+    assert process.wait(timeout=200) == 0, text_of(folder)[-3000:]
+    assert "starting again" not in text_of(folder)
+    assert metrics(folder) == metrics(alone)
 
 
 CHECK = """
@@ -66,7 +89,7 @@ with ray_session(), held_folder(Path(sys.argv[1])):
 
 
 def test_a_node_that_does_not_see_the_run_is_refused_by_name(cluster_of_two, tmp_path):
-    na, nb, environ = cluster_of_two
+    na, nb, _, environ = cluster_of_two
     run = tmp_path / "runs" / "x"
     run.parent.mkdir()
 
@@ -82,7 +105,7 @@ def test_a_node_that_does_not_see_the_run_is_refused_by_name(cluster_of_two, tmp
 
 def test_a_lost_node_ends_nothing(cluster_of_two, alone):
     """The last test: it kills a machine, with a rank and the engine, in the middle of a step."""
-    na, nb, environ = cluster_of_two
+    na, nb, _, environ = cluster_of_two
     folder = alone.parent / "lost"
     process = started(na, folder, environ)
     until(lambda: len(lines(folder / "metrics.jsonl")) == 4 or process.poll() is not None, 150)

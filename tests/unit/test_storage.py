@@ -51,10 +51,10 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_any_writer(full: Path, write) -> None:
-    with pytest.raises(StorageError, match=rf"{full} cannot be written \(.+\); \d+ MiB are free there\. Make room") as no, \
-            writing(full):
+    told = rf"{full} cannot be written \(.+\); \d+ MiB are free there\. Make room"
+    with pytest.raises(StorageError, match=told) as raised, writing(full):
         write(full)
-    assert no.value.__cause__ is not None
+    assert raised.value.__cause__ is not None
 
 
 def test_safetensors(tmp_path: Path, small_disk: Path) -> None:

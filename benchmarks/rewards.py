@@ -39,7 +39,7 @@ from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.rewards import RewardSpec, RewardSuite, ScoreStream
 from frpo.rewards.protocol import ActorSpec
 from frpo.rewards.scorer_facts import ScorerFacts, template_digest
-from frpo.rewards.scorer_model import in_batches
+from frpo.rewards.scorer_model import START_TOKENS, in_batches
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import Completion, Prompt, RolloutGroup
@@ -108,7 +108,8 @@ def plain_loop(model: str, groups: Sequence[RolloutGroup]) -> Callable[[], np.nd
             for group in groups for completion in group.completions]
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
         scores = np.empty(len(rows))
-        for batch in in_batches([(len(row), number) for number, row in enumerate(rows)], BATCH_TOKENS):
+        lengths = [(len(row), number) for number, row in enumerate(rows)]
+        for batch in in_batches(lengths, BATCH_TOKENS, START_TOKENS["cpu"]):
             inputs = tokenizer.pad({"input_ids": [rows[number] for number in batch]}, return_tensors="pt")
             with torch.inference_mode():
                 scores[batch] = network(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],

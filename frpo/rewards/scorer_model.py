@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ Values = list[float | None]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
+
+START_TOKENS = {"cpu": 32, "cuda": 512}
+"""Tokens, for whose computation a device takes about as long as for the start of a batch (a guess on GPUs)."""
 
 KEPT_BYTES = 1 << 30
 """Freed memory that a process on the CPU keeps for its next batch."""
@@ -59,7 +63,8 @@ class Reader:
         self._tell(sum(len(row) > self.trained for row in rows) if self.trained else 0, len(rows), self.trained,
                    "the longest in the model's training; do not rely on their scores")
         found: Values = [None] * len(rows)
-        for batch in in_batches([(len(rows[number]), number) for number in fits], batch_tokens):
+        lengths = [(len(rows[number]), number) for number in fits]
+        for batch in in_batches(lengths, batch_tokens, START_TOKENS[self.device.type]):
             with torch.inference_mode():
                 values = function(self._last([rows[number] for number in batch]))
             for number, value in zip(batch, values, strict=True):
@@ -112,15 +117,21 @@ def dtype_of(dtype: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[asked]
 
 
-def in_batches(rows: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of rows of similar length. rows: (length, number). A longer row is a batch by itself."""
-    batch: list[int] = []
-    longest = 0
-    for length, number in sorted(rows, reverse=True):
-        if batch and longest * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        longest = length if not batch else longest
-        batch.append(number)
-    if batch:
-        yield batch
+def in_batches(rows: Sequence[tuple[int, int]], batch_tokens: int, start_tokens: int) -> list[list[int]]:
+    """Cut rows into batches at the least cost. Returns the numbers of the rows of each batch, longest rows first.
+
+    rows: (length, number). A batch costs its tokens with padding, at most `batch_tokens`, and `start_tokens`. A longer
+    row is a batch by itself.
+    """
+    ordered = sorted(rows, reverse=True)
+    cost, begin = [0.0] + [math.inf] * len(ordered), [0] * (len(ordered) + 1)  # of the first rows; of their last batch
+    for first, (longest, _) in enumerate(ordered):
+        for end in range(first + 1, min(len(ordered), first + max(1, batch_tokens // max(1, longest))) + 1):
+            total = cost[first] + longest * (end - first) + start_tokens
+            if total <= cost[end]:
+                cost[end], begin[end] = total, first
+    batches, end = [], len(ordered)
+    while end:
+        batches.append([number for _, number in ordered[begin[end]:end]])
+        end = begin[end]
+    return batches[::-1]

@@ -4,11 +4,13 @@ The machines are namespaces of this one (`nodes`): they share the disk, but neit
 """
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+import frpo
 from nodes import Machine, cluster, machines, until, why_not
 from runs import STEPS, lines, metrics, overrides_of
 
@@ -88,10 +90,13 @@ with ray_session(), held_folder(Path(sys.argv[1])):
 """
 
 
-def test_a_node_that_does_not_see_the_run_is_refused_by_name(cluster_of_two, tmp_path):
+def test_a_node_that_does_not_see_the_run_or_has_another_frpo_is_refused_by_name(cluster_of_two, tmp_path):
     na, nb, _, environ = cluster_of_two
     run = tmp_path / "runs" / "x"
     run.parent.mkdir()
+    another, package = tmp_path / "another", Path(frpo.__file__).parent
+    shutil.copytree(package, another)
+    (another / "types.py").write_text((another / "types.py").read_text() + "# changed\n")
 
     def told() -> str:
         done = na.run("python", "-c", CHECK, str(run), nb.address, environ=environ, timeout=100)
@@ -101,6 +106,11 @@ def test_a_node_that_does_not_see_the_run_is_refused_by_name(cluster_of_two, tmp
     assert nb.run("mount", "-t", "tmpfs", "tmpfs", str(run.parent)).returncode == 0
     assert told() == (f"node nb (10.77.0.2) does not see {run} (run.dir) as this node does; put it on a disk that "
                       "all nodes share, at the same path")
+    assert nb.run("umount", str(run.parent)).returncode == 0
+    assert nb.run("mount", "--bind", str(another), str(package)).returncode == 0
+    assert told() == ("node nb (10.77.0.2) and this node differ in the source files of frpo; install the same packages "
+                      "on every node")
+    assert nb.run("umount", str(package)).returncode == 0
 
 
 def test_a_lost_node_ends_nothing(cluster_of_two, alone):

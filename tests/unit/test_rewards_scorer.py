@@ -1,12 +1,15 @@
 """Scores of tiny random models: against plain transformers, in any batch, and refused where they would mean nothing."""
+import itertools
 import logging
 import math
 from dataclasses import replace
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from chat_templates import FAMILIES, tokenizer_of
@@ -202,10 +205,28 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
 
 def test_batches_keep_to_the_budget_and_hold_every_row_once():
     lengths = np.random.default_rng(0).integers(1, 50, size=200)
-    batches = [*in_batches([(int(length), number) for number, length in enumerate(lengths)], 64)]
+    batches = in_batches([(int(length), number) for number, length in enumerate(lengths)], 64, 8)
     assert sorted(number for batch in batches for number in batch) == [*range(200)]
     assert all(lengths[batch].max() * len(batch) <= 64 for batch in batches)
-    assert [*in_batches([(100, 0), (1, 1)], 64)] == [[0], [1]]
+    assert in_batches([(100, 0), (1, 1)], 64, 1000) == [[0], [1]]
+    assert in_batches([], 64, 8) == []
+
+
+@hypothesis.given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(20, 64), st.integers(0, 12))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_no_other_cut_of_the_sorted_rows_costs_less(lengths, batch_tokens, start_tokens):
+    def cost(batches):
+        return sum(max(lengths[number] for number in batch) * len(batch) + start_tokens for batch in batches)
+
+    ordered = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    possible = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        places = [0, *(place for place, cut in enumerate(cuts, start=1) if cut), len(lengths)]
+        cut_up = [ordered[first:end] for first, end in itertools.pairwise(places)]
+        if all(len(batch) == 1 or lengths[batch[0]] * len(batch) <= batch_tokens for batch in cut_up):
+            possible.append(cost(cut_up))
+    found = in_batches([(length, number) for number, length in enumerate(lengths)], batch_tokens, start_tokens)
+    assert cost(found) == min(possible)
 
 
 # --- PKU-Alignment's models -----------------------------------------------------------------------------------------

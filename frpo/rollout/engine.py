@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from frpo.rollout.episodes import Episodes, checked, completion_of, load_hook
 from frpo.rollout.hook import Client, Turn
 from frpo.rollout.sharing import Caller, SharedEngine
 from frpo.types import Completion, GroupId, Prompt, RolloutGroup, VersionSpan
+from frpo.weight_sync.cpu_shm import remove_leftovers, shared_folder
 
 WEIGHTS, CACHE = "weights", "kv_cache"
 """vLLM's names of the memory that its sleep frees."""
@@ -62,6 +62,8 @@ class RolloutEngine:
         self.staged = recipe.weight_sync.staged_here
         self.unusable: str | None = None
         self.lora = recipe.model.lora if recipe.weight_sync.adapters else None
+        if self.lora is not None:
+            remove_leftovers()
         self.pushed_adapters = 0
         self.given_up: set[str] = set()
         self.lacks_weights = False
@@ -279,10 +281,9 @@ class RolloutEngine:
         from vllm.lora.request import LoRARequest
 
         engine, held = self.llm.llm_engine, self.pushed_adapters
-        shared_memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        with TemporaryDirectory(prefix="frpo-adapters-", dir=shared_memory) as folder:
-            engine.collective_rpc("write_adapter", args=(folder, self.lora))
-            request = LoRARequest(f"policy-{held + 1}", held + 1, folder)
+        with shared_folder() as folder:
+            engine.collective_rpc("write_adapter", args=(str(folder), self.lora))
+            request = LoRARequest(f"policy-{held + 1}", held + 1, str(folder))
             engine.add_lora(request)
         self.pushed_adapters, self.shared.options = held + 1, {"lora_request": request}
 

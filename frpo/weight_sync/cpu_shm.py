@@ -5,13 +5,16 @@ for all engines of the host. This backend does not cross hosts. The receiving en
 
     /dev/shm/frpo-weights-PID-ID.lock             held by the sender while it pushes
     /dev/shm/frpo-weights-PID-ID-N.safetensors    bucket N
+    /dev/shm/frpo-weights-PID-ID.folder/          files that an engine writes for itself, held by the engine
 """
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,7 +25,7 @@ from frpo.storage import writing
 from frpo.weight_sync.protocol import WeightStream, WeightSyncClient, drained
 
 SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "frpo-weights-"
+PREFIX, FOLDER = "frpo-weights-", ".folder"
 
 
 class Sender:
@@ -55,7 +58,7 @@ class Sender:
         finally:
             drained(remaining)
             if lock:
-                remove_buckets(lock)
+                remove_held(lock)
 
 
 def memory_id() -> str:
@@ -71,23 +74,35 @@ def memory_id() -> str:
 
 
 def own_lock() -> HeldFile:
-    """Create and hold a lock whose name gives the bucket files of one push their names."""
+    """Create and hold a lock whose name gives the files of one push their names."""
     while True:
         name = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}.lock"
         with suppress(HeldByAnotherError):  # held for a moment by a process that looks for leftovers
             return HeldFile.take(SHARED_MEMORY / name)
 
 
-def remove_buckets(lock: HeldFile) -> None:
-    """Delete the buckets that belong to a held lock, then delete the lock."""
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """Give a folder in shared memory within the context."""
+    lock = own_lock()
+    folder = lock.path.with_suffix(FOLDER)
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        remove_held(lock)
+
+
+def remove_held(lock: HeldFile) -> None:
+    """Delete the buckets and the folder that belong to a held lock, then delete the lock."""
     for file in lock.path.parent.glob(f"{lock.path.stem}-*.safetensors"):
         file.unlink(missing_ok=True)
+    shutil.rmtree(lock.path.with_suffix(FOLDER), ignore_errors=True)
     lock.remove()
 
 
 def remove_leftovers() -> None:
-    """Delete the buckets of senders that were killed in the middle of a push. Nobody holds the locks of such senders.
-    """
+    """Delete what processes left that were killed in the middle of a push. Nobody holds the locks of such processes."""
     for path in SHARED_MEMORY.glob(f"{PREFIX}*.lock"):
         with suppress(HeldByAnotherError, OSError):  # the lock of a living sender, or of another user
-            remove_buckets(HeldFile.take(path))
+            remove_held(HeldFile.take(path))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,33 @@ def test_a_push_leaves_nothing_and_its_buckets_are_there_to_the_end(tmp_path, mo
     engines = Engines(tmp_path)
     cpu_shm.Sender(0, engines, WeightSyncSection()).send([[("a", torch.ones(2))], [("b", torch.ones(3))]], 1)
     assert engines.seen == [[".lock", ".safetensors"], [".lock", ".safetensors", ".safetensors"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from frpo.weight_sync import cpu_shm
+cpu_shm.SHARED_MEMORY = Path(sys.argv[1])
+with cpu_shm.shared_folder() as folder:
+    (folder / "adapter_model.safetensors").write_text("weights")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_goes_with_its_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_shm, "SHARED_MEMORY", tmp_path)
+    engine = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    folder = Path(engine.stdout.readline().strip())
+    cpu_shm.remove_leftovers()
+    assert (folder / "adapter_model.safetensors").is_file()
+    engine.kill()
+    engine.wait()
+    cpu_shm.remove_leftovers()
+    assert list(tmp_path.iterdir()) == []
+    with cpu_shm.shared_folder() as own:
+        assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
     assert list(tmp_path.iterdir()) == []
 
 

@@ -50,6 +50,10 @@ class EngineError(FrpoError):
     """Error: an engine or learner process died, timed out, or got a request for weights that it does not hold."""
 
 
+class LostNodeError(EngineError):
+    """Error: a node on which a run has reserved GPUs is gone."""
+
+
 class InvariantError(FrpoError):
     """Error: a fail-fast check of the run failed (log-prob gap, a tensor that never moved, ...)."""
 

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from frpo.config.loader import AnyRecipe
 from frpo.config.placement import PlacementSection
 from frpo.config.sections import Recipe
-from frpo.errors import ConfigError, EngineError
+from frpo.errors import ConfigError, EngineError, LostNodeError
 from frpo.telemetry.progress import remark
 
 logger = logging.getLogger(__name__)
@@ -147,9 +147,18 @@ def own_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def nodes_of(group: PlacementGroup) -> set[str]:
-    """Return the ids of the nodes of a reservation."""
-    return set(placement_group_table(group)["bundles_to_node_id"].values())
+def bundle_nodes(group: PlacementGroup) -> list[str]:
+    """Return the id of the node of each bundle of a reservation."""
+    places = placement_group_table(group)["bundles_to_node_id"]
+    return [places[number] for number in range(len(places))]
+
+
+def _check_alive(node: str, holder: str) -> None:
+    """Raise LostNodeError if the node is gone. Ray would wait for its GPUs."""
+    gone = next((each for each in ray.nodes() if each["NodeID"] == node and not each["Alive"]), None)
+    if gone:
+        name = f"{gone['NodeManagerHostname']} ({gone['NodeManagerAddress']})"
+        raise LostNodeError(f"node {name}, where GPUs are reserved for {holder}, is gone")
 
 
 def on_cpu(recipe: AnyRecipe, nodes: Mapping[str, str | None], *, ranks: bool = True) -> OnCpu:
@@ -223,19 +232,25 @@ class OnCpu:
 
 @dataclass
 class OnGpus:
-    """Places in a reservation: first one bundle for each rank, then one for each engine."""
+    """Places in a reservation: first one bundle for each rank, then one for each engine.
+
+    bundles: id of the node of each bundle.
+    """
 
     group: PlacementGroup
     ranks: int
     engine_gpus: int
+    bundles: Sequence[str]
 
     def nodes(self) -> set[str]:
-        return nodes_of(self.group)
+        return set(self.bundles)
 
     def of_rank(self, rank: int) -> dict[str, Any]:
         return self._in(rank, 1)
 
     def of_engine(self, index: int) -> dict[str, Any]:
+        """Return the engine's place. Raises LostNodeError if its node is gone."""
+        _check_alive(self.bundles[self.ranks + index], f"engine {index}")
         return self._in(self.ranks + index, self.engine_gpus)
 
     def _in(self, bundle: int, gpus: int) -> dict[str, Any]:
@@ -248,21 +263,24 @@ class SharedGpus:
     """Places on shared GPUs. Ranks own the GPUs of a bundle; the bundle's engine sees the same GPUs.
 
     Engines can start only after `seats` is filled.
-    seats: (id of the node, GPU as CUDA_VISIBLE_DEVICES names it) of each rank.
+    bundles: id of the node of each bundle. seats: (id of the node, GPU as CUDA_VISIBLE_DEVICES names it) of each rank.
     """
 
     group: PlacementGroup
     engine_gpus: int
+    bundles: Sequence[str]
     seats: list[tuple[str, str]] = field(default_factory=list)
 
     def nodes(self) -> set[str]:
-        return nodes_of(self.group)
+        return set(self.bundles)
 
     def of_rank(self, rank: int) -> dict[str, Any]:
         return {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(
             self.group, placement_group_bundle_index=rank // self.engine_gpus)}
 
     def of_engine(self, index: int) -> dict[str, Any]:
+        """Return the engine's place. Raises LostNodeError if its node is gone."""
+        _check_alive(self.bundles[index], f"engine {index}")
         own = self.seats[index * self.engine_gpus:(index + 1) * self.engine_gpus]
         return {"num_cpus": 0, "num_gpus": 0,
                 "scheduling_strategy": NodeAffinitySchedulingStrategy(own[0][0], soft=False),
@@ -285,10 +303,10 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
             raise EngineError(f"Ray did not reserve {sum(bundle.gpus for bundle in bundles)} GPUs within {RESERVE_S:g} "
                               "s, since another job took them; see `ray status`, and start again when they are free")
         if isinstance(recipe, Recipe) and ranks and engines and recipe.placement.mode == "colocate":
-            yield SharedGpus(group, recipe.rollout.tensor_parallel_size)
+            yield SharedGpus(group, recipe.rollout.tensor_parallel_size, bundle_nodes(group))
         else:
             size = recipe.rollout.tensor_parallel_size if isinstance(recipe, Recipe) and engines else 0
-            yield OnGpus(group, recipe.learner.num_ranks if ranks else 0, size)
+            yield OnGpus(group, recipe.learner.num_ranks if ranks else 0, size, bundle_nodes(group))
     finally:
         remove_placement_group(group)
 

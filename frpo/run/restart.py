@@ -1,7 +1,7 @@
 """Restart a training run after the death of a learner rank: end everything, then continue from a checkpoint.
 
 The ranks of one learner share a collective, so no rank can be replaced alone. Dead engines are replaced without a
-restart (`cluster.recovery`).
+restart (`cluster.recovery`), unless the node of their GPUs is gone: then the run needs a new reservation.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe
-from frpo.errors import EngineError
+from frpo.errors import EngineError, LostNodeError
 from frpo.run.journal import Journal
 from frpo.types import RunState
 
@@ -31,7 +31,9 @@ class LiveRun(Protocol):
 
 def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[LiveRun]],
             fit: Callable[[Any], RunState]) -> RunState:
-    """Fit to the last step. If a rank dies, start again from the newest checkpoint, up to `run.max_restarts` times.
+    """Fit to the last step. If a rank or a node with reserved GPUs is lost, start again from the newest checkpoint.
+
+    There are at most `run.max_restarts` restarts.
 
     A run without a saved checkpoint begins again from its start. build: makes the live parts of a recipe. fit: trains
     with these parts. Raises the EngineError of a death when no restart is left. Raises every other error at once.
@@ -41,8 +43,8 @@ def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextM
             try:
                 return fit(parts)
             except EngineError as error:
-                ranks = parts.learner.dead()
-                if not ranks or left == 0:
+                died = isinstance(error, LostNodeError) or parts.learner.dead()
+                if not died or left == 0:
                     raise
                 logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
                                "(run.max_restarts)", error, left - 1)

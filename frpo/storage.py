@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from frpo.errors import StorageError
+from frpo.errors import FrpoError, StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 WRITERS = re.compile(r"inline_container|PytorchStreamWriter|I/O error")
@@ -22,7 +22,7 @@ def writing(path: Path, remedy: str = "Make room there, or choose another run.di
     try:
         yield
     except Exception as error:
-        if not (isinstance(error, OSError) or WRITERS.search(str(error))):
+        if isinstance(error, FrpoError) or not _of_a_file(error):
             raise
         raise StorageError(f"{path} cannot be written ({_reason(error)}); {_free(path)} are free there. {remedy}"
                            ) from error
@@ -35,6 +35,12 @@ def full_disk(error: OSError) -> StorageError | None:
     places = list(dict.fromkeys(map(Path, [error.filename or ".", tempfile.gettempdir(), "/dev/shm"])))
     return StorageError(f"a file cannot be written ({_reason(error)}); free are "
                         + ", ".join(f"{_free(place)} at {place.absolute()}" for place in places) + ". Make room there")
+
+
+def _of_a_file(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return not isinstance(error, ConnectionError | TimeoutError)
+    return WRITERS.search(str(error)) is not None
 
 
 def _reason(error: Exception) -> str:

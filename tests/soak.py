@@ -1,6 +1,6 @@
 """Disturb one small run again and again, then compare it with a run that nothing disturbed. Not collected by pytest.
 
-    python tests/soak.py [--faults 100] [--seed 0] [--folder /tmp/soak] [--kinds KIND ...]
+    python tests/soak.py [--faults 100] [--minutes 150] [--seed 0] [--folder /tmp/soak] [--kinds KIND ...]
 
 The run is on two machines, namespaces of this one: driver, rewards and learner rank 0 on the first, a rank and the
 engine on the second. It saves at every step. A fault comes at a random moment of a step. The same command is started
@@ -40,6 +40,9 @@ SPREAD = ("placement.learner_hosts=[10.77.0.1,10.77.0.2]", "placement.engine_hos
 ALLOWED_ENDS = {"SIGTERM": (143,), "SIGUSR1": (75,), "kill the driver": (-9, 137)}
 """Exit codes with which a fault may end the driver. Other faults may end it only by an error of frpo (2)."""
 
+ENDLESS = 10**6
+"""Steps of the run until the last fault."""
+
 LEASE_S = 4 * 3600
 """Seconds after which the machines end by themselves."""
 
@@ -66,7 +69,7 @@ class Soak:
     nb: Machine
     environ: dict[str, str]
     token: str
-    steps: int
+    steps: int = ENDLESS
     process: subprocess.Popen | None = None
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -85,8 +88,8 @@ class Soak:
                 "model.tiny.num_heads=2", "model.tiny.num_layers=2", "model.tiny.warm_start.steps=0", "data.heldout=0",
                 "rollout.prompts_per_step=4", "rollout.group_size=4", f"run.num_steps={self.steps}", "run.save_every=1",
                 "run.max_restarts=1000", "rollout.max_restarts=1000", "rollout.startup_timeout_s=120",
-                "learner.startup_timeout_s=120", "rollout.timeout_s=60", "learner.timeout_s=60",
-                "weight_sync.timeout_s=60", *SPREAD]
+                "learner.startup_timeout_s=120", "rollout.timeout_s=30", "learner.timeout_s=30",
+                "weight_sync.timeout_s=30", *SPREAD]
 
     def start(self) -> None:
         self.process = self.na.start(self.command(self.run), self.log, self.environ)
@@ -99,22 +102,25 @@ class Soak:
         saves = self.run / "checkpoints"
         if saves.is_dir() and any(not (path / "COMPLETE").is_file() for path in saves.iterdir()):
             return "checkpoint"
-        if (self.run / "finished.json").exists():
-            return "end"
         traced = len(lines(self.run / "traces.jsonl")) // 4
         return "learn or push" if traced > self.done() else "generate or load"
 
     def back_on_both(self) -> None:
         """Stop a run that goes on without the second machine; `wait_for_step` starts it again."""
-        if self.process and self.process.poll() is None and not processes_named(self.nb, ENGINE):
+        if not processes_named(self.nb, ENGINE):
+            self.stop()
+
+    def stop(self) -> None:
+        """Stop the run after its step, if it runs."""
+        process = self.process
+        if process and process.poll() is None:
             signal_driver(signal.SIGUSR1)(self)
-            until(lambda: self.process is None or self.process.poll() is not None, LIMIT_S)
-            assert self.process.returncode in (0, 75), (self.process.returncode, self.log)
+            assert process.wait(timeout=LIMIT_S) == 75, (process.returncode, self.log)
 
     def wait_for_step(self, beyond: int) -> int | None:
         """Wait until the run is beyond a step; start it again where it ends. Returns the first exit code, if any."""
         code, deadline = None, time.monotonic() + LIMIT_S
-        while self.done() <= beyond and not (self.run / "finished.json").is_file():
+        while self.done() <= beyond:
             if self.process is None or self.process.poll() is not None:
                 if self.process is not None and code is None:
                     code = self.process.returncode
@@ -195,8 +201,10 @@ FAULTS: dict[str, Callable[[Soak], None]] = {
     "full disk": fill_disk, "a second run": second_run}
 
 
-def disturb(soak: Soak, faults: int, kinds: list[str], chance: random.Random) -> None:
+def disturb(soak: Soak, faults: int, kinds: list[str], chance: random.Random, deadline: float) -> None:
     for number in range(1, faults + 1):
+        if time.monotonic() > deadline:
+            break
         kind = kinds[(number - 1) % len(kinds)] if number <= len(kinds) else chance.choice(kinds)
         before = soak.done()
         soak.wait_for_step(before)  # it runs
@@ -205,7 +213,7 @@ def disturb(soak: Soak, faults: int, kinds: list[str], chance: random.Random) ->
         FAULTS[kind](soak)
         ended = soak.wait_for_step(before + 1)
         told = [line for line in soak.log.read_text(encoding="utf-8", errors="replace")[size:].splitlines()
-                if "died" in line or line.startswith("frpo:") or "Error" in line]
+                if line.startswith("frpo:") or ("starting" in line and "again" in line)]
         outcome = Outcome(number=number, kind=kind, step=before, moment=moment, ended=ended,
                           seconds=round(time.monotonic() - began, 1), told=told[0][:200] if told else "")
         soak.outcomes.append(outcome)
@@ -229,6 +237,7 @@ def report(outcomes: list[Outcome]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=150, help="cause no further fault after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/soak"))
     parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=list(FAULTS))
@@ -245,10 +254,12 @@ def main() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", given.folder / "disk"], check=True)
     try:
         with machines(given.folder, "na", "nb") as (na, nb), cluster(given.folder, [na, nb]) as environ:
-            soak = Soak(given.folder, na, nb, environ, environ["RAY_AUTH_TOKEN_PATH"], steps=3 * given.faults + 5)
-            disturb(soak, given.faults, given.kinds, chance)
-            soak.wait_for_step(soak.steps)
-            until(lambda: soak.process is None or soak.process.poll() is not None, 120)
+            soak = Soak(given.folder, na, nb, environ, environ["RAY_AUTH_TOKEN_PATH"])
+            disturb(soak, given.faults, given.kinds, chance, time.monotonic() + 60 * given.minutes)
+            soak.stop()
+            soak.steps = soak.done()
+            soak.start()
+            assert soak.process and soak.process.wait(timeout=LIMIT_S) == 0, soak.log
             left = [process for machine in (na, nb) for name in (ENGINE, RANK, REWARDS)
                     for process in processes_named(machine, name)]
             assert not left, left

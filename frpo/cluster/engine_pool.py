@@ -29,6 +29,11 @@ SAMPLING, SAMPLERS = "sampling", 32
 These calls have their own threads, so that an engine can receive weights and other calls while it samples.
 """
 
+HEALTH, ANSWER_S = "health", 10.0
+"""Concurrency group of a call that waits for no other call, and seconds after which an engine that does not answer it
+counts as hung.
+"""
+
 
 class _EngineActor(RolloutEngine):
     """A RolloutEngine built from a dumped recipe, because Ray constructs actors from plain values."""
@@ -44,7 +49,7 @@ class _EngineActor(RolloutEngine):
 
 
 class EnginesLostError(ActorDeadError):
-    """Engines died while they sampled. engines: their indices."""
+    """Engines died or hung while they sampled. engines: their indices."""
 
     def __init__(self, errors: Mapping[int, ActorDeadError]):
         super().__init__("; ".join(map(str, errors.values())))
@@ -76,7 +81,8 @@ class EnginePool:
         recipe, options = self.recipe, self.places.of_engine(index)
         shown = options.get("runtime_env", {}).get("env_vars", {})
         options["runtime_env"] = {"env_vars": environment(recipe.rollout, self.device) | shown}
-        actor = cast(Any, ray.remote)(concurrency_groups={SAMPLING: SAMPLERS})(_EngineActor).options(**options)
+        threads = {SAMPLING: SAMPLERS, HEALTH: 1}
+        actor = cast(Any, ray.remote)(concurrency_groups=threads)(_EngineActor).options(**options)
         log = None if self.logs is None else str(self.logs.absolute() / f"rollout_engine_{index}.log")
         handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index, os.getcwd(), log)
         named = NamedActor(name=f"rollout engine {index}", handle=handle,
@@ -93,11 +99,12 @@ class EnginePool:
                                    a.log_path, node=node) for a, pid, node in zip(actors, pids, nodes)]
 
     def dead(self) -> list[int]:
-        """List the indices of engines whose process is gone. Call this only while no engine samples."""
+        """List the indices of engines whose process is gone or hangs. Call this only while no engine samples."""
         return [index for index, actor in enumerate(self.engines) if _usable(actor) is None]
 
     def lost(self) -> list[int]:
-        """List the indices of engines that can no longer sample: dead engines, and engines with a mixture of weights.
+        """List the indices of engines that can no longer sample: dead or hung engines, and engines with a mixture of
+        weights.
         """
         return [index for index, actor in enumerate(self.engines) if not _usable(actor)]
 
@@ -121,8 +128,8 @@ class EnginePool:
                ) -> Iterator[RolloutGroup]:
         """Yield groups of all engines as they finish. See `RolloutEngine.generate` for `version` and `or_newer`.
 
-        Raises EngineError if no group finishes within the limit. Raises EnginesLostError if engines died, after the
-        other engines have finished.
+        Raises EngineError if no group finishes within the limit on an engine that still answers. Raises
+        EnginesLostError if engines died or hang, after the other engines have finished.
         """
         self.turns.sample()
         streams: dict[Any, int] = {}
@@ -138,8 +145,11 @@ class EnginePool:
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, timeout=limit, fetch_local=False)
             if not ready:
-                names = ", ".join(str(self.engines[index]) for index in set(streams.values()))
-                raise EngineError(f"generate: no group finished within {limit:g} s on {names}")
+                late = {index: f"generate: no group finished within {limit:g} s on {self.engines[index]}"
+                        for index in sorted(set(streams.values()))}
+                if any(_usable(self.engines[index]) is not None for index in late):
+                    raise EngineError("; ".join(late.values()))
+                raise EnginesLostError(lost | {index: ActorDeadError(told) for index, told in late.items()})
             index = streams[ready[0]]
             try:
                 yield result_of("generate", self.engines[index], next(cast("Iterator[Any]", ready[0])))
@@ -273,8 +283,11 @@ class EngineClient:
 
 
 def _usable(actor: NamedActor) -> bool | None:
-    """Return `RolloutEngine.usable` of this engine; None if its process is gone."""
+    """Return `RolloutEngine.usable` of this engine; None if its process is gone or hangs."""
+    alive = actor.handle.ready.options(concurrency_group=HEALTH).remote()
+    if not ray.wait([alive], timeout=ANSWER_S)[0]:
+        return None
     try:
-        return result_of("is it alive", actor, actor.handle.usable.remote())
+        return result_of("is it alive", actor, actor.handle.usable.remote())  # behind a push that still ends
     except ActorDeadError:
         return None

@@ -15,6 +15,8 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from frpo.cluster.engine_pool import EnginePool, EnginesLostError
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.errors import EngineError
@@ -52,6 +54,19 @@ class RecoveringEngines:
                 with self.learner_lock:
                     self._revive(error.engines, version if self.pushed is None else self.pushed, error)
                 assignment = assignment.again(error.engines)
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]], version: int) -> list[list[np.ndarray]]:
+        """Return every engine's log-probabilities of the same sequences. See `RolloutEngine.score`."""
+        while True:
+            before = self.restarts_left
+            try:
+                return self.pool.score(sequences, version)
+            except EngineError as error:
+                with self.learner_lock:
+                    lost = self.pool.lost()
+                    if not lost and self.restarts_left == before:  # else another thread has started the engine again
+                        raise
+                    self._revive(lost, version, error)
 
     def push(self, version: int) -> None:
         """Push the learner's weights to all engines under label `version`. Replace lost engines by new ones."""

@@ -157,8 +157,7 @@ class Trainer:
         For the first sampled batches (`checks.CHECKED_PUSHES`), check first that engines and learner agree.
         """
         if self.unchecked:
-            checks.check_logprob_gap(self.recipe, self.parts.learner, self.parts.sampling.pool, groups,
-                                     state.policy_version)
+            checks.check_logprob_gap(self.recipe, self.parts.learner, self.parts.engines, groups, state.policy_version)
             self.unchecked -= 1
         if not self.recipe.objective.scores_reference:
             return [None] * len(groups)

@@ -12,6 +12,7 @@ import numpy as np
 
 from frpo.cluster.engine_pool import EnginePool
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.recovery import RecoveringEngines
 from frpo.config.loader import AnyRecipe
 from frpo.config.preference import RewardModelRecipe
 from frpo.config.sections import Recipe
@@ -124,8 +125,8 @@ def _difference(found: Comparison, differs: Callable[[Gap], bool]) -> str | None
     return None
 
 
-def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, pool: EnginePool, groups: Sequence[RolloutGroup],
-                      version: int) -> float:
+def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, engines: EnginePool | RecoveringEngines,
+                      groups: Sequence[RolloutGroup], version: int) -> float:
     """Compute the mean |log-prob difference| between each engine and the learner on sampled completions, in nats.
 
     Returns the largest mean of all engines. Both sides score the given tokens at temperature 1 without truncation, so
@@ -144,7 +145,7 @@ def check_logprob_gap(recipe: Recipe, learner: LearnerGroup, pool: EnginePool, g
     limit = recipe.checks.max_logprob_gap or max(
         DEFAULT_GAP[each.model.dtype] for each in (recipe, learner.recipe))
     worst = 0.0
-    for index, scores in enumerate(pool.score(sequences, version)):
+    for index, scores in enumerate(engines.score(sequences, version)):
         gap = float(np.abs(np.concatenate(scores) - expected)[chosen].mean())
         worst = max(worst, gap)
         if not gap <= limit:

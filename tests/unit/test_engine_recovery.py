@@ -20,6 +20,7 @@ class Pool:
     """Engine i dies `deaths[i]` times, each time after the first of its groups."""
 
     recipe = SimpleNamespace(weight_sync=object())
+    dies_in_score = 0
 
     def __init__(self, deaths):
         self.deaths, self.gone, self.log, self.engines = dict(deaths), set(), [], ["engine 0", "engine 1"]
@@ -37,6 +38,14 @@ class Pool:
                 lost[index] = ActorDeadError(f"engine {index} died")
         if lost:
             raise EnginesLostError(lost)
+
+    def score(self, sequences, version):
+        self.log.append(("score", version))
+        if self.dies_in_score:
+            self.dies_in_score -= 1
+            self.gone.add(0)
+            raise EngineError("score on engines: engine 0 died")
+        return ["scores"]
 
     def restart(self, engines):
         self.log.append(("restart", sorted(engines)))
@@ -95,6 +104,17 @@ def test_a_failed_push_restarts_the_dead_and_raises_if_nobody_is():
     assert pool.log == [("push", 8), ("restart", [0]), ("connect", "client"), ("push", 8)]
     with pytest.raises(EngineError, match="rank 1 is gone"):
         RecoveringEngines(Pool({}), Learner(Pool({}), [EngineError("rank 1 is gone")]), 1).push(8)
+
+
+def test_an_engine_that_dies_while_it_scores_is_started_again():
+    pool = Pool({})
+    pool.dies_in_score = 2
+    assert RecoveringEngines(pool, Learner(pool), 2).score([], 7) == ["scores"]
+    again = [("restart", [0]), ("connect", "client"), ("push", 7), ("score", 7)]
+    assert pool.log == [("score", 7), *again, *again]
+    pool.dies_in_score = 1
+    with pytest.raises(EngineError, match="score on engines: engine 0 died"):
+        RecoveringEngines(pool, Learner(pool), 0).score([], 7)
 
 
 def test_an_engine_that_two_threads_find_dead_is_started_once():

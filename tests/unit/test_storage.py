@@ -63,8 +63,14 @@ def test_safetensors(tmp_path: Path, small_disk: Path) -> None:
         save_file(LARGE, small_disk / "model.safetensors")
 
 
+def test_an_error_is_told_once(full: Path) -> None:
+    with pytest.raises(StorageError) as raised, writing(full.parent), writing(full):
+        torch.save(LARGE, full)
+    assert str(raised.value).count("cannot be written") == 1
+
+
 def test_other_errors_stay() -> None:
-    for error in (RuntimeError("CUDA out of memory"), ValueError("no")):
+    for error in (RuntimeError("CUDA out of memory"), ValueError("no"), TimeoutError("no answer")):
         with pytest.raises(type(error)) as raised, writing(Path("x")):
             raise error
         assert raised.value is error

@@ -11,8 +11,9 @@ import torch
 
 torch.set_num_threads(1)
 
-WHOLE_RUNS = {"test_deaths", "test_first_command", "test_machine", "test_ray_job", "test_resume", "test_retention",
-              "test_rollout_only", "test_slurm", "test_staleness", "test_two_nodes"}
+WHOLE_RUNS = {"test_deaths", "test_first_command", "test_launchers_two_nodes", "test_lost_gpu_node", "test_machine",
+              "test_ray_job", "test_resume", "test_retention", "test_rollout_only", "test_slurm", "test_staleness",
+              "test_two_nodes"}
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,8 +11,12 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 STEPS = 6
+
+LONG = pytest.mark.skipif(os.environ.get("FRPO_TEST_LONG") != "1", reason="takes minutes: set FRPO_TEST_LONG=1")
+"""Mark of tests that are not part of every test run."""
 
 RAYS_OWN = re.compile(r"raylet|gcs_server|ray::(Dashboard|RuntimeEnv)Agent|python.*log_monitor")
 """Names of processes that Ray ends in its own time."""

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from nodes import BIN, Machine, machines, until, why_not
-from runs import metrics
+from runs import LONG, metrics
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=f"no machines beside this one: {why_not()}"),
-              pytest.mark.timeout(300)]
+              pytest.mark.timeout(300), LONG]
 
 SSHD = """
 Port 22

@@ -4,7 +4,6 @@ What needs no Slurm is in tests/unit/test_launcher_slurm.py.
 """
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import REWARD, lines, metrics, overrides_of
+from runs import LONG, REWARD, lines, metrics, overrides_of
 from slurm_cluster import Slurm, running, until, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -182,11 +181,7 @@ def test_a_cancelled_job_leaves_nothing(slurm, place):
     assert launched.nothing_left()
 
 
-LONG = pytest.mark.skipif(os.environ.get("FRPO_TEST_LONG") != "1", reason="Slurm counts time limits in minutes: set "
-                          "FRPO_TEST_LONG=1 to run it")
-
-
-@LONG
+@LONG  # Slurm counts time limits in minutes
 @pytest.mark.timeout(600)
 def test_slurm_itself_stops_a_run_before_its_time_limit(slurm, place, alone):
     """One minute before the limit; steps are slow, so that the run needs a second start."""

@@ -12,7 +12,7 @@ import pytest
 
 import frpo
 from nodes import Machine, cluster, machines, until, why_not
-from runs import STEPS, lines, metrics, overrides_of
+from runs import LONG, STEPS, lines, metrics, overrides_of
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=f"no machines beside this one: {why_not()}"),
               pytest.mark.timeout(400)]
@@ -53,6 +53,7 @@ def test_ranks_and_engine_on_two_nodes_compute_what_one_node_computes(cluster_of
         "learner_rank_0.log": "na", "learner_rank_1.log": "nb", "rollout_engine_0.log": "nb"}
 
 
+@LONG
 def test_a_job_from_a_machine_outside_of_the_cluster_whose_cable_is_cut_for_a_while(cluster_of_two, alone):
     """The launcher is on `nc`, ranks and engine are on `na` and `nb`. In a step nb is out of reach for CUT_S."""
     na, nb, nc, environ = cluster_of_two

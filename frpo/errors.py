@@ -51,7 +51,7 @@ class EngineError(FrpoError):
 
 
 class LostNodeError(EngineError):
-    """Error: a node on which a run has reserved GPUs is gone."""
+    """Error: a node is gone that a run was about to use, or on which it has reserved GPUs."""
 
 
 class InvariantError(FrpoError):

@@ -211,6 +211,8 @@ def disturb(soak: Soak, faults: int, kinds: list[str], chance: random.Random, de
         time.sleep(chance.uniform(0.0, 1.2))
         before, moment, size, began = soak.done(), soak.moment(), soak.log.stat().st_size, time.monotonic()
         FAULTS[kind](soak)
+        if kind in ALLOWED_ENDS and soak.process:  # it may make a step yet
+            soak.process.wait(timeout=LIMIT_S)
         ended = soak.wait_for_step(before + 1)
         told = [line for line in soak.log.read_text(encoding="utf-8", errors="replace")[size:].splitlines()
                 if line.startswith("frpo:") or ("starting" in line and "again" in line)]

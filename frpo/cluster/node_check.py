@@ -9,8 +9,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from frpo.cluster.placement import own_node
-from frpo.errors import ConfigError, EngineError
+from frpo.cluster.placement import known_nodes, own_node
+from frpo.errors import ConfigError, EngineError, LostNodeError
 from frpo.held import LOCK
 from frpo.telemetry.progress import phase
 
@@ -29,7 +29,7 @@ def check_nodes(nodes: set[str], run_dir: Path, model_path: str) -> None:
 
     nodes: ids of the nodes that the run uses. run_dir: the run's folder, which this process holds if the run writes.
     Raises ConfigError, with the name of the node, for other packages or files; EngineError for a node that does not
-    answer.
+    answer, LostNodeError for one that is gone.
     """
     others = sorted(nodes - {own_node()})
     if not others:
@@ -66,6 +66,8 @@ def _ask(nodes: Sequence[str], address_of: Mapping[str, str], files: Mapping[str
         try:
             found.append(ray.get(call, timeout=START_S))
         except (RayError, GetTimeoutError) as error:
+            if node not in known_nodes().values():
+                raise LostNodeError(f"node {address_of[node]} is gone") from None
             raise EngineError(f"node {address_of[node]} does not answer: {str(error).splitlines()[0]}") from None
     return found
 

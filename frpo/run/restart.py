@@ -1,7 +1,8 @@
 """Restart a training run after the death of a learner rank: end everything, then continue from a checkpoint.
 
 The ranks of one learner share a collective, so no rank can be replaced alone. Dead engines are replaced without a
-restart (`cluster.recovery`), unless the node of their GPUs is gone: then the run needs a new reservation.
+restart (`cluster.recovery`), unless the node of their GPUs is gone: then the run needs a new reservation. A node that
+goes while a run starts is a restart too.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class LiveRun(Protocol):
 
 def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextManager[LiveRun]],
             fit: Callable[[Any], RunState]) -> RunState:
-    """Fit to the last step. If a rank or a node with reserved GPUs is lost, start again from the newest checkpoint.
+    """Fit to the last step. If a rank or a node that the run needs is lost, start again from the newest checkpoint.
 
     There are at most `run.max_restarts` restarts.
 
@@ -39,15 +40,19 @@ def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextM
     with these parts. Raises the EngineError of a death when no restart is left. Raises every other error at once.
     """
     for left in reversed(range(recipe.run.max_restarts + 1)):
-        with build(recipe) as parts:
-            try:
-                return fit(parts)
-            except EngineError as error:
-                died = isinstance(error, LostNodeError) or parts.learner.dead()
-                if not died or left == 0:
+        parts, died = None, list[int]()
+        try:
+            with build(recipe) as parts:
+                try:
+                    return fit(parts)
+                except EngineError:
+                    died = parts.learner.dead()
                     raise
-                logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
-                               "(run.max_restarts)", error, left - 1)
-        if recipe.run.resume != "force" and parts.journal.checkpoints.saved:
+        except EngineError as error:
+            if left == 0 or not (died or isinstance(error, LostNodeError)):
+                raise
+            logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
+                           "(run.max_restarts)", error, left - 1)
+        if parts and parts.journal.checkpoints.saved and recipe.run.resume != "force":
             recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     raise AssertionError("the last attempt returns or raises")

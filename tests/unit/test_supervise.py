@@ -24,6 +24,22 @@ def test_only_the_loss_of_a_rank_or_of_reserved_gpus_starts_the_run_again(error,
     assert len(attempts(error, dead, max_restarts=2)) == count
 
 
+def test_a_node_that_goes_while_the_run_starts_is_done_without():
+    tries = []
+
+    @contextmanager
+    def build(recipe):
+        tries.append(recipe.run.resume)
+        if len(tries) == 1:
+            raise LostNodeError("node n2 is gone")
+        yield SimpleNamespace()
+
+    recipe = recipe_from_dict({"model": {"path": "m"}, "rewards": [{"name": "a", "function": "b:c"}],
+                               "run": {"resume": "never", "max_restarts": 1}})
+    assert run_with_restarts(recipe, build, lambda parts: "state") == "state"
+    assert tries == ["never", "never"]
+
+
 def attempts(error, dead, resume="auto", saved=True, max_restarts=1):
     """run.resume of every attempt of a run that always ends with this error."""
     asked = []

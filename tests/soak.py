@@ -89,7 +89,7 @@ class Soak:
                 "rollout.prompts_per_step=4", "rollout.group_size=4", f"run.num_steps={self.steps}", "run.save_every=1",
                 "run.max_restarts=1000", "rollout.max_restarts=1000", "rollout.startup_timeout_s=120",
                 "learner.startup_timeout_s=120", "rollout.timeout_s=30", "learner.timeout_s=30",
-                "weight_sync.timeout_s=30", *SPREAD]
+                "weight_sync.timeout_s=10", *SPREAD]
 
     def start(self) -> None:
         self.process = self.na.start(self.command(self.run), self.log, self.environ)

@@ -174,7 +174,7 @@ def cut_network(soak: Soak) -> None:
 
 def fill_disk(soak: Soak) -> None:
     block, before = soak.folder / "disk" / "block", soak.done()
-    with block.open("wb") as file, suppress(OSError):
+    with suppress(OSError), block.open("wb") as file:
         while True:
             file.write(b"\0" * 65536)
     deadline = time.monotonic() + 60

@@ -86,6 +86,7 @@ class Soak:
         return ["frpo", "train", "smoke", f"run.dir={run}",
                 f"rewards=[{{name: spread, function: '{reward}:spread'}}]", "model.tiny.hidden_size=64",
                 "model.tiny.num_heads=2", "model.tiny.num_layers=2", "model.tiny.warm_start.steps=0", "data.heldout=0",
+                "learner.schedule=constant",  # the last step is not known yet
                 "rollout.prompts_per_step=4", "rollout.group_size=4", f"run.num_steps={self.steps}", "run.save_every=1",
                 "run.max_restarts=1000", "rollout.max_restarts=1000", "rollout.startup_timeout_s=120",
                 "learner.startup_timeout_s=120", "rollout.timeout_s=30", "learner.timeout_s=30",

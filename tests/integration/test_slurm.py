@@ -190,9 +190,9 @@ def test_slurm_itself_stops_a_run_before_its_time_limit(slurm, place, alone):
     folder = place / "limited" / "run"
     launched = launch(slurm, folder, *training(slurm, folder), "--signal-before", "60", minutes="2")
     number = launched.number()
-    until(lambda: slurm.job(number)["JobState"] == "PENDING", 200, launched.process)
-    reached = len(metrics(folder))
-    assert 0 < reached < 7 and launched.nothing_left()
+    until(lambda: slurm.job(number)["Restarts"] == "1" and slurm.job(number)["JobState"] == "PENDING", 200,
+          launched.process)
+    assert 0 < len(metrics(folder)) < 7 and launched.nothing_left()
     time.sleep(2)
     slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now", "TimeLimit=20")
     assert launched.finish() == 0, launched.told()[-3000:]

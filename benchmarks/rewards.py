@@ -39,7 +39,7 @@ from frpo.data.sets.tiny_tokenizer import build_tokenizer
 from frpo.rewards import RewardSpec, RewardSuite, ScoreStream
 from frpo.rewards.protocol import ActorSpec
 from frpo.rewards.scorer_facts import ScorerFacts, template_digest
-from frpo.rewards.scorer_model import START_TOKENS, in_batches
+from frpo.rewards.scorer_model import START_TOKENS_CPU, in_batches
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.types import Completion, Prompt, RolloutGroup
@@ -109,7 +109,7 @@ def plain_loop(model: str, groups: Sequence[RolloutGroup]) -> Callable[[], np.nd
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
         scores = np.empty(len(rows))
         lengths = [(len(row), number) for number, row in enumerate(rows)]
-        for batch in in_batches(lengths, BATCH_TOKENS, START_TOKENS["cpu"]):
+        for batch in in_batches(lengths, BATCH_TOKENS, START_TOKENS_CPU):
             inputs = tokenizer.pad({"input_ids": [rows[number] for number in batch]}, return_tensors="pt")
             with torch.inference_mode():
                 scores[batch] = network(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],

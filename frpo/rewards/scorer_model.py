@@ -26,8 +26,8 @@ Values = list[float | None]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 
-START_TOKENS = {"cpu": 32, "cuda": 512}
-"""Tokens, for whose computation a device takes about as long as for the start of a batch (a guess on GPUs)."""
+START_TOKENS_CPU, START_TOKENS_GPU = 32, 512
+"""Tokens whose computation takes about as long as the start of a batch. Measured on a CPU, a guess for GPUs."""
 
 KEPT_BYTES = 1 << 30
 """Freed memory that a process on the CPU keeps for its next batch."""
@@ -64,7 +64,8 @@ class Reader:
                    "the longest in the model's training; do not rely on their scores")
         found: Values = [None] * len(rows)
         lengths = [(len(rows[number]), number) for number in fits]
-        for batch in in_batches(lengths, batch_tokens, START_TOKENS[self.device.type]):
+        start_tokens = START_TOKENS_CPU if self.device.type == "cpu" else START_TOKENS_GPU
+        for batch in in_batches(lengths, batch_tokens, start_tokens):
             with torch.inference_mode():
                 values = function(self._last([rows[number] for number in batch]))
             for number, value in zip(batch, values, strict=True):

@@ -18,18 +18,18 @@ WRITERS = re.compile(r"inline_container|PytorchStreamWriter|I/O error")
 
 @contextmanager
 def writing(path: Path, remedy: str = "Make room there, or choose another run.dir") -> Iterator[None]:
-    """Around a write to a file or below a folder. Raises StorageError where the write fails. remedy: what to change."""
+    """Raise StorageError where a write within the context fails. path: its file or folder. remedy: what to change."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, FrpoError) or not _of_a_file(error):
+    except Exception as error:  # torch and safetensors raise errors of their own for a failed write
+        if isinstance(error, FrpoError) or not _is_failed_write(error):
             raise
         raise StorageError(f"{path} cannot be written ({_reason(error)}); {_free(path)} are free there. {remedy}"
                            ) from error
 
 
 def full_disk(error: OSError) -> StorageError | None:
-    """Return the error to show for a write outside of `writing` that found no room, None for another error."""
+    """Return the error to show if a write outside of `writing` found no room. Return None for another error."""
     if error.errno not in FULL:
         return None
     places = list(dict.fromkeys(map(Path, [error.filename or ".", tempfile.gettempdir(), "/dev/shm"])))
@@ -37,7 +37,7 @@ def full_disk(error: OSError) -> StorageError | None:
                         + ", ".join(f"{_free(place)} at {place.absolute()}" for place in places) + ". Make room there")
 
 
-def _of_a_file(error: Exception) -> bool:
+def _is_failed_write(error: Exception) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, ConnectionError | TimeoutError)
     return WRITERS.search(str(error)) is not None

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray
 
+from frpo.cluster import engine_pool
 from frpo.cluster.runtime import NamedActor, wait_for
 from frpo.config.loader import load_recipe
 from frpo.errors import ConfigError, EngineError, InvariantError
@@ -151,6 +152,20 @@ def test_a_dead_actor_is_told_while_another_still_works(ray_cluster):
         wait_for("wait", calls, 50)
     assert time.perf_counter() - started < SECONDS
     ray.kill(first)
+
+
+@pytest.mark.timeout(120)
+def test_an_engine_that_hangs_is_lost_until_it_answers(loop, monkeypatch):
+    monkeypatch.setattr(engine_pool, "ANSWER_S", 2.0)
+    loop.push()
+    pid = pid_of(loop.pool.engines[0])
+    assert loop.pool.dead() == loop.pool.lost() == []
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert loop.pool.dead() == loop.pool.lost() == [0]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert loop.pool.lost() == []
 
 
 @pytest.mark.timeout(240)

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from frpo.__main__ import main
+from frpo.config.rollout import WeightSyncSection
 from frpo.errors import StorageError
 from frpo.learner.state_cache import StateCache
 from frpo.storage import full_disk, writing
 from frpo.telemetry.jsonl import JsonlFile, read_rows
+from frpo.weight_sync import cpu_shm
 
 LARGE = {"weight": torch.zeros(400_000)}
 
@@ -58,9 +61,18 @@ def test_any_writer(full: Path, write) -> None:
 
 
 def test_safetensors(tmp_path: Path, small_disk: Path) -> None:
-    with pytest.raises(StorageError, match=r"No space left on device.*; 1 MiB are free there\. Buy a disk"), \
-            writing(small_disk, "Buy a disk"):
+    with pytest.raises(StorageError, match=r"No space left on device.*; 1 MiB are free there\. Use another disk"), \
+            writing(small_disk, "Use another disk"):
         save_file(LARGE, small_disk / "model.safetensors")
+
+
+def test_a_push_through_full_shared_memory(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_shm, "SHARED_MEMORY", small_disk)
+    client = SimpleNamespace(init_weight_transfer_engine=lambda info: None, start_weight_update=lambda: None)
+    sender = cpu_shm.Sender(0, client, WeightSyncSection())
+    with pytest.raises(StorageError, match=r"frpo-weights-.* cannot be written .*--shm-size, or lower weight_sync"):
+        sender.send([[*LARGE.items()]], 1)
+    assert list(small_disk.iterdir()) == []
 
 
 def test_an_error_is_told_once(full: Path) -> None:

@@ -71,7 +71,8 @@ class StateCache:
             np.save(folder / OFFSETS, offsets)
             for name, count in ((HIDDEN, size), (DONE, len(lengths))):
                 with (folder / name).open("wb") as file:  # takes the room now: a mapped file that finds none is fatal
-                    os.posix_fallocate(file.fileno(), 0, count)
+                    if count:
+                        os.posix_fallocate(file.fileno(), 0, count)
             unfinished = folder / f"{FACTS}.unfinished"
             unfinished.write_text(json.dumps(dict(facts), indent=1), encoding="utf-8")
             unfinished.rename(folder / FACTS)

@@ -53,7 +53,8 @@ def test_vllms_compiled_part_loads_here_without_a_word(capfd):
 
 
 def test_vllms_compiled_part_is_loaded_in_a_process_of_its_own():
-    code = "import sys; from frpo.commands.doctor import check_kernels; check_kernels('cpu'); print('vllm' in sys.modules)"
+    code = ("import sys; from frpo.commands.doctor import check_kernels; "
+            "check_kernels('cpu'); print('vllm' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "False\n"
 

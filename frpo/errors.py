@@ -54,6 +54,10 @@ class LostNodeError(EngineError):
     """Error: a node is gone that a run was about to use, or on which it has reserved GPUs."""
 
 
+class CollectiveError(EngineError):
+    """Error: learner ranks gave no answer in time, or could not exchange data with each other."""
+
+
 class InvariantError(FrpoError):
     """Error: a fail-fast check of the run failed (log-prob gap, a tensor that never moved, ...)."""
 

@@ -14,6 +14,7 @@ from frpo.cluster.placement import OnCpu, Places, SharedGpus
 from frpo.cluster.rank import RankHost, rank_environments
 from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, Node, log_path, node_here, result_of, wait_for
 from frpo.config.loader import AnyRecipe
+from frpo.errors import CollectiveError
 from frpo.telemetry.progress import phase
 
 
@@ -63,7 +64,7 @@ class RayRanks:
              timeout_s: float) -> list[Any]:
         return wait_for(f"learner {phase}", [
             (actor, getattr(actor.handle, method).remote(*given, **kwargs))
-            for actor, given in zip(self.actors, arguments, strict=True)], timeout_s)
+            for actor, given in zip(self.actors, arguments, strict=True)], timeout_s, late=CollectiveError)
 
     def dead(self) -> list[int]:
         """List the ranks whose process is gone. A rank that does not answer now counts as alive, because it may wait

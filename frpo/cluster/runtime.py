@@ -34,6 +34,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from torch.distributed import DistError
 
 from frpo.cluster.actor_logs import last_lines
 from frpo.cluster.device import check_slices, lacking_packages, settled
@@ -41,7 +42,7 @@ from frpo.cluster.launcher import VISIBLE, outside_the_team
 from frpo.cluster.placement import known_nodes, reward_gpus
 from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
-from frpo.errors import EngineError, FrpoError
+from frpo.errors import CollectiveError, EngineError, FrpoError
 from frpo.telemetry.progress import phase
 
 RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -277,11 +278,13 @@ def node_here() -> Node:
     return Node(name=socket.gethostname(), address=ray.util.get_node_ip_address())
 
 
-def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float) -> list[Any]:
-    """Wait for one call on each actor and return the results in order.
+def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float,
+             late: type[EngineError] = EngineError) -> list[Any]:
+    """Wait for one call on each actor and return the results in order. late: raised when the limit passes.
 
-    Raises EngineError, naming phase and actor, if an actor dies or the limit passes. Re-raises frpo's own errors from
-    inside an actor. The first failure ends the wait, because other actors may wait long for the failed actor.
+    Raises EngineError, naming phase and actor, if an actor dies or the limit passes; CollectiveError, also naming the
+    actors without an answer, if an actor cannot exchange data with others. Re-raises frpo's own errors from inside an
+    actor. The first failure ends the wait, because other actors may wait long for the failed actor.
     """
     actors = {reference: actor for actor, reference in calls}
     results, waiting, deadline = {}, list(actors), time.monotonic() + timeout_s
@@ -289,7 +292,7 @@ def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: flo
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
         if not done:
             names = ", ".join(str(actors[reference]) for reference in waiting)
-            raise EngineError(f"{phase}: no answer within {timeout_s:g} s from {names}")
+            raise late(f"{phase}: no answer within {timeout_s:g} s from {names}")
         try:
             results[done[0]] = result_of(phase, actors[done[0]], done[0])
         except FrpoError as error:
@@ -301,7 +304,7 @@ def _cause_of(phase: str, error: FrpoError, actors: Mapping[Any, NamedActor], ot
     """Return the error to raise: the death of another actor if `error` only follows from that death, else `error`."""
     if isinstance(error, ActorDeadError):
         return error
-    done, _ = ray.wait(list(others), num_returns=len(others), timeout=GRACE_S) if others else ([], [])
+    done, silent = ray.wait(list(others), num_returns=len(others), timeout=GRACE_S) if others else ([], [])
     for reference in done:
         try:
             result_of(phase, actors[reference], reference)
@@ -309,7 +312,14 @@ def _cause_of(phase: str, error: FrpoError, actors: Mapping[Any, NamedActor], ot
             return death
         except FrpoError:
             continue
+    if isinstance(error, CollectiveError) and silent:
+        return CollectiveError(f"{error}; no answer from {', '.join(str(actors[reference]) for reference in silent)}")
     return error
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Return whether torch.distributed raised this error. gloo's errors have no class of their own."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
@@ -319,6 +329,7 @@ def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, FrpoError):
             raise error.cause from None
-        raise EngineError(f"{phase}: {actor} raised {error.cause!r}") from error
+        kind = CollectiveError if _is_of_a_collective(error.cause) else EngineError
+        raise kind(f"{phase}: {actor} raised {error.cause!r}") from error
     except GONE as error:
         raise ActorDeadError(f"{phase}: {actor} died: {actor.cause_of_death(error)}") from None

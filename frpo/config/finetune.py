@@ -26,8 +26,8 @@ class FinetuneRunSection(Section):
     save_every: int = Field(0, ge=0, description="updates between resumable checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="number of newest resumable checkpoints to keep")
     max_restarts: int = Field(
-        2, ge=0, description="most restarts from the newest checkpoint after the death of a learner rank; one more "
-                             "death ends the run")
+        2, ge=0, description="most restarts from the newest checkpoint after a learner rank died, hung or was cut "
+                             "off; one more loss ends the run")
     resume: PathText = Field(
         "auto", description="auto: continue from the newest complete checkpoint of run.dir, if any; force: the same, "
                             "even if its recipe differs; never: start anew, an error if run.dir has checkpoints; "

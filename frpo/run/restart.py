@@ -1,8 +1,8 @@
-"""Restart a training run after the death of a learner rank: end everything, then continue from a checkpoint.
+"""Restart a training run that has lost a learner rank: end everything, then continue from a checkpoint.
 
-The ranks of one learner share a collective, so no rank can be replaced alone. Dead engines are replaced without a
-restart (`cluster.recovery`), unless the node of their GPUs is gone: then the run needs a new reservation. A node that
-goes while a run starts is a restart too.
+A rank is lost if it dies, hangs, or cannot reach the others. The ranks of one learner share a collective, so no rank
+can be replaced alone. Dead engines are replaced without a restart (`cluster.recovery`), unless the node of their GPUs
+is gone: then the run needs a new reservation. A node that goes while a run starts is a restart too.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe
-from frpo.errors import EngineError, LostNodeError
+from frpo.errors import CollectiveError, EngineError, LostNodeError
 from frpo.run.journal import Journal
 from frpo.types import RunState
 
@@ -37,7 +37,7 @@ def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextM
     There are at most `run.max_restarts` restarts.
 
     A run without a saved checkpoint begins again from its start. build: makes the live parts of a recipe. fit: trains
-    with these parts. Raises the EngineError of a death when no restart is left. Raises every other error at once.
+    with these parts. Raises the EngineError of a loss when no restart is left. Raises every other error at once.
     """
     for left in reversed(range(recipe.run.max_restarts + 1)):
         parts, died = None, list[int]()
@@ -49,7 +49,7 @@ def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextM
                     died = parts.learner.dead()
                     raise
         except EngineError as error:
-            if left == 0 or not (died or isinstance(error, LostNodeError)):
+            if left == 0 or not (died or isinstance(error, (LostNodeError, CollectiveError))):
                 raise
             logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
                            "(run.max_restarts)", error, left - 1)

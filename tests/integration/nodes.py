@@ -176,11 +176,11 @@ def has_own_network(pid: int) -> bool:
     return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
 
 
-def until(condition, limit_s: float = 20) -> None:
+def until(condition, limit_s: float = 20, poll_s: float = 0.05) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
+        time.sleep(poll_s)
 
 
 def _in(keeper: subprocess.Popen, *command: str) -> None:

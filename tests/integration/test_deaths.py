@@ -10,12 +10,12 @@ import numpy as np
 import psutil
 import pytest
 
-from runs import STEPS, lines, metrics, start
+from runs import LONG, STEPS, lines, metrics, start
 
 KILLS = int(os.environ.get("FRPO_TEST_KILLS", "2"))
 """Engines killed in one run. Every one costs an engine's start, so that a larger number is for a look by hand."""
 
-LONG = "rollout.max_new_tokens=48"
+LONG_ANSWERS = "rollout.max_new_tokens=48"
 """Completions of a random model run into the limit, so that a step generates for a while."""
 
 
@@ -51,10 +51,30 @@ def ended_alike(folder, alone) -> None:
 def test_a_run_whose_learner_rank_is_killed_goes_on_from_its_checkpoint(alone):
     folder = alone.parent / "rank_killed"
     run = start(folder)
-    while steps_done(folder) < 3:  # the newest checkpoint is of step 2
+    wait_for_step_3(run, folder)
+    kill(run, "_LearnerActor")
+    goes_on_from_checkpoint(run, folder, alone)
+
+
+@LONG
+@pytest.mark.timeout(400)
+def test_a_run_whose_learner_rank_hangs_goes_on_from_its_checkpoint(alone):
+    folder = alone.parent / "rank_hung"
+    run = start(folder, "learner.timeout_s=20")
+    wait_for_step_3(run, folder)
+    process_of(run, "_LearnerActor").suspend()
+    goes_on_from_checkpoint(run, folder, alone)
+    assert "no answer within 20 s from learner rank" in folder.with_suffix(".log").read_text(encoding="utf-8")
+
+
+def wait_for_step_3(run, folder) -> None:
+    """Its newest checkpoint is of step 2."""
+    while steps_done(folder) < 3:
         assert run.poll() is None, folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
         time.sleep(0.01)
-    kill(run, "_LearnerActor")
+
+
+def goes_on_from_checkpoint(run, folder, alone) -> None:
     assert run.wait(timeout=300) == 0, folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
     log = folder.with_suffix(".log").read_text(encoding="utf-8")
     assert "starting again from the newest checkpoint, 1 more restarts allowed (run.max_restarts)" in log
@@ -64,9 +84,9 @@ def test_a_run_whose_learner_rank_is_killed_goes_on_from_its_checkpoint(alone):
 @pytest.mark.timeout(600)
 def test_a_run_whose_engine_is_killed_again_and_again_is_not_disturbed(alone):
     undisturbed, folder = alone.parent / "long", alone.parent / "engine_killed"
-    assert start(undisturbed, LONG).wait(timeout=200) == 0
+    assert start(undisturbed, LONG_ANSWERS).wait(timeout=200) == 0
     shares = np.random.default_rng(0).uniform(0.2, 0.8, size=KILLS)
-    run = start(folder, LONG, f"rollout.max_restarts={KILLS}")
+    run = start(folder, LONG_ANSWERS, f"rollout.max_restarts={KILLS}")
     killed = []
     for step, share in enumerate(shares):
         seconds = generation_seconds(undisturbed, step + 1)

@@ -6,17 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore
 
-from frpo.cluster import engine_pool
+from frpo.cluster import engine_pool, runtime
 from frpo.cluster.runtime import NamedActor, wait_for
 from frpo.config.loader import load_recipe
-from frpo.errors import ConfigError, EngineError, InvariantError
+from frpo.errors import CollectiveError, ConfigError, EngineError, InvariantError
 from frpo.rollout.engine import Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.run.build import build
@@ -154,6 +158,33 @@ def test_a_dead_actor_is_told_while_another_still_works(ray_cluster):
     ray.kill(first)
 
 
+@pytest.mark.timeout(60)
+def test_a_collective_that_hangs_names_who_gives_no_answer(ray_cluster, monkeypatch):
+    monkeypatch.setattr(runtime, "GRACE_S", 1.0)
+    handles = [ray.remote(Sleeper).options(num_cpus=0).remote() for _ in range(2)]
+    first, second = (NamedActor(name=name, handle=handle, log_path=name)
+                     for name, handle in zip(("first", "second"), handles))
+    port = ray.get(handles[0].open_store.remote())
+    ray.get([handle.join.remote(port, rank) for rank, handle in enumerate(handles)])
+    with pytest.raises(CollectiveError, match=r"sum: first \(log: first\) raised .*gloo.*; no answer from second \("):
+        wait_for("sum", [(first, handles[0].sum.remote()), (second, handles[1].sleep.remote(30))], 30)
+    for handle in handles:
+        ray.kill(handle)
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_that_hangs_is_a_loss_that_a_run_goes_on_after(loop):
+    loop.push()
+    hung = pid_of(loop.learner.ranks.actors[1])
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        with pytest.raises(CollectiveError, match="learner look: no answer within 1 s from learner rank 1 on "):
+            loop.learner.ranks.call("look", "host", [(), ()], {}, 1.0)
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    assert loop.learner.dead() == []
+
+
 @pytest.mark.timeout(120)
 def test_an_engine_that_hangs_is_lost_until_it_answers(loop, monkeypatch):
     monkeypatch.setattr(engine_pool, "ANSWER_S", 2.0)
@@ -203,7 +234,18 @@ def test_a_killed_learner_rank_ends_the_phase_with_its_log(loop):
 
 
 class Sleeper:
-    """An actor that is slow, or gone."""
+    """An actor that is slow, or gone; or one of two that share a collective."""
+
+    def open_store(self):
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return self.store.port
+
+    def join(self, port, rank):
+        store = self.store if rank == 0 else TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+
+    def sum(self):
+        dist.all_reduce(torch.ones(1))
 
     def sleep(self, seconds):
         time.sleep(seconds)

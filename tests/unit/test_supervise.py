@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from frpo.config.loader import recipe_from_dict
-from frpo.errors import EngineError, LostNodeError
+from frpo.errors import CollectiveError, EngineError, LostNodeError
 from frpo.run.restart import run_with_restarts
 
 
@@ -19,6 +19,7 @@ def test_a_restart_goes_on_from_the_newest_checkpoint_as_the_run_was_allowed_to(
 
 @pytest.mark.parametrize("error, dead, count", [
     (EngineError("a rank died"), [0], 3), (EngineError("a push broke off"), [], 1),
+    (CollectiveError("learner score: no answer within 1800 s from learner rank 1"), [], 3),
     (LostNodeError("node n2, where GPUs are reserved for engine 0, is gone"), [], 3)])
 def test_only_the_loss_of_a_rank_or_of_reserved_gpus_starts_the_run_again(error, dead, count):
     assert len(attempts(error, dead, max_restarts=2)) == count

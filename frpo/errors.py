@@ -54,8 +54,8 @@ class LostNodeError(EngineError):
     """Error: a node is gone that a run was about to use, or on which it has reserved GPUs."""
 
 
-class CollectiveError(EngineError):
-    """Error: learner ranks gave no answer in time, or could not exchange data with each other."""
+class LostRankError(EngineError):
+    """Error: a learner rank died, gave no answer in time, or could not exchange data with the others."""
 
 
 class InvariantError(FrpoError):

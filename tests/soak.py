@@ -36,7 +36,8 @@ LIMIT_S = 400.0
 """Seconds after which a run that has made no step counts as hung."""
 
 SLOW = "import time\n" + REWARD.replace(":\n    return [sum", ":\n    time.sleep(0.2)\n    return [sum")
-SPREAD = ("placement.learner_hosts=[10.77.0.1,10.77.0.2]", "placement.engine_hosts=[10.77.0.2]", "learner.num_ranks=2")
+SPREAD = ("learner.num_ranks=2", "placement.learner_hosts=[192.168.7.1,192.168.7.2]",
+          "placement.engine_hosts=[192.168.7.2]")
 ALLOWED_ENDS = {"SIGTERM": (143,), "SIGUSR1": (75,), "kill the driver": (-9, 137)}
 """Exit codes with which a fault may end the driver. Other faults may end it only by an error of frpo (2)."""
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +14,11 @@ from frpo.cluster.actor_logs import begin_in
 from frpo.cluster.device import check_backend, check_cpu_engines
 from frpo.cluster.gpu_turns import GpuTurns, NoTurns
 from frpo.cluster.learner_group import LearnerGroup
-from frpo.cluster.placement import OnCpu, Places, SharedGpus
+from frpo.cluster.placement import OnCpu, Places, SharedGpus, known_nodes
 from frpo.cluster.runtime import ActorDeadError, NamedActor, Node, log_path, node_here, result_of, wait_for
 from frpo.config.loader import dump_recipe, recipe_from_dict
 from frpo.config.sections import Recipe
-from frpo.errors import ConfigError, EngineError
+from frpo.errors import ConfigError, EngineError, LostNodeError
 from frpo.rollout.assignment import Assignment
 from frpo.rollout.construction import environment
 from frpo.rollout.engine import GroupRequest, RolloutEngine, Sampling
@@ -33,6 +34,9 @@ HEALTH, ANSWER_S = "health", 10.0
 """Concurrency group of a call that waits for no other call, and seconds after which an engine that does not answer it
 counts as hung.
 """
+
+LOOK_S = 1.0
+"""Seconds between two looks whether the run is ending, while no group finishes."""
 
 
 class _EngineActor(RolloutEngine):
@@ -90,8 +94,16 @@ class EnginePool:
         return named, handle.ready.remote()
 
     def wait_until_ready(self) -> None:
-        """Wait until all engines are loaded. Until this call they load in the background."""
-        pids = wait_for("start rollout engines", self.starting, self.recipe.rollout.startup_timeout_s)
+        """Wait until all engines are loaded. Until this call they load in the background.
+
+        Raises LostNodeError if an engine is gone with its node.
+        """
+        try:
+            pids = wait_for("start rollout engines", self.starting, self.recipe.rollout.startup_timeout_s)
+        except ActorDeadError as error:
+            if self.places.nodes() - {node for node in known_nodes().values() if node}:
+                raise LostNodeError(str(error)) from error
+            raise
         actors = [actor for actor, _ in self.starting]
         nodes = wait_for("find the engines' nodes", [(a, a.handle.node.remote()) for a in actors],
                          self.recipe.rollout.startup_timeout_s)
@@ -124,12 +136,13 @@ class EnginePool:
         """Return the client through which learner rank 0 pushes weights."""
         return EngineClient(self.engines, self.recipe.rollout.tensor_parallel_size, self.recipe.weight_sync.timeout_s)
 
-    def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False
-               ) -> Iterator[RolloutGroup]:
+    def stream(self, assignment: Assignment, sampling: Sampling, version: int, or_newer: bool = False,
+               ending: Callable[[], bool] = lambda: False) -> Iterator[RolloutGroup]:
         """Yield groups of all engines as they finish. See `RolloutEngine.generate` for `version` and `or_newer`.
 
-        Raises EngineError if no group finishes within the limit on an engine that still answers. Raises
-        EnginesLostError if engines died or hang, after the other engines have finished.
+        ending: asked every LOOK_S whether to leave the rest. Raises EngineError then, and if no group finishes within
+        the limit on an engine that still answers. Raises EnginesLostError if engines died or hang, after the other
+        engines have finished.
         """
         self.turns.sample()
         streams: dict[Any, int] = {}
@@ -143,7 +156,11 @@ class EnginePool:
             ask(index, share)
         limit = self.recipe.rollout.timeout_s
         while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=limit, fetch_local=False)
+            ready, deadline = list[Any](), time.monotonic() + limit
+            while not ready and time.monotonic() < deadline:
+                if ending():
+                    raise EngineError("generate: the run is ending")
+                ready, _ = ray.wait(list(streams), num_returns=1, timeout=min(LOOK_S, limit), fetch_local=False)
             if not ready:
                 late = {index: f"generate: no group finished within {limit:g} s on {self.engines[index]}"
                         for index in sorted(set(streams.values()))}

@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -90,11 +90,9 @@ def first_host(hosts: str) -> str:
 
 def _address_of(host: str) -> str:
     """Return the host's name if it has an address here, else the address that Slurm has for the node."""
-    try:
+    with suppress(OSError):
         socket.getaddrinfo(host, None)
         return host
-    except OSError:
-        pass
     if shutil.which("scontrol"):
         shown = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, timeout=60).stdout
         if found := re.search(r"NodeAddr=(\S+)", shown):

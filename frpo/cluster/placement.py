@@ -300,6 +300,8 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
     group = placement_group([{"GPU": bundle.gpus, f"node:{address}": 0.001} for bundle, address in placed])
     try:
         if not group.wait(RESERVE_S):
+            if gone := [address for _, address in placed if known_nodes()[address] is None]:
+                raise LostNodeError(f"node {gone[0]}, where GPUs were to be reserved, is gone")
             raise EngineError(f"Ray did not reserve {sum(bundle.gpus for bundle in bundles)} GPUs within {RESERVE_S:g} "
                               "s, since another job took them; see `ray status`, and start again when they are free")
         if isinstance(recipe, Recipe) and ranks and engines and recipe.placement.mode == "colocate":

@@ -83,12 +83,9 @@ class Ranks(Protocol):
              timeout_s: float) -> list[Any]:
         """Call `RankHost.method` on every rank at once, on rank i with arguments[i]. Return the results in rank order.
 
-        Raises the error that a rank raises, and EngineError if a rank dies or does not answer in time.
+        Raises the error that a rank raises. Raises LostRankError if a rank dies, does not answer in time, or cannot
+        exchange data with the others.
         """
-        ...
-
-    def dead(self) -> list[int]:
-        """List the ranks whose process is gone."""
         ...
 
     def close(self) -> None:

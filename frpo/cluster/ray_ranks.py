@@ -12,9 +12,9 @@ from frpo.cluster.actor_logs import begin_in
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus
 from frpo.cluster.rank import RankHost, rank_environments
-from frpo.cluster.runtime import GRACE_S, ActorDeadError, NamedActor, Node, log_path, node_here, result_of, wait_for
+from frpo.cluster.runtime import ActorDeadError, NamedActor, Node, log_path, node_here, wait_for
 from frpo.config.loader import AnyRecipe
-from frpo.errors import CollectiveError
+from frpo.errors import LostRankError
 from frpo.telemetry.progress import phase
 
 
@@ -35,6 +35,15 @@ class _LearnerActor(RankHost):
         return context.get_node_id(), context.get_accelerator_ids()["GPU"][0]
 
 
+class RankDeadError(ActorDeadError, LostRankError):
+    """The process of a learner rank is gone."""
+
+
+class _Rank(NamedActor):
+    DEAD = RankDeadError
+    SILENT = LostRankError
+
+
 class RayRanks:
     """Learner ranks as Ray actors. Construction starts their processes; no model is loaded yet."""
 
@@ -46,7 +55,7 @@ class RayRanks:
         files = [None if logs is None else str(logs.absolute() / f"learner_rank_{rank}.log")
                  for rank in range(recipe.learner.num_ranks)]
         handles = [actor.options(**places.of_rank(rank)).remote(os.getcwd(), file) for rank, file in enumerate(files)]
-        anonymous = [NamedActor(name=f"learner rank {rank}", handle=handle, log_path=file or "not started")
+        anonymous = [_Rank(name=f"learner rank {rank}", handle=handle, log_path=file or "not started")
                      for rank, (handle, file) in enumerate(zip(handles, files))]
         with phase(f"starting {len(handles)} learner process(es)"):
             addresses = wait_for("start learner", [(a, a.handle.address.remote()) for a in anonymous],
@@ -56,7 +65,7 @@ class RayRanks:
                                     recipe.learner.startup_timeout_s)
         where = wait_for("start learner", [(a, a.handle.node.remote()) for a in anonymous],
                          recipe.learner.startup_timeout_s)
-        self.actors = [NamedActor(name=a.name, handle=a.handle, log_path=file or log_path(pid), node=node)
+        self.actors = [_Rank(name=a.name, handle=a.handle, log_path=file or log_path(pid), node=node)
                        for a, file, (_, _, pid), node in zip(anonymous, files, addresses, where)]
         self.environments = rank_environments([host for host, _, _ in addresses], addresses[0][1], device, recipe)
 
@@ -64,15 +73,7 @@ class RayRanks:
              timeout_s: float) -> list[Any]:
         return wait_for(f"learner {phase}", [
             (actor, getattr(actor.handle, method).remote(*given, **kwargs))
-            for actor, given in zip(self.actors, arguments, strict=True)], timeout_s, late=CollectiveError)
-
-    def dead(self) -> list[int]:
-        """List the ranks whose process is gone. A rank that does not answer now counts as alive, because it may wait
-        for a dead rank.
-        """
-        calls = {actor.handle.address.remote(): rank for rank, actor in enumerate(self.actors)}
-        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=GRACE_S)
-        return sorted(calls[reference] for reference in answered if not _succeeded(self.actors[0], reference))
+            for actor, given in zip(self.actors, arguments, strict=True)], timeout_s)
 
     def close(self) -> None:
         """End the processes."""
@@ -83,11 +84,3 @@ class RayRanks:
 def ray_learner(recipe: AnyRecipe, model_path: str, device: str) -> LearnerGroup:
     """Start, connect and load all ranks of a learner."""
     return LearnerGroup(recipe, model_path, device, RayRanks(recipe, device))
-
-
-def _succeeded(actor: NamedActor, reference: Any) -> bool:
-    try:
-        result_of("is it alive", actor, reference)
-    except ActorDeadError:
-        return False
-    return True

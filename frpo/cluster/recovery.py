@@ -36,6 +36,7 @@ class RecoveringEngines:
     def __init__(self, pool: EnginePool, learner: LearnerGroup, max_restarts: int):
         self.pool, self.learner = pool, learner
         self.restarts_left = max_restarts
+        self.ending = False
         self.learner_lock = threading.RLock()
         self.pushed: int | None = None
 
@@ -45,7 +46,7 @@ class RecoveringEngines:
         seen: set[GroupId] = set()
         while assignment.shares:
             try:
-                for group in self.pool.stream(assignment, sampling, version, or_newer):
+                for group in self.pool.stream(assignment, sampling, version, or_newer, lambda: self.ending):
                     if group.group_id not in seen:
                         seen.add(group.group_id)
                         yield group
@@ -82,16 +83,18 @@ class RecoveringEngines:
         self.pushed = version
 
     def give_up(self) -> None:
-        """Restart no engine from now on, because the run is ending."""
-        self.restarts_left = 0
+        """Restart no engine from now on, and leave what is sampled now, because the run is ending."""
+        self.ending = True
 
     def _revive(self, engines: Sequence[int], version: int, cause: EngineError) -> None:
+        if self.ending:
+            raise cause
         engines = [index for index in self.pool.lost() if index in engines]
         if not engines:  # another thread was faster
             return
         deaths = max(1, len(self.pool.dead()))  # a push that broke off in all engines is one mishap
         if deaths > self.restarts_left:
-            raise cause
+            raise EngineError(f"{cause}; rollout.max_restarts is used up")
         self.restarts_left -= deaths
         logger.warning("%s; starting engine %s again, %d more restarts allowed (rollout.max_restarts)", cause,
                        ", ".join(map(str, engines)), self.restarts_left)

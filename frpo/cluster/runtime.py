@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import ray
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # of Cython, without stubs
 from ray.exceptions import (
     ActorUnschedulableError,
@@ -29,12 +29,12 @@ from ray.exceptions import (
     GetTimeoutError,
     LocalRayletDiedError,
     NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
     WorkerCrashedError,
 )
-from torch.distributed import DistError
 
 from frpo.cluster.actor_logs import last_lines
 from frpo.cluster.device import check_slices, lacking_packages, settled
@@ -42,7 +42,8 @@ from frpo.cluster.launcher import VISIBLE, outside_the_team
 from frpo.cluster.placement import known_nodes, reward_gpus
 from frpo.config.loader import AnyRecipe
 from frpo.config.sections import Recipe
-from frpo.errors import CollectiveError, EngineError, FrpoError
+from frpo.errors import EngineError, FrpoError, LostRankError
+from frpo.learner.collective import is_of_a_collective
 from frpo.telemetry.progress import phase
 
 RAY_ENVIRONMENT = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -56,8 +57,8 @@ GRACE_S = 5.0
 
 
 GONE = (RayActorError, ActorUnschedulableError, GetTimeoutError, OutOfMemoryError, NodeDiedError, WorkerCrashedError,
-        LocalRayletDiedError)
-"""Errors that Ray raises instead of an actor's answer if its process is gone or was killed for lack of memory."""
+        LocalRayletDiedError, ObjectLostError)
+"""Errors that Ray raises instead of an actor's answer if its process or node is gone or out of reach."""
 
 
 class ActorDeadError(EngineError):
@@ -82,6 +83,11 @@ class Node:
 @dataclass(frozen=True, kw_only=True)
 class NamedActor:
     """A Ray actor, its name in error messages, the path of its log, and its node, if that is known."""
+
+    DEAD: ClassVar[type[EngineError]] = ActorDeadError
+    """Error to raise if the process is gone."""
+    SILENT: ClassVar[type[EngineError]] = EngineError
+    """Error to raise if the actor gives no answer in time, or cannot exchange data with others."""
 
     name: str
     handle: Any
@@ -114,6 +120,7 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    auto_init_hook.enable_auto_connect = False  # else a thread that is left behind would start a Ray of its own
     address = os.environ.get("RAY_ADDRESS") or "local"
     with ExitStack() as stack:
         if address == "local":
@@ -278,13 +285,12 @@ def node_here() -> Node:
     return Node(name=socket.gethostname(), address=ray.util.get_node_ip_address())
 
 
-def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float,
-             late: type[EngineError] = EngineError) -> list[Any]:
-    """Wait for one call on each actor and return the results in order. late: raised when the limit passes.
+def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float) -> list[Any]:
+    """Wait for one call on each actor and return the results in order.
 
-    Raises EngineError, naming phase and actor, if an actor dies or the limit passes; CollectiveError, also naming the
-    actors without an answer, if an actor cannot exchange data with others. Re-raises frpo's own errors from inside an
-    actor. The first failure ends the wait, because other actors may wait long for the failed actor.
+    Raises the actor's `DEAD` or `SILENT`, naming phase and actors, if an actor dies, the limit passes, or a collective
+    fails. Re-raises frpo's own errors from inside an actor. The first failure ends the wait, because other actors may
+    wait long for the failed actor.
     """
     actors = {reference: actor for actor, reference in calls}
     results, waiting, deadline = {}, list(actors), time.monotonic() + timeout_s
@@ -292,7 +298,7 @@ def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: flo
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
         if not done:
             names = ", ".join(str(actors[reference]) for reference in waiting)
-            raise late(f"{phase}: no answer within {timeout_s:g} s from {names}")
+            raise actors[waiting[0]].SILENT(f"{phase}: no answer within {timeout_s:g} s from {names}")
         try:
             results[done[0]] = result_of(phase, actors[done[0]], done[0])
         except FrpoError as error:
@@ -312,14 +318,9 @@ def _cause_of(phase: str, error: FrpoError, actors: Mapping[Any, NamedActor], ot
             return death
         except FrpoError:
             continue
-    if isinstance(error, CollectiveError) and silent:
-        return CollectiveError(f"{error}; no answer from {', '.join(str(actors[reference]) for reference in silent)}")
+    if isinstance(error, LostRankError) and silent:
+        return LostRankError(f"{error}; no answer from {', '.join(str(actors[reference]) for reference in silent)}")
     return error
-
-
-def _is_of_a_collective(error: BaseException) -> bool:
-    """Return whether torch.distributed raised this error. gloo's errors have no class of their own."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
@@ -329,7 +330,7 @@ def result_of(phase: str, actor: NamedActor, reference: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, FrpoError):
             raise error.cause from None
-        kind = CollectiveError if _is_of_a_collective(error.cause) else EngineError
+        kind = actor.SILENT if is_of_a_collective(error.cause) else EngineError
         raise kind(f"{phase}: {actor} raised {error.cause!r}") from error
     except GONE as error:
-        raise ActorDeadError(f"{phase}: {actor} died: {actor.cause_of_death(error)}") from None
+        raise actor.DEAD(f"{phase}: {actor} died: {actor.cause_of_death(error)}") from None

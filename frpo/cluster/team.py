@@ -26,11 +26,11 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
 
 from frpo.cluster.device import lacking_packages, settled
-from frpo.cluster.launcher import INTERFACE, follows, interface_towards, launched
+from frpo.cluster.launcher import INTERFACE, LAUNCHER, follows, interface_towards, launched
 from frpo.cluster.rank import RankHost, local_environment, local_places
 from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError, FrpoError
-from frpo.weight_sync.addresses import reserved_port
+from frpo.weight_sync.addresses import is_loopback, own_address, reserved_port
 from frpo.weight_sync.cpu_shm import memory_id
 from frpo.weight_sync.group import served_store
 
@@ -102,15 +102,17 @@ class TeamRanks:
         what = f"learner {phase}"
         self.team.tell((what, method, kwargs, timeout_s), arguments)
         try:
-            results = self.team.answer(self.team.do(what, method, arguments[0], kwargs, timeout_s))
+            try:
+                result = self.team.do(what, method, arguments[0], kwargs, timeout_s)
+            except EngineError as error:  # of an engine in a push; the other ranks have done their part
+                result = error
+            results = self.team.answer(result)
         except RuntimeError as error:  # torch.distributed's, when a collective fails
             raise EngineError(f"{what}: {error}") from error
         self.inside_a_call = False
+        if isinstance(result, EngineError):
+            raise result
         return results
-
-    def dead(self) -> list[int]:
-        """Return [], because the launcher ends this process too if a rank dies."""
-        return []
 
     def close(self) -> None:
         """Release the other ranks. After a broken call they cannot receive this message; they end with the launcher."""
@@ -140,6 +142,7 @@ class _Team:
 
     def __init__(self, recipe: AnyRecipe, device: str):
         self.host = RankHost()
+        self.before = {name: os.environ.get(name) for name in (*LAUNCHER, INTERFACE)}
         if not launched():
             self._be_alone()
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -149,7 +152,7 @@ class _Team:
         if self.rank == 0:
             self.store.set(BEGIN, "")
         self._await(BEGIN)
-        if interface := interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
+        if interface := interface_towards(*self._another_rank()):
             os.environ.setdefault(INTERFACE, interface)
         if device == "cuda":  # srun may show each rank its own GPU alone
             os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -175,6 +178,18 @@ class _Team:
         store = served_store(reserved_port("127.0.0.1"), "127.0.0.1", LOST_S)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
         return store
+
+    def _another_rank(self) -> tuple[str, int]:
+        """Return (address, port) that lead from here to another rank, if there is one on another machine.
+
+        Rank 0 does not find its network by its own name: that often leads to the loopback.
+        """
+        meeting = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if self.rank > 0:
+            self.store.set(f"address {self.rank}", own_address(*meeting))
+            return meeting
+        others = [self.store.get(f"address {rank}").decode() for rank in range(1, self.size)]
+        return next((other for other in others if not is_loopback(other)), meeting[0]), meeting[1]
 
     def tell(self, what: Any, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Send a call to all ranks, on rank 0: `what` to each, and to each rank its own arguments. None: no more."""
@@ -210,7 +225,12 @@ class _Team:
         return results or []
 
     def leave(self) -> None:
+        """Leave the process as it was, so that a later run of this process is a team of its own."""
         dist.destroy_process_group()
+        for name, value in self.before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

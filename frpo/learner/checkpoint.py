@@ -26,6 +26,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from frpo.errors import CheckpointError
 from frpo.held import HeldByAnotherError, held
+from frpo.learner.collective import is_of_a_collective
 from frpo.storage import writing
 
 TAG = "learner"
@@ -68,6 +69,8 @@ def load_state(engine: DeepSpeedEngine, folder: str) -> int:
                 # Frozen parameters are not in the files: their values come from the model on disk.
                 load_module_strict=all(parameter.requires_grad for parameter in engine.module.parameters()))
     except Exception as error:  # any error of torch and DeepSpeed on files that were changed
+        if is_of_a_collective(error):
+            raise
         raise _damaged(path, error) from error
     finally:
         engine._config.load_universal_checkpoint = False

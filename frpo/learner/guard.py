@@ -16,6 +16,7 @@ from frpo.errors import FrpoError
 from frpo.kernels import linear_logprobs
 from frpo.learner.attention import arrangement
 from frpo.learner.collate import TokenBatch
+from frpo.learner.collective import is_of_a_collective
 from frpo.learner.losses import head_options
 from frpo.learner.network import ScoreHead, TokenModel, scores_of, token_model
 from frpo.types import Comparison, Gap, SupervisedSample
@@ -50,6 +51,8 @@ def compare(name: str, network: torch.nn.Module, sequences: Sequence[Sequence[in
         except (FrpoError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # any error of the model's own code on inputs that it cannot take
+            if is_of_a_collective(error):
+                raise
             return Comparison(**facts, failure=f"{type(error).__name__}: {error}".splitlines()[0],
                               fails_alone=fails_alone)
     last, plain = plain[-1], np.concatenate(plain)

@@ -25,7 +25,8 @@ from frpo.telemetry.timer import PhaseTimer
 from frpo.types import RunState, ScoredBatch
 
 FILE = "batches.jsonl"
-JOIN_S = 1.0
+JOIN_S, LEAVE_S = 1.0, 60.0
+"""Seconds in which the thread may end by itself, and after it was told to leave its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,7 @@ class AsyncBatches:
         save_selection(checkpoint, self.selection)
 
     def close(self) -> None:
-        """Begin no further batch. A batch under way ends with the engines, which the builder ends next."""
+        """Begin no further batch, and leave a batch under way. A thread that outlived Ray would start another one."""
         with self.changed:
             self.ending = True
             self.changed.notify_all()
@@ -110,6 +111,8 @@ class AsyncBatches:
         if self.thread.is_alive():
             self.engines.give_up()
         self.engines.learner_lock.release()
+        if self.thread.is_alive():
+            self.thread.join(timeout=LEAVE_S)
 
     def _fill(self, state: RunState) -> None:
         try:

@@ -3,7 +3,7 @@
     <run.dir>/checkpoints/step_000020/{learner/, state.json, recipe.json, COMPLETE}
     <run.dir>/finished.json     number of steps and recipe digest of a finished run
 
-The marker COMPLETE is written last and synced. A folder without the marker is an interrupted save and is never read.
+All files are synced, then the marker COMPLETE is written. A folder without it is an interrupted save and is never read.
 The learner alone decides which files it writes inside `learner/`.
 """
 from __future__ import annotations
@@ -50,8 +50,11 @@ class CheckpointStore:
         """
         _write(path / "recipe.json", dump_recipe(self.recipe))
         _write(path / "state.json", dataclasses.asdict(state))
+        for folder, _, names in os.walk(path):
+            for name in (*names, "."):
+                _sync(Path(folder, name))
         _write(path / MARKER, {"step": state.step})
-        _sync_folder(path)
+        _sync(path)
         self.saved = True
         kept = [other for other in self.complete() if _step(other) <= state.step][-self.recipe.run.keep_last:]
         for other in self._all():
@@ -192,7 +195,8 @@ def _write(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Put a file, or a folder's list of files, onto the disk, which may lose its power."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,8 +1,10 @@
-"""Restart a training run that has lost a learner rank: end everything, then continue from a checkpoint.
+"""Restart a training run that has lost a learner rank or a node: end everything, then continue from a checkpoint.
 
 A rank is lost if it dies, hangs, or cannot reach the others. The ranks of one learner share a collective, so no rank
 can be replaced alone. Dead engines are replaced without a restart (`cluster.recovery`), unless the node of their GPUs
-is gone: then the run needs a new reservation. A node that goes while a run starts is a restart too.
+is gone: then the run needs a new reservation. A loss while a run starts is a restart too.
+
+The ranks of a launcher end with the launcher, which may start the same command again.
 """
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from frpo.cluster.launcher import launched
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.config.loader import AnyRecipe
-from frpo.errors import CollectiveError, EngineError, LostNodeError
+from frpo.errors import LostNodeError, LostRankError
 from frpo.run.journal import Journal
+from frpo.run.stop_request import stop_if_asked
 from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
@@ -34,25 +38,30 @@ def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextM
             fit: Callable[[Any], RunState]) -> RunState:
     """Fit to the last step. If a rank or a node that the run needs is lost, start again from the newest checkpoint.
 
-    There are at most `run.max_restarts` restarts.
-
-    A run without a saved checkpoint begins again from its start. build: makes the live parts of a recipe. fit: trains
-    with these parts. Raises the EngineError of a loss when no restart is left. Raises every other error at once.
+    There are at most `run.max_restarts` restarts, all on the device of the first start. A run without a saved
+    checkpoint begins again from its start. build: makes the live parts of a recipe. fit: trains with these parts.
+    Raises the LostRankError or LostNodeError when no restart is left. Raises every other error at once.
     """
-    for left in reversed(range(recipe.run.max_restarts + 1)):
-        parts, died = None, list[int]()
+    restarts = 0 if launched() else recipe.run.max_restarts
+    for left in reversed(range(restarts + 1)):
+        parts = None
         try:
             with build(recipe) as parts:
-                try:
-                    return fit(parts)
-                except EngineError:
-                    died = parts.learner.dead()
-                    raise
-        except EngineError as error:
-            if left == 0 or not (died or isinstance(error, (LostNodeError, CollectiveError))):
+                return fit(parts)
+        except (LostNodeError, LostRankError) as error:
+            if left == 0:
                 raise
             logger.warning("%s; starting again from the newest checkpoint, %d more restarts allowed "
                            "(run.max_restarts)", error, left - 1)
-        if parts and parts.journal.checkpoints.saved and recipe.run.resume != "force":
-            recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
+        stop_if_asked("after a loss")
+        if parts:
+            recipe = going_on(recipe, parts)
     raise AssertionError("the last attempt returns or raises")
+
+
+def going_on(recipe: AnyRecipe, parts: LiveRun) -> AnyRecipe:
+    """Return the recipe of the next start, after one that had these parts."""
+    changes: dict[str, Any] = {"device": parts.learner.device}
+    if parts.journal.checkpoints.saved and recipe.run.resume != "force":
+        changes["resume"] = "auto"
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +34,9 @@ class JsonlFile:
             self.file.flush()
 
     def offset(self) -> int:
-        """Return the size of the file in bytes."""
+        """Return the size of the file in bytes, all of them on the disk."""
         self.file.flush()
+        os.fsync(self.file.fileno())
         return self.path.stat().st_size
 
     def truncate(self, offset: int) -> None:

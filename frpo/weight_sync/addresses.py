@@ -1,9 +1,15 @@
 """Addresses and ports of this machine, as other processes reach them. Imports no torch."""
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine can reach the address. Systems give their own name one of 127.0.0.0/8."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def own_address(host: str, port: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.distributed import ProcessGroupGloo, TCPStore
 
-from frpo.weight_sync.addresses import own_address
+from frpo.weight_sync.addresses import is_loopback, own_address
 from frpo.weight_sync.broadcast import BroadcastSender
 from frpo.weight_sync.group import SENDER
 
@@ -43,7 +43,11 @@ class Sender(BroadcastSender):
 
 
 def _devices_towards(host: str, port: int) -> list[Any]:
-    """Return the networks that GLOO_SOCKET_IFNAME names, or else the network on which `host` is reached."""
-    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+    """Return the networks that GLOO_SOCKET_IFNAME names, or else the network on which `host` is reached.
+
+    A learner that is alone names the loopback, which does not lead to another machine.
+    """
+    interfaces, own = os.environ.get("GLOO_SOCKET_IFNAME"), own_address(host, port)
+    if interfaces and (interfaces != "lo" or is_loopback(own)):
         return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
-    return [ProcessGroupGloo.create_device(hostname=own_address(host, port))]
+    return [ProcessGroupGloo.create_device(hostname=own)]

@@ -20,7 +20,8 @@ LAUNCHER = Path(__file__).parents[2] / "launchers" / "ray_job.py"
 CUT_S = 6.0
 """Shorter than the time after which Ray takes a node for dead."""
 
-SPREAD = ("learner.num_ranks=2", "placement.learner_hosts=[10.77.0.1,10.77.0.2]", "placement.engine_hosts=[10.77.0.2]")
+SPREAD = ("learner.num_ranks=2", "placement.learner_hosts=[192.168.7.1,192.168.7.2]",
+          "placement.engine_hosts=[192.168.7.2]")
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +106,12 @@ def test_a_node_that_does_not_see_the_run_or_has_another_frpo_is_refused_by_name
 
     assert told() == "fine"
     assert nb.run("mount", "-t", "tmpfs", "tmpfs", str(run.parent)).returncode == 0
-    assert told() == (f"node nb (10.77.0.2) does not see {run} (run.dir) as this node does; put it on a disk that "
+    assert told() == (f"node nb (192.168.7.2) does not see {run} (run.dir) as this node does; put it on a disk that "
                       "all nodes share, at the same path")
     assert nb.run("umount", str(run.parent)).returncode == 0
     assert nb.run("mount", "--bind", str(another), str(package)).returncode == 0
-    assert told() == ("node nb (10.77.0.2) and this node differ in the source files of frpo; install the same packages "
-                      "on every node")
+    assert told() == ("node nb (192.168.7.2) and this node differ in the source files of frpo; install the same "
+                      "packages on every node")
     assert nb.run("umount", str(package)).returncode == 0
 
 
@@ -123,6 +124,6 @@ def test_a_lost_node_ends_nothing(cluster_of_two, alone):
     assert process.poll() is None, text_of(folder)[-3000:]
     nb.kill()
     assert process.wait(timeout=200) == 0, text_of(folder)[-3000:]
-    assert "its node nb (10.77.0.2) is gone" in text_of(folder)
-    assert "the run goes on without 10.77.0.2, which is gone" in text_of(folder)
+    assert "its node nb (192.168.7.2) is gone" in text_of(folder)
+    assert "the run goes on without 192.168.7.2, which is gone" in text_of(folder)
     assert len(metrics(folder)) == STEPS + 1 and metrics(folder) == metrics(alone)

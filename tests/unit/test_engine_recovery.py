@@ -25,7 +25,7 @@ class Pool:
     def __init__(self, deaths):
         self.deaths, self.gone, self.log, self.engines = dict(deaths), set(), [], ["engine 0", "engine 1"]
 
-    def stream(self, assignment, sampling, version, or_newer):
+    def stream(self, assignment, sampling, version, or_newer, ending):
         self.log.append(("stream", sorted(assignment.shares)))
         lost = {}
         for index, assigned in assignment.shares.items():

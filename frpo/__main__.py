@@ -200,7 +200,8 @@ def _what_is_left(parsed: argparse.Namespace | None) -> str:
     except FrpoError:
         return ""
     if CheckpointStore(Path(recipe.run.dir), recipe).complete():
-        return "; the same command continues from the newest checkpoint"
+        changed = "" if recipe.run.resume in ("auto", "force") else " with run.resume=auto"
+        return f"; the same command{changed} continues from the newest checkpoint"
     return f"; no checkpoint was saved yet (run.save_every = {recipe.run.save_every}), the same command starts over"
 
 

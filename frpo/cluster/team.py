@@ -180,16 +180,17 @@ class _Team:
         return store
 
     def _another_rank(self) -> tuple[str, int]:
-        """Return (address, port) that lead from here to another rank, if there is one on another machine.
+        """Return (address, port) that lead from here to a rank on another machine, or to rank 0 if all are on this one.
 
-        Rank 0 does not find its network by its own name: that often leads to the loopback.
+        The machine of rank 0 does not find its network by its own name: that often leads to the loopback.
         """
-        meeting = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if self.rank > 0:
-            self.store.set(f"address {self.rank}", own_address(*meeting))
-            return meeting
-        others = [self.store.get(f"address {rank}").decode() for rank in range(1, self.size)]
-        return next((other for other in others if not is_loopback(other)), meeting[0]), meeting[1]
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        own = own_address(host, port)
+        self.store.set(f"address {self.rank}", own)
+        if is_loopback(own):
+            others = (self.store.get(f"address {rank}").decode() for rank in range(self.size))
+            host = next((other for other in others if not is_loopback(other)), host)
+        return host, port
 
     def tell(self, what: Any, arguments: Sequence[tuple[Any, ...]]) -> None:
         """Send a call to all ranks, on rank 0: `what` to each, and to each rank its own arguments. None: no more."""

@@ -4,14 +4,19 @@ Stages of different seeds share only the folder of the matrix, so no process wai
 """
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from frpo.cluster.launcher import VISIBLE
 from frpo.downstream.plan import Plan
-from frpo.errors import EngineError
+from frpo.errors import ConfigError, EngineError
 from frpo.run.stop_request import EXIT_CODE, StopRequested, asked
 from frpo.telemetry.progress import ProgressBar
 
@@ -25,13 +30,14 @@ UNHEARD = -signal.SIGUSR1
 def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
     """Distribute the seeds to processes and wait for them. Their output goes to job<N>.log in the matrix's folder.
 
-    recipe: the file of the matrix. If a process broke off, raises EngineError after all processes have ended; the error
-    names the log of such a process. A request to stop is passed on, and StopRequested is raised at the end.
+    recipe: the file of the matrix. GPUs of this machine are dealt out, those of a cluster are not. If a process broke
+    off, raises EngineError after all processes have ended; the error names the log of such a process. A request to stop
+    is passed on, and StopRequested is raised at the end.
     """
     seeds = [seed.seed for seed in plan.seeds]
     shares = [seeds[job::jobs] for job in range(min(jobs, len(seeds)))]
     logs = [recipe.parent / f"job{job}.log" for job in range(len(shares))]
-    running = [_started(recipe, share, log) for share, log in zip(shares, logs)]
+    running = [_started(recipe, share, log, gpus) for share, log, gpus in zip(shares, logs, gpus_of_jobs(len(shares)))]
     stages, told = list(plan.stages), False
     try:
         with ProgressBar(len(stages), 0, plan.recipe.run.name) as bar:
@@ -60,7 +66,18 @@ def run_in_jobs(plan: Plan, recipe: Path, jobs: int) -> None:
                           + "\n".join(broken[0].read_text(encoding="utf-8", errors="replace").splitlines()[-5:]))
 
 
-def _started(recipe: Path, seeds: list[int], log: Path) -> subprocess.Popen:
+def gpus_of_jobs(jobs: int) -> list[dict[str, str]]:
+    """Return the variables that show each process its part of the GPUs; none without GPUs, and none in a cluster."""
+    if "RAY_ADDRESS" in os.environ or not torch.cuda.is_available():
+        return [{}] * jobs
+    count = torch.cuda.device_count()
+    names = os.environ[VISIBLE].split(",")[:count] if VISIBLE in os.environ else [str(gpu) for gpu in range(count)]
+    if count < jobs:
+        raise ConfigError(f"--jobs {jobs}: this machine shows {count} GPU(s), less than one for each process; lower it")
+    return [{VISIBLE: ",".join(names[job * count // jobs:(job + 1) * count // jobs])} for job in range(jobs)]
+
+
+def _started(recipe: Path, seeds: list[int], log: Path, gpus: Mapping[str, str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "frpo", "retention", str(recipe), f"seeds={seeds}", "--part"]
     with log.open("w", encoding="utf-8") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | gpus)

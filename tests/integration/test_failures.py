@@ -21,7 +21,8 @@ from frpo.cluster import engine_pool, runtime
 from frpo.cluster.runtime import NamedActor, wait_for
 from frpo.config.loader import load_recipe
 from frpo.errors import ConfigError, EngineError, InvariantError, LostRankError
-from frpo.rollout.engine import Sampling
+from frpo.rollout.assignment import Assignment
+from frpo.rollout.engine import GroupRequest, Sampling
 from frpo.rollout.sampler import Sampler
 from frpo.run.build import build
 from frpo.run.checks import check_logprob_gap, check_movement
@@ -197,6 +198,15 @@ def test_an_engine_that_hangs_is_lost_until_it_answers(loop, monkeypatch):
     finally:
         os.kill(pid, signal.SIGCONT)
     assert loop.pool.lost() == []
+
+
+@pytest.mark.timeout(120)
+def test_a_stream_is_left_when_the_run_ends(loop):
+    loop.push()
+    shares = Assignment({0: [GroupRequest(group_id=(9998, 0), prompt=PROMPTS[0], seeds=(1, 2, 3, 4))]})
+    with pytest.raises(EngineError, match="the run is ending"):
+        list(loop.pool.stream(shares, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=300), loop.version,
+                              ending=lambda: True))
 
 
 @pytest.mark.timeout(240)

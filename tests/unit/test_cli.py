@@ -653,6 +653,7 @@ def test_a_job_that_ray_stops_by_sigint_hears_it_even_from_a_shells_background(m
     (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 @pytest.mark.parametrize("command, saved, again", [
     ("train", True, "; the same command continues from the newest checkpoint"),
+    ("train --overwrite", True, "; the same command with run.resume=auto continues from the newest checkpoint"),
     ("train", False, "; no checkpoint was saved yet (run.save_every = 2), the same command starts over"),
     ("config", False, "")])
 def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(tmp_path, number, code, said, command, saved, again):
@@ -663,6 +664,6 @@ def test_a_signal_ends_a_command_in_order_and_says_what_goes_on(tmp_path, number
               "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job's parent ignores it
               "signal.signal(signal.SIGTERM, signal.SIG_DFL); "
               f"line.load_recipe = line.load_any_recipe = lambda *given: os.kill(os.getpid(), {int(number)}); "
-              f"sys.exit(line.main(['{command}', 'smoke', 'run.dir={tmp_path}']))")
+              f"sys.exit(line.main([*'{command}'.split(), 'smoke', 'run.dir={tmp_path}']))")
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (code, f"frpo: {said}{again}\n")

@@ -8,7 +8,7 @@ import pytest
 from frpo.cluster.engine_pool import EnginesLostError
 from frpo.cluster.recovery import RecoveringEngines
 from frpo.cluster.runtime import ActorDeadError
-from frpo.errors import EngineError
+from frpo.errors import EngineError, LostRankError
 from frpo.rollout.assignment import Assignment
 from frpo.types import Prompt, RolloutGroup
 
@@ -27,6 +27,7 @@ class Pool:
 
     def stream(self, assignment, sampling, version, or_newer, ending):
         self.log.append(("stream", sorted(assignment.shares)))
+        self.ending = ending
         lost = {}
         for index, assigned in assignment.shares.items():
             dies = self.deaths.get(index, 0) > 0
@@ -156,3 +157,14 @@ def test_a_run_that_ends_heals_nothing():
     engines.give_up()
     with pytest.raises(EngineError, match="engine 1 died"):
         list(engines.stream(Assignment(REQUESTS), None, version=7))
+    assert pool.ending() and not [entry for entry in pool.log if entry[0] == "restart"]
+
+
+def test_engines_that_are_lost_too_often_are_no_loss_of_a_rank():
+    """A push that ranks did not end would otherwise start the run again, with engines to spare."""
+    pool = Pool({})
+    pool.gone.add(0)
+    engines = RecoveringEngines(pool, Learner(pool, [LostRankError("no answer from learner rank 0")]), max_restarts=0)
+    with pytest.raises(EngineError, match="rank 0; rollout.max_restarts is used up") as raised:
+        engines.push(8)
+    assert not isinstance(raised.value, LostRankError)

@@ -1,5 +1,6 @@
 """Ranks that wait for rank 0 end with it, and a rank that hangs ends itself with a message."""
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from frpo.cluster.launcher import INTERFACE, LAUNCHER
 from frpo.cluster.team import ending_after
 
 RANK = """
@@ -21,6 +23,20 @@ print("met", flush=True)
 if team.follows():
     sys.exit(team.follow(recipe))
 sys.stdin.readline()
+"""
+
+
+ALONE = """
+import os
+from frpo.cluster.team import TeamRanks
+from frpo.config.loader import load_recipe
+
+before = dict(os.environ)
+for _ in range(2):
+    ranks = TeamRanks(load_recipe("smoke", []), "cpu")
+    assert ranks.call("look", "host", [()], {}, 10.0) == ["127.0.0.1"]
+    ranks.close()
+    print({name for name in os.environ if os.environ[name] != before.get(name)})
 """
 
 
@@ -88,3 +104,11 @@ def test_a_call_that_ends_in_time_ends_nothing():
     with ending_after(0.2, "late"):
         pass
     time.sleep(0.4)
+
+
+@pytest.mark.timeout(60)
+def test_a_team_of_one_leaves_no_launcher_behind():
+    """Later runs of the process would take it for a rank of a launcher."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=50)
+    left = set(re.findall(r"'(\w+)'", done.stdout))
+    assert done.returncode == 0 and not left & {*LAUNCHER, INTERFACE}, done.stdout + done.stderr

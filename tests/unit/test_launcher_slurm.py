@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from frpo.config.loader import load_training, recipe_digest, recipe_from_dict
+from frpo.cluster.placement import Node, assign, bundles_of
+from frpo.config.loader import load_recipe, load_training, recipe_digest, recipe_from_dict
+from frpo.config.retention import RetentionRecipe
 
 PATH = Path(__file__).parents[2] / "launchers" / "slurm.py"
 SPEC = importlib.util.spec_from_file_location("launcher_slurm", PATH)
@@ -61,6 +65,34 @@ def settings(script: str, *names: str) -> dict[str, list[str]]:
     show = "".join(f'printf "%s\\0" {name} "${{{name}[@]}}" ""\n' for name in names)
     done = subprocess.run(["bash", "-c", above + show], capture_output=True, text=True, check=True)
     return {name: values for name, *values in (part.split("\0") for part in done.stdout.split("\0\0") if part)}
+
+
+def function_of(body: str, name: str) -> str:
+    return re.search(rf"^{name}\(\) .*?^}}\n", body, re.MULTILINE | re.DOTALL)[0]
+
+
+COMMANDS = {"srun": 'while [[ $1 == -* ]]; do shift; done\nexec "$@"', "scancel": "",
+            "scontrol": 'echo "scontrol $1"; [ "$1" != show ] || echo "$SHOWN"'}
+"""Stand-ins for commands of Slurm. srun runs one task, in its own process, on this machine."""
+
+
+def as_job(script: str, here: Path, restarts: int = 0, shown: str = "") -> tuple[int, str]:
+    """Run a script as Slurm's first node would. Returns its exit code and output. shown: by `scontrol show`."""
+    for name, text in COMMANDS.items():
+        (here / "lib" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (here / "lib" / name).chmod(0o755)
+    environ = {**os.environ, "PATH": f"{here / 'lib'}:{os.environ['PATH']}", "SHOWN": shown, "SLURM_JOB_ID": "5",
+               "SLURM_RESTART_COUNT": str(restarts), "SLURMD_NODENAME": "n1"}
+    done = subprocess.run(["bash", "-c", script], env=environ, cwd=here, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=60)
+    return done.returncode, done.stdout
+
+
+def frpo(here: Path, line: str) -> str:
+    """An interpreter whose frpo is this line of bash. Returns its path."""
+    (here / "python").write_text(f"#!/bin/bash\n{line}\n")
+    (here / "python").chmod(0o755)
+    return str(here / "python")
 
 
 def test_a_dry_run_prints_the_whole_script_and_writes_nothing(here, capsys):
@@ -251,9 +283,35 @@ def test_the_plain_scripts_are_valid_and_agree():
         assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= set(options(path.read_text()))
     bodies = {name: text.partition(launcher.END)[2] for name, text in names.items()}
     assert bodies["retention"] == bodies["retention_array"] != ""
-    for function in ("was_preempted", "requeue", "wait_for"):
-        found = {re.search(rf"^{function}\(\) .*?^}}\n", body, re.MULTILINE | re.DOTALL)[0] for body in bodies.values()}
-        assert len(found) == 1
+    for function in ("was_preempted", "wait_for"):
+        assert len({function_of(body, function) for body in bodies.values()}) == 1
+    for function in ("requeue",):
+        assert function_of(bodies["rl"], function) == function_of(bodies["finetune"], function)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_recipe_of_a_plain_script_uses_its_gpus(path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "42")
+    given = dict(option.split("=", 1) for option in options(path.read_text()) if "=" in option)
+    gpus, found = int(given["--gpus-per-node"]), settings(path.read_text(), "command", "folder")
+    nodes = [Node(address=str(number), gpus=gpus) for number in range(int(given["--nodes"]))]
+    command, recipe, *overrides = found["command"]
+    if command == "retention":
+        matrix = load_recipe(recipe, [each for each in overrides if "=" in each], RetentionRecipe)
+        parts = [load_training(part.recipe, part.overrides)
+                 for part in (*matrix.policies.values(), *matrix.downstream.values())]
+        assert max(sum(bundle.gpus for bundle, _ in assign(bundles_of(part), nodes)) for part in parts) == gpus
+        if "--array" in given:
+            first, last = map(int, given["--array"].split("-"))
+            assert load_recipe(recipe, [], RetentionRecipe).seeds == list(range(first, last + 1))
+        return
+    training = load_training(recipe, overrides)
+    assert command == training.COMMAND and training.run.device == "cuda"
+    assert found["folder"] == [f"{training.run.dir}/slurm"]
+    if path.stem == "rl":
+        assert sum(bundle.gpus for bundle, _ in assign(bundles_of(training), nodes)) == gpus * len(nodes)
+    else:
+        assert int(given["--ntasks-per-node"]) == gpus
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

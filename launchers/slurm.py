@@ -258,6 +258,7 @@ def submit(submission: Submission) -> str:
     if shutil.which("sbatch") is None:
         raise EngineError("there is no `sbatch` on this machine; submit from a login node of a Slurm cluster, or print "
                           "the script with --dry-run")
+            *(["--no-kill"] if on_ray(recipe) else []),
     folder = submission.script_path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ def test_a_dry_run_prints_the_whole_script_and_writes_nothing(here, capsys):
     assert options(script) == [
         "--job-name=a-b", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=16", "--time=1:00:00",
         f'--chdir="{here}"', f'--output="{here}/runs/smoke/slurm/%j.log"', "--open-mode=append", "--requeue",
-        "--signal=B:USR1@300", "--partition=p", "--account=a", "--qos=q", "--constraint=x"]
+        "--no-kill", "--signal=B:USR1@300", "--partition=p", "--account=a", "--qos=q", "--constraint=x"]
     found = settings(script, "command", "folder", "python", "gpus", "max_requeues")
     command, path = found["command"]
     assert command == "train" and Path(path).parent == here / "runs/smoke/slurm"
@@ -167,6 +167,13 @@ def test_setup_runs_as_it_is_written(here, capsys):
     done = subprocess.run(["bash", "-c", f'{above}setup; printf %s "$B"'], capture_output=True, text=True)
     assert done.stdout == 'it is "so"'
     assert "setup() {\n    :\n}" in dry(capsys, "smoke", "--nodes", "1")
+
+
+def test_ray_goes_on_without_a_failed_node_and_ranks_of_srun_do_not(here, capsys):
+    for arguments, name in ((["smoke"], "rl"), (RANKS, "finetune")):
+        script, plain = dry(capsys, *arguments, "--nodes", "2"), (launcher.SCRIPTS / f"{name}.sbatch").read_text()
+        for text in (script, plain):
+            assert ("--no-kill" in options(text), "srun --overlap --no-kill " in text) == (name == "rl",) * 2
 
 
 def test_a_python_that_the_node_lacks_is_replaced_and_a_given_one_is_not(here, capsys, monkeypatch):

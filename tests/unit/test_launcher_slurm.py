@@ -169,6 +169,71 @@ def test_setup_runs_as_it_is_written(here, capsys):
     assert "setup() {\n    :\n}" in dry(capsys, "smoke", "--nodes", "1")
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_setup_that_fails_is_told_with_its_code_and_node(here, path):
+    code, told = as_job(path.read_text().replace("    :\n", "    (exit 3)\n"), here)
+    assert code == 3
+    assert re.search(r"^slurm: (the --setup line|setup) failed with code 3 on n1$", told, re.MULTILINE)
+
+
+@pytest.mark.parametrize("signal, code, requeued", [("USR1", 75, True), ("TERM", 143, False)])
+@pytest.mark.parametrize("arguments", [["smoke"], RANKS])
+def test_a_signal_during_setup_ends_the_job_before_frpo_starts(here, capsys, arguments, signal, code, requeued):
+    """setup itself sends the signal, and fails as a program that it kills would."""
+    given = [*arguments, "--nodes", "1", "--python", frpo(here, "echo started"), "--setup", f"kill -{signal} $$; false"]
+    found, told = as_job(dry(capsys, *given), here)
+    assert (found, "scontrol requeue" in told, "started" in told) == (code, requeued, False), told
+
+
+@pytest.mark.parametrize("restarts, line, shown, told", [
+    (0, "", "", "requeueing the job\n"),
+    (1, "", "", "and not requeued: this start saved no new checkpoint; raise --time, then submit again with "
+                "run.resume=auto to continue\n"),
+    (1, "mkdir ../checkpoints/step_000004", "", "this start saved no new checkpoint"),  # a save that was cut short
+    (1, "mkdir ../checkpoints/step_000004; touch ../checkpoints/step_000004/COMPLETE", "", "requeueing the job\n"),
+    (1, "", "PreemptTime=2026-11-29T20:00:00", "requeueing the job\n"),
+    (20, "", "", "and not requeued: the limit is 20 times; submit again with run.resume=auto to continue\n")])
+def test_a_job_that_saves_nothing_between_two_starts_is_not_requeued(here, capsys, restarts, line, shown, told):
+    old = here / "runs/finetune_gsm8k/checkpoints/step_000002"
+    old.mkdir(parents=True)
+    (old / "COMPLETE").touch()
+    interpreter = frpo(here, f"cd runs/finetune_gsm8k/slurm; {line}\nexit 75")
+    code, printed = as_job(dry(capsys, *RANKS, "--nodes", "1", "--python", interpreter), here, restarts, shown)
+    assert code == 75 and "slurm: stopped for now" in printed and told in printed
+    assert ("scontrol requeue" in printed) == ("requeueing" in told)
+
+
+@pytest.mark.parametrize("restarts, told", [(0, "requeueing the job\n"), (1, "this start saved no new checkpoint")])
+def test_a_job_that_is_stopped_before_ray_runs_twice_is_not_requeued(here, capsys, restarts, told):
+    code, printed = as_job(dry(capsys, "smoke", "--nodes", "1", "--setup", "kill -USR1 $$"), here, restarts)
+    assert code == 75 and told in printed
+
+
+def test_a_sigusr1_that_kills_srun_is_a_stop(here, capsys):
+    arguments = [*RANKS, "--nodes", "1", "--setup", "trap - USR1; kill -USR1 $$"]
+    code, told = as_job(dry(capsys, *arguments), here)
+    assert code == 75 and "slurm: stopped for now; requeueing the job\n" in told
+
+
+def test_only_their_user_enters_rays_files(tmp_path):
+    body = (launcher.SCRIPTS / "rl.sbatch").read_text()
+
+    def own(folder: Path) -> str:
+        script = f"umask 000; temporary={shlex.quote(str(folder))} SLURMD_NODENAME=n1\n"
+        script += f"{function_of(body, 'own_folder')}own_folder && echo made"
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+
+    assert own(tmp_path / "a") == "made\n" and (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    assert own(tmp_path / "a") == "made\n"  # left by an earlier start
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "open").mkdir(mode=0o755)
+    for taken in ("link", "open"):
+        assert own(tmp_path / taken).startswith(f"slurm: {tmp_path / taken} on n1 is not yours alone; submit again")
+    folder = re.search(r" temporary=(\S+)", body)[1].replace("$SLURM_JOB_ID", "67043327")  # the largest number
+    below = re.search(r'--temp-dir="\$temporary(\S+)"', body)[1]
+    assert len(f"{folder}{below}/session_2026-11-29_20-50-56_123456_4194304/sockets/plasma_store.1") < 107
+
+
 def test_ray_goes_on_without_a_failed_node_and_ranks_of_srun_do_not(here, capsys):
     for arguments, name in ((["smoke"], "rl"), (RANKS, "finetune")):
         script, plain = dry(capsys, *arguments, "--nodes", "2"), (launcher.SCRIPTS / f"{name}.sbatch").read_text()
@@ -292,7 +357,7 @@ def test_the_plain_scripts_are_valid_and_agree():
     assert bodies["retention"] == bodies["retention_array"] != ""
     for function in ("was_preempted", "wait_for"):
         assert len({function_of(body, function) for body in bodies.values()}) == 1
-    for function in ("requeue",):
+    for function in ("requeue", "checkpoints", "run_setup"):
         assert function_of(bodies["rl"], function) == function_of(bodies["finetune"], function)
 
 

@@ -234,11 +234,55 @@ def test_only_their_user_enters_rays_files(tmp_path):
     assert len(f"{folder}{below}/session_2026-11-29_20-50-56_123456_4194304/sockets/plasma_store.1") < 107
 
 
+def test_a_name_of_several_lines_is_no_command(here, capsys):
+    script = dry(capsys, "smoke", 'run.name="a\ntouch made\n"', "--nodes", "1")
+    assert script.splitlines()[1].endswith(": frpo train, a touch made") and "--nodes=1" in options(script)
+
+
 def test_ray_goes_on_without_a_failed_node_and_ranks_of_srun_do_not(here, capsys):
     for arguments, name in ((["smoke"], "rl"), (RANKS, "finetune")):
         script, plain = dry(capsys, *arguments, "--nodes", "2"), (launcher.SCRIPTS / f"{name}.sbatch").read_text()
         for text in (script, plain):
             assert ("--no-kill" in options(text), "srun --overlap --no-kill " in text) == (name == "rl",) * 2
+
+
+def test_training_on_the_cpu_without_being_told_to_is_said(here, capsys):
+    arguments = ["smoke", "run.device=auto", "--nodes", "1", "--dry-run"]
+    assert launcher.main(arguments) == 0
+    assert capsys.readouterr().err == "slurm: the job asks for no GPU and will train on the CPU (run.device: auto); " \
+                                      "for GPUs give --gpus-per-node\n"
+    for more in (["run.device=cpu"], ["--gpus-per-node", "4"]):
+        assert launcher.main([*arguments, *more]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_an_interruption_while_sbatch_runs_is_told_as_it_is(here, capsys, monkeypatch):
+    def interrupted(*command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "_slurm", interrupted)
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: name)
+    assert launcher.main(["smoke", "--nodes", "1"]) == 130
+    assert capsys.readouterr().err == "slurm: interrupted while submitting: sbatch may have accepted the job; " \
+                                      "`squeue --me` shows whether it has\n"
+
+
+@pytest.mark.parametrize("option, told", [
+    ("--time=5", "--time is set .*; give --time without --sbatch"), ("-t 5", "-t is .*; give --time without"),
+    ("-N2", "-N is .*; give --nodes without"), ("--ntasks=4", "--ntasks is .*; give --ranks-per-node without"),
+    ("--out=x", "--output is .*; give run.dir=FOLDER without"), ("-J a", "-J is .*; give run.name=NAME without"),
+    ("--signal=TERM", "--signal is .*; give --signal-before without"),
+    ("--array=0-3", "--array is .*; submit a copy of a script of .*slurm_scripts"),
+    ("--constraint=x --array=0-3", "--array is "), ("-M other", "-M is .*; submit a copy")])
+def test_options_that_the_launcher_needs_itself_are_refused(here, capsys, option, told):
+    message = refused(capsys, "smoke", "--nodes", "1", f"--sbatch={option}")
+    assert f"--sbatch {option!r}: " in message and re.search(told, message)
+
+
+@pytest.mark.parametrize("option", ["--mem=100G", "--nodelist=n1", "--time-min=5", "--gres=gpu:2", "-x n2",
+                                    "--comment='not an -n 4'", "--wait-all-nodes=1"])
+def test_other_options_of_sbatch_are_passed_on(here, capsys, option):
+    assert option in options(dry(capsys, "smoke", "--nodes", "1", f"--sbatch={option}"))
 
 
 def test_a_python_that_the_node_lacks_is_replaced_and_a_given_one_is_not(here, capsys, monkeypatch):

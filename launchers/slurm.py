@@ -468,7 +468,8 @@ def _number(least: int) -> Any:
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "--nodes": {"type": _number(1), "required": True, "metavar": "N", "help": "number of nodes"},
     "--gpus-per-node": {"type": _number(0), "default": 0, "metavar": "G", "help": "GPUs of each node; default: 0"},
-    "--cpus-per-node": {"type": _number(1), "metavar": "C", "help": "CPUs of each node; default: whole nodes"},
+    "--cpus-per-node": {"type": _number(1), "metavar": "C",
+                        "help": "CPUs of each node, rounded down to a multiple of the ranks; default: whole nodes"},
     "--ranks-per-node": {"type": _number(1), "metavar": "R",
                          "help": "processes of each node, with learner.ranks: process or launcher; default: one for "
                                  "each GPU, or 1"},

@@ -228,7 +228,7 @@ def test_only_their_user_enters_rays_files(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a")
     (tmp_path / "open").mkdir(mode=0o755)
     for taken in ("link", "open"):
-        assert own(tmp_path / taken).startswith(f"slurm: {tmp_path / taken} on n1 is not a folder of mode 700 that is yours; ")
+        assert own(tmp_path / taken).startswith(f"slurm: {tmp_path / taken} on n1 is not your own folder")
     folder = re.search(r" temporary=(\S+)", body)[1].replace("$SLURM_JOB_ID", "67043327")  # the largest number
     below = re.search(r'--temp-dir="\$temporary(\S+)"', body)[1]
     assert len(f"{folder}{below}/session_2026-11-29_20-50-56_123456_4194304/sockets/plasma_store.1") < 107

@@ -231,7 +231,7 @@ def render(recipe: AnyRecipe, job: Job, here: Path, recipe_path: Path) -> str:
     resume = recipe.run.resume
     requeued = resume in REQUEUED_RESUME
     lines = ["#!/bin/bash", f"# Written by frpo's slurm launcher: frpo {recipe.COMMAND}, {_line(recipe.run.name)}",
-             "# shellcheck disable=SC2317  # traps and steps call the functions",
+             "# shellcheck disable=SC2317,SC2329  # traps and steps call the functions",
              *(f"#SBATCH {line}" for line in directives(recipe, job, here, recipe_path.parent, requeued)), ""]
     again = REQUEUED_RESUME.get(resume)
     if not requeued:

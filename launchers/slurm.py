@@ -55,6 +55,16 @@ POLL_S, ASK_S = 1.0, 5.0
 LOST_S = 300.0
 """Most seconds for which Slurm may not answer before the launcher gives up."""
 
+OWN = {f"{'--' if name[1:] else '-'}{name}": instead for instead, names in {
+    "--nodes": "nodes N", "--ranks-per-node": "ntasks n ntasks-per-node ntasks-per-gpu", "--time": "time t",
+    "--cpus-per-node": "cpus-per-task c", "--gpus-per-node": "gpus G gpus-per-node gpus-per-task",
+    "--partition": "partition p", "--account": "account A", "--qos": "qos q", "--signal-before": "signal",
+    "--max-requeues": "requeue no-requeue", "--container": "container", "run.name=NAME": "job-name J",
+    "run.dir=FOLDER": "output o error e",
+    "": "array a chdir D clusters M open-mode wait W wrap test-only help h usage version V"}.items()
+    for name in names.split()}
+"""Option of sbatch that --sbatch may not hold -> what to give instead; "": nothing, the launcher cannot do this."""
+
 UNTESTED = "Containers were not tried."
 
 
@@ -116,6 +126,8 @@ def job_of(parsed: argparse.Namespace, recipe: AnyRecipe) -> Job:
     for option in (*more, *parsed.sbatch):
         if not option.startswith("-") or "\n" in option:
             raise ConfigError(f"--sbatch {option!r}: an option of sbatch is needed, such as --sbatch=--constraint=a100")
+    for option in parsed.sbatch:
+        _refuse_own(option)
     if (parsed.container is None) != (parsed.container_kind is None):
         raise ConfigError("--container IMAGE needs --container-kind pyxis or apptainer, and the other way round")
     if parsed.time is not None and seconds_of(parsed.time) <= parsed.signal_before:
@@ -135,19 +147,35 @@ def job_of(parsed: argparse.Namespace, recipe: AnyRecipe) -> Job:
                python=parsed.python)
 
 
+def _refuse_own(option: str) -> None:
+    """Raise ConfigError for an option of sbatch that this launcher sets, or with which it could not follow the job."""
+    for word in re.sub("\"[^\"]*\"|'[^']*'", "", option).split():
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        for own, instead in OWN.items():
+            if name == own or (len(name) > 4 and own.startswith(name)):  # sbatch reads --arr as --array
+                instead = f"give {instead} without --sbatch" if instead else f"submit a copy of a script of {SCRIPTS}"
+                raise ConfigError(f"--sbatch {option!r}: {own} is set by this launcher, or would stop it from "
+                                  f"following the job; {instead}")
+
+
 def on_ray(recipe: AnyRecipe) -> bool:
     """Return whether the job starts Ray. Otherwise srun starts one process for each rank."""
     return isinstance(recipe, Recipe) or recipe.learner.ranks == "ray"
 
 
 def check_gpus(recipe: AnyRecipe, job: Job) -> None:
-    """Raise ConfigError if the recipe does not fit on the GPUs of the job, or uses none of them."""
+    """Raise ConfigError if the recipe does not fit on the GPUs of the job, or uses none of them.
+
+    Print a line if the job would train on the CPU without being told to.
+    """
     if recipe.run.device == "cpu" and job.gpus:
         raise ConfigError(f"--gpus-per-node {job.gpus}: the recipe has run.device: cpu and would use no GPU; leave the "
                           "option out, or set run.device to cuda")
     if recipe.run.device == "cuda" and not job.gpus:
         raise ConfigError("run.device: cuda needs GPUs; give --gpus-per-node")
     if not job.gpus:
+        if recipe.run.device == "auto":
+            _say("the job asks for no GPU and will train on the CPU (run.device: auto); for GPUs give --gpus-per-node")
         return
     if not on_ray(recipe):
         if job.tasks > job.gpus:
@@ -202,13 +230,12 @@ def render(recipe: AnyRecipe, job: Job, here: Path, recipe_path: Path) -> str:
     template = (SCRIPTS / ("rl.sbatch" if on_ray(recipe) else "finetune.sbatch")).read_text(encoding="utf-8")
     resume = recipe.run.resume
     requeued = resume in REQUEUED_RESUME
-    lines = ["#!/bin/bash", f"# Written by frpo's slurm launcher: frpo {recipe.COMMAND}, {recipe.run.name}",
-             "# shellcheck disable=SC2317  # traps and steps call the functions",
+    lines = ["#!/bin/bash", f"# Written by frpo's slurm launcher: frpo {recipe.COMMAND}, {_line(recipe.run.name)}",
+             "# shellcheck disable=SC2317,SC2329  # traps and steps call the functions",
              *(f"#SBATCH {line}" for line in directives(recipe, job, here, recipe_path.parent, requeued)), ""]
     again = REQUEUED_RESUME.get(resume)
     if not requeued:
-        lines.append(f"# Not requeued: a new start with run.resume={' '.join(resume.split())} would discard the "
-                     "progress.")
+        lines.append(f"# Not requeued: a new start with run.resume={_line(resume)} would discard the progress.")
     lines += [_array("command", recipe.COMMAND, str(recipe_path)),
               _array("again", *([f"run.resume={again}"] if again else [])),
               f"folder={shlex.quote(str(recipe_path.parent))}", *_python(job),
@@ -231,6 +258,7 @@ def directives(recipe: AnyRecipe, job: Job, here: Path, folder: Path, requeued: 
             *([f"--gpus-per-node={job.gpus}"] if job.gpus else []), *share,
             *([f"--time={job.time}"] if job.time else []), f"--chdir={_quoted(str(here))}",
             f"--output={_quoted(f'{log}/%j.log')}", "--open-mode=append", "--requeue" if requeued else "--no-requeue",
+            *(["--no-kill"] if on_ray(recipe) else []),
             *([f"--signal=B:USR1@{job.warn_s}"] if job.warn_s else []), *job.more]
 
 
@@ -239,17 +267,20 @@ def run(submission: Submission, *, wait: bool) -> int:
 
     Returns the exit code. Ctrl-C cancels the job first.
     """
-    number = submit(submission)
-    log = submission.script_path.parent / f"{number}.log"
-    _say(f"job {number}; log: {log}")
-    if not wait:
-        print(number)
-        return 0
-    follower = Follower(number, log)
+    follower = None
     try:
+        number = submit(submission)
+        follower = Follower(number, submission.script_path.parent / f"{number}.log")
+        _say(f"job {number}; log: {follower.log}")
+        if not wait:
+            print(number)
+            return 0
         return exit_code(follower.until_end())
     except KeyboardInterrupt:
-        _cancel(follower)
+        if follower is None:
+            _say("interrupted while submitting: sbatch may have accepted the job; `squeue --me` shows whether it has")
+        else:
+            _cancel(follower)
         return 130
 
 
@@ -382,6 +413,11 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
 
 
+def _line(text: str) -> str:
+    """Return the text as one line, for a comment."""
+    return " ".join(text.split())
+
+
 def _array(name: str, *values: str) -> str:
     return f"{name}=({' '.join(map(shlex.quote, values))})"
 
@@ -432,7 +468,8 @@ def _number(least: int) -> Any:
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "--nodes": {"type": _number(1), "required": True, "metavar": "N", "help": "number of nodes"},
     "--gpus-per-node": {"type": _number(0), "default": 0, "metavar": "G", "help": "GPUs of each node; default: 0"},
-    "--cpus-per-node": {"type": _number(1), "metavar": "C", "help": "CPUs of each node; default: whole nodes"},
+    "--cpus-per-node": {"type": _number(1), "metavar": "C",
+                        "help": "CPUs of each node, rounded down to a multiple of the ranks; default: whole nodes"},
     "--ranks-per-node": {"type": _number(1), "metavar": "R",
                          "help": "processes of each node, with learner.ranks: process or launcher; default: one for "
                                  "each GPU, or 1"},

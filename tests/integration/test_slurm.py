@@ -68,7 +68,7 @@ class Launched:
         """Whether processes, temporary files and the token go, in the seconds that Slurm takes to end a job."""
         number = self.number()
         until(lambda: not self.slurm.processes(number), 40)
-        until(lambda: not Path(f"/tmp/ray-{number}").exists(), 5)
+        until(lambda: not Path(f"/tmp/frpo-{number}").exists(), 5)
         return not self.private().exists()
 
     def private(self) -> Path:

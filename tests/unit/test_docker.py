@@ -107,6 +107,13 @@ def test_an_image_checks_itself_and_says_its_version(name):
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
+def test_an_image_has_the_program_of_kuberays_probes(name):
+    """launchers/kubernetes/README.md demands it of an image."""
+    [packages] = [rest for word, rest in instructions(name) if word == "RUN" and "apt-get install" in rest]
+    assert re.search(r" wget=\d", packages.partition("&& rm ")[0])
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
 def test_the_entrypoint_is_the_one_that_is_copied(name):
     assert last(name, "ENTRYPOINT") == f'["{Path(copied(name)["docker/entrypoint.sh"]).name}"]'
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from frpo.config.loader import load_training, recipe_digest, recipe_from_dict
+from frpo.cluster.placement import Node, assign, bundles_of
+from frpo.config.loader import load_recipe, load_training, recipe_digest, recipe_from_dict
+from frpo.config.retention import RetentionRecipe
 
 PATH = Path(__file__).parents[2] / "launchers" / "slurm.py"
 SPEC = importlib.util.spec_from_file_location("launcher_slurm", PATH)
@@ -63,6 +67,34 @@ def settings(script: str, *names: str) -> dict[str, list[str]]:
     return {name: values for name, *values in (part.split("\0") for part in done.stdout.split("\0\0") if part)}
 
 
+def function_of(body: str, name: str) -> str:
+    return re.search(rf"^{name}\(\) .*?^}}\n", body, re.MULTILINE | re.DOTALL)[0]
+
+
+COMMANDS = {"srun": 'while [[ $1 == -* ]]; do shift; done\nexec "$@"', "scancel": "",
+            "scontrol": 'echo "scontrol $1"; [ "$1" != show ] || echo "$SHOWN"'}
+"""Stand-ins for commands of Slurm. srun runs one task, in its own process, on this machine."""
+
+
+def as_job(script: str, here: Path, restarts: int = 0, shown: str = "") -> tuple[int, str]:
+    """Run a script as Slurm's first node would. Returns its exit code and output. shown: by `scontrol show`."""
+    for name, text in COMMANDS.items():
+        (here / "lib" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (here / "lib" / name).chmod(0o755)
+    environ = {**os.environ, "PATH": f"{here / 'lib'}:{os.environ['PATH']}", "SHOWN": shown, "SLURM_JOB_ID": "5",
+               "SLURM_RESTART_COUNT": str(restarts), "SLURMD_NODENAME": "n1"}
+    done = subprocess.run(["bash", "-c", script], env=environ, cwd=here, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=60)
+    return done.returncode, done.stdout
+
+
+def frpo(here: Path, line: str) -> str:
+    """An interpreter whose frpo is this line of bash. Returns its path."""
+    (here / "python").write_text(f"#!/bin/bash\n{line}\n")
+    (here / "python").chmod(0o755)
+    return str(here / "python")
+
+
 def test_a_dry_run_prints_the_whole_script_and_writes_nothing(here, capsys):
     before = sorted(here.rglob("*"))
     script = dry(capsys, "smoke", "run.seed=3", "--nodes", "2", "--cpus-per-node", "16", "--time", "1:00:00",
@@ -70,7 +102,7 @@ def test_a_dry_run_prints_the_whole_script_and_writes_nothing(here, capsys):
     assert options(script) == [
         "--job-name=a-b", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=16", "--time=1:00:00",
         f'--chdir="{here}"', f'--output="{here}/runs/smoke/slurm/%j.log"', "--open-mode=append", "--requeue",
-        "--signal=B:USR1@300", "--partition=p", "--account=a", "--qos=q", "--constraint=x"]
+        "--no-kill", "--signal=B:USR1@300", "--partition=p", "--account=a", "--qos=q", "--constraint=x"]
     found = settings(script, "command", "folder", "python", "gpus", "max_requeues")
     command, path = found["command"]
     assert command == "train" and Path(path).parent == here / "runs/smoke/slurm"
@@ -135,6 +167,122 @@ def test_setup_runs_as_it_is_written(here, capsys):
     done = subprocess.run(["bash", "-c", f'{above}setup; printf %s "$B"'], capture_output=True, text=True)
     assert done.stdout == 'it is "so"'
     assert "setup() {\n    :\n}" in dry(capsys, "smoke", "--nodes", "1")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_setup_that_fails_is_told_with_its_code_and_node(here, path):
+    code, told = as_job(path.read_text().replace("    :\n", "    (exit 3)\n"), here)
+    assert code == 3
+    assert re.search(r"^slurm: (the --setup line|setup) failed with code 3 on n1$", told, re.MULTILINE)
+
+
+@pytest.mark.parametrize("signal, code, requeued", [("USR1", 75, True), ("TERM", 143, False)])
+@pytest.mark.parametrize("arguments", [["smoke"], RANKS])
+def test_a_signal_during_setup_ends_the_job_before_frpo_starts(here, capsys, arguments, signal, code, requeued):
+    """setup itself sends the signal, and fails as a program that it kills would."""
+    given = [*arguments, "--nodes", "1", "--python", frpo(here, "echo started"), "--setup", f"kill -{signal} $$; false"]
+    found, told = as_job(dry(capsys, *given), here)
+    assert (found, "scontrol requeue" in told, "started" in told) == (code, requeued, False), told
+
+
+@pytest.mark.parametrize("restarts, line, shown, told", [
+    (0, "", "", "requeueing the job\n"),
+    (1, "", "", "and not requeued: this start saved no new checkpoint; raise --time, then submit again with "
+                "run.resume=auto to continue\n"),
+    (1, "mkdir ../checkpoints/step_000004", "", "this start saved no new checkpoint"),  # a save that was cut short
+    (1, "mkdir ../checkpoints/step_000004; touch ../checkpoints/step_000004/COMPLETE", "", "requeueing the job\n"),
+    (1, "", "PreemptTime=2026-11-29T20:00:00", "requeueing the job\n"),
+    (20, "", "", "and not requeued: the limit is 20 times; submit again with run.resume=auto to continue\n")])
+def test_a_job_that_saves_nothing_between_two_starts_is_not_requeued(here, capsys, restarts, line, shown, told):
+    old = here / "runs/finetune_gsm8k/checkpoints/step_000002"
+    old.mkdir(parents=True)
+    (old / "COMPLETE").touch()
+    interpreter = frpo(here, f"cd runs/finetune_gsm8k/slurm; {line}\nexit 75")
+    code, printed = as_job(dry(capsys, *RANKS, "--nodes", "1", "--python", interpreter), here, restarts, shown)
+    assert code == 75 and "slurm: stopped for now" in printed and told in printed
+    assert ("scontrol requeue" in printed) == ("requeueing" in told)
+
+
+@pytest.mark.parametrize("restarts, told", [(0, "requeueing the job\n"), (1, "this start saved no new checkpoint")])
+def test_a_job_that_is_stopped_before_ray_runs_twice_is_not_requeued(here, capsys, restarts, told):
+    code, printed = as_job(dry(capsys, "smoke", "--nodes", "1", "--setup", "kill -USR1 $$"), here, restarts)
+    assert code == 75 and told in printed
+
+
+def test_a_sigusr1_that_kills_srun_is_a_stop(here, capsys):
+    arguments = [*RANKS, "--nodes", "1", "--setup", "trap - USR1; kill -USR1 $$"]
+    code, told = as_job(dry(capsys, *arguments), here)
+    assert code == 75 and "slurm: stopped for now; requeueing the job\n" in told
+
+
+def test_only_their_user_enters_rays_files(tmp_path):
+    body = (launcher.SCRIPTS / "rl.sbatch").read_text()
+
+    def own(folder: Path) -> str:
+        script = f"umask 000; temporary={shlex.quote(str(folder))} SLURMD_NODENAME=n1\n"
+        script += f"{function_of(body, 'own_folder')}own_folder && echo made"
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+
+    assert own(tmp_path / "a") == "made\n" and (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    assert own(tmp_path / "a") == "made\n"  # left by an earlier start
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "open").mkdir(mode=0o755)
+    for taken in ("link", "open"):
+        assert own(tmp_path / taken).startswith(f"slurm: {tmp_path / taken} on n1 is not your own folder")
+    folder = re.search(r" temporary=(\S+)", body)[1].replace("$SLURM_JOB_ID", "67043327")  # the largest number
+    below = re.search(r'--temp-dir="\$temporary(\S+)"', body)[1]
+    assert len(f"{folder}{below}/session_2026-11-29_20-50-56_123456_4194304/sockets/plasma_store.1") < 107
+
+
+def test_a_name_of_several_lines_is_no_command(here, capsys):
+    script = dry(capsys, "smoke", 'run.name="a\ntouch made\n"', "--nodes", "1")
+    assert script.splitlines()[1].endswith(": frpo train, a touch made") and "--nodes=1" in options(script)
+
+
+def test_ray_goes_on_without_a_failed_node_and_ranks_of_srun_do_not(here, capsys):
+    for arguments, name in ((["smoke"], "rl"), (RANKS, "finetune")):
+        script, plain = dry(capsys, *arguments, "--nodes", "2"), (launcher.SCRIPTS / f"{name}.sbatch").read_text()
+        for text in (script, plain):
+            assert ("--no-kill" in options(text), "srun --overlap --no-kill " in text) == (name == "rl",) * 2
+
+
+def test_training_on_the_cpu_without_being_told_to_is_said(here, capsys):
+    arguments = ["smoke", "run.device=auto", "--nodes", "1", "--dry-run"]
+    assert launcher.main(arguments) == 0
+    assert capsys.readouterr().err == "slurm: the job asks for no GPU and will train on the CPU (run.device: auto); " \
+                                      "for GPUs give --gpus-per-node\n"
+    for more in (["run.device=cpu"], ["--gpus-per-node", "4"]):
+        assert launcher.main([*arguments, *more]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_an_interruption_while_sbatch_runs_is_told_as_it_is(here, capsys, monkeypatch):
+    def interrupted(*command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "_slurm", interrupted)
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: name)
+    assert launcher.main(["smoke", "--nodes", "1"]) == 130
+    assert capsys.readouterr().err == "slurm: interrupted while submitting: sbatch may have accepted the job; " \
+                                      "`squeue --me` shows whether it has\n"
+
+
+@pytest.mark.parametrize("option, told", [
+    ("--time=5", "--time is set .*; give --time without --sbatch"), ("-t 5", "-t is .*; give --time without"),
+    ("-N2", "-N is .*; give --nodes without"), ("--ntasks=4", "--ntasks is .*; give --ranks-per-node without"),
+    ("--out=x", "--output is .*; give run.dir=FOLDER without"), ("-J a", "-J is .*; give run.name=NAME without"),
+    ("--signal=TERM", "--signal is .*; give --signal-before without"),
+    ("--array=0-3", "--array is .*; submit a copy of a script of .*slurm_scripts"),
+    ("--constraint=x --array=0-3", "--array is "), ("-M other", "-M is .*; submit a copy")])
+def test_options_that_the_launcher_needs_itself_are_refused(here, capsys, option, told):
+    message = refused(capsys, "smoke", "--nodes", "1", f"--sbatch={option}")
+    assert f"--sbatch {option!r}: " in message and re.search(told, message)
+
+
+@pytest.mark.parametrize("option", ["--mem=100G", "--nodelist=n1", "--time-min=5", "--gres=gpu:2", "-x n2",
+                                    "--comment='not an -n 4'", "--wait-all-nodes=1"])
+def test_other_options_of_sbatch_are_passed_on(here, capsys, option):
+    assert option in options(dry(capsys, "smoke", "--nodes", "1", f"--sbatch={option}"))
 
 
 def test_a_python_that_the_node_lacks_is_replaced_and_a_given_one_is_not(here, capsys, monkeypatch):
@@ -251,9 +399,35 @@ def test_the_plain_scripts_are_valid_and_agree():
         assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= set(options(path.read_text()))
     bodies = {name: text.partition(launcher.END)[2] for name, text in names.items()}
     assert bodies["retention"] == bodies["retention_array"] != ""
-    for function in ("was_preempted", "requeue", "wait_for"):
-        found = {re.search(rf"^{function}\(\) .*?^}}\n", body, re.MULTILINE | re.DOTALL)[0] for body in bodies.values()}
-        assert len(found) == 1
+    for function in ("was_preempted", "wait_for"):
+        assert len({function_of(body, function) for body in bodies.values()}) == 1
+    for function in ("requeue", "checkpoints", "run_setup"):
+        assert function_of(bodies["rl"], function) == function_of(bodies["finetune"], function)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_recipe_of_a_plain_script_uses_its_gpus(path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "42")
+    given = dict(option.split("=", 1) for option in options(path.read_text()) if "=" in option)
+    gpus, found = int(given["--gpus-per-node"]), settings(path.read_text(), "command", "folder")
+    nodes = [Node(address=str(number), gpus=gpus) for number in range(int(given["--nodes"]))]
+    command, recipe, *overrides = found["command"]
+    if command == "retention":
+        matrix = load_recipe(recipe, [each for each in overrides if "=" in each], RetentionRecipe)
+        parts = [load_training(part.recipe, part.overrides)
+                 for part in (*matrix.policies.values(), *matrix.downstream.values())]
+        assert max(sum(bundle.gpus for bundle, _ in assign(bundles_of(part), nodes)) for part in parts) == gpus
+        if "--array" in given:
+            first, last = map(int, given["--array"].split("-"))
+            assert load_recipe(recipe, [], RetentionRecipe).seeds == list(range(first, last + 1))
+        return
+    training = load_training(recipe, overrides)
+    assert command == training.COMMAND and training.run.device == "cuda"
+    assert found["folder"] == [f"{training.run.dir}/slurm"]
+    if path.stem == "rl":
+        assert sum(bundle.gpus for bundle, _ in assign(bundles_of(training), nodes)) == gpus * len(nodes)
+    else:
+        assert int(given["--ntasks-per-node"]) == gpus
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

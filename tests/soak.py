@@ -155,6 +155,19 @@ class Soak:
         """Stop a run that goes on without the second machine; `wait_for_step` starts it again."""
         if not processes_named(self.nb, ENGINE):
             self.stop()
+            self.join_again()
+
+    def join_again(self) -> None:
+        """Let the second machine join the cluster, if the cluster has lost it: Ray ends on a node that was away."""
+        deadline = time.monotonic() + LIMIT_S
+        while not self.has_both():
+            assert time.monotonic() < deadline, "the second machine does not join the cluster"
+            if not processes_named(self.nb, "raylet/raylet"):
+                self.nb.join(self.na, self.token)
+            time.sleep(5)
+
+    def has_both(self) -> bool:
+        return self.na.run("ray", "status", environ=self.environ).stdout.count(" node_") == 2
 
     def stop(self) -> None:
         """Stop the run after its step, if it runs."""
@@ -221,8 +234,6 @@ def cut_network(soak: Soak) -> Fault:
         soak.nb.cable("down")
         time.sleep(random.choice([1, 5, 15, 40]))
         soak.nb.cable("up")
-        if not processes_named(soak.nb, "raylet/raylet"):  # Ray ends on a node that was away for long
-            soak.nb.join(soak.na, soak.token)
 
     return fault
 

@@ -149,7 +149,7 @@ class Soak:
         """Wait until the run is in this phase, and then for a random part of the phase's last duration."""
         row = json.loads(lines(self.run / "metrics.jsonl")[-1])
         until(lambda: self.moment() == phase, 60, poll_s=0.001)
-        time.sleep(chance.uniform(0, row.get(f"time/{phase}", 0.1)))
+        time.sleep(chance.uniform(0, row.get(f"time/{phase}", 0.02)))
 
     def back_on_both(self) -> None:
         """Stop a run that goes on without the second machine; `wait_for_step` starts it again."""

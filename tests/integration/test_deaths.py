@@ -48,12 +48,15 @@ def ended_alike(folder, alone) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_a_run_whose_learner_rank_is_killed_goes_on_from_its_checkpoint(alone):
-    folder = alone.parent / "rank_killed"
+def test_a_run_whose_engine_and_then_a_rank_are_killed_goes_on(alone):
+    folder = alone.parent / "killed"
     run = start(folder)
-    wait_for_step_3(run, folder)
+    wait_for_step(1, run, folder)
+    kill(run, "_EngineActor")
+    wait_for_step(3, run, folder)  # the newest checkpoint is of step 2
     kill(run, "_LearnerActor")
     goes_on_from_checkpoint(run, folder, alone)
+    assert folder.with_suffix(".log").read_text(encoding="utf-8").count("starting engine 0 again") == 1
 
 
 @LONG
@@ -61,15 +64,14 @@ def test_a_run_whose_learner_rank_is_killed_goes_on_from_its_checkpoint(alone):
 def test_a_run_whose_learner_rank_hangs_goes_on_from_its_checkpoint(alone):
     folder = alone.parent / "rank_hung"
     run = start(folder, "learner.timeout_s=20")
-    wait_for_step_3(run, folder)
+    wait_for_step(3, run, folder)
     process_of(run, "_LearnerActor").suspend()
     goes_on_from_checkpoint(run, folder, alone)
     assert "no answer within 20 s from learner rank" in folder.with_suffix(".log").read_text(encoding="utf-8")
 
 
-def wait_for_step_3(run, folder) -> None:
-    """Its newest checkpoint is of step 2."""
-    while steps_done(folder) < 3:
+def wait_for_step(step, run, folder) -> None:
+    while steps_done(folder) < step:
         assert run.poll() is None, folder.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
         time.sleep(0.01)
 
@@ -81,6 +83,7 @@ def goes_on_from_checkpoint(run, folder, alone) -> None:
     ended_alike(folder, alone)
 
 
+@LONG
 @pytest.mark.timeout(600)
 def test_a_run_whose_engine_is_killed_again_and_again_is_not_disturbed(alone):
     undisturbed, folder = alone.parent / "long", alone.parent / "engine_killed"

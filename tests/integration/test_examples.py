@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 from frpo.config.loader import load_recipe
 from frpo.learner.tiny import tiny_model
-from runs import metrics
+from runs import LONG, metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -69,6 +69,7 @@ def test_an_objective_in_a_file_of_ones_own(place):
     assert metrics(place / "runs" / "own_objective")[-1]["step"] == 8
 
 
+@LONG
 def test_the_notebook(place):
     """Its cells run in a kernel of their own; functions of a cell reach the workers by value."""
     book = nbformat.read(place / "examples" / "python.ipynb", as_version=4)

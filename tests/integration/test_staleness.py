@@ -9,7 +9,7 @@ import pytest
 from frpo.config.loader import load_recipe
 from frpo.data.prompts import PromptStream
 from frpo.run.build import check_prompts
-from runs import STEPS, finish, kill_in_step, lines, metrics, overrides_of, start
+from runs import LONG, STEPS, finish, kill_in_step, lines, metrics, overrides_of, start
 
 UPDATES = 2
 """Optimizer updates of a step, and so the versions between two steps' policies."""
@@ -19,6 +19,7 @@ def traces(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines(folder / "traces.jsonl")]
 
 
+@LONG
 @pytest.mark.timeout(300)
 def test_a_run_killed_while_batches_wait_loses_and_repeats_no_prompt(alone):
     k = 2

@@ -115,6 +115,7 @@ def test_a_node_that_does_not_see_the_run_or_has_another_frpo_is_refused_by_name
     assert nb.run("umount", str(package)).returncode == 0
 
 
+@LONG
 def test_a_lost_node_ends_nothing(cluster_of_two, alone):
     """The last test: it kills a machine, with a rank and the engine, in the middle of a step."""
     na, nb, _, environ = cluster_of_two

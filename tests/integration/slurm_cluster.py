@@ -56,8 +56,16 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd.%n.log
-PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP GraceTime=60 PriorityTier=1
 """
+PREEMPTION = """
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10
+"""
+"""Lines of slurm.conf by which a job of the partition `urgent` sends main's away, after their own signal."""
+
 NODE = "NodeName={name} NodeAddr={address} CPUs=2 RealMemory=2000 State=UNKNOWN\n"
 
 
@@ -100,8 +108,11 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def running() -> Iterator[Slurm]:
-    """Run a private Slurm of two nodes within the context. Its daemons end by their pid files."""
+def running(more: str = "") -> Iterator[Slurm]:
+    """Run a private Slurm of two nodes within the context. Its daemons end by their pid files.
+
+    more: further lines of slurm.conf.
+    """
     # The socket's path may not exceed 107 characters: pytest's own folders are too deep.
     folder = Path(tempfile.mkdtemp(prefix="frpo-slurm-")).resolve()
     folder.chmod(0o755)
@@ -116,7 +127,7 @@ def running() -> Iterator[Slurm]:
             lines = "".join(NODE.format(name=machine.name, address=machine.address) for machine in made)
             controller = f"{made[0].name}({made[0].address})"
             (folder / "slurm.conf").write_text(
-                lines + CONF.format(folder=folder, controller=controller, nodes=",".join(NODES)))
+                lines + CONF.format(folder=folder, controller=controller, nodes=",".join(NODES)) + more)
             slurm = Slurm(nodes=made, environment=_environment(folder))
             slurm.command("munged", "--force", "--num-threads=2",  # one serves all: its socket is on their common disk
                           *(f"--{option}={folder / 'munge' / name}" for option, name in munge.items()))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runs import LONG, REWARD, lines, metrics, overrides_of
-from slurm_cluster import Slurm, running, until, why_not
+from slurm_cluster import PREEMPTION, Slurm, running, until, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -213,6 +213,40 @@ def test_a_job_killed_at_its_time_limit_is_gone_on_with_by_the_same_command(slur
     launched = launch(slurm, folder, *given)
     assert launched.finish() == 0, launched.told()[-3000:]
     assert metrics(folder) == metrics(alone)
+
+
+@LONG
+@pytest.mark.timeout(600)
+def test_a_job_goes_on_without_a_node_that_is_lost(place, alone):
+    """The engine's node: a new engine starts on the first one. A Slurm of its own, since the node does not return."""
+    with running() as slurm:
+        launched = launch(slurm, place / "lost", *training(slurm, place / "lost"))
+        until(lambda: len(lines(launched.folder / "metrics.jsonl")) > 1, 200, launched.process)
+        slurm.nodes[1].kill()
+        Path(slurm.environment["SLURM_CONF"]).with_name("slurmd.n2.pid").unlink()
+        assert launched.finish() == 0, launched.told()[-3000:]
+        assert metrics(launched.folder) == metrics(alone)
+        assert launched.nothing_left()
+
+
+@LONG
+@pytest.mark.timeout(600)
+def test_a_preempted_job_saves_first_where_slurm_sends_it_the_signal(place, alone):
+    with running(PREEMPTION) as slurm:
+        launched = launch(slurm, place / "preempted", *training(slurm, place / "preempted"))
+        until(lambda: len(lines(launched.folder / "metrics.jsonl")) > 1, 200, launched.process)
+        number = launched.number()
+        urgent = slurm.command("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive",
+                               "--output=/dev/null", "--wrap=sleep 1").strip()
+        until(lambda: slurm.job(number)["JobState"] == "PENDING", 100, launched.process)
+        reached = len(metrics(launched.folder)) - 1
+        assert "frpo: stopped after step " in launched.told() and 0 < reached < 6
+        assert (launched.folder / "checkpoints" / f"step_{reached:06d}" / "COMPLETE").is_file()
+        until(lambda: slurm.job(urgent)["JobState"] == "COMPLETED", 100)
+        time.sleep(2)
+        slurm.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+        assert launched.finish() == 0, launched.told()[-3000:]
+        assert metrics(launched.folder) == metrics(alone)
 
 
 @pytest.mark.timeout(200)

@@ -22,6 +22,7 @@ from frpo.config.reference import key_reference
 from frpo.config.retention import RetentionRecipe
 from frpo.config.text import as_yaml
 from frpo.errors import FrpoError, StorageError
+from frpo.imports import quick_imports
 from frpo.run import stop_request
 from frpo.run.checkpoint import CheckpointStore, finished_line
 from frpo.storage import full_disk
@@ -72,14 +73,16 @@ def reward_model(parsed: argparse.Namespace) -> int:
 
 def evaluate(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    from frpo.evaluation.model import run_evaluate
+    with quick_imports():
+        from frpo.evaluation.model import run_evaluate
 
     return run_evaluate(recipe, parsed.model, parsed.json)
 
 
 def rollout(parsed: argparse.Namespace) -> int:
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    from frpo.commands.rollout import run_rollout
+    with quick_imports():
+        from frpo.commands.rollout import run_rollout
 
     return run_rollout(recipe, parsed.steps, parsed.output)
 
@@ -138,7 +141,8 @@ def _several(parsed: argparse.Namespace, recipe: RetentionRecipe) -> int:
     from frpo.downstream.plan import make_plan
 
     plan = make_plan(recipe, Path(parsed.recipe).parent)
-    from frpo.downstream.command import check_and_show, run_part, run_retention
+    with quick_imports():
+        from frpo.downstream.command import check_and_show, run_part, run_retention
 
     if getattr(parsed, "part", False):
         return run_part(plan)
@@ -159,7 +163,8 @@ def report(parsed: argparse.Namespace) -> int:
 
 
 def quickstart(parsed: argparse.Namespace) -> int:
-    from frpo.commands.quickstart import run_quickstart
+    with quick_imports():
+        from frpo.commands.quickstart import run_quickstart
 
     return run_quickstart(parsed.overrides, parsed.model)
 
@@ -237,7 +242,8 @@ def _train(recipe: AnyRecipe, dry_run: bool) -> int:
     elif not launched() and (done := finished_line(recipe)):  # ranks of a launcher wait for one another
         print(done)
     else:
-        from frpo.loops.training import run_training
+        with quick_imports():
+            from frpo.loops.training import run_training
 
         run_training(recipe)
     return 0

@@ -4,6 +4,7 @@ Under `-n` integration tests go to two workers: one shares a Ray, its ranks and 
 whole runs, which start everything themselves, are the other's. Neither keeps two cores busy alone. All other tests
 follow, file by file.
 """
+import gc
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,17 @@ import torch
 
 torch.set_num_threads(1)
 
-WHOLE_RUNS = {"test_deaths", "test_first_command", "test_launchers_two_nodes", "test_lost_gpu_node", "test_machine",
-              "test_ray_job", "test_resume", "test_retention", "test_rollout_only", "test_slurm", "test_staleness",
-              "test_two_nodes"}
+WHOLE_RUNS = {"test_deaths", "test_first_command", "test_launcher_ranks", "test_launchers_two_nodes",
+              "test_lost_gpu_node", "test_machine", "test_ray_job", "test_resume", "test_retention",
+              "test_rollout_only", "test_slurm", "test_staleness", "test_two_nodes"}
+
+
+def pytest_configure():
+    gc.disable()  # collecting tests makes objects that last
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

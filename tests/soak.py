@@ -269,7 +269,7 @@ def second_run(soak: Soak) -> Fault:
     return fault
 
 
-ENGINE, RANK, REWARDS = "_EngineActor", "_LearnerActor", "frpo.rewards.serving"
+ENGINE, RANK, REWARDS = "EngineActor", "LearnerActor", "frpo.rewards.serving"
 """Parts of the names of the run's processes."""
 
 FAULTS: dict[str, Callable[[Soak], Fault]] = {

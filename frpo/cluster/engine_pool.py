@@ -10,18 +10,18 @@ from typing import Any, cast
 import numpy as np
 import ray
 
-from frpo.cluster.actor_logs import begin_in
+from frpo.cluster.actors import EngineActor
 from frpo.cluster.device import check_backend, check_cpu_engines
 from frpo.cluster.gpu_turns import GpuTurns, NoTurns
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus, known_nodes
-from frpo.cluster.runtime import ActorDeadError, NamedActor, Node, log_path, node_here, result_of, wait_for
-from frpo.config.loader import dump_recipe, recipe_from_dict
+from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, result_of, wait_for
+from frpo.config.loader import dump_recipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError, EngineError, LostNodeError
 from frpo.rollout.assignment import Assignment
 from frpo.rollout.construction import environment
-from frpo.rollout.engine import GroupRequest, RolloutEngine, Sampling
+from frpo.rollout.engine import GroupRequest, Sampling
 from frpo.types import RolloutGroup
 
 SAMPLING, SAMPLERS = "sampling", 32
@@ -37,19 +37,6 @@ counts as hung.
 
 LOOK_S = 1.0
 """Seconds between two looks whether the run is ending, while no group finishes."""
-
-
-class _EngineActor(RolloutEngine):
-    """A RolloutEngine built from a dumped recipe, because Ray constructs actors from plain values."""
-
-    def __init__(self, recipe: dict[str, Any], model_path: str, device: str, index: int, folder: str = ".",
-                 log: str | None = None):
-        """folder, log: see `begin_in`."""
-        begin_in(folder, log)
-        super().__init__(recipe_from_dict(recipe), model_path, device, index)
-
-    def node(self) -> Node:
-        return node_here()
 
 
 class EnginesLostError(ActorDeadError):
@@ -86,7 +73,7 @@ class EnginePool:
         shown = options.get("runtime_env", {}).get("env_vars", {})
         options["runtime_env"] = {"env_vars": environment(recipe.rollout, self.device) | shown}
         threads = {SAMPLING: SAMPLERS, HEALTH: 1}
-        actor = cast(Any, ray.remote)(concurrency_groups=threads)(_EngineActor).options(**options)
+        actor = cast(Any, ray.remote)(concurrency_groups=threads)(EngineActor).options(**options)
         log = None if self.logs is None else str(self.logs.absolute() / f"rollout_engine_{index}.log")
         handle = actor.remote(dump_recipe(recipe), self.model_path, self.device, index, os.getcwd(), log)
         named = NamedActor(name=f"rollout engine {index}", handle=handle,

@@ -18,9 +18,6 @@ from frpo.objectives.supervised import Progress
 from frpo.telemetry.sums import MetricSums
 from frpo.types import Comparison, MicroBatch, OptimStepOutput, RolloutGroup, SampleId
 
-PUSH_GRACE_S = 10.0
-"""Seconds that the ranks have beyond weight_sync.timeout_s, so that rank 0 first names an engine that hangs."""
-
 
 class LearnerGroup:
     """The learner's interface for the controller. Construction connects the ranks and loads the model in all ranks."""
@@ -129,7 +126,7 @@ class LearnerGroup:
     def push_weights(self, version: int) -> None:
         self.turns.push(lambda: self.ranks.call(
             "push weights", "call", [("push_weights", version)] * self.recipe.learner.num_ranks, {},
-            self.weight_sync.timeout_s + PUSH_GRACE_S))
+            self.weight_sync.timeout_s))
 
     def make_room(self, offload: bool) -> None:
         """Call `Learner.make_room` on all ranks. This call does not start a turn of the learner."""

@@ -313,6 +313,16 @@ def reserved(recipe: AnyRecipe, device: str, *, ranks: bool = True, engines: boo
         remove_placement_group(group)
 
 
+def has_room(recipe: AnyRecipe, *, ranks: bool, engines: bool) -> bool:
+    """Return whether the cluster has free GPUs for all that the run reserves, and for its reward actors."""
+    others = [Bundle(holder="a reward actor", gpus=1, hosts=None)] * reward_gpus(recipe)
+    try:
+        assign([*bundles_of(recipe, ranks=ranks, engines=engines), *others], free_nodes())
+    except ConfigError:
+        return False
+    return True
+
+
 def _planned(bundles: Sequence[Bundle], held: int) -> list[tuple[Bundle, str]]:
     """Assign the bundles to free nodes, retrying for GRACE_S. Ray registers late that an earlier run freed its GPUs."""
     deadline = time.monotonic() + GRACE_S

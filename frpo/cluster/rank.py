@@ -17,6 +17,9 @@ from frpo.config.rollout import WeightSyncSection
 from frpo.weight_sync.addresses import reserved_port
 from frpo.weight_sync.group import served_store
 
+GRACE_S = 30.0
+"""Seconds that a call on the ranks has beyond its limit, so that a collective or an engine that hangs is told first."""
+
 
 class RankHost:
     """A process of one rank. The process starts without a learner, so rank 0 can offer its address before others
@@ -83,8 +86,8 @@ class Ranks(Protocol):
              timeout_s: float) -> list[Any]:
         """Call `RankHost.method` on every rank at once, on rank i with arguments[i]. Return the results in rank order.
 
-        Raises the error that a rank raises. Raises LostRankError if a rank dies, does not answer in time, or cannot
-        exchange data with the others.
+        Raises the error that a rank raises. Raises LostRankError if a rank dies, does not answer within `timeout_s` and
+        GRACE_S, or cannot exchange data with the others.
         """
         ...
 

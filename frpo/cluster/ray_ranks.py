@@ -8,31 +8,14 @@ from typing import Any
 
 import ray
 
-from frpo.cluster.actor_logs import begin_in
+from frpo.cluster.actors import LearnerActor
 from frpo.cluster.learner_group import LearnerGroup
 from frpo.cluster.placement import OnCpu, Places, SharedGpus
-from frpo.cluster.rank import RankHost, rank_environments
-from frpo.cluster.runtime import ActorDeadError, NamedActor, Node, log_path, node_here, wait_for
+from frpo.cluster.rank import GRACE_S, rank_environments
+from frpo.cluster.runtime import ActorDeadError, NamedActor, log_path, wait_for
 from frpo.config.loader import AnyRecipe
 from frpo.errors import LostRankError
 from frpo.telemetry.progress import phase
-
-
-class _LearnerActor(RankHost):
-    def __init__(self, folder: str, log: str | None):
-        """See `begin_in`."""
-        begin_in(folder, log)
-
-    def host(self) -> str:
-        return ray.util.get_node_ip_address()
-
-    def node(self) -> Node:
-        return node_here()
-
-    def seat(self) -> tuple[str, str]:
-        """Return (id of the node, this rank's GPU as CUDA_VISIBLE_DEVICES names it)."""
-        context = ray.get_runtime_context()
-        return context.get_node_id(), context.get_accelerator_ids()["GPU"][0]
 
 
 class RankDeadError(ActorDeadError, LostRankError):
@@ -51,7 +34,7 @@ class RayRanks:
         """places: None means the node of this process, on the CPU. logs: a folder that all nodes share; None: the
         ranks' output stays in Ray's logs.
         """
-        places, actor = places or OnCpu(), ray.remote(_LearnerActor)
+        places, actor = places or OnCpu(), ray.remote(LearnerActor)
         files = [None if logs is None else str(logs.absolute() / f"learner_rank_{rank}.log")
                  for rank in range(recipe.learner.num_ranks)]
         handles = [actor.options(**places.of_rank(rank)).remote(os.getcwd(), file) for rank, file in enumerate(files)]
@@ -73,7 +56,7 @@ class RayRanks:
              timeout_s: float) -> list[Any]:
         return wait_for(f"learner {phase}", [
             (actor, getattr(actor.handle, method).remote(*given, **kwargs))
-            for actor, given in zip(self.actors, arguments, strict=True)], timeout_s)
+            for actor, given in zip(self.actors, arguments, strict=True)], timeout_s, GRACE_S)
 
     def close(self) -> None:
         """End the processes."""

@@ -285,15 +285,18 @@ def node_here() -> Node:
     return Node(name=socket.gethostname(), address=ray.util.get_node_ip_address())
 
 
-def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float) -> list[Any]:
+def wait_for(phase: str, calls: Sequence[tuple[NamedActor, Any]], timeout_s: float, grace_s: float = 0.0
+             ) -> list[Any]:
     """Wait for one call on each actor and return the results in order.
+
+    grace_s: seconds beyond the limit in which an actor may still tell why it did not keep the limit.
 
     Raises the actor's `DEAD` or `SILENT`, naming phase and actors, if an actor dies, the limit passes, or a collective
     fails. Re-raises frpo's own errors from inside an actor. The first failure ends the wait, because other actors may
     wait long for the failed actor.
     """
     actors = {reference: actor for actor, reference in calls}
-    results, waiting, deadline = {}, list(actors), time.monotonic() + timeout_s
+    results, waiting, deadline = {}, list(actors), time.monotonic() + timeout_s + grace_s
     while waiting:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
         if not done:

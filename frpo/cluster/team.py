@@ -27,15 +27,12 @@ from torch.distributed import PrefixStore, TCPStore
 
 from frpo.cluster.device import lacking_packages, settled
 from frpo.cluster.launcher import INTERFACE, LAUNCHER, follows, interface_towards, launched
-from frpo.cluster.rank import RankHost, local_environment, local_places
+from frpo.cluster.rank import GRACE_S, RankHost, local_environment, local_places
 from frpo.config.loader import AnyRecipe
 from frpo.errors import EngineError, FrpoError
 from frpo.weight_sync.addresses import is_loopback, own_address, reserved_port
 from frpo.weight_sync.cpu_shm import memory_id
 from frpo.weight_sync.group import served_store
-
-GRACE_S = 30.0
-"""Seconds after the limit of a call until a rank that hangs ends itself. A collective that hangs raises before."""
 
 LOST_S = 60.0
 """Seconds in which rank 0's store must answer; a store that does not is on a machine out of reach."""

@@ -38,7 +38,7 @@ KINDS = (Recipe, FinetuneRecipe, RewardModelRecipe, RetentionRecipe)
 
 NOT_IN_DIGEST = {
     "run": {"name", "dir", "device", "num_steps", "save_every", "keep_last", "max_restarts",
-            "resume"},
+            "gpu_wait_s", "resume"},
     "reference": {"mode", "cache_dir"},
     "model": {"attn_implementation"},
     "rollout": {"assignment", "num_engines", "tensor_parallel_size", "threads", "block_size", "kv_cache_mb",

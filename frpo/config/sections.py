@@ -39,6 +39,8 @@ class RunSection(Section):
     max_restarts: int = Field(
         2, ge=0, description="most restarts from the newest checkpoint after a learner rank died, hung or was cut "
                              "off; one more loss ends the run")
+    gpu_wait_s: float = Field(
+        120, ge=0, description="seconds that a restart in a Ray cluster waits for free GPUs in place of lost ones")
     resume: PathText = Field(
         "auto", description="auto: continue from the newest complete checkpoint of run.dir, if any; force: the same, "
                             "even if its recipe differs; never: start anew, an error if run.dir has checkpoints; "

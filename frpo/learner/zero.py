@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -88,9 +88,24 @@ def build_policy(build: Callable[[], torch.nn.Module], learner: LearnerSection, 
     optimizer = torch.optim.AdamW(
         trainable, lr=learner.lr, betas=learner.betas, eps=learner.eps, weight_decay=learner.weight_decay,
         fused=device.type == "cuda" or offloads_optimizer(config) or None)
+    _import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
     engine.train()
     return engine
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which frpo does not use, without `torch.compile`, which would load a compiler for 2 s.
+
+    `deepspeed.initialize` imports Muon in any case.
+    """
+    compiled: Any = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        with suppress(ImportError):  # another version of DeepSpeed
+            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        torch.compile = compiled
 
 
 def build_reference(build: Callable[[], torch.nn.Module], config: dict[str, Any], device: torch.device):

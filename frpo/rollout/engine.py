@@ -14,6 +14,7 @@ import numpy as np
 
 from frpo.config.sections import Recipe
 from frpo.errors import EngineError, InvariantError
+from frpo.imports import keep_imported, quick_imports
 from frpo.rollout.construction import arguments, ends_if_broken, environment
 from frpo.rollout.episodes import Episodes, checked, completion_of, load_hook
 from frpo.rollout.hook import Client, Turn
@@ -51,8 +52,9 @@ class RolloutEngine:
 
     def __init__(self, recipe: Recipe, model_path: str, device: str, index: int = 0):
         os.environ.update(environment(recipe.rollout, device))
-        from vllm import LLM
-
+        with quick_imports():
+            from vllm import LLM
+        keep_imported()
         self.index = index
         self.llm = LLM(**arguments(recipe, model_path, device, index))
         if device == "cpu" and recipe.rollout.tensor_parallel_size > 1:

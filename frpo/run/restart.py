@@ -9,16 +9,23 @@ The ranks of a launcher end with the launcher, which may start the same command 
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from frpo.cluster.launcher import launched
 from frpo.cluster.learner_group import LearnerGroup
+from frpo.cluster.placement import has_room
+from frpo.cluster.runtime import ray_session
+from frpo.cluster.team import in_team
 from frpo.config.loader import AnyRecipe
+from frpo.config.sections import Recipe
 from frpo.errors import LostNodeError, LostRankError
 from frpo.run.journal import Journal
 from frpo.run.stop_request import stop_if_asked
+from frpo.telemetry.progress import phase
 from frpo.types import RunState
 
 logger = logging.getLogger(__name__)
@@ -56,6 +63,7 @@ def run_with_restarts(recipe: AnyRecipe, build: Callable[[Any], AbstractContextM
         stop_if_asked("after a loss")
         if parts:
             recipe = going_on(recipe, parts)
+        await_gpus(recipe)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -65,3 +73,18 @@ def going_on(recipe: AnyRecipe, parts: LiveRun) -> AnyRecipe:
     if parts.journal.checkpoints.saved and recipe.run.resume != "force":
         changes["resume"] = "auto"
     return recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
+
+
+def await_gpus(recipe: AnyRecipe) -> None:
+    """Wait until the cluster of RAY_ADDRESS has free GPUs for this run, at most `run.gpu_wait_s`.
+
+    If it still has none, the next start tells what is missing.
+    """
+    if recipe.run.device != "cuda" or "RAY_ADDRESS" not in os.environ:
+        return
+    limit_s, samples = recipe.run.gpu_wait_s, isinstance(recipe, Recipe) and recipe.rollout.replay is None
+    with ray_session(), phase(f"looking for free GPUs, at most {limit_s:g} s (run.gpu_wait_s)"):
+        deadline = time.monotonic() + limit_s
+        while not has_room(recipe, ranks=not in_team(recipe), engines=samples) and time.monotonic() < deadline:
+            time.sleep(1.0)
+            stop_if_asked("after a loss")

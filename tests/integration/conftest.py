@@ -1,14 +1,12 @@
 """One Ray for all integration tests, and one small loop that the tests of pushes and failures share."""
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from frpo.cluster.learner_group import LearnerGroup
-from frpo.cluster.ray_ranks import ray_learner
-from frpo.cluster.runtime import ray_session, wait_for
-from frpo.config.loader import AnyRecipe, dump_recipe
+from frpo.cluster.ray_ranks import RayRanks
+from frpo.cluster.runtime import ray_session
+from frpo.config.loader import AnyRecipe
 from loop import RunningLoop, random_model, small_recipe, splitting_strategy
 from runs import REWARD, finish
 
@@ -42,24 +40,22 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def learner_of(ray_cluster):
-    """(recipe, model) -> its learner ranks, built anew in processes that earlier recipes of as many ranks started."""
-    running: dict[int, LearnerGroup] = {}
+def ranks_of(ray_cluster):
+    """recipe -> the processes of its learner ranks, which all recipes of as many ranks share."""
+    running: dict[int, RayRanks] = {}
 
-    def build(recipe: AnyRecipe, path: str) -> LearnerGroup:
+    def started(recipe: AnyRecipe) -> RayRanks:
         count = recipe.learner.num_ranks
         if count not in running:
-            running[count] = ray_learner(recipe, path, "cpu")
-            return running[count]
-        learner = running[count]
-        values = (type(recipe), dump_recipe(recipe), path, "cpu", {})
-        calls = [(a, a.handle.build.remote(*values)) for a in learner.ranks.actors]
-        wait_for("rebuild", calls, recipe.learner.startup_timeout_s)
-        section, learner.recipe = recipe.learner, recipe
-        learner.layout = replace(
-            learner.layout, micro_batch_tokens=section.micro_batch_tokens, packed=section.packing)
-        return learner
+            running[count] = RayRanks(recipe, "cpu")
+        return running[count]
 
-    yield build
-    for learner in running.values():
-        learner.close()
+    yield started
+    for ranks in running.values():
+        ranks.close()
+
+
+@pytest.fixture(scope="session")
+def learner_of(ranks_of):
+    """(recipe, model) -> its learner, built anew in the shared ranks."""
+    return lambda recipe, path: LearnerGroup(recipe, path, "cpu", ranks_of(recipe))

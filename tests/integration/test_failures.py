@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from frpo.cluster import engine_pool, runtime
+from frpo.cluster import engine_pool, ray_ranks, runtime
 from frpo.cluster.runtime import NamedActor, wait_for
 from frpo.config.loader import load_recipe
 from frpo.errors import ConfigError, EngineError, InvariantError, LostRankError
@@ -174,7 +174,8 @@ def test_a_collective_that_hangs_names_who_gives_no_answer(ray_cluster, monkeypa
 
 
 @pytest.mark.timeout(120)
-def test_a_rank_that_hangs_is_a_loss_that_a_run_goes_on_after(loop):
+def test_a_rank_that_hangs_is_a_loss_that_a_run_goes_on_after(loop, monkeypatch):
+    monkeypatch.setattr(ray_ranks, "GRACE_S", 0.5)
     loop.push()
     hung = pid_of(loop.learner.ranks.actors[1])
     os.kill(hung, signal.SIGSTOP)
@@ -275,4 +276,4 @@ def with_each_rank(loop, function):
 
 def engine_processes():
     """Processes of rollout engines below this one."""
-    return {child.pid for child in psutil.Process().children(recursive=True) if "_EngineActor" in child.name()}
+    return {child.pid for child in psutil.Process().children(recursive=True) if "EngineActor" in child.name()}

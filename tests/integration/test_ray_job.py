@@ -51,7 +51,7 @@ SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_
          "model.tiny.warm_start.steps=0", "data.heldout=8", "evaluate.samples=1", "rollout.prompts_per_step=8",
          "rollout.group_size=4", "run.num_steps=2", "learner.num_ranks=1")
 
-RUN = ("-m frpo train", "frpo.rewards.serving", "_EngineActor", "_LearnerActor")
+RUN = ("-m frpo train", "frpo.rewards.serving", "EngineActor", "LearnerActor")
 """What the processes of a run are called: its driver, a reward's, an engine's, a rank's."""
 
 

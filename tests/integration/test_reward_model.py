@@ -22,7 +22,7 @@ from frpo.data.preferences import load_pairs
 from frpo.lab import preferences
 from frpo.learner.model import load_tokenizer
 from frpo.loops.reward_model import RewardModelTrainer
-from frpo.run.build_finetune import build_finetune
+from frpo.run.build_finetune import check_finetune, finetune_on
 from loop import random_model, splitting_strategy
 from runs import lines, metrics
 
@@ -114,9 +114,9 @@ def overrides(place: Path, name: str, *more: str) -> list[str]:
             f"run.num_epochs={UPDATES // 3}", "run.save_every=3", "evaluate.every=3", *more]
 
 
-def in_ray(place: Path, name: str, *more: str) -> Path:
+def in_ray(ranks_of, place: Path, name: str, *more: str) -> Path:
     recipe = load_recipe("lab_cost_model", overrides(place, name, "learner.ranks=ray", *more), RewardModelRecipe)
-    with build_finetune(recipe) as parts:
+    with finetune_on(ranks_of(recipe), "cpu", recipe, check_finetune(recipe), recipe.model.path) as parts:
         RewardModelTrainer(parts).fit()
     return place / name
 
@@ -129,9 +129,9 @@ def launched(place: Path, name: str) -> subprocess.Popen:
 
 
 @pytest.mark.timeout(300)
-def test_ranks_of_ray_and_of_a_launcher_that_was_killed_compute_the_same(ray_cluster, place):
+def test_ranks_of_ray_and_of_a_launcher_that_was_killed_compute_the_same(ranks_of, place):
     """To the bit, two ranks each. One process differs by rounding."""
-    two = in_ray(place, "two", "learner.num_ranks=2")
+    two = in_ray(ranks_of, place, "two", "learner.num_ranks=2")
     process = launched(place, "killed")
     while not (place / "killed" / "checkpoints" / "step_000003" / "COMPLETE").is_file() or (
             len(lines(place / "killed" / "metrics.jsonl")) < 5):
@@ -145,15 +145,15 @@ def test_ranks_of_ray_and_of_a_launcher_that_was_killed_compute_the_same(ray_clu
     resumed = launched(place, "killed")
     assert resumed.wait(timeout=120) == 0, (place / "killed.log").read_text(encoding="utf-8")[-3000:]
     assert metrics(place / "killed") == metrics(two)
-    one = in_ray(place, "one", "learner.packing=false")
+    one = in_ray(ranks_of, place, "one", "learner.packing=false")
     for row, same in zip(metrics(one), metrics(two), strict=True):
         assert row == pytest.approx(same, rel=1e-3, abs=1e-5)
     assert metrics(two)[-1]["preference/sign_accuracy"] > metrics(two)[1]["preference/sign_accuracy"]
 
 
 @pytest.mark.timeout(240)
-def test_adapters_train_the_head_whole_and_peft_reads_both(ray_cluster, place):
-    folder = in_ray(place, "lora", "model.lora={r: 4}", "learner.num_ranks=2") / "export"
+def test_adapters_train_the_head_whole_and_peft_reads_both(ranks_of, place):
+    folder = in_ray(ranks_of, place, "lora", "model.lora={r: 4}", "learner.num_ranks=2") / "export"
     base = AutoModelForSequenceClassification.from_pretrained(place / "model", num_labels=1, dtype=torch.float32)
     base.config.pad_token_id = 0
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()

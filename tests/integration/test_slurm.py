@@ -36,7 +36,7 @@ def dear(completions, **columns):
 calls = []
 """
 
-RUN = ("raylet/raylet", "gcs_server", "-m frpo train", "_EngineActor", "_LearnerActor")
+RUN = ("raylet/raylet", "gcs_server", "-m frpo train", "EngineActor", "LearnerActor")
 """What the processes of a job are called: Ray's own, a run's driver, an engine's, a rank's."""
 
 

@@ -12,7 +12,7 @@ from frpo.report.curve import read_metrics
 pytestmark = pytest.mark.timeout(600)
 
 SHORT = ("run.num_steps=3", "rollout.prompts_per_step=16", "data.heldout=32",
-         "model.tiny.warm_start.steps=200")
+         "model.tiny.warm_start.steps=100")
 
 
 @pytest.fixture(scope="module")

@@ -44,20 +44,20 @@ def model(tmp_path_factory):
 
 def rl_recipe(model: Path):
     return load_recipe("smollm2_constraints", [
-        f"model.path={model}", f"run.dir={model.parent / 'rl'}", "run.num_steps=2", "run.save_every=0",
+        f"model.path={model}", f"run.dir={model.parent / 'rl'}", "run.num_steps=1", "run.save_every=0",
         "data.heldout_path=null", "data.heldout=2", "evaluate.samples=1", "rollout.prompts_per_step=2",
         "rollout.group_size=4", "rollout.max_new_tokens=24", "rollout.threads=1", "learner.threads=1",
         "learner.micro_batch_tokens=256", "learner.warmup_steps=0"])
 
 
 def sft_recipe(model: Path):
-    """Three updates on four rows, from what reinforcement learning has made."""
+    """Two updates on four rows, from what reinforcement learning has made."""
     rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
             for asked, said in ANSWERS.items()]
     (model.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return load_recipe("finetune_gsm8k", [
         "model.tiny=null", f"model.path={model.parent / 'rl' / 'export'}", f"run.dir={model.parent / 'sft'}",
-        "run.num_epochs=3", "run.save_every=0", f"data.path={model.parent / 'rows.jsonl'}", "data.limit=null",
+        "run.num_epochs=2", "run.save_every=0", f"data.path={model.parent / 'rows.jsonl'}", "data.limit=null",
         "data.heldout=0", "data.batch_size=4", "model.max_length=64", "objective=sft",
         "learner.lr=1e-4", "learner.micro_batch_tokens=128", "learner.ranks=ray",
         "learner.warmup_steps=0"], FinetuneRecipe)
@@ -120,7 +120,7 @@ def test_it_is_trained_pushed_fine_tuned_and_exported(model, ray_cluster):
     assert {tokenizer.decode([t for t, loss in zip(*pair) if loss]).strip() for pair in learned} == {
         f"{said}<|im_end|>" for said in ANSWERS.values()}
     losses = [row["sft/nll"] for row in metrics(model.parent / "sft") if "sft/nll" in row]
-    assert len(losses) == 3 and losses[2] < losses[0] - 0.3
+    assert len(losses) == 2 and losses[1] < losses[0] - 0.3
 
     served = [list(group.completions[0].token_ids) for group in greedy]
     assert answers("transformers", model.parent / "rl" / "export", prompts) == served

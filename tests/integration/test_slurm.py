@@ -158,7 +158,7 @@ def test_a_run_that_fails_gives_its_exit_code_and_keeps_the_logs(slurm, place):
     (place / "broken").mkdir()
     (place / "broken" / "reward.py").write_text(BROKEN)
     folder = place / "broken" / "run"
-    launched = launch(slurm, folder, *training(slurm, folder))
+    launched = launch(slurm, folder, *training(slurm, folder), "learner.num_ranks=1")
     launched.until_processes(*RUN)
     assert launched.finish() == 2, launched.told()[-3000:]
     assert "RewardCallError: reward 'spread'" in launched.told()
@@ -172,7 +172,8 @@ def test_a_run_that_fails_gives_its_exit_code_and_keeps_the_logs(slurm, place):
 
 @pytest.mark.timeout(300)
 def test_a_cancelled_job_leaves_nothing(slurm, place):
-    launched = launch(slurm, place / "cancelled", *training(slurm, place / "cancelled"), "run.num_steps=100000")
+    launched = launch(slurm, place / "cancelled", *training(slurm, place / "cancelled"), "run.num_steps=100000",
+                      "learner.num_ranks=1")
     until(lambda: lines(launched.folder / "metrics.jsonl"), 200, launched.process)
     launched.until_processes(*RUN)
     slurm.command("scancel", launched.number())

@@ -110,10 +110,15 @@ RESERVE = """
 import json, os, sys
 import ray
 from frpo.cluster.placement import free_nodes, reserved
-from frpo.cluster.ray_ranks import RayRanks
+from frpo.cluster import ray_ranks
 from frpo.config.loader import load_recipe
 from frpo.errors import ConfigError
 
+class Idle(ray_ranks.LearnerActor):
+    def __init__(self, folder, log):  # imports nothing
+        pass
+
+ray_ranks.LearnerActor = Idle
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 ray.init(num_gpus=4, num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
 
@@ -124,7 +129,7 @@ def shown():
 def look(*overrides):
     recipe = load_recipe("smoke", ["learner.num_ranks=2", *overrides])
     with reserved(recipe, "cuda") as places:
-        ranks = RayRanks(recipe, "cuda", places)
+        ranks = ray_ranks.RayRanks(recipe, "cuda", places)
         seats = ray.get([actor.handle.seat.remote() for actor in ranks.actors])
         engines = ray.get([shown.options(**places.of_engine(index)).remote()
                            for index in range(recipe.rollout.num_engines)])

@@ -29,6 +29,7 @@ from frpo.config.preference import RewardModelRecipe
 from frpo.config.retention import RetentionRecipe
 from frpo.config.sections import Recipe
 from frpo.errors import ConfigError
+from frpo.imports import quick_imports
 from frpo.loading import file_being_loaded
 from frpo.run.checkpoint import finished_line
 from frpo.telemetry.jsonl import read_rows
@@ -128,7 +129,8 @@ def evaluate(model: str | Path | Result, recipe: Source, *overrides: str) -> Eva
 
     Returns metrics, and the completions with their rewards.
     """
-    from frpo.evaluation.model import evaluate_model
+    with quick_imports():
+        from frpo.evaluation.model import evaluate_model
 
     _prepare()
     path = model.export if isinstance(model, Result) else model
@@ -140,8 +142,9 @@ def retention(recipe: Source, *overrides: str, jobs: int = 1) -> Results:
 
     jobs: processes over which the seeds are spread. A stage that fails is among the results' `failures`.
     """
-    from frpo.downstream.command import run_matrix
-    from frpo.downstream.plan import make_plan
+    with quick_imports():
+        from frpo.downstream.command import run_matrix
+        from frpo.downstream.plan import make_plan
 
     _prepare()
     folder = Path(recipe).parent if isinstance(recipe, str | Path) else Path()
@@ -169,8 +172,9 @@ class Steps:
     """A running training, one step at a time. See `steps`."""
 
     def __init__(self, recipe: Recipe):
-        from frpo.loops.rl import Trainer
-        from frpo.run.build import build
+        with quick_imports():
+            from frpo.loops.rl import Trainer
+            from frpo.run.build import build
 
         self.recipe = recipe
         self._stack = ExitStack()
@@ -218,8 +222,9 @@ class Steps:
 
 
 def _trained(recipe: AnyRecipe) -> Result:
-    from frpo.cluster.launcher import launched
-    from frpo.loops.training import run_training
+    with quick_imports():
+        from frpo.cluster.launcher import launched
+        from frpo.loops.training import run_training
 
     _prepare(ranks=True)
     if not launched() and (done := finished_line(recipe)):

@@ -22,7 +22,8 @@ def table_of_rooms() -> list[list[str]]:
 ENGINES = {"deepspeed": {"learner"}, "ray": {"cluster"}, "vllm": {"rollout", "weight_sync"}}
 """The only areas that know an engine."""
 
-PURE = {"types", "errors", "held", "storage", "loading", "telemetry", "objectives", "rewards", "kernels", "config"}
+PURE = {"types", "errors", "held", "storage", "loading", "imports", "telemetry", "objectives", "rewards", "kernels",
+        "config"}
 """Areas that load on any machine: no engine and no transformers."""
 
 BY_NAME = {SOURCE / "rewards" / name for name in ("scorer.py", "scorer_model.py")}

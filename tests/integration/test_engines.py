@@ -29,6 +29,7 @@ from loop import (
     splitting_strategy,
 )
 from parity_matrix import LIMIT
+from runs import LONG
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -218,8 +219,8 @@ def test_weights_that_land_in_place_are_those_of_a_staged_push(two, recipe_of):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("method, at, action", [
     ("begin_init_weight_transfer_engine", 1, "fail"), ("start_weight_update", 1, "fail"),
-    ("begin_update_weights", 1, "fail"), ("begin_update_weights", 3, "fail"), ("finish_weight_update", 1, "fail"),
-    ("begin_update_weights", 3, "kill an engine")])
+    pytest.param("begin_update_weights", 1, "fail", marks=LONG), ("begin_update_weights", 3, "fail"),
+    pytest.param("finish_weight_update", 1, "fail", marks=LONG), ("begin_update_weights", 3, "kill an engine")])
 def test_a_push_in_place_that_breaks_off_is_healed_by_new_engines(two, recipe_of, method, at, action):
     """What is a mixture never serves. Where the push broke off before any weight moved, the engines stay."""
     if two.recipe.weight_sync.staged is not False:
@@ -263,7 +264,7 @@ def test_a_mixture_refuses_to_serve(two, recipe_of):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("backend", ["gloo", "cpu_shm"])
+@pytest.mark.parametrize("backend", [pytest.param("gloo", marks=LONG), "cpu_shm"])
 def test_an_engine_of_two_workers_agrees_with_the_learner(parallel, recipe_of, backend):
     if parallel.recipe.weight_sync.backend != backend:
         parallel.become(*recipe_of(tensor_parallel_size=2, backend=backend))

@@ -61,6 +61,7 @@ def test_the_loop_is_driven_by_hand(place):
     assert (place / "runs" / "steps" / "early" / "model.safetensors").is_file()
 
 
+@LONG
 def test_an_objective_in_a_file_of_ones_own(place):
     run("examples/own_objective.py")
     recipe = (place / "runs" / "own_objective" / "recipe.yaml").read_text(encoding="utf-8")

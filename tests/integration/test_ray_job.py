@@ -39,12 +39,7 @@ def spread(completions, **columns):
     return [sum(map(ord, completion)) % 2 for completion in completions]
 
 def broken(completions, **columns):
-    calls.append(0)
-    if len(calls) == 1:  # before the run
-        return [0.0] * len(completions)
     raise ValueError("no value for this")
-
-calls = []
 """
 
 SMALL = ("model.tiny.hidden_size=64", "model.tiny.num_heads=2", "model.tiny.num_layers=2",
@@ -166,7 +161,7 @@ def test_a_run_that_fails_gives_its_message_and_its_exit_code(cluster, elsewhere
     code, log, seen, _ = launch(cluster, elsewhere, "broken", "run.dir=runs/second")
     assert code == 2, log
     assert "frpo: RewardCallError: reward 'a' (my/rewards.py:broken) raised ValueError: no value for this" in log
-    assert seen == set(RUN)
+    assert RUN[0] in seen
     assert nothing_left(cluster)
 
 

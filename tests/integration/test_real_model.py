@@ -1,4 +1,4 @@
-"""A real pretrained model through reinforcement learning, a push and fine-tuning, and its exports elsewhere."""
+"""A real pretrained model through reinforcement learning, a push, an export and fine-tuning."""
 from __future__ import annotations
 
 import json
@@ -20,12 +20,12 @@ from frpo.learner.smollm2 import RECORD, packaged_file
 from frpo.loops.rl import Trainer
 from frpo.loops.sft import FineTuner
 from frpo.rollout.engine import Sampling
-from frpo.run.build import build
-from frpo.run.build_finetune import check_finetune, finetune_on
+from frpo.run.build import build, check_prompts
+from frpo.run.build_finetune import build_finetune, check_finetune
 from frpo.types import Prompt
 from greedy import NEW_TOKENS
 from loop import flat
-from runs import metrics
+from runs import LONG, metrics
 
 SCRIPT = Path(__file__).with_name("greedy.py")
 END = 2
@@ -51,12 +51,12 @@ def rl_recipe(model: Path):
 
 
 def sft_recipe(model: Path):
-    """Two updates on four rows, from what reinforcement learning has made."""
+    """Two updates on four rows."""
     rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
             for asked, said in ANSWERS.items()]
     (model.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return load_recipe("finetune_gsm8k", [
-        "model.tiny=null", f"model.path={model.parent / 'rl' / 'export'}", f"run.dir={model.parent / 'sft'}",
+        "model.tiny=null", f"model.path={model}", f"run.dir={model.parent / 'sft'}",
         "run.num_epochs=2", "run.save_every=0", f"data.path={model.parent / 'rows.jsonl'}", "data.limit=null",
         "data.heldout=0", "data.batch_size=4", "model.max_length=64", "objective=sft",
         "learner.lr=1e-4", "learner.micro_batch_tokens=128", "learner.ranks=ray",
@@ -91,11 +91,17 @@ def test_the_folder_holds_the_packages_weights_and_answers(model, capsys):
     assert sorted(path.name for path in model.parent.iterdir()) == ["smollm2"] and (model / RECORD).is_file()
 
 
+@pytest.fixture(scope="module")
+def prompts(model):
+    """Six training prompts and two held-out ones."""
+    found = check_prompts(rl_recipe(model))
+    return [*found.train[:6], *found.heldout[:2]]
+
+
 @pytest.mark.timeout(400)
-def test_it_is_trained_pushed_fine_tuned_and_exported(model, ray_cluster):
+def test_it_is_trained_pushed_and_exported(model, prompts, ray_cluster):
     with build(rl_recipe(model)) as parts:
         state = Trainer(parts).fit()
-        prompts = [*parts.sampling.prompts.train[:6], *parts.sampling.prompts.heldout[:2]]
 
         def sample(sampling: Sampling, group_size: int):
             return parts.sampling.sampler.sample(prompts, step=9, first_sample=999, group_size=group_size,
@@ -105,28 +111,31 @@ def test_it_is_trained_pushed_fine_tuned_and_exported(model, ray_cluster):
         engine = flat([c.logprobs for c in group.completions] for group in groups)
         learner, reference = (flat(parts.learner.score_groups(groups, name)) for name in ("policy", "reference"))
         greedy = sample(Sampling(temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS), 1)
-        recipe = sft_recipe(model)
-        with finetune_on(parts.learner.ranks, "cpu", recipe, check_finetune(recipe), recipe.model.path) as tuning:
-            learned = [(e.token_ids, e.loss_mask) for e in tuning.examples.train]
-            FineTuner(tuning).fit()
 
     gap, moved = np.abs(engine - learner).max(), np.abs(engine - reference).max()
     print(f"log-prob gap {gap:.2g} nats; to the weights that were not pushed: {moved:.2g}")
     assert gap < 1e-3 < 0.1 < moved
     ended = [c for group in groups for c in group.completions if c.finish_reason == "stop"]
     assert ended and all(c.token_ids[-1] == END and c.loss_mask[-1] for c in ended)
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    assert {tokenizer.decode([t for t, loss in zip(*pair) if loss]).strip() for pair in learned} == {
-        f"{said}<|im_end|>" for said in ANSWERS.values()}
-    losses = [row["sft/nll"] for row in metrics(model.parent / "sft") if "sft/nll" in row]
-    assert len(losses) == 2 and losses[1] < losses[0] - 0.3
-
     served = [list(group.completions[0].token_ids) for group in greedy]
     assert answers("transformers", model.parent / "rl" / "export", prompts) == served
-    tuned = answers("transformers", model.parent / "sft" / "export", prompts)
-    assert answers("vllm", model.parent / "sft" / "export", prompts) == tuned != served
-    print(*map(tokenizer.decode, served + tuned), sep="\n")
+
+
+def test_only_the_answers_of_its_chat_template_are_learned(model):
+    tokenizer, examples = AutoTokenizer.from_pretrained(model), check_finetune(sft_recipe(model)).examples.train
+    assert {tokenizer.decode([t for t, loss in zip(e.token_ids, e.loss_mask) if loss]).strip() for e in examples} == {
+        f"{said}<|im_end|>" for said in ANSWERS.values()}
+
+
+@LONG
+@pytest.mark.timeout(400)
+def test_it_is_fine_tuned_and_answers_alike_in_two_libraries(model, prompts, ray_cluster):
+    with build_finetune(sft_recipe(model)) as tuning:
+        FineTuner(tuning).fit()
+    losses = [row["sft/nll"] for row in metrics(model.parent / "sft") if "sft/nll" in row]
+    assert len(losses) == 2 and losses[1] < losses[0] - 0.3
+    before, tuned = (answers("transformers", path, prompts) for path in (model, model.parent / "sft" / "export"))
+    assert answers("vllm", model.parent / "sft" / "export", prompts) == tuned != before
 
 
 def answers(library: str, export: Path, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -53,6 +53,7 @@ def test_a_run_killed_while_batches_wait_loses_and_repeats_no_prompt(alone):
             assert all(learned_at - k * UPDATES <= version <= learned_at for version, *_ in spans)
 
 
+@LONG
 @pytest.mark.timeout(200)
 def test_a_learner_fed_from_traces_does_again_what_it_did(alone):
     folder = alone.parent / "replayed"

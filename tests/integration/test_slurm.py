@@ -27,7 +27,8 @@ BROKEN = """
 def spread(completions, **columns):
     raise ValueError("no value for this")
 
-dear = spread
+def dear(completions, **columns):
+    return [0.0] * len(completions)
 """
 
 RUN = ("raylet/raylet", "gcs_server", "-m frpo train", "EngineActor", "LearnerActor")

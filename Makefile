@@ -18,7 +18,7 @@ TORCH_FROM := $(if $(filter cpu,$(LOCK)),$(if $(FIND_LINKS),--find-links $(FIND_
 
 help:
 	@echo "make install     environment in $(VENV), from the locked versions"
-	@echo "make quickstart  train a small model here and see what forks of it keep (MODEL=tiny: 4 minutes)"
+	@echo "make quickstart  train a small model here and see what forks of it keep (MODEL=tiny: 5 minutes)"
 	@echo "make test        all tests"
 	@echo "make lint        ruff, mypy and hadolint"
 	@echo "make docs        the site, into build/site"

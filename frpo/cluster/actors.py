@@ -17,6 +17,8 @@ from frpo.rollout.engine import RolloutEngine
 
 
 class LearnerActor(RankHost):
+    """A RankHost that has imported its packages and tells where it runs."""
+
     def __init__(self, folder: str, log: str | None):
         """See `begin_in`."""
         begin_in(folder, log)
